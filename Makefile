@@ -1,0 +1,74 @@
+# Lapidary. `make` builds ./lapidary; `make demo`, `make test`, `make check` do what they say.
+CC       ?= gcc
+PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8
+PKG      := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
+LIBS     := $(shell pkg-config --libs $(PKGS) 2>/dev/null) -ldnnl -lm
+SANITIZE ?=
+BUILD    := build/$(if $(SANITIZE),$(SANITIZE),cpu)
+WARN     := -Wall -Wextra -Werror -Wmissing-prototypes -Wno-unknown-pragmas
+CFLAGS   := -std=gnu17 -O3 -g -fopenmp -fno-math-errno -fno-trapping-math -D_GNU_SOURCE -I. -I$(BUILD) $(WARN) $(PKG)
+LDFLAGS  := -fopenmp
+ifneq ($(SANITIZE),)
+CFLAGS   += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1
+LDFLAGS  += -fsanitize=address,undefined
+endif
+
+# The CPU kernels, once for each instruction level.
+LEVELS       := generic avx2 avx512
+FLAGS_generic = -DLEVEL=generic -DLANES=4 -Wno-missing-prototypes
+FLAGS_avx2    = -DLEVEL=avx2 -DLANES=8 -mavx2 -mfma -mf16c -Wno-missing-prototypes
+FLAGS_avx512  = -DLEVEL=avx512 -DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c \
+                -mprefer-vector-width=512 -Wno-missing-prototypes
+
+FOLDERS  := kernels configs model formats data optim train infer
+ONCE     := kernels/cpu/onednn.c
+SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE)
+LEVELED  := $(filter-out $(ONCE),$(wildcard kernels/cpu/*.c))
+CLI      := $(wildcard cli/*.c)
+OBJECTS  := $(SOURCES:%.c=$(BUILD)/%.o) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
+PROTO    := $(BUILD)/train/event.pb-c.o
+LIBRARY  := $(BUILD)/liblapidary.a
+PROGRAM  := $(if $(SANITIZE),$(BUILD)/lapidary,lapidary)
+
+all: $(PROGRAM)
+
+$(PROGRAM): $(CLI:%.c=$(BUILD)/%.o) $(LIBRARY)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+$(LIBRARY): $(OBJECTS) $(PROTO)
+	@rm -f $@
+	ar rcs $@ $^
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+define LEVEL_RULE
+$(BUILD)/%.$(1).o: %.c
+	@mkdir -p $$(@D)
+	$(CC) $(CFLAGS) $(FLAGS_$(1)) -MMD -MP -c -o $$@ $$<
+endef
+$(foreach l,$(LEVELS),$(eval $(call LEVEL_RULE,$(l))))
+
+# TensorBoard's event record.
+$(BUILD)/train/event.pb-c.c: train/event.proto
+	@mkdir -p $(@D)
+	protoc-c --c_out=$(BUILD) $<
+$(BUILD)/train/event.pb-c.o: $(BUILD)/train/event.pb-c.c
+	$(CC) $(CFLAGS) -c -o $@ $<
+$(BUILD)/train/tensorboard.o: $(BUILD)/train/event.pb-c.c
+
+# Tests: one runner from all cases, each case in a process of its own.
+TEST_SOURCES := $(wildcard tests/*.c) $(wildcard tests/*/*.c)
+RUNNER       := $(BUILD)/tests/run
+
+$(RUNNER): $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(LIBRARY)
+	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+
+runner: $(RUNNER)
+
+clean:
+	rm -rf build lapidary
+
+.PHONY: all clean runner
+-include $(shell find build -name '*.d' 2>/dev/null)

@@ -1,0 +1,178 @@
+/* adapter.c - attaching adapters by name. */
+#include "formats/adapter.h"
+#include "formats/pattern.h"
+#include "kernels/elementwise.h"
+#include "kernels/random.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void text_list_add(TextList *list, const char *text) {
+    list->items = must_realloc(list->items, (size_t)(list->count + 1) * sizeof *list->items);
+    list->items[list->count++] = must_strdup(text);
+}
+
+void text_list_free(TextList *list) {
+    for (int i = 0; i < list->count; i++) free(list->items[i]);
+    free(list->items);
+    *list = (TextList){0};
+}
+
+void adapter_spec_free(AdapterSpec *spec) {
+    text_list_free(&spec->targets);
+    text_list_free(&spec->parameters);
+    text_list_free(&spec->train_also);
+    for (int i = 0; i < spec->rank_patterns; i++) free(spec->rank_pattern[i].pattern);
+    for (int i = 0; i < spec->alpha_patterns; i++) free(spec->alpha_pattern[i].pattern);
+    free(spec->rank_pattern);
+    free(spec->alpha_pattern);
+    free(spec->target_pattern);
+    free(spec->base_model);
+    *spec = (AdapterSpec){0};
+}
+
+/* name equals end, or ends in .end */
+static bool ends_in(const char *name, const char *end) {
+    size_t n = strlen(name), e = strlen(end);
+    return n >= e && !strcmp(name + n - e, end) && (n == e || name[n - e - 1] == '.');
+}
+
+/* The value of the first pattern that matches name as peft matches it: whole, or after a dot. */
+static Status pattern_value(double *value, const PatternValue *patterns, int count, bool *used, const char *name) {
+    for (int i = 0; i < count; i++) {
+        char *whole = must_format("(.*\\.)?(%s)", patterns[i].pattern);
+        bool matches;
+        Status status = pattern_matches(&matches, whole, name);
+        free(whole);
+        TRY(status);
+        if (!matches) continue;
+        *value = patterns[i].value;
+        used[i] = true;
+        return OK;
+    }
+    return OK;
+}
+
+static Status is_target(bool *target, const AdapterSpec *spec, const Linear *l, bool *used) {
+    *target = false;
+    const TextList *names = l->groups > 1 ? &spec->parameters : &spec->targets;
+    if (l->groups == 1 && spec->target_pattern) return pattern_matches(target, spec->target_pattern, l->name);
+    for (int i = 0; i < names->count; i++)
+        if (ends_in(l->name, names->items[i])) *target = used[i] = true;
+    return OK;
+}
+
+/* Params of an adapter are named after their linear: q_proj.lora_A, as the checkpoint would name them. */
+static Param *add_adapter_param(ParamList *params, const Linear *l, const char *part, int ndim, const int64_t *shape) {
+    char path[PARAM_NAME_MAX], name[PARAM_NAME_MAX + 32];
+    memcpy(path, params->path, sizeof path);
+    params->path[0] = 0;
+    snprintf(name, sizeof name, "%s.%s", l->name, part);
+    Param *p = params_add(params, name, ndim, shape);
+    memcpy(params->path, path, sizeof path);
+    p->value.dtype = F32;
+    p->adapter = p->trainable = true;
+    return p;
+}
+
+static void attach(Gemma *g, Linear *l, const AdapterSpec *spec, int64_t rank, double alpha) {
+    Lora *lora = must_calloc(1, sizeof *lora);
+    lora->rank = rank;
+    lora->scale = (float)(alpha / (spec->rslora ? sqrt((double)rank) : (double)rank));
+    lora->dropout = (float)spec->dropout;
+    lora->key = random_key_name(0, l->name);
+    bool grouped = l->groups > 1;
+    int64_t a[] = {l->groups, rank, l->in}, b[] = {l->groups, l->out, rank}, m[] = {l->out};
+    lora->A = add_adapter_param(&g->params, l, "lora_A", grouped ? 3 : 2, grouped ? a : a + 1);
+    lora->B = add_adapter_param(&g->params, l, "lora_B", grouped ? 3 : 2, grouped ? b : b + 1);
+    if (spec->dora) {
+        lora->magnitude = add_adapter_param(&g->params, l, "lora_magnitude_vector", 1, m);
+        lora->factor = tensor_make(must_calloc((size_t)l->out, sizeof(float)), F32, 1, m);
+    }
+    l->lora = lora;
+}
+
+static Status attach_train_also(Gemma *g, const AdapterSpec *spec) {
+    for (int i = 0; i < spec->train_also.count; i++) {
+        bool found = false;
+        for (int j = 0; j < g->params.count; j++) { /* a module of that name, or a parameter */
+            Param *p = g->params.items[j];
+            char module[PARAM_NAME_MAX];
+            snprintf(module, sizeof module, "%s", p->name);
+            bool match = ends_in(module, spec->train_also.items[i]);
+            for (char *dot; !match && (dot = strrchr(module, '.'));) {
+                *dot = 0;
+                match = ends_in(module, spec->train_also.items[i]);
+            }
+            if (!match || p->adapter || p->buffer) continue;
+            for (const Linear *l = g->linears.first; l; l = l->next)
+                if (l->weight == p && l->lora)
+                    FAIL(ERR_CONFIG, "lora.train_also: '%s' also carries an adapter", p->name);
+            p->trainable = found = true;
+        }
+        if (!found) FAIL(ERR_CONFIG, "lora.train_also: '%s' names nothing in this model", spec->train_also.items[i]);
+    }
+    return OK;
+}
+
+static Status check_used(const bool *used, int count, const char *what, char **names, size_t stride) {
+    for (int i = 0; i < count; i++)
+        if (!used[i])
+            FAIL(ERR_CONFIG, "%s '%s' matches nothing in this model", what, *(char **)((char *)names + (size_t)i * stride));
+    return OK;
+}
+
+Status adapter_attach(Gemma *g, const AdapterSpec *spec) {
+    Status status = OK;
+    int attached = 0;
+    size_t flags = (size_t)(spec->targets.count + spec->parameters.count + spec->rank_patterns + spec->alpha_patterns);
+    bool *used = must_calloc(flags + 1, sizeof *used), *parameters = used + spec->targets.count;
+    bool *ranks = parameters + spec->parameters.count, *alphas = ranks + spec->rank_patterns;
+    for (Linear *l = g->linears.first; l; l = l->next) {
+        bool target;
+        double rank = (double)spec->rank, alpha = spec->alpha;
+        TRY_DONE(is_target(&target, spec, l, l->groups > 1 ? parameters : used));
+        if (!target) continue;
+        TRY_DONE(pattern_value(&rank, spec->rank_pattern, spec->rank_patterns, ranks, l->name));
+        TRY_DONE(pattern_value(&alpha, spec->alpha_pattern, spec->alpha_patterns, alphas, l->name));
+        if (l->groups > 1 && (spec->dora || spec->dropout > 0))
+            FAIL_DONE(ERR_CONFIG, "lora: '%s' is fused; experts take neither dora nor dropout", l->name);
+        attach(g, l, spec, (int64_t)rank, alpha);
+        attached++;
+    }
+    if (spec->target_pattern && !attached)
+        FAIL_DONE(ERR_CONFIG, "target_modules '%s' matches no module of this model", spec->target_pattern);
+    TRY_DONE(check_used(used, spec->targets.count, "lora target", spec->targets.items, sizeof(char *)));
+    TRY_DONE(check_used(parameters, spec->parameters.count, "lora target parameter", spec->parameters.items,
+                        sizeof(char *)));
+    TRY_DONE(check_used(ranks, spec->rank_patterns, "rank_pattern", (char **)spec->rank_pattern, sizeof(PatternValue)));
+    TRY_DONE(
+        check_used(alphas, spec->alpha_patterns, "alpha_pattern", (char **)spec->alpha_pattern, sizeof(PatternValue)));
+    TRY_DONE(attach_train_also(g, spec));
+done:
+    free(used);
+    return status;
+}
+
+void adapter_init(Gemma *g, uint64_t seed) {
+    for (Linear *l = g->linears.first; l; l = l->next) {
+        if (!l->lora) continue;
+        Tensor A = l->lora->A->value;
+        uint64_t key = random_key_name(seed, l->lora->A->name);
+        float bound = 1.0f / sqrtf((float)l->in);
+        for (int64_t i = 0; i < tensor_count(A); i++)
+            ((float *)A.data)[i] = (2.0f * random_uniform(key, (uint64_t)i) - 1.0f) * bound;
+        fill(l->lora->B->value, 0.0f);
+        if (!l->lora->magnitude) continue;
+        float *row = must_malloc((size_t)l->in * sizeof *row);
+        for (int64_t o = 0; o < l->out; o++) {
+            double sum = 0;
+            scale_copy(TENSOR(row, F32, l->in), SET, tensor_at(l->weight->value, o), 1.0f);
+            for (int64_t i = 0; i < l->in; i++) sum += (double)row[i] * row[i];
+            ((float *)l->lora->magnitude->value.data)[o] = (float)sqrt(sum);
+        }
+        free(row);
+    }
+}

@@ -1,0 +1,344 @@
+/* checkpoint.c - stored names to parameters, and back. */
+#include "formats/checkpoint.h"
+#include "formats/file.h"
+#include "kernels/elementwise.h"
+#include "model/merge.h"
+
+#include <inttypes.h>
+#include <jansson.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SHARD_BYTES ((size_t)5 * 1000 * 1000 * 1000)
+#define CONFIG_MAX ((size_t)64 << 20)
+
+static bool starts_with(const char *text, const char *prefix) { return !strncmp(text, prefix, strlen(prefix)); }
+
+/* k_proj, v_proj, k_norm and v_norm of a layer that shares K and V. */
+static bool is_dead(const ModelConfig *c, const char *name) {
+    static const char *const parts[] = {"k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight"};
+    char pattern[128];
+    const char *prefix = model_config_prefix(c);
+    if (!starts_with(name, prefix)) return false;
+    for (int l = model_config_kv_layers(c); l < c->num_hidden_layers; l++)
+        for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+            snprintf(pattern, sizeof pattern, "layers.%d.self_attn.%s", l, parts[i]);
+            if (!strcmp(name + strlen(prefix), pattern)) return true;
+        }
+    return false;
+}
+
+static bool is_tower(const char *name) {
+    static const char *const prefixes[] = {"model.vision_tower.", "model.audio_tower.", "model.embed_vision.",
+                                           "model.embed_audio."};
+    for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes; i++)
+        if (starts_with(name, prefixes[i])) return true;
+    return false;
+}
+
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const CheckpointTensor *)a)->stored->name, ((const CheckpointTensor *)b)->stored->name);
+}
+
+static const CheckpointTensor *find_tensor(const Checkpoint *c, const char *name) {
+    StoredTensor stored = {.name = (char *)name};
+    CheckpointTensor key = {.stored = &stored};
+    return bsearch(&key, c->tensors, (size_t)c->count, sizeof *c->tensors, by_name);
+}
+
+static Status add_file(Checkpoint *c, const char *name) {
+    char *path = path_join(c->dir, name);
+    c->files = must_realloc(c->files, (size_t)(c->file_count + 1) * sizeof *c->files);
+    Status status = safetensors_open(&c->files[c->file_count], path);
+    if (status == OK) c->file_count++;
+    free(path);
+    return status;
+}
+
+/* The files an index names, each opened once; every tensor must be where the index says. */
+static Status open_index(Checkpoint *c, const char *path) {
+    char *bytes = NULL;
+    size_t size;
+    json_t *root = NULL;
+    Status status = OK;
+    json_error_t error;
+    TRY(file_read(&bytes, &size, path, CONFIG_MAX));
+    root = json_loadb(bytes, size, 0, &error);
+    json_t *map = json_object_get(root, "weight_map");
+    if (!json_is_object(map)) FAIL_DONE(ERR_FORMAT, "%s: holds no weight_map", path);
+    const char *name;
+    json_t *file;
+    json_object_foreach(map, name, file) {
+        const char *shard = json_string_value(file);
+        if (!shard || strchr(shard, '/')) FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' names no file of the folder", path, name);
+        int i = 0;
+        while (i < c->file_count && strcmp(strrchr(c->files[i].path, '/') + 1, shard)) i++;
+        if (i == c->file_count) TRY_DONE(add_file(c, shard));
+        if (!safetensors_find(&c->files[i], name))
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is missing, the index promises it", c->files[i].path, name);
+    }
+done:
+    json_decref(root);
+    free(bytes);
+    return status;
+}
+
+static Status classify(Checkpoint *c) {
+    Gemma names; /* declared for its names and shapes only */
+    gemma_declare(&names, &c->config, BF16, device_cpu());
+    Status status = OK;
+    for (int i = 0; i < c->count; i++) {
+        CheckpointTensor *t = &c->tensors[i];
+        const char *name = t->stored->name;
+        if (i && !strcmp(name, c->tensors[i - 1].stored->name))
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is also in %s", t->stored->file, name, c->tensors[i - 1].stored->file);
+        if (params_find(&names.params, name))
+            t->role = ROLE_PARAM;
+        else if (is_dead(&c->config, name))
+            t->role = ROLE_DEAD;
+        else if (is_tower(name))
+            t->role = ROLE_TOWER;
+        else if (!strcmp(name, "lm_head.weight"))
+            t->role = ROLE_TIED;
+        else
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is unknown to this model (%s)", t->stored->file, name,
+                      c->config.model_type);
+    }
+    for (int i = 0; i < names.params.count; i++) {
+        const Param *p = names.params.items[i];
+        const CheckpointTensor *t = find_tensor(c, p->name);
+        if (!t) FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is missing", c->dir, p->name);
+        bool same = t->stored->ndim == p->value.ndim;
+        for (int d = 0; same && d < p->value.ndim; d++) same = t->stored->shape[d] == p->value.shape[d];
+        Tensor found = p->value;
+        found.ndim = t->stored->ndim < 4 ? t->stored->ndim : 4;
+        for (int d = 0; d < found.ndim; d++) found.shape[d] = t->stored->shape[d];
+        if (!same)
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected %s", t->stored->file, p->name, tensor_text(found),
+                      tensor_text(p->value));
+        if (t->stored->dtype != F32 && t->stored->dtype != BF16 && t->stored->dtype != F16)
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32", t->stored->file, p->name,
+                      t->stored->dtype_text);
+    }
+    const CheckpointTensor *head = find_tensor(c, "lm_head.weight");
+    if (head) {
+        const StoredTensor *embedding = find_tensor(c, names.embed_tokens->name)->stored;
+        if (head->stored->size != embedding->size || memcmp(head->stored->bytes, embedding->bytes, embedding->size))
+            FAIL_DONE(ERR_FORMAT, "%s: lm_head.weight differs from the embedding it is tied to", head->stored->file);
+    }
+done:
+    gemma_free(&names);
+    return status;
+}
+
+Status checkpoint_open(Checkpoint *c, const char *dir) {
+    *c = (Checkpoint){.dir = must_strdup(dir)};
+    Status status = OK;
+    char *config = path_join(dir, "config.json"), *single = path_join(dir, "model.safetensors");
+    char *index = path_join(dir, "model.safetensors.index.json");
+    TRY_DONE(model_config_load(&c->config, config));
+    if (file_exists(index))
+        TRY_DONE(open_index(c, index));
+    else
+        TRY_DONE(add_file(c, "model.safetensors"));
+    for (int i = 0; i < c->file_count; i++) c->count += c->files[i].count;
+    c->tensors = must_calloc((size_t)c->count, sizeof *c->tensors);
+    for (int i = 0, n = 0; i < c->file_count; i++)
+        for (int j = 0; j < c->files[i].count; j++) c->tensors[n++].stored = &c->files[i].tensors[j];
+    qsort(c->tensors, (size_t)c->count, sizeof *c->tensors, by_name);
+    TRY_DONE(classify(c));
+done:
+    free(config);
+    free(single);
+    free(index);
+    if (status != OK) checkpoint_close(c);
+    return status;
+}
+
+void checkpoint_close(Checkpoint *c) {
+    for (int i = 0; i < c->file_count; i++) safetensors_close(&c->files[i]);
+    free(c->files);
+    free(c->tensors);
+    free(c->dir);
+    *c = (Checkpoint){0};
+}
+
+Status checkpoint_load(const Checkpoint *c, Gemma *g) {
+    for (int i = 0; i < g->params.count; i++) {
+        Param *p = g->params.items[i];
+        if (p->adapter) continue;
+        const StoredTensor *t = find_tensor(c, p->name)->stored;
+        if (p->mapped && !p->trainable && (uintptr_t)t->bytes % dtype_size(t->dtype) == 0) {
+            p->value.dtype = t->dtype;
+            p->value.data = (void *)t->bytes;
+            continue;
+        }
+        if (!p->value.data) { /* meant to stay mapped, but the file's alignment forbids it */
+            p->value.data = malloc(tensor_bytes(p->value));
+            if (!p->value.data) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, p->name);
+        }
+        TRY(stored_tensor_read(t, p->value));
+        stored_tensor_release(t);
+    }
+    params_adopt(&g->params);
+    return OK;
+}
+
+/* What goes into the folder, in order: parameters, then what is carried through. */
+typedef struct Item {
+    const Param *param; /* NULL: carried through */
+    const StoredTensor *stored;
+    size_t size;
+} Item;
+
+static Status write_param(SafetensorsWriter *w, const Gemma *g, const Param *p, DType dtype) {
+    int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
+    int64_t rows = cols ? tensor_count(p->value) / cols : 0, block = cols > (1 << 20) ? 1 : (1 << 20) / cols + 1;
+    float *values = must_malloc((size_t)(block * cols) * sizeof *values);
+    uint16_t *halves = must_malloc((size_t)(block * cols) * sizeof *halves);
+    Status status = OK;
+    for (int64_t first = 0; first < rows && status == OK; first += block) {
+        int64_t n = rows - first < block ? rows - first : block;
+        merged_rows(g, p, first, n, values);
+        if (dtype == BF16)
+            scale_copy(TENSOR(halves, BF16, n * cols), SET, TENSOR(values, F32, n * cols), 1.0f);
+        status = safetensors_write(w, dtype == BF16 ? (void *)halves : (void *)values,
+                                   (size_t)(n * cols) * dtype_size(dtype));
+    }
+    free(values);
+    free(halves);
+    return status;
+}
+
+static Status write_shard(const Gemma *g, const Item *items, int count, DType dtype, const char *path) {
+    SafetensorsWriter *w = NULL;
+    Status status = OK;
+    TRY(safetensors_create(&w, path));
+    for (int i = 0; i < count; i++) {
+        const Item *item = &items[i];
+        if (item->param)
+            safetensors_declare(w, item->param->name, dtype_text(dtype), item->param->value.ndim,
+                                item->param->value.shape, item->size);
+        else
+            safetensors_declare(w, item->stored->name, item->stored->dtype_text, item->stored->ndim,
+                                item->stored->shape, item->size);
+    }
+    TRY_DONE(safetensors_begin(w));
+    for (int i = 0; i < count; i++) {
+        if (items[i].param) {
+            TRY_DONE(write_param(w, g, items[i].param, dtype));
+        } else {
+            TRY_DONE(safetensors_write(w, items[i].stored->bytes, items[i].size));
+            stored_tensor_release(items[i].stored);
+        }
+    }
+    return safetensors_commit(w);
+done:
+    safetensors_abandon(w);
+    return status;
+}
+
+/* config.json as it was, but for the dtype of what is now beside it. */
+static Status write_config(const Checkpoint *source, DType dtype, const char *dir) {
+    char *from = path_join(source->dir, "config.json"), *to = path_join(dir, "config.json"), *bytes = NULL;
+    size_t size;
+    json_t *root = NULL;
+    Status status = OK;
+    const char *name = dtype == BF16 ? "bfloat16" : "float32";
+    TRY_DONE(file_read(&bytes, &size, from, CONFIG_MAX));
+    root = json_loadb(bytes, size, 0, NULL);
+    bool changed = false;
+    json_t *maps[] = {root, json_object_get(root, "text_config")};
+    for (int i = 0; i < 2; i++) {
+        const char *old = json_string_value(json_object_get(maps[i], "dtype"));
+        if (!maps[i] || (old && !strcmp(old, name)) || (!old && i)) continue;
+        json_object_set_new(maps[i], "dtype", json_string(name));
+        changed = true;
+    }
+    if (changed) {
+        free(bytes);
+        bytes = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
+        size = strlen(bytes);
+    }
+    TRY_DONE(file_write(to, bytes, size));
+done:
+    json_decref(root);
+    free(bytes);
+    free(from);
+    free(to);
+    return status;
+}
+
+static Status copy_companions(const Checkpoint *source, const char *dir) {
+    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                        "chat_template.jinja", "generation_config.json", "processor_config.json",
+                                        "preprocessor_config.json"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        char *from = path_join(source->dir, names[i]), *to = path_join(dir, names[i]);
+        Status status = file_copy(from, to, true);
+        free(from);
+        free(to);
+        TRY(status);
+    }
+    return OK;
+}
+
+static Status write_weights(const Gemma *g, const Item *items, int count, DType dtype, const char *dir) {
+    int *begin = must_malloc((size_t)(count + 1) * sizeof *begin), shards = 0;
+    size_t used = 0, total = 0;
+    json_t *map = json_object();
+    Status status = OK;
+    for (int i = 0; i < count; i++) {
+        if (!i || used + items[i].size > SHARD_BYTES) begin[shards++] = i, used = 0;
+        used += items[i].size;
+        total += items[i].size;
+    }
+    begin[shards] = count;
+    for (int s = 0; s < shards && status == OK; s++) {
+        char name[64];
+        if (shards == 1)
+            snprintf(name, sizeof name, "model.safetensors");
+        else
+            snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, shards);
+        char *path = path_join(dir, name);
+        status = write_shard(g, items + begin[s], begin[s + 1] - begin[s], dtype, path);
+        free(path);
+        for (int i = begin[s]; i < begin[s + 1]; i++)
+            json_object_set_new(map, items[i].param ? items[i].param->name : items[i].stored->name, json_string(name));
+    }
+    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
+    if (status == OK && shards > 1) {
+        char *path = path_join(dir, "model.safetensors.index.json"), *text = json_dumps(index, JSON_INDENT(2));
+        status = file_write(path, text, strlen(text));
+        free(path);
+        free(text);
+    }
+    json_decref(index);
+    free(begin);
+    return status;
+}
+
+Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, const char *dir) {
+    char *temporary = NULL;
+    Status status = OK;
+    int count = 0;
+    Item *items = must_calloc((size_t)(g->params.count + source->count), sizeof *items);
+    for (int i = 0; i < g->params.count; i++) {
+        const Param *p = g->params.items[i];
+        if (!p->adapter)
+            items[count++] = (Item){.param = p, .size = (size_t)tensor_count(p->value) * dtype_size(dtype)};
+    }
+    for (int i = 0; i < source->count; i++)
+        if (source->tensors[i].role == ROLE_DEAD || source->tensors[i].role == ROLE_TOWER)
+            items[count++] = (Item){.stored = source->tensors[i].stored, .size = source->tensors[i].stored->size};
+    TRY_DONE(folder_begin(&temporary, dir));
+    TRY_DONE(write_config(source, dtype, temporary));
+    TRY_DONE(copy_companions(source, temporary));
+    TRY_DONE(write_weights(g, items, count, dtype, temporary));
+    status = folder_commit(temporary, dir);
+    temporary = NULL;
+done:
+    folder_abandon(temporary);
+    free(items);
+    return status;
+}

@@ -1,0 +1,43 @@
+/* checkpoint.h - a Hugging Face checkpoint folder: which stored tensor is which parameter. */
+#ifndef CHECKPOINT_H
+#define CHECKPOINT_H
+
+#include "formats/safetensors.h"
+#include "model/gemma.h"
+
+typedef enum TensorRole {
+    ROLE_PARAM,  /* a parameter of the text model */
+    ROLE_DEAD,   /* k, v of a layer that shares: in released files, used by nobody */
+    ROLE_TOWER,  /* vision or audio: carried through unchanged */
+    ROLE_TIED,   /* an lm_head.weight, which must equal the embedding */
+} TensorRole;
+
+typedef struct CheckpointTensor {
+    const StoredTensor *stored;
+    TensorRole role;
+} CheckpointTensor;
+
+typedef struct Checkpoint {
+    char *dir;
+    ModelConfig config;
+    Safetensors *files;
+    int file_count;
+    CheckpointTensor *tensors; /* sorted by name, over all files */
+    int count;
+} Checkpoint;
+
+/* Opens config.json and the weights (model.safetensors, or the shards its index names). A tensor that is
+ * neither a parameter nor knowingly left alone is an error naming it. */
+Status checkpoint_open(Checkpoint *c, const char *dir);
+void checkpoint_close(Checkpoint *c);
+
+/* Fills every parameter of a placed model; a missing tensor or a wrong shape is an error naming it. Mapped
+ * parameters keep pointing into the open checkpoint. */
+Status checkpoint_load(const Checkpoint *c, Gemma *g);
+
+/* Writes the model as a checkpoint folder: config, tokenizer, template and generation settings of
+ * `source`, its towers and dead tensors unchanged, every parameter in `dtype` (adapters merged in),
+ * sharded at 5 GB. The folder appears whole or not at all. */
+Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, const char *dir);
+
+#endif

@@ -1,0 +1,213 @@
+/* attention.c - tiled softmax attention over key intervals.
+ *
+ * A work item is one block of queries (by their place on the key axis) and one key head: the block's
+ * rows of all query heads that read this key head form one (M, C) matrix, so a tile of keys is
+ * converted once for all of them. Keys go in tiles at fixed places, with the running softmax of
+ * FlashAttention (Dao et al. 2022); all arithmetic is f32. */
+#include "kernels/attention.h"
+#include "kernels/cpu/tile.h"
+
+#include <stdlib.h>
+
+#define BLOCK_ROWS 64 /* about as many matrix rows in a block of queries */
+#define TILE_KEYS 64
+
+typedef struct Block { /* queries begin .. end - 1, all of the same block of places */
+    int64_t begin, end, first, last; /* keys any of them sees, first rounded down to a tile */
+} Block;
+
+typedef struct Shape {
+    int64_t N, S, H, K, C, group, rows; /* group: query heads a key head; rows: places in a block */
+} Shape;
+
+static Shape shape_of(Tensor q, Tensor k) {
+    Shape s = {.N = q.shape[0], .S = k.shape[0], .H = q.shape[1], .K = k.shape[1], .C = q.shape[2]};
+    s.group = s.H / s.K;
+    s.rows = s.group >= BLOCK_ROWS ? 1 : BLOCK_ROWS / s.group;
+    return s;
+}
+
+/* The block of queries that starts at `begin`. */
+static Block block_at(const Shape *s, int64_t begin, const int32_t *index, const int32_t *first, const int32_t *last) {
+    Block b = {.begin = begin, .end = begin, .first = first[begin], .last = last[begin]};
+    int64_t place = index[begin] / s->rows;
+    while (b.end < s->N && index[b.end] / s->rows == place) {
+        if (first[b.end] < b.first) b.first = first[b.end];
+        if (last[b.end] > b.last) b.last = last[b.end];
+        b.end++;
+    }
+    b.first = b.first / TILE_KEYS * TILE_KEYS;
+    return b;
+}
+
+static int64_t list_blocks(int64_t *begins, const Shape *s, const int32_t *index) {
+    int64_t count = 0;
+    for (int64_t n = 0; n < s->N; n++)
+        if (n == 0 || index[n] / s->rows != index[n - 1] / s->rows) begins[count++] = n;
+    return count;
+}
+
+/* Row (n, head) of the block's matrix, head fastest. */
+static void load_block(float *out, Tensor x, const Shape *s, const Block *b, int64_t head) {
+    for (int64_t n = b->begin, m = 0; n < b->end; n++)
+        for (int64_t g = 0; g < s->group; g++, m++) {
+            const float *row = load_f32(out + m * s->C, x, (n * s->H + head * s->group + g) * s->C, s->C);
+            if (row != out + m * s->C) memcpy(out + m * s->C, row, (size_t)s->C * sizeof *row);
+        }
+}
+
+static void store_block(Tensor y, const float *in, const Shape *s, const Block *b, int64_t head) {
+    for (int64_t n = b->begin, m = 0; n < b->end; n++)
+        for (int64_t g = 0; g < s->group; g++, m++)
+            store_f32(y, (n * s->H + head * s->group + g) * s->C, s->C, in + m * s->C);
+}
+
+/* Keys first .. first + count - 1 of one head: as they are (count, C), and transposed (C, TILE_KEYS). */
+static void load_keys(float *plain, float *transposed, Tensor k, const Shape *s, int64_t head, int64_t first,
+                      int64_t count) {
+    float buffer[512];
+    for (int64_t j = 0; j < count; j++) {
+        const float *row = load_f32(buffer, k, ((first + j) * s->K + head) * s->C, s->C);
+        if (plain) memcpy(plain + j * s->C, row, (size_t)s->C * sizeof *row);
+        if (transposed)
+            for (int64_t c = 0; c < s->C; c++) transposed[c * TILE_KEYS + j] = row[c];
+    }
+    if (transposed && count < TILE_KEYS)
+        for (int64_t c = 0; c < s->C; c++)
+            memset(transposed + c * TILE_KEYS + count, 0, (size_t)(TILE_KEYS - count) * sizeof *transposed);
+}
+
+void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first,
+                            Tensor last) {
+    Shape s = shape_of(q, k);
+    const int32_t *from = first.data, *to = last.data;
+    int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
+#pragma omp parallel
+    {
+        float *memory = must_malloc((size_t)(2 * M * s.C + 2 * TILE_KEYS * s.C + M * TILE_KEYS) * sizeof(float));
+        float *query = memory, *out = query + M * s.C, *keys = out + M * s.C, *values = keys + TILE_KEYS * s.C;
+        float *scores = values + TILE_KEYS * s.C, top[M], total[M];
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t head = 0; head < s.K; head++) {
+                Block b = block_at(&s, begins[block], index.data, from, to);
+                int64_t m_count = (b.end - b.begin) * s.group;
+                load_block(query, q, &s, &b, head);
+                memset(out, 0, (size_t)(m_count * s.C) * sizeof *out);
+                for (int64_t m = 0; m < m_count; m++) top[m] = -INFINITY, total[m] = 0;
+                for (int64_t key = b.first; key <= b.last; key += TILE_KEYS) {
+                    int64_t count = s.S - key < TILE_KEYS ? s.S - key : TILE_KEYS;
+                    load_keys(NULL, keys, k, &s, head, key, count);
+                    load_keys(values, NULL, v, &s, head, key, count);
+                    tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys, TILE_KEYS, scores, TILE_KEYS, false);
+                    for (int64_t m = 0; m < m_count; m++) {
+                        int64_t n = b.begin + m / s.group;
+                        int64_t low = from[n] > key ? from[n] - key : 0;
+                        int64_t high = to[n] - key < count ? to[n] - key + 1 : count;
+                        float *row = scores + m * TILE_KEYS, best = top[m], sum = 0;
+                        if (high <= low) {
+                            memset(row, 0, TILE_KEYS * sizeof *row);
+                            continue;
+                        }
+                        for (int64_t j = low; j < high; j++) best = row[j] > best ? row[j] : best;
+                        float fade = top[m] == -INFINITY ? 0.0f : fast_exp(top[m] - best);
+                        for (int64_t j = 0; j < TILE_KEYS; j++)
+                            row[j] = j >= low && j < high ? fast_exp(row[j] - best) : 0.0f;
+                        for (int64_t j = 0; j < TILE_KEYS; j++) sum += row[j];
+                        if (fade != 1.0f)
+                            for (int64_t c = 0; c < s.C; c++) out[m * s.C + c] *= fade;
+                        total[m] = total[m] * fade + sum;
+                        top[m] = best;
+                    }
+                    tile_product(m_count, s.C, count, scores, TILE_KEYS, 1, values, s.C, out, s.C, true);
+                }
+                for (int64_t m = 0; m < m_count; m++) {
+                    int64_t n = b.begin + m / s.group, h = head * s.group + m % s.group;
+                    float inverse = 1.0f / total[m];
+                    for (int64_t c = 0; c < s.C; c++) out[m * s.C + c] *= inverse;
+                    ((float *)lse.data)[n * s.H + h] = top[m] + logf(total[m]);
+                }
+                store_block(y, out, &s, &b, head);
+            }
+        free(memory);
+    }
+}
+
+void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, Tensor q, Tensor k,
+                             Tensor v, Tensor index, Tensor first, Tensor last, Tensor partial) {
+    Shape s = shape_of(q, k);
+    const int32_t *from = first.data, *to = last.data, *place = index.data;
+    int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
+    int64_t groups = attention_partials(s.K), size = s.S * s.K * s.C, stride = s.K * s.C;
+    float *partials = groups > 1 ? partial.data : NULL;
+#pragma omp parallel
+    {
+        float *memory = must_malloc((size_t)(4 * M * s.C + 3 * TILE_KEYS * s.C + 2 * M * TILE_KEYS) * sizeof(float));
+        float *query = memory, *dquery = query + M * s.C, *dout = dquery + M * s.C, *out = dout + M * s.C;
+        float *keys = out + M * s.C, *keys_t = keys + TILE_KEYS * s.C, *values_t = keys_t + TILE_KEYS * s.C;
+        float *prob = values_t + TILE_KEYS * s.C, *dscore = prob + M * TILE_KEYS, delta[M], log_sum[M];
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t group = 0; group < groups; group++)
+            for (int64_t head = 0; head < s.K; head++) {
+                float *dkey = (partials ? partials + 2 * group * size : (float *)dk.data) + head * s.C;
+                float *dvalue = (partials ? partials + (2 * group + 1) * size : (float *)dv.data) + head * s.C;
+                if (partials)
+                    for (int64_t j = 0; j < s.S; j++) {
+                        memset(dkey + j * stride, 0, (size_t)s.C * sizeof *dkey);
+                        memset(dvalue + j * stride, 0, (size_t)s.C * sizeof *dvalue);
+                    }
+                for (int64_t block = 0; block < blocks; block++) {
+                    if (place[begins[block]] / s.rows % groups != group) continue;
+                    Block b = block_at(&s, begins[block], place, from, to);
+                    int64_t m_count = (b.end - b.begin) * s.group;
+                    load_block(query, q, &s, &b, head);
+                    load_block(dout, dy, &s, &b, head);
+                    load_block(out, y, &s, &b, head);
+                    memset(dquery, 0, (size_t)(m_count * s.C) * sizeof *dquery);
+                    for (int64_t m = 0; m < m_count; m++) {
+                        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                        for (int64_t c = 0; c < s.C; c++) sum += dout[m * s.C + c] * out[m * s.C + c];
+                        delta[m] = sum;
+                        int64_t n = b.begin + m / s.group;
+                        log_sum[m] = ((const float *)lse.data)[n * s.H + head * s.group + m % s.group];
+                    }
+                    for (int64_t key = b.first; key <= b.last; key += TILE_KEYS) {
+                        int64_t count = s.S - key < TILE_KEYS ? s.S - key : TILE_KEYS;
+                        load_keys(keys, keys_t, k, &s, head, key, count);
+                        load_keys(NULL, values_t, v, &s, head, key, count);
+                        tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys_t, TILE_KEYS, prob, TILE_KEYS, false);
+                        tile_product(m_count, TILE_KEYS, s.C, dout, s.C, 1, values_t, TILE_KEYS, dscore, TILE_KEYS,
+                                     false);
+                        for (int64_t m = 0; m < m_count; m++) {
+                            int64_t n = b.begin + m / s.group;
+                            int64_t low = from[n] - key, high = to[n] - key;
+                            float *p = prob + m * TILE_KEYS, *ds = dscore + m * TILE_KEYS;
+                            for (int64_t j = 0; j < TILE_KEYS; j++) {
+                                p[j] = j >= low && j <= high && j < count ? fast_exp(p[j] - log_sum[m]) : 0.0f;
+                                ds[j] = p[j] * (ds[j] - delta[m]);
+                            }
+                        }
+                        tile_product(m_count, s.C, count, dscore, TILE_KEYS, 1, keys, s.C, dquery, s.C, true);
+                        tile_product(count, s.C, m_count, prob, 1, TILE_KEYS, dout, s.C, dvalue + key * stride, stride,
+                                     true);
+                        tile_product(count, s.C, m_count, dscore, 1, TILE_KEYS, query, s.C, dkey + key * stride,
+                                     stride, true);
+                    }
+                    store_block(dq, dquery, &s, &b, head);
+                }
+            }
+        free(memory);
+    }
+    if (!partials) return;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < size; i++) {
+        float sum_k = ((float *)dk.data)[i], sum_v = ((float *)dv.data)[i];
+        for (int64_t group = 0; group < groups; group++) {
+            sum_k += partials[2 * group * size + i];
+            sum_v += partials[(2 * group + 1) * size + i];
+        }
+        ((float *)dk.data)[i] = sum_k;
+        ((float *)dv.data)[i] = sum_v;
+    }
+}

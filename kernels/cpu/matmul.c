@@ -1,0 +1,177 @@
+/* matmul.c - which engine a product takes, and the ordered product.
+ *
+ * Large products of one dtype go to oneDNN (bf16 where the CPU multiplies bf16, else converted in
+ * panels to f32); at the generic level, and for two dtypes, the ordered product below does them. */
+#include "kernels/matmul.h"
+#include "kernels/cpu/onednn.h"
+#include "kernels/cpu/tile.h"
+
+#include <stdlib.h>
+
+#define PANEL_M 96
+#define PANEL_N 256
+#define PANEL_K 256
+
+/* a (m_count, k_count) panel at (m, k) of the left operand: f32, element (i, p) at i * *row + p * *col. */
+static const float *left_panel(float *buffer, Layout layout, Tensor a, int64_t m, int64_t m_count, int64_t k,
+                               int64_t k_count, int64_t *row, int64_t *col) {
+    int64_t width = tensor_cols(a);
+    if (layout == TN) { /* stored (K, M) */
+        *row = 1;
+        *col = a.dtype == F32 ? width : m_count;
+        if (a.dtype == F32) return (const float *)a.data + k * width + m;
+        for (int64_t p = 0; p < k_count; p++) load_f32(buffer + p * m_count, a, (k + p) * width + m, m_count);
+        return buffer;
+    }
+    *col = 1;
+    *row = a.dtype == F32 ? width : k_count;
+    if (a.dtype == F32) return (const float *)a.data + m * width + k;
+    for (int64_t i = 0; i < m_count; i++) load_f32(buffer + i * k_count, a, (m + i) * width + k, k_count);
+    return buffer;
+}
+
+/* A (k_count, n_count) panel at (k, n) of the right operand: f32, rows of *stride. */
+static const float *right_panel(float *buffer, Layout layout, Tensor b, int64_t n, int64_t n_count, int64_t k,
+                                int64_t k_count, int64_t *stride) {
+    int64_t width = tensor_cols(b);
+    if (layout == NT) { /* stored (N, K) */
+        float line[PANEL_K];
+        *stride = n_count;
+        for (int64_t j = 0; j < n_count; j++) {
+            const float *row = load_f32(line, b, (n + j) * width + k, k_count);
+            for (int64_t p = 0; p < k_count; p++) buffer[p * n_count + j] = row[p];
+        }
+        return buffer;
+    }
+    *stride = b.dtype == F32 ? width : n_count;
+    if (b.dtype == F32) return (const float *)b.data + k * width + n;
+    for (int64_t p = 0; p < k_count; p++) load_f32(buffer + p * n_count, b, (k + p) * width + n, n_count);
+    return buffer;
+}
+
+void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    int64_t M = tensor_rows(y), N = tensor_cols(y), K = layout == TN ? tensor_rows(a) : tensor_cols(a);
+    int64_t m_panels = (M + PANEL_M - 1) / PANEL_M, n_panels = (N + PANEL_N - 1) / PANEL_N;
+#pragma omp parallel if (M * N * K > 32768)
+    {
+        float *memory =
+            must_malloc((PANEL_M * PANEL_K + PANEL_K * PANEL_N + PANEL_M * PANEL_N + PANEL_N) * sizeof(float));
+        float *left = memory, *right = left + PANEL_M * PANEL_K, *sum = right + PANEL_K * PANEL_N;
+        float *line = sum + PANEL_M * PANEL_N;
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t mp = 0; mp < m_panels; mp++)
+            for (int64_t np = 0; np < n_panels; np++) {
+                int64_t m = mp * PANEL_M, n = np * PANEL_N;
+                int64_t m_count = M - m < PANEL_M ? M - m : PANEL_M, n_count = N - n < PANEL_N ? N - n : PANEL_N;
+                if (!K) memset(sum, 0, (size_t)(m_count * n_count) * sizeof *sum);
+                for (int64_t k = 0; k < K; k += PANEL_K) {
+                    int64_t k_count = K - k < PANEL_K ? K - k : PANEL_K, row, col, stride;
+                    const float *l = left_panel(left, layout, a, m, m_count, k, k_count, &row, &col);
+                    const float *r = right_panel(right, layout, b, n, n_count, k, k_count, &stride);
+                    tile_product(m_count, n_count, k_count, l, row, col, r, stride, sum, n_count, k > 0);
+                }
+                for (int64_t i = 0; i < m_count; i++) {
+                    float *row = sum + i * n_count;
+                    int64_t first = (m + i) * N + n;
+                    const float *old = write == ADD ? load_f32(line, y, first, n_count) : NULL;
+                    for (int64_t j = 0; j < n_count; j++) row[j] = alpha * row[j] + (old ? old[j] : 0.0f);
+                    store_f32(y, first, n_count, row);
+                }
+            }
+        free(memory);
+    }
+}
+
+/* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K. */
+static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {
+    int64_t M = tensor_rows(y), N = tensor_cols(y), K = tensor_cols(a);
+    float *rows = must_malloc((size_t)(M * K) * sizeof *rows);
+    for (int64_t m = 0; m < M; m++) {
+        const float *row = load_f32(rows + m * K, a, m * K, K);
+        if (row != rows + m * K) memcpy(rows + m * K, row, (size_t)K * sizeof *row);
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        float total[4] = {0}, buffer[CHUNK];
+        for (int64_t k = 0; k < K; k += CHUNK) {
+            int64_t count = K - k < CHUNK ? K - k : CHUNK;
+            const float *w = load_f32(buffer, b, n * K + k, count);
+            for (int64_t m = 0; m < M; m++) {
+                const float *x = rows + m * K + k;
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = 0; i < count; i++) sum += w[i] * x[i];
+                total[m] += sum;
+            }
+        }
+        for (int64_t m = 0; m < M; m++) {
+            float one, value = total[m];
+            if (write == ADD) value += *load_f32(&one, y, m * N + n, 1);
+            store_f32(y, m * N + n, 1, &value);
+        }
+    }
+    free(rows);
+}
+
+/* Products of bf16 on a CPU without them: the larger operand in panels of f32, the rest whole. */
+static void convert_and_multiply(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
+    Tensor operands[2] = {a, b};
+    float *copies[2];
+    for (int i = 0; i < 2; i++) {
+        int64_t count = tensor_count(operands[i]);
+        copies[i] = must_malloc((size_t)count * sizeof(float));
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < count; first += CHUNK)
+            load_f32(copies[i] + first, operands[i], first, count - first < CHUNK ? count - first : CHUNK);
+        operands[i].data = copies[i];
+        operands[i].dtype = F32;
+    }
+    if (y.dtype == F32) {
+        onednn_product(layout, y, write, operands[0], operands[1]);
+    } else {
+        Tensor product = y;
+        int64_t count = tensor_count(y);
+        product.dtype = F32;
+        product.data = must_malloc((size_t)count * sizeof(float));
+        onednn_product(layout, product, SET, operands[0], operands[1]);
+        float *values = product.data;
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < count; first += CHUNK) {
+            int64_t n = count - first < CHUNK ? count - first : CHUNK;
+            float buffer[CHUNK];
+            if (write == ADD) {
+                const float *old = load_f32(buffer, y, first, n);
+                for (int64_t i = 0; i < n; i++) values[first + i] += old[i];
+            }
+            store_f32(y, first, n, values + first);
+        }
+        free(product.data);
+    }
+    free(copies[0]);
+    free(copies[1]);
+}
+
+void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    bool dense = a.dtype == b.dtype && alpha == 1.0f && (y.dtype == a.dtype || y.dtype == F32);
+    if (!dense || LANES == 4)
+        CPU(matmul_ordered)(layout, y, write, a, b, alpha);
+    else if (layout == NT && tensor_rows(y) <= 4)
+        few_rows(y, write, a, b);
+    else if (a.dtype == BF16 && !cpu_has_bf16_products())
+        convert_and_multiply(layout, y, write, a, b);
+    else
+        onednn_product(layout, y, write, a, b);
+}
+
+void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, const int32_t *offsets,
+                         int64_t groups, float alpha) {
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t first = offsets[g], count = offsets[g + 1] - first;
+        if (!count) continue;
+        if (layout == TN)
+            CPU(matmul)(TN, tensor_at(y, g), ADD, tensor_slice(a, first, count), tensor_slice(b, first, count), alpha);
+        else
+            CPU(matmul)(layout, tensor_slice(y, first, count), write, tensor_slice(a, first, count), tensor_at(b, g),
+                        alpha);
+    }
+}

@@ -1,0 +1,105 @@
+/* norm.c - root-mean-square norms, a row at a time in f32. */
+#include "kernels/norm.h"
+#include "kernels/cpu/cpu.h"
+
+#define COLS_MAX 32768
+
+static float dot(const float *a, const float *b, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static void scale_row(float *out, const float *x, float rstd, const float *weight, int64_t D) {
+    if (weight) {
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) out[i] = x[i] * rstd * weight[i];
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < D; i++) out[i] = x[i] * rstd;
+    }
+}
+
+void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual, float eps) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+#pragma omp parallel if (N * D > 16384)
+    {
+        float weights[COLS_MAX], buffer[COLS_MAX], other[COLS_MAX];
+        const float *w = weight.data ? load_f32(weights, weight, 0, D) : NULL;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const float *row = load_f32(buffer, x, n * D, D);
+            float r = 1.0f / sqrtf(dot(row, row, D) / (float)D + eps);
+            if (rstd.data) ((float *)rstd.data)[n] = r;
+            scale_row(buffer, row, r, w, D);
+            if (residual.data) {
+                const float *base = load_f32(other, residual, n * D, D);
+                round_to(x.dtype, buffer, D);
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) buffer[i] += base[i];
+            }
+            store_f32(y, n * D, D, buffer);
+        }
+    }
+}
+
+void CPU(rmsnorm_apply)(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+#pragma omp parallel if (N * D > 16384)
+    {
+        float weights[COLS_MAX], buffer[COLS_MAX];
+        const float *w = weight.data ? load_f32(weights, weight, 0, D) : NULL;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const float *row = load_f32(buffer, x, n * D, D);
+            scale_row(buffer, row, ((const float *)rstd.data)[n], w, D);
+            store_f32(y, n * D, D, buffer);
+        }
+    }
+}
+
+void CPU(rmsnorm_backward)(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd, Tensor weight) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    const float *r = rstd.data;
+    /* dweight first: it reads dy, which dx may overwrite. Columns are split, rows go in order. */
+    if (dweight.data) {
+        float *out = dweight.data;
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < D; first += CHUNK) {
+            int64_t n_cols = D - first < CHUNK ? D - first : CHUNK;
+            float a[CHUNK], b[CHUNK];
+            for (int64_t n = 0; n < N; n++) {
+                const float *g = load_f32(a, dy, n * D + first, n_cols);
+                const float *row = load_f32(b, x, n * D + first, n_cols);
+#pragma omp simd
+                for (int64_t i = 0; i < n_cols; i++) out[first + i] += g[i] * (row[i] * r[n]);
+            }
+        }
+    }
+    if (!dx.data) return;
+#pragma omp parallel if (N * D > 16384)
+    {
+        float weights[COLS_MAX], a[COLS_MAX], b[COLS_MAX], c[COLS_MAX];
+        const float *w = weight.data ? load_f32(weights, weight, 0, D) : NULL;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const float *g = load_f32(a, dy, n * D, D), *row = load_f32(b, x, n * D, D);
+            if (w) {
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) a[i] = g[i] * w[i];
+                g = a;
+            }
+            float mean = dot(g, row, D) / (float)D * r[n] * r[n];
+            if (write == ADD) {
+                const float *old = load_f32(c, dx, n * D, D);
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) c[i] = old[i] + r[n] * (g[i] - row[i] * mean);
+            } else {
+#pragma omp simd
+                for (int64_t i = 0; i < D; i++) c[i] = r[n] * (g[i] - row[i] * mean);
+            }
+            store_f32(dx, n * D, D, c);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+/* onednn.c - a table of matmul primitives by shape, dtype and layout.
+ *
+ * Making a primitive costs up to a millisecond, finding it again a few nanoseconds; the memory objects
+ * live beside it and only their pointers change. */
+#include "kernels/cpu/onednn.h"
+
+#include <dnnl.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct Key {
+    int64_t M, N, K;
+    int32_t layout, write, in, out;
+} Key;
+
+typedef struct Product {
+    Key key;
+    dnnl_primitive_t primitive;
+    dnnl_memory_t a, b, y;
+} Product;
+
+static dnnl_engine_t engine;
+static dnnl_stream_t stream;
+static Product *table; /* open addressing, size a power of two */
+static size_t table_size, table_used;
+
+#define DNNL_CHECK(call) CHECK((call) == dnnl_success, "oneDNN refused a product")
+
+static size_t hash_key(const Key *key) {
+    uint64_t h = (uint64_t)key->M * 0x9e3779b97f4a7c15u ^ (uint64_t)key->N * 0xd1342543de82ef95u;
+    h ^= (uint64_t)key->K * 0xbf58476d1ce4e5b9u;
+    h ^= (uint64_t)(key->layout * 1000 + key->write * 100 + key->in * 10 + key->out) << 40;
+    return (size_t)(h ^ (h >> 29));
+}
+
+static Product *table_find(const Key *key) {
+    for (size_t i = hash_key(key);; i++) {
+        Product *p = &table[i & (table_size - 1)];
+        if (!p->primitive || !memcmp(&p->key, key, sizeof *key)) return p;
+    }
+}
+
+static void table_grow(void) {
+    Product *old = table;
+    size_t old_size = table_size;
+    table_size = old_size ? old_size * 2 : 256;
+    table = must_calloc(table_size, sizeof *table);
+    for (size_t i = 0; i < old_size; i++)
+        if (old[i].primitive) *table_find(&old[i].key) = old[i];
+    free(old);
+}
+
+static dnnl_memory_desc_t describe(int64_t rows, int64_t cols, bool transposed, DType dtype) {
+    dnnl_memory_desc_t desc;
+    dnnl_dims_t dims = {rows, cols}, strides = {transposed ? 1 : cols, transposed ? rows : 1};
+    DNNL_CHECK(dnnl_memory_desc_init_by_strides(&desc, 2, dims, dtype == BF16 ? dnnl_bf16 : dnnl_f32, strides));
+    return desc;
+}
+
+static void product_make(Product *p, const Key *key) {
+    dnnl_memory_desc_t a = describe(key->M, key->K, key->layout == TN, key->in);
+    dnnl_memory_desc_t b = describe(key->K, key->N, key->layout == NT, key->in);
+    dnnl_memory_desc_t y = describe(key->M, key->N, false, key->out);
+    dnnl_matmul_desc_t desc;
+    DNNL_CHECK(dnnl_matmul_desc_init(&desc, &a, &b, NULL, &y));
+    dnnl_primitive_attr_t attributes;
+    DNNL_CHECK(dnnl_primitive_attr_create(&attributes));
+    dnnl_post_ops_t after;
+    DNNL_CHECK(dnnl_post_ops_create(&after));
+    if (key->write == ADD) DNNL_CHECK(dnnl_post_ops_append_sum(after, 1.0f));
+    DNNL_CHECK(dnnl_primitive_attr_set_post_ops(attributes, after));
+    dnnl_primitive_desc_t primitive_desc;
+    DNNL_CHECK(dnnl_primitive_desc_create(&primitive_desc, &desc, attributes, engine, NULL));
+    DNNL_CHECK(dnnl_primitive_create(&p->primitive, primitive_desc));
+    DNNL_CHECK(dnnl_memory_create(&p->a, &a, engine, DNNL_MEMORY_NONE));
+    DNNL_CHECK(dnnl_memory_create(&p->b, &b, engine, DNNL_MEMORY_NONE));
+    DNNL_CHECK(dnnl_memory_create(&p->y, &y, engine, DNNL_MEMORY_NONE));
+    dnnl_primitive_desc_destroy(primitive_desc);
+    dnnl_post_ops_destroy(after);
+    dnnl_primitive_attr_destroy(attributes);
+    p->key = *key;
+}
+
+void onednn_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
+    if (!engine) {
+        DNNL_CHECK(dnnl_engine_create(&engine, dnnl_cpu, 0));
+        DNNL_CHECK(dnnl_stream_create(&stream, engine, dnnl_stream_default_flags));
+    }
+    if (2 * table_used >= table_size) table_grow();
+    Key key = {.M = tensor_rows(y),
+               .N = tensor_cols(y),
+               .K = layout == TN ? tensor_rows(a) : tensor_cols(a),
+               .layout = layout,
+               .write = write,
+               .in = a.dtype,
+               .out = y.dtype};
+    Product *p = table_find(&key);
+    if (!p->primitive) {
+        product_make(p, &key);
+        table_used++;
+    }
+    dnnl_memory_set_data_handle_v2(p->a, a.data, stream);
+    dnnl_memory_set_data_handle_v2(p->b, b.data, stream);
+    dnnl_memory_set_data_handle_v2(p->y, y.data, stream);
+    dnnl_exec_arg_t arguments[] = {{DNNL_ARG_SRC, p->a}, {DNNL_ARG_WEIGHTS, p->b}, {DNNL_ARG_DST, p->y}};
+    DNNL_CHECK(dnnl_primitive_execute(p->primitive, stream, 3, arguments));
+    DNNL_CHECK(dnnl_stream_wait(stream));
+}

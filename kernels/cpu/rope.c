@@ -1,0 +1,46 @@
+/* rope.c - rotary tables and rotations. */
+#include "kernels/rope.h"
+#include "kernels/cpu/cpu.h"
+
+void CPU(rope_table)(Tensor cos_table, Tensor sin_table, Tensor positions, float theta, int64_t rotated, float factor) {
+    int64_t half = tensor_cols(cos_table), N = tensor_count(positions);
+    const int32_t *position = positions.data;
+    float *c = cos_table.data, *s = sin_table.data, frequency[half];
+    for (int64_t i = 0; i < half; i++) {
+        double exponent = (double)i / (double)half;
+        frequency[i] = i < rotated ? (float)(1.0 / pow((double)theta, exponent)) / factor : 0.0f;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t i = 0; i < half; i++) {
+            float angle = (float)position[n] * frequency[i];
+            c[n * half + i] = i < rotated ? cosf(angle) : 1.0f;
+            s[n * half + i] = i < rotated ? sinf(angle) : 0.0f;
+        }
+}
+
+static void rotate(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table, float sign) {
+    int64_t N = x.shape[0], heads = x.shape[1], C = x.shape[2], half = C / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const float *c = (const float *)cos_table.data + n * half, *s = (const float *)sin_table.data + n * half;
+        float buffer[C], out[C];
+        for (int64_t h = 0; h < heads; h++) {
+            int64_t first = (n * heads + h) * C;
+            const float *row = load_f32(buffer, x, first, C);
+#pragma omp simd
+            for (int64_t i = 0; i < half; i++) {
+                float turn = sign * s[i];
+                out[i] = row[i] * c[i] - row[i + half] * turn;
+                out[i + half] = row[i + half] * c[i] + row[i] * turn;
+            }
+            store_f32(y, first, C, out);
+        }
+    }
+}
+
+void CPU(rope_forward)(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table) { rotate(y, x, cos_table, sin_table, 1); }
+
+void CPU(rope_backward)(Tensor dx, Tensor dy, Tensor cos_table, Tensor sin_table) {
+    rotate(dx, dy, cos_table, sin_table, -1);
+}

@@ -1,0 +1,101 @@
+/* routing.c - router softmax and top-A, and the weighted join of expert outputs. */
+#include "kernels/routing.h"
+#include "kernels/cpu/cpu.h"
+
+void CPU(router_forward)(Tensor probs, Tensor share, Tensor experts, Tensor logits) {
+    int64_t N = tensor_rows(logits), E = tensor_cols(logits), A = tensor_cols(share);
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        float buffer[1024], *p = (float *)probs.data + n * E, *s = (float *)share.data + n * A;
+        int32_t *chosen = (int32_t *)experts.data + n * A;
+        const float *z = load_f32(buffer, logits, n * E, E);
+        float top = z[0], sum = 0;
+        for (int64_t e = 1; e < E; e++) top = z[e] > top ? z[e] : top;
+        for (int64_t e = 0; e < E; e++) sum += p[e] = expf(z[e] - top);
+        for (int64_t e = 0; e < E; e++) p[e] /= sum;
+        bool taken[1024] = {0};
+        float total = 0;
+        for (int64_t a = 0; a < A; a++) {
+            int32_t best = -1;
+            for (int64_t e = 0; e < E; e++)
+                if (!taken[e] && (best < 0 || p[e] > p[best])) best = (int32_t)e;
+            taken[best] = true;
+            chosen[a] = best;
+            total += s[a] = p[best];
+        }
+        for (int64_t a = 0; a < A; a++) s[a] /= total;
+    }
+}
+
+void CPU(router_backward)(Tensor dlogits, Tensor dshare, Tensor probs, Tensor share, Tensor experts, Tensor balance) {
+    int64_t N = tensor_rows(probs), E = tensor_cols(probs), A = tensor_cols(share);
+    const float *a_e = balance.data;
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const float *p = (const float *)probs.data + n * E, *s = (const float *)share.data + n * A;
+        const float *ds = (const float *)dshare.data + n * A;
+        const int32_t *chosen = (const int32_t *)experts.data + n * A;
+        float out[1024] = {0}, mean = 0;
+        for (int64_t a = 0; a < A; a++) mean += s[a] * ds[a];
+        for (int64_t a = 0; a < A; a++) out[chosen[a]] = s[a] * (ds[a] - mean);
+        if (a_e) {
+            float average = 0;
+            for (int64_t e = 0; e < E; e++) average += p[e] * a_e[e];
+            for (int64_t e = 0; e < E; e++) out[e] += p[e] * (a_e[e] - average);
+        }
+        store_f32(dlogits, n * E, E, out);
+    }
+}
+
+void CPU(combine_forward)(Tensor y, Tensor rows, Tensor slot, Tensor share, Tensor experts, Tensor scale) {
+    int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t first = 0; first < D; first += CHUNK) {
+            int64_t count = D - first < CHUNK ? D - first : CHUNK;
+            float out[CHUNK] = {0}, buffer[CHUNK], one;
+            for (int64_t a = 0; a < A; a++) {
+                int32_t expert = ((const int32_t *)experts.data)[n * A + a];
+                float weight = ((const float *)share.data)[n * A + a] * *load_f32(&one, scale, expert, 1);
+                const float *row =
+                    load_f32(buffer, rows, ((const int32_t *)slot.data)[n * A + a] * D + first, count);
+#pragma omp simd
+                for (int64_t i = 0; i < count; i++) out[i] += weight * row[i];
+            }
+            store_f32(y, n * D + first, count, out);
+        }
+}
+
+void CPU(combine_backward)(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows, Tensor slot,
+                           Tensor share, Tensor experts, Tensor scale) {
+    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot);
+    memset(drows.data, 0, tensor_bytes(drows));
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t a = 0; a < A; a++) {
+            float one, s = *load_f32(&one, scale, ((const int32_t *)experts.data)[n * A + a], 1);
+            float weight = ((const float *)share.data)[n * A + a] * s, product = 0;
+            int64_t m = ((const int32_t *)slot.data)[n * A + a];
+            for (int64_t first = 0; first < D; first += CHUNK) {
+                int64_t count = D - first < CHUNK ? D - first : CHUNK;
+                float x[CHUNK], y[CHUNK], out[CHUNK];
+                const float *g = load_f32(x, dy, n * D + first, count);
+                const float *row = load_f32(y, rows, m * D + first, count);
+                float sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = 0; i < count; i++) {
+                    sum += g[i] * row[i];
+                    out[i] = weight * g[i];
+                }
+                product += sum;
+                store_f32(drows, m * D + first, count, out);
+            }
+            ((float *)dshare.data)[n * A + a] = product; /* scaled below, once dscale has used it */
+        }
+    for (int64_t i = 0; i < N * A; i++) {
+        int32_t e = ((const int32_t *)experts.data)[i];
+        float one, *product = (float *)dshare.data + i;
+        if (dscale.data) ((float *)dscale.data)[e] += ((const float *)share.data)[i] * *product;
+        *product *= *load_f32(&one, scale, e, 1);
+    }
+}

@@ -1,0 +1,105 @@
+/* device.c - opening devices, detecting the CPU's level, and taking memory in large pages. */
+#include "kernels/device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static const char *const level_names[] = {"generic", "avx2", "avx512"};
+
+Device *device_cpu(void) {
+    static Device cpu = {DEVICE_CPU, 0};
+    return &cpu;
+}
+
+Device *device_measure(void) {
+    static Device measure = {DEVICE_MEASURE, 0};
+    return &measure;
+}
+
+Status device_open(Device **device, const char *name) {
+    if (!strcmp(name, "auto") || !strcmp(name, "cpu")) {
+        *device = device_cpu();
+        return OK;
+    }
+    if (!strncmp(name, "cuda", 4) && (!name[4] || name[4] == ':'))
+        FAIL(ERR_CONFIG, "device %s: this build has no CUDA backend, expected auto or cpu", name);
+    FAIL(ERR_CONFIG, "device %s is unknown, expected auto, cpu, cuda or cuda:N", name);
+}
+
+static CpuLevel detect(void) {
+    __builtin_cpu_init();
+    CpuLevel best = CPU_GENERIC;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = CPU_AVX2;
+    if (best == CPU_AVX2 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        best = CPU_AVX512;
+    const char *forced = getenv("LAPIDARY_CPU");
+    if (!forced || !*forced) return best;
+    for (int level = CPU_GENERIC; level <= CPU_AVX512; level++) {
+        if (strcmp(forced, level_names[level])) continue;
+        if ((CpuLevel)level <= best) return level;
+        note("LAPIDARY_CPU=%s is beyond this CPU, using %s", forced, level_names[best]);
+        return best;
+    }
+    note("LAPIDARY_CPU=%s is unknown (generic, avx2, avx512), using %s", forced, level_names[best]);
+    return best;
+}
+
+CpuLevel cpu_level(void) {
+    static int level = -1;
+    int known = __atomic_load_n(&level, __ATOMIC_RELAXED);
+    if (known < 0) {
+        known = detect();
+        __atomic_store_n(&level, known, __ATOMIC_RELAXED);
+    }
+    return known;
+}
+
+const char *cpu_level_name(void) { return level_names[cpu_level()]; }
+
+bool cpu_has_bf16_products(void) { return cpu_level() == CPU_AVX512; }
+
+static const size_t HUGE_PAGE = 2u << 20;
+
+void *device_allocate(Device *device, size_t bytes) {
+    CHECK(device->kind == DEVICE_CPU, "memory of a device this build does not have");
+    size_t size = bytes < HUGE_PAGE ? bytes : (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    if (bytes < HUGE_PAGE) {
+        void *memory = aligned_alloc(64, (size + 63) / 64 * 64 + 64);
+        if (memory) memset(memory, 0, size);
+        return memory;
+    }
+    char *raw = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED) return NULL;
+    size_t head = -(uintptr_t)raw % HUGE_PAGE;
+    if (head) munmap(raw, head);
+    munmap(raw + head + size, HUGE_PAGE - head);
+    madvise(raw + head, size, MADV_HUGEPAGE);
+    return raw + head;
+}
+
+void device_release(Device *device, void *memory, size_t bytes) {
+    (void)device;
+    if (!memory) return;
+    if (bytes < HUGE_PAGE)
+        free(memory);
+    else
+        munmap(memory, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+}
+
+size_t device_available(Device *device) {
+    (void)device;
+    FILE *file = fopen("/proc/meminfo", "r");
+    unsigned long long kilobytes = 0;
+    char line[256];
+    while (file && fgets(line, sizeof line, file))
+        if (sscanf(line, "MemAvailable: %llu", &kilobytes) == 1) break;
+    if (file) fclose(file);
+    if (kilobytes) return (size_t)kilobytes << 10;
+    return (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+}

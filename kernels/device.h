@@ -1,0 +1,49 @@
+/* device.h - where tensors live and which instructions the CPU kernels may use.
+ *
+ * The CPU twins are compiled once per level from the same sources; the level is picked when the
+ * program starts and LAPIDARY_CPU=generic|avx2|avx512 forces one. */
+#ifndef DEVICE_H
+#define DEVICE_H
+
+#include "kernels/status.h"
+
+#include <stdint.h>
+
+typedef enum DeviceKind {
+    DEVICE_CPU,
+    DEVICE_CUDA,
+    DEVICE_MEASURE, /* holds nothing and computes nothing: tensors of a measuring arena live here */
+} DeviceKind;
+
+typedef struct Device {
+    DeviceKind kind;
+    int index; /* of the GPU; 0 for the CPU */
+} Device;
+
+typedef enum CpuLevel { CPU_GENERIC, CPU_AVX2, CPU_AVX512 } CpuLevel;
+
+/* Opens the device that a run file or --device names: auto, cpu, cuda or cuda:N. */
+Status device_open(Device **device, const char *name);
+
+/* The CPU, always there. */
+Device *device_cpu(void);
+
+/* Where measuring arenas place tensors: kernels whose tensors live here return at once. */
+Device *device_measure(void);
+
+/* The level in use. Detected once, or forced through LAPIDARY_CPU. */
+CpuLevel cpu_level(void);
+const char *cpu_level_name(void);
+
+/* Whether the CPU multiplies bf16 natively well enough for dense products to stay in bf16. */
+bool cpu_has_bf16_products(void);
+
+/* Zeroed memory on the device, aligned to 2 MB and advised to huge pages when it is large; NULL when
+ * there is not enough. */
+void *device_allocate(Device *device, size_t bytes);
+void device_release(Device *device, void *memory, size_t bytes);
+
+/* Bytes that could be taken from the device now without swapping. */
+size_t device_available(Device *device);
+
+#endif

@@ -1,0 +1,36 @@
+/* elementwise.h - copies, sums, gathers and masks: memory moved once, nothing else. */
+#ifndef ELEMENTWISE_H
+#define ELEMENTWISE_H
+
+#include "kernels/kernel.h"
+
+/* y (=|+=) alpha * x, converting between f32, bf16 and f16 (f16 only as x).  y may alias x. */
+KERNEL(scale_copy, Tensor y, Write write, Tensor x, float alpha);
+
+/* y = value everywhere.   y f32 | bf16 */
+KERNEL(fill, Tensor y, float value);
+
+/* y = alpha * (a + b), a + b rounded to the dtype before the factor as the reference does.
+ *   y, a, b  f32 | bf16, one dtype; y may alias a or b */
+KERNEL(add_scaled, Tensor y, Tensor a, Tensor b, float alpha);
+
+/* y[m] = x[rows[m]]; rows -1 gives zeros.   y (M, D), x (N, D) one dtype, rows (M) i32 */
+KERNEL(gather_rows, Tensor y, Tensor x, Tensor rows);
+
+/* y (=|+=) 0 except y[rows[m]] (=|+=) x[m]; rows are distinct, -1 is skipped. With SET rows not named
+ * become zero.   y (N, D), x (M, D) one dtype */
+KERNEL(scatter_rows, Tensor y, Write write, Tensor x, Tensor rows);
+
+/* y[n] += sum over k of x[slot[n,k]], in order of k.   y (N, D), x (M, D) one dtype, slot (N, A) i32 */
+KERNEL(gather_add_rows, Tensor y, Tensor x, Tensor slot);
+
+/* y = x * mask / (1 - p), mask[i] = uniform(key, i) >= p.   y may alias x */
+KERNEL(dropout, Tensor y, Tensor x, float p, uint64_t key);
+
+/* y[., o] (=|+=) x[., o] * weight[o].   y, x (N, D), weight (D) f32 */
+KERNEL(scale_columns, Tensor y, Write write, Tensor x, Tensor weight);
+
+/* y[o] += sum over rows of a[., o] * b[., o], in order of rows.   y (D) f32; a, b (N, D) */
+KERNEL(dot_columns, Tensor y, Tensor a, Tensor b);
+
+#endif

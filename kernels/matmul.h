@@ -1,0 +1,31 @@
+/* matmul.h - dense and grouped matrix products. */
+#ifndef MATMUL_H
+#define MATMUL_H
+
+#include "kernels/kernel.h"
+
+typedef enum Layout {
+    NT, /* y (M, N) = a (M, K) b (N, K)^T : forward of y = x W^T */
+    NN, /* y (M, N) = a (M, K) b (K, N)   : dx = dy W */
+    TN, /* y (M, N) = a (K, M)^T b (K, N) : dW = dy^T x */
+} Layout;
+
+/* y (=|+=) alpha * a b in the layout named; sums in f32.
+ *   a, b  f32 | bf16. Of one dtype and alpha 1 the product is a large dense one (oneDNN); of two
+ *         dtypes it is computed in f32 with every element summed strictly in order of K, so rows of
+ *         zeros in K change no bit: the adapters' products.
+ *   y     f32 | bf16 */
+KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
+
+/* The second kind of matmul for any dtypes: strictly ordered, in f32. */
+KERNEL(matmul_ordered, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
+
+/* One product per group over rows sorted by group: rows offsets[g] .. offsets[g+1] belong to g.
+ *   NT  y (M, N) rows of g = a (M, K) rows of g times b[g] (N, K)^T
+ *   NN  y (M, N) rows of g = a (M, K) rows of g times b[g] (K, N)
+ *   TN  y[g] (P, Q) += (rows of g of a (M, P))^T (rows of g of b (M, Q)); write must be ADD
+ *   offsets  (G + 1)  i32 on the host */
+KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, const int32_t *offsets,
+       int64_t groups, float alpha);
+
+#endif

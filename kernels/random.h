@@ -1,0 +1,38 @@
+/* random.h - keyed random numbers: value i of stream k is a function of (k, i) and nothing else.
+ *
+ * Nothing is drawn in order, so any thread may make any part, a resumed run makes what an
+ * uninterrupted one would, and a mask is made again instead of kept. The mixer is SplitMix64's
+ * finaliser (Steele, Lea, Flood 2014) applied to key + i * odd constant. */
+#ifndef RANDOM_H
+#define RANDOM_H
+
+#include <stdint.h>
+
+static inline uint64_t random_mix(uint64_t z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* A stream key from a seed and a name or number. */
+static inline uint64_t random_key(uint64_t seed, uint64_t salt) {
+    return random_mix(random_mix(seed + 0x9e3779b97f4a7c15u) ^ (salt * 0xd1342543de82ef95u + 1));
+}
+uint64_t random_key_name(uint64_t seed, const char *name);
+
+static inline uint64_t random_u64(uint64_t key, uint64_t index) {
+    return random_mix(key + (index + 1) * 0x9e3779b97f4a7c15u);
+}
+
+/* Uniform in [0, 1). */
+static inline float random_uniform(uint64_t key, uint64_t index) {
+    return (float)(random_u64(key, index) >> 40) * 0x1p-24f;
+}
+static inline double random_uniform_double(uint64_t key, uint64_t index) {
+    return (double)(random_u64(key, index) >> 11) * 0x1p-53;
+}
+
+/* Standard normal (Box-Muller), values first .. first + count - 1 of the stream. */
+void random_normal(float *values, uint64_t key, uint64_t first, int64_t count);
+
+#endif

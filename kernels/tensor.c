@@ -1,0 +1,55 @@
+/* tensor.c - making views and describing them. */
+#include "kernels/tensor.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+
+const char *dtype_name(DType dtype) {
+    static const char *const names[DTYPE_COUNT] = {"f32", "bf16", "i32", "u8", "f16"};
+    return dtype < DTYPE_COUNT ? names[dtype] : "?";
+}
+
+Tensor tensor_make(void *data, DType dtype, int ndim, const int64_t *shape) {
+    CHECK(ndim <= 4, "a tensor has %d dimensions", ndim);
+    Tensor t = {.data = data, .device = device_cpu(), .dtype = dtype, .ndim = ndim};
+    for (int i = 0; i < ndim; i++) t.shape[i] = shape[i];
+    return t;
+}
+
+Tensor tensor_reshape(Tensor t, int ndim, const int64_t *shape) {
+    int64_t count = tensor_count(t);
+    bool placed = t.device != NULL;
+    t.ndim = ndim;
+    for (int i = 0; i < ndim; i++) t.shape[i] = shape[i];
+    CHECK(!placed || tensor_count(t) == count, "reshape from %" PRId64 " to %" PRId64 " elements", count,
+          tensor_count(t));
+    return t;
+}
+
+Tensor tensor_slice(Tensor t, int64_t first, int64_t count) {
+    if (!t.device) return t;
+    CHECK(first >= 0 && count >= 0 && first + count <= t.shape[0], "slice %" PRId64 "+%" PRId64 " of %s",
+          first, count, tensor_text(t));
+    size_t inner = t.shape[0] ? tensor_bytes(t) / (size_t)t.shape[0] : 0;
+    if (t.data) t.data = (char *)t.data + (size_t)first * inner;
+    t.shape[0] = count;
+    return t;
+}
+
+Tensor tensor_at(Tensor t, int64_t index) {
+    t = tensor_slice(t, index, 1);
+    t.ndim--;
+    for (int i = 0; i < t.ndim; i++) t.shape[i] = t.shape[i + 1];
+    return t;
+}
+
+const char *tensor_text(Tensor t) {
+    static _Thread_local char buffers[4][112];
+    static _Thread_local unsigned turn;
+    char *text = buffers[turn++ % 4];
+    int used = snprintf(text, sizeof buffers[0], "(");
+    for (int i = 0; i < t.ndim; i++)
+        used += snprintf(text + used, sizeof buffers[0] - (size_t)used, "%s%" PRId64, i ? ", " : "", t.shape[i]);
+    snprintf(text + used, sizeof buffers[0] - (size_t)used, ") %s", dtype_name(t.dtype));
+    return text;
+}

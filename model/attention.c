@@ -1,0 +1,101 @@
+/* attention.c - q, k, v from x; heads normalised; q and k rotated; attended; o_proj.
+ *
+ * v is normalised without a weight and not rotated. Where V comes from K it is the raw k_proj output
+ * under v's norm, so it differs from K. Scores have no scale. */
+#include "model/attention.h"
+#include "kernels/attention.h"
+#include "kernels/elementwise.h"
+#include "kernels/rope.h"
+
+void attention_declare(Attention *a, ParamList *params, LinearList *list, const BlockConfig *c) {
+    int64_t C = c->head_dim, kv = c->num_key_value_heads * C, D = c->hidden_size;
+    a->config = *c;
+    params_enter(params, "self_attn");
+    linear_declare(&a->q_proj, params, list, "q_proj", c->num_attention_heads * C, D);
+    norm_declare(&a->q_norm, params, "q_norm", C, c->eps);
+    if (c->owns_kv) {
+        linear_declare(&a->k_proj, params, list, "k_proj", kv, D);
+        norm_declare(&a->k_norm, params, "k_norm", C, c->eps);
+        if (!c->v_from_k) linear_declare(&a->v_proj, params, list, "v_proj", kv, D);
+        a->v_norm = (Norm){.eps = c->eps};
+    }
+    linear_declare(&a->o_proj, params, list, "o_proj", D, c->num_attention_heads * C);
+    params_leave(params);
+}
+
+void attention_reserve(AttentionSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N) {
+    int64_t H = c->num_attention_heads, K = c->num_key_value_heads, C = c->head_dim;
+    *s = (AttentionSaved){0};
+    s->q_raw = ARENA_TENSOR(arena, dtype, N, H, C);
+    s->q = ARENA_TENSOR(arena, dtype, N, H, C);
+    s->out = ARENA_TENSOR(arena, dtype, N, H, C);
+    s->q_rstd = ARENA_TENSOR(arena, F32, N, H);
+    s->lse = ARENA_TENSOR(arena, F32, N, H);
+    if (!c->owns_kv) return;
+    s->k_raw = ARENA_TENSOR(arena, dtype, N, K, C);
+    s->k_rstd = ARENA_TENSOR(arena, F32, N, K);
+    s->v_raw = c->v_from_k ? s->k_raw : ARENA_TENSOR(arena, dtype, N, K, C);
+    s->v_rstd = ARENA_TENSOR(arena, F32, N, K);
+}
+
+static Tensor flat(Tensor heads) { return RESHAPE(heads, heads.shape[0], heads.shape[1] * heads.shape[2]); }
+
+void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Tensor x, Pass *p) {
+    const BlockConfig *c = &a->config;
+    const Rows *rows = p->rows;
+    KvSlot *slot = &p->slots[c->kv_layer];
+    Tensor cos = rows->cos[c->kind], sin = rows->sin[c->kind];
+
+    linear_forward(&a->q_proj, flat(s->q_raw), x, p);
+    norm_forward(&a->q_norm, s->q, s->q_rstd, s->q_raw, tensor_absent());
+    rope_forward(s->q, s->q, cos, sin);
+    if (c->owns_kv) {
+        Tensor k = tensor_slice(slot->k, slot->length, rows->count), v = tensor_slice(slot->v, slot->length, rows->count);
+        linear_forward(&a->k_proj, flat(s->k_raw), x, p);
+        if (!c->v_from_k) linear_forward(&a->v_proj, flat(s->v_raw), x, p);
+        norm_forward(&a->k_norm, k, s->k_rstd, s->k_raw, tensor_absent());
+        rope_forward(k, k, cos, sin);
+        norm_forward(&a->v_norm, v, s->v_rstd, s->v_raw, tensor_absent());
+    }
+    attention_forward(s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind], rows->first[c->kind],
+                      rows->last[c->kind]);
+    linear_forward(&a->o_proj, y, flat(s->out), p);
+}
+
+void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tensor dx, Write write, Tensor dy, Tensor x,
+                              Pass *p) {
+    const BlockConfig *c = &a->config;
+    const Rows *rows = p->rows;
+    KvSlot *slot = &p->slots[c->kv_layer];
+    Tensor cos = rows->cos[c->kind], sin = rows->sin[c->kind];
+    size_t mark = arena_mark(p->scratch);
+
+    Tensor dout = arena_like(p->scratch, s->out), dq = arena_like(p->scratch, s->q);
+    int64_t G = attention_partials(c->num_key_value_heads);
+    Tensor partial = G == 1 ? tensor_absent()
+                            : ARENA_TENSOR(p->scratch, F32, 2 * G, slot->k.shape[0], slot->k.shape[1], slot->k.shape[2]);
+    linear_backward(&a->o_proj, flat(dout), SET, dy, flat(s->out), p);
+    attention_backward(dq, slot->dk, slot->dv, dout, s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind],
+                       rows->first[c->kind], rows->last[c->kind], partial);
+    if (c->owns_kv) {
+        Tensor dk = arena_like(p->scratch, s->k_raw), dv = arena_like(p->scratch, s->v_raw);
+        rope_backward(dk, slot->dk, cos, sin);
+        norm_backward(&a->k_norm, dk, SET, dk, s->k_raw, s->k_rstd);
+        scale_copy(dv, SET, slot->dv, 1.0f);
+        if (c->v_from_k) { /* both paths end in the raw K */
+            norm_backward(&a->v_norm, dk, ADD, dv, s->v_raw, s->v_rstd);
+        } else {
+            norm_backward(&a->v_norm, dv, SET, dv, s->v_raw, s->v_rstd);
+            linear_backward(&a->v_proj, dx, write, flat(dv), x, p);
+            write = ADD;
+        }
+        linear_backward(&a->k_proj, dx, write, flat(dk), x, p);
+        write = ADD;
+        fill(slot->dk, 0.0f); /* zero for the next pass */
+        fill(slot->dv, 0.0f);
+    }
+    rope_backward(dq, dq, cos, sin);
+    norm_backward(&a->q_norm, dq, SET, dq, s->q_raw, s->q_rstd);
+    linear_backward(&a->q_proj, dx, write, flat(dq), x, p);
+    arena_release(p->scratch, mark);
+}

@@ -1,0 +1,148 @@
+/* block.c - x1 = x + norm(attention(norm(x)));  x2 = x1 + norm(feed_forward(x1));
+ *           x3 = x2 + norm(projection(gelu(gate(x2)) * per_layer));  y = layer_scalar * x3.
+ *
+ * With experts the feed-forward is norm_1(mlp(norm(x1))) + norm_2'(experts(norm_2(x1))), the router
+ * reading x1. Normalised inputs are not saved: from x and rstd they are one pass over memory away. */
+#include "model/block.h"
+#include "kernels/activation.h"
+#include "kernels/elementwise.h"
+
+void block_declare(Block *b, ParamList *params, LinearList *list, const BlockConfig *c) {
+    int64_t D = c->hidden_size;
+    b->config = *c;
+    params_enter(params, "layers.%d", c->layer);
+    attention_declare(&b->self_attn, params, list, c);
+    mlp_declare(&b->mlp, params, list, c);
+    norm_declare(&b->input_layernorm, params, "input_layernorm", D, c->eps);
+    norm_declare(&b->post_attention_layernorm, params, "post_attention_layernorm", D, c->eps);
+    norm_declare(&b->pre_feedforward_layernorm, params, "pre_feedforward_layernorm", D, c->eps);
+    norm_declare(&b->post_feedforward_layernorm, params, "post_feedforward_layernorm", D, c->eps);
+    if (c->num_experts) {
+        moe_declare(&b->moe, params, list, c);
+        norm_declare(&b->post_feedforward_layernorm_1, params, "post_feedforward_layernorm_1", D, c->eps);
+        norm_declare(&b->pre_feedforward_layernorm_2, params, "pre_feedforward_layernorm_2", D, c->eps);
+        norm_declare(&b->post_feedforward_layernorm_2, params, "post_feedforward_layernorm_2", D, c->eps);
+    }
+    if (c->per_layer_input) {
+        linear_declare(&b->per_layer_input_gate, params, list, "per_layer_input_gate", c->per_layer_input, D);
+        linear_declare(&b->per_layer_projection, params, list, "per_layer_projection", D, c->per_layer_input);
+        norm_declare(&b->post_per_layer_input_norm, params, "post_per_layer_input_norm", D, c->eps);
+    }
+    b->layer_scalar = PARAMS_ADD(params, "layer_scalar", 1);
+    b->layer_scalar->buffer = true;
+    params_leave(params);
+}
+
+void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N) {
+    int64_t D = c->hidden_size;
+    *s = (BlockSaved){0};
+    attention_reserve(&s->attention, arena, c, dtype, N);
+    mlp_reserve(&s->mlp, arena, c, dtype, N);
+    s->attended = ARENA_TENSOR(arena, dtype, N, D);
+    s->x1 = ARENA_TENSOR(arena, dtype, N, D);
+    s->fed = ARENA_TENSOR(arena, dtype, N, D);
+    s->input_rstd = ARENA_TENSOR(arena, F32, N);
+    s->attended_rstd = ARENA_TENSOR(arena, F32, N);
+    s->x1_rstd = ARENA_TENSOR(arena, F32, N);
+    s->fed_rstd = ARENA_TENSOR(arena, F32, N);
+    if (c->num_experts) {
+        moe_reserve(&s->moe, arena, c, dtype, N);
+        s->dense = ARENA_TENSOR(arena, dtype, N, D);
+        s->routed = ARENA_TENSOR(arena, dtype, N, D);
+        s->x1_rstd_2 = ARENA_TENSOR(arena, F32, N);
+        s->dense_rstd = ARENA_TENSOR(arena, F32, N);
+        s->routed_rstd = ARENA_TENSOR(arena, F32, N);
+    }
+    if (c->per_layer_input) {
+        s->x2 = ARENA_TENSOR(arena, dtype, N, D);
+        s->gate = ARENA_TENSOR(arena, dtype, N, c->per_layer_input);
+        s->projected = ARENA_TENSOR(arena, dtype, N, D);
+        s->projected_rstd = ARENA_TENSOR(arena, F32, N);
+    }
+}
+
+static float scalar_of(const Block *b) {
+    if (!b->layer_scalar->value.data) return 1.0f; /* measuring */
+    if (b->layer_scalar->value.dtype == F32) return *(const float *)b->layer_scalar->value.data;
+    return bf16_to_f32(*(const uint16_t *)b->layer_scalar->value.data);
+}
+
+static void feed_forward(const Block *b, BlockSaved *s, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor h = arena_like(p->scratch, s->x1);
+    norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
+    if (!b->config.num_experts) {
+        mlp_forward(&b->mlp, &s->mlp, s->fed, h, p);
+    } else {
+        mlp_forward(&b->mlp, &s->mlp, s->dense, h, p);
+        norm_forward(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1, tensor_absent());
+        moe_forward(&b->moe, &s->moe, s->routed, h, s->x1, p);
+        norm_forward(&b->post_feedforward_layernorm_1, s->fed, s->dense_rstd, s->dense, tensor_absent());
+        norm_forward(&b->post_feedforward_layernorm_2, s->fed, s->routed_rstd, s->routed, s->fed);
+    }
+    arena_release(p->scratch, mark);
+}
+
+void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per_layer, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor h = arena_like(p->scratch, x);
+    norm_forward(&b->input_layernorm, h, s->input_rstd, x, tensor_absent());
+    attention_layer_forward(&b->self_attn, &s->attention, s->attended, h, p);
+    norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
+    feed_forward(b, s, p);
+    Tensor x2 = b->config.per_layer_input ? s->x2 : y;
+    norm_forward(&b->post_feedforward_layernorm, x2, s->fed_rstd, s->fed, s->x1);
+    if (b->config.per_layer_input) {
+        Tensor u = arena_like(p->scratch, s->gate);
+        linear_forward(&b->per_layer_input_gate, s->gate, s->x2, p);
+        gelu_mul_forward(u, s->gate, per_layer);
+        linear_forward(&b->per_layer_projection, s->projected, u, p);
+        norm_forward(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2);
+    }
+    scale_copy(y, SET, y, scalar_of(b));
+    arena_release(p->scratch, mark);
+}
+
+/* dx1, which holds the gradient arriving by the residual, gets that of the feed-forward added. */
+static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx1, Tensor dfed, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor h = arena_like(p->scratch, s->x1), dh = arena_like(p->scratch, s->x1);
+    norm_apply(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1);
+    if (!b->config.num_experts) {
+        mlp_backward(&b->mlp, &s->mlp, dh, SET, dfed, h, p);
+        norm_backward(&b->pre_feedforward_layernorm, dx1, ADD, dh, s->x1, s->x1_rstd);
+    } else {
+        Tensor dbranch = arena_like(p->scratch, s->x1);
+        norm_backward(&b->post_feedforward_layernorm_1, dbranch, SET, dfed, s->dense, s->dense_rstd);
+        mlp_backward(&b->mlp, &s->mlp, dh, SET, dbranch, h, p);
+        norm_backward(&b->pre_feedforward_layernorm, dx1, ADD, dh, s->x1, s->x1_rstd);
+        norm_backward(&b->post_feedforward_layernorm_2, dbranch, SET, dfed, s->routed, s->routed_rstd);
+        norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1);
+        moe_backward(&b->moe, &s->moe, dh, dx1, dbranch, h, s->x1, p);
+        norm_backward(&b->pre_feedforward_layernorm_2, dx1, ADD, dh, s->x1, s->x1_rstd_2);
+    }
+    arena_release(p->scratch, mark);
+}
+
+void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_layer, Tensor dy, Tensor x,
+                    Tensor per_layer, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor h = arena_like(p->scratch, x), dbranch = arena_like(p->scratch, x);
+    scale_copy(dx, SET, dy, scalar_of(b)); /* dx carries the residual's gradient from here down */
+    if (b->config.per_layer_input) {
+        Tensor u = arena_like(p->scratch, s->gate), du = arena_like(p->scratch, s->gate);
+        gelu_mul_forward(u, s->gate, per_layer);
+        norm_backward(&b->post_per_layer_input_norm, dbranch, SET, dx, s->projected, s->projected_rstd);
+        linear_backward(&b->per_layer_projection, du, SET, dbranch, u, p);
+        gelu_mul_backward(u, dper_layer, du, s->gate, per_layer); /* u: dgate */
+        linear_backward(&b->per_layer_input_gate, dx, ADD, u, s->x2, p);
+    }
+    norm_backward(&b->post_feedforward_layernorm, dbranch, SET, dx, s->fed, s->fed_rstd);
+    feed_forward_backward(b, s, dx, dbranch, p);
+    norm_backward(&b->post_attention_layernorm, dbranch, SET, dx, s->attended, s->attended_rstd);
+    norm_apply(&b->input_layernorm, h, s->input_rstd, x);
+    Tensor dh = arena_like(p->scratch, x);
+    attention_layer_backward(&b->self_attn, &s->attention, dh, SET, dbranch, h, p);
+    norm_backward(&b->input_layernorm, dx, ADD, dh, x, s->input_rstd);
+    arena_release(p->scratch, mark);
+}

@@ -1,0 +1,47 @@
+/* gemma.c - declaring the model. */
+#include "model/gemma.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *device) {
+    *g = (Gemma){.config = *config, .dtype = dtype, .device = device};
+    const ModelConfig *c = &g->config;
+    params_init(&g->params, dtype, model_config_prefix(c));
+    params_enter(&g->params, "embed_tokens");
+    g->embed_tokens = PARAMS_ADD(&g->params, "weight", c->vocab_size, c->hidden_size);
+    params_leave(&g->params);
+    if (c->hidden_size_per_layer_input) per_layer_input_declare(&g->per_layer_input, &g->params, &g->linears, c);
+    g->blocks = must_calloc((size_t)c->num_hidden_layers, sizeof *g->blocks);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        BlockConfig block = block_config(c, l);
+        block_declare(&g->blocks[l], &g->params, &g->linears, &block);
+    }
+    norm_declare(&g->norm, &g->params, "norm", c->hidden_size, (float)c->rms_norm_eps);
+}
+
+void gemma_free(Gemma *g) {
+    for (Linear *l = g->linears.first; l; l = l->next) {
+        if (l->lora) free(l->lora->factor.data);
+        free(l->lora);
+    }
+    params_free(&g->params);
+    free(g->blocks);
+    *g = (Gemma){0};
+}
+
+float gemma_embedding_scale(const Gemma *g) {
+    float scale = (float)sqrt((double)g->config.hidden_size);
+    return g->dtype == BF16 ? bf16_to_f32(f32_to_bf16(scale)) : scale;
+}
+
+Linear *gemma_find_linear(const Gemma *g, const char *name) {
+    for (Linear *l = g->linears.first; l; l = l->next)
+        if (!strcmp(l->name, name)) return l;
+    return NULL;
+}
+
+bool gemma_trains_embedding(const Gemma *g) {
+    return g->embed_tokens->trainable || (g->per_layer_input.L && per_layer_input_trains(&g->per_layer_input));
+}

@@ -1,0 +1,33 @@
+/* gemma.h - the whole text model: embedding, per-layer input, blocks, final norm, tied head. */
+#ifndef GEMMA_H
+#define GEMMA_H
+
+#include "model/block.h"
+#include "model/per_layer_input.h"
+
+typedef struct Gemma {
+    ModelConfig config;
+    DType dtype; /* of activations and frozen weights */
+    Device *device;
+    ParamList params;
+    LinearList linears;
+    Param *embed_tokens; /* (V, D), also the head */
+    PerLayerInput per_layer_input; /* L == 0: the model has none */
+    Block *blocks;
+    Norm norm;
+} Gemma;
+
+/* Declares every parameter; nothing is taken yet. */
+void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *device);
+void gemma_free(Gemma *g);
+
+/* sqrt(D), rounded as the working dtype rounds it. */
+float gemma_embedding_scale(const Gemma *g);
+
+/* The linear of that full module (or fused parameter) name; NULL when there is none. */
+Linear *gemma_find_linear(const Gemma *g, const char *name);
+
+/* Whether the gradient of the scaled embeddings is wanted by anything. */
+bool gemma_trains_embedding(const Gemma *g);
+
+#endif

@@ -1,0 +1,156 @@
+/* linear.c - the product, its adapter, and both ways back. */
+#include "model/linear.h"
+#include "kernels/elementwise.h"
+#include "kernels/matmul.h"
+#include "kernels/random.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+static void list_append(LinearList *list, Linear *l) {
+    if (!list->end) list->end = &list->first;
+    *list->end = l;
+    list->end = &l->next;
+}
+
+void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t out, int64_t in) {
+    *l = (Linear){.in = in, .out = out, .groups = 1};
+    CHECK(snprintf(l->name, sizeof l->name, "%s%s", params->path, name) < (int)sizeof l->name, "name too long: %s", name);
+    params_enter(params, "%s", name);
+    l->weight = PARAMS_ADD(params, "weight", out, in);
+    params_leave(params);
+    list_append(list, l);
+}
+
+void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t groups,
+                            int64_t out, int64_t in) {
+    *l = (Linear){.in = in, .out = out, .groups = groups};
+    CHECK(snprintf(l->name, sizeof l->name, "%s%s", params->path, name) < (int)sizeof l->name, "name too long: %s", name);
+    l->weight = PARAMS_ADD(params, name, groups, out, in);
+    list_append(list, l);
+}
+
+/* x as the adapter sees it: dropped out while training. */
+static Tensor adapter_input(const Linear *l, Tensor x, Pass *p) {
+    if (!p->training || l->lora->dropout == 0) return x;
+    Tensor dropped = arena_like(p->scratch, x);
+    dropout(dropped, x, l->lora->dropout, random_key(l->lora->key, p->key));
+    return dropped;
+}
+
+/* One product of the adapter, dense or grouped. */
+static void adapter_product(const Linear *l, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
+                            const int32_t *offsets, float alpha) {
+    if (l->groups == 1)
+        matmul_ordered(layout, y, write, a, b, alpha);
+    else
+        grouped_matmul(layout, y, write, a, b, offsets, l->groups, alpha);
+}
+
+static void forward(const Linear *l, Tensor y, Tensor x, const int32_t *offsets, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    if (l->groups == 1)
+        matmul(NT, y, SET, x, l->weight->value, 1.0f);
+    else
+        grouped_matmul(NT, y, SET, x, l->weight->value, offsets, l->groups, 1.0f);
+    if (l->lora) {
+        Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), l->lora->rank);
+        Tensor input = adapter_input(l, x, p);
+        adapter_product(l, NT, u, SET, input, l->lora->A->value, offsets, 1.0f);
+        adapter_product(l, NT, y, ADD, u, l->lora->B->value, offsets, l->lora->scale);
+        if (l->lora->magnitude) scale_columns(y, SET, y, l->lora->factor);
+    }
+    arena_release(p->scratch, mark);
+}
+
+static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, const int32_t *offsets, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    const Lora *lora = l->lora;
+    if (lora && lora->magnitude) { /* y = factor * z: dm = sum dy z / |.|, and dz = factor * dy goes on */
+        if (lora->magnitude->trainable) {
+            Tensor z = arena_like(p->scratch, dy), sums = arena_like(p->scratch, lora->factor);
+            forward(l, z, x, offsets, p); /* factor * z; divided by the magnitude below */
+            fill(sums, 0.0f);
+            dot_columns(sums, dy, z);
+            if (sums.data)
+                for (int64_t o = 0; o < l->out; o++) {
+                    float m = ((float *)lora->magnitude->value.data)[o];
+                    ((float *)lora->magnitude->grad.data)[o] += m != 0 ? ((float *)sums.data)[o] / m : 0.0f;
+                }
+        }
+        Tensor dz = arena_like(p->scratch, dy);
+        scale_columns(dz, SET, dy, lora->factor);
+        dy = dz;
+    }
+    if (tensor_present(dx)) {
+        if (l->groups == 1)
+            matmul(NN, dx, write, dy, l->weight->value, 1.0f);
+        else
+            grouped_matmul(NN, dx, write, dy, l->weight->value, offsets, l->groups, 1.0f);
+    }
+    if (l->weight->trainable) {
+        if (l->groups == 1)
+            matmul(TN, l->weight->grad, ADD, dy, x, 1.0f);
+        else
+            grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, l->groups, 1.0f);
+    }
+    if (lora) {
+        Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank), du = arena_like(p->scratch, u);
+        Tensor input = adapter_input(l, x, p);
+        adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
+        if (lora->A->trainable) {
+            adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
+            adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
+            adapter_product(l, TN, lora->A->grad, ADD, du, input, offsets, 1.0f);
+        }
+        if (tensor_present(dx)) {
+            if (p->training && lora->dropout > 0) {
+                Tensor dinput = arena_like(p->scratch, x);
+                adapter_product(l, NN, dinput, SET, du, lora->A->value, offsets, 1.0f);
+                dropout(dinput, dinput, lora->dropout, random_key(lora->key, p->key));
+                scale_copy(dx, ADD, dinput, 1.0f);
+            } else {
+                adapter_product(l, NN, dx, ADD, du, lora->A->value, offsets, 1.0f);
+            }
+        }
+    }
+    arena_release(p->scratch, mark);
+}
+
+void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) { forward(l, y, x, NULL, p); }
+
+void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, const int32_t *offsets, Pass *p) {
+    forward(l, y, x, offsets, p);
+}
+
+void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p) {
+    backward(l, dx, write, dy, x, NULL, p);
+}
+
+void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, const int32_t *offsets,
+                             Pass *p) {
+    backward(l, dx, write, dy, x, offsets, p);
+}
+
+/* factor = m / |W + s B A| by output row, the sum formed in blocks of rows. */
+void linear_refresh(Linear *l, Arena *scratch) {
+    if (!l->lora || !l->lora->magnitude) return;
+    int64_t block = l->out < 64 ? l->out : 64;
+    size_t mark = arena_mark(scratch);
+    Tensor sum = ARENA_TENSOR(scratch, F32, block, l->in);
+    for (int64_t o = 0; o < l->out && sum.data; o += block) {
+        int64_t n = l->out - o < block ? l->out - o : block;
+        Tensor part = tensor_slice(sum, 0, n);
+        scale_copy(part, SET, tensor_slice(l->weight->value, o, n), 1.0f);
+        matmul_ordered(NN, part, ADD, tensor_slice(l->lora->B->value, o, n), l->lora->A->value, l->lora->scale);
+        for (int64_t i = 0; i < n; i++) {
+            const float *row = (const float *)part.data + i * l->in;
+            double square = 0;
+            for (int64_t k = 0; k < l->in; k++) square += (double)row[k] * row[k];
+            ((float *)l->lora->factor.data)[o + i] =
+                ((float *)l->lora->magnitude->value.data)[o + i] / (float)sqrt(square);
+        }
+    }
+    arena_release(scratch, mark);
+}

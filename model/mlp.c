@@ -1,0 +1,40 @@
+/* mlp.c - the gated feed-forward: y = down_proj(gelu(gate_proj(x)) * up_proj(x)).
+ *
+ * gelu(gate) * up is cheap, so only gate and up are saved and the product is redone in backward;
+ * keeping it would cost a third (N, F) tensor per block. */
+#include "model/mlp.h"
+#include "kernels/activation.h"
+
+void mlp_declare(Mlp *m, ParamList *params, LinearList *list, const BlockConfig *c) {
+    params_enter(params, "mlp");
+    linear_declare(&m->gate_proj, params, list, "gate_proj", c->intermediate_size, c->hidden_size);
+    linear_declare(&m->up_proj, params, list, "up_proj", c->intermediate_size, c->hidden_size);
+    linear_declare(&m->down_proj, params, list, "down_proj", c->hidden_size, c->intermediate_size);
+    params_leave(params);
+}
+
+void mlp_reserve(MlpSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N) {
+    s->gate = ARENA_TENSOR(arena, dtype, N, c->intermediate_size);
+    s->up = ARENA_TENSOR(arena, dtype, N, c->intermediate_size);
+}
+
+void mlp_forward(const Mlp *m, MlpSaved *s, Tensor y, Tensor x, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor hidden = arena_like(p->scratch, s->gate); /* (N, F) */
+    linear_forward(&m->gate_proj, s->gate, x, p);
+    linear_forward(&m->up_proj, s->up, x, p);
+    gelu_mul_forward(hidden, s->gate, s->up);
+    linear_forward(&m->down_proj, y, hidden, p);
+    arena_release(p->scratch, mark);
+}
+
+void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor hidden = arena_like(p->scratch, s->gate), dhidden = arena_like(p->scratch, s->gate);
+    gelu_mul_forward(hidden, s->gate, s->up);
+    linear_backward(&m->down_proj, dhidden, SET, dy, hidden, p);
+    gelu_mul_backward(hidden, dhidden, dhidden, s->gate, s->up); /* hidden: dgate, dhidden: dup */
+    linear_backward(&m->up_proj, dx, write, dhidden, x, p);
+    linear_backward(&m->gate_proj, dx, ADD, hidden, x, p);
+    arena_release(p->scratch, mark);
+}

@@ -1,0 +1,24 @@
+/* norm.h - the layer of kernels/norm.h: a weight, or none. */
+#ifndef MODEL_NORM_H
+#define MODEL_NORM_H
+
+#include "model/params.h"
+
+typedef struct Norm {
+    Param *weight; /* (D); NULL: without scale */
+    float eps;
+} Norm;
+
+/* Declares name.weight (D); norms are not decayed. */
+void norm_declare(Norm *n, ParamList *params, const char *name, int64_t D, float eps);
+
+/* y = residual + norm(x), rstd kept when given; residual absent: none. */
+void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual);
+
+/* y = norm(x) again, bit for bit, from the kept rstd. */
+void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x);
+
+/* dx (=|+=) gradient of norm(x); the residual's gradient is dy itself. */
+void norm_backward(const Norm *n, Tensor dx, Write write, Tensor dy, Tensor x, Tensor rstd);
+
+#endif

@@ -1,0 +1,123 @@
+/* params.c - naming and placing parameters. */
+#include "model/params.h"
+#include "kernels/elementwise.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void params_init(ParamList *params, DType dtype, const char *prefix) {
+    *params = (ParamList){.dtype = dtype};
+    snprintf(params->path, sizeof params->path, "%s", prefix);
+}
+
+void params_free(ParamList *params) {
+    for (int i = 0; i < params->count; i++) free(params->items[i]);
+    free(params->items);
+    arena_free(&params->values);
+    arena_free(&params->trained);
+    *params = (ParamList){0};
+}
+
+void params_enter(ParamList *params, const char *format, ...) {
+    size_t length = strlen(params->path);
+    va_list arguments;
+    va_start(arguments, format);
+    int added = vsnprintf(params->path + length, sizeof params->path - length, format, arguments);
+    va_end(arguments);
+    CHECK(added > 0 && length + (size_t)added + 2 < sizeof params->path, "name too long: %s", params->path);
+    strcat(params->path, ".");
+}
+
+void params_leave(ParamList *params) {
+    size_t length = strlen(params->path) - 1;
+    while (length && params->path[length - 1] != '.') length--;
+    /* "layers.3." was entered as one step: a bare number leaves with its list. */
+    if (length && params->path[length] >= '0' && params->path[length] <= '9') {
+        length--;
+        while (length && params->path[length - 1] != '.') length--;
+    }
+    params->path[length] = 0;
+}
+
+Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *shape) {
+    if (params->count == params->capacity) {
+        params->capacity = params->capacity ? 2 * params->capacity : 256;
+        params->items = must_realloc(params->items, (size_t)params->capacity * sizeof *params->items);
+    }
+    Param *p = must_calloc(1, sizeof *p);
+    int length = snprintf(p->name, sizeof p->name, "%s%s", params->path, name);
+    CHECK(length < PARAM_NAME_MAX, "name too long: %s%s", params->path, name);
+    p->value = tensor_make(NULL, params->dtype, ndim, shape);
+    p->grad = p->value; /* its shape; placed only where it is trained */
+    p->grad.dtype = F32;
+    p->grad.device = NULL;
+    p->decay = true;
+    params->items[params->count++] = p;
+    return p;
+}
+
+Param *params_find(const ParamList *params, const char *name) {
+    for (int i = 0; i < params->count; i++)
+        if (!strcmp(params->items[i]->name, name)) return params->items[i];
+    return NULL;
+}
+
+static bool in_space(const Param *p) { return p->trainable && p->value.dtype == F32; }
+
+static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+void params_measure(const ParamList *params, size_t *frozen, size_t *trained) {
+    *frozen = *trained = 0;
+    for (int i = 0; i < params->count; i++) {
+        const Param *p = params->items[i];
+        if (!in_space(p) && !(p->mapped && !p->trainable)) *frozen += aligned(tensor_bytes(p->value));
+        if (p->trainable) *trained += aligned((size_t)tensor_count(p->value) * 4);
+    }
+}
+
+Status params_place(ParamList *params, Device *device, bool gradients) {
+    size_t frozen, trained;
+    params_measure(params, &frozen, &trained);
+    TRY(arena_init(&params->values, device, frozen, "the weights"));
+    TRY(arena_init(&params->trained, device, trained * (gradients ? 2 : 1), "the trained parameters"));
+    int64_t n = (int64_t)(trained / 4);
+    params->space = ARENA_TENSOR(&params->trained, F32, n);
+    if (gradients) params->grads = ARENA_TENSOR(&params->trained, F32, n);
+    int64_t offset = 0;
+    for (int i = 0; i < params->count; i++) {
+        Param *p = params->items[i];
+        if (p->trainable) {
+            p->offset = offset;
+            p->master = p->value;
+            p->master.dtype = F32;
+            p->master.device = device;
+            p->master.data = (float *)params->space.data + offset;
+            if (gradients) {
+                p->grad = p->master;
+                p->grad.data = (float *)params->grads.data + offset;
+            }
+            offset += (int64_t)(aligned((size_t)tensor_count(p->value) * 4) / 4);
+        }
+        if (in_space(p))
+            p->value = p->master;
+        else if (!(p->mapped && !p->trainable))
+            p->value = arena_like(&params->values, p->value);
+    }
+    return OK;
+}
+
+void params_publish(ParamList *params) {
+    for (int i = 0; i < params->count; i++) {
+        Param *p = params->items[i];
+        if (p->trainable && !in_space(p)) scale_copy(p->value, SET, p->master, 1.0f);
+    }
+}
+
+void params_adopt(ParamList *params) {
+    for (int i = 0; i < params->count; i++) {
+        Param *p = params->items[i];
+        if (p->trainable && !in_space(p)) scale_copy(p->master, SET, p->value, 1.0f);
+    }
+}

@@ -1,0 +1,65 @@
+/* params.h - the registry of parameters, under the checkpoint's names.
+ *
+ * Layers declare parameters by shape; nothing is taken until params_place, which puts frozen values in
+ * one arena in the working dtype and every trainable parameter in one flat f32 space (values, or master
+ * copies when the working value is bf16; gradients beside it in the same order). Loading, saving,
+ * counting, decay and adapter targets are loops over this list. */
+#ifndef PARAMS_H
+#define PARAMS_H
+
+#include "kernels/arena.h"
+
+#define PARAM_NAME_MAX 160
+
+typedef struct Param {
+    char name[PARAM_NAME_MAX]; /* as in the checkpoint */
+    Tensor value;  /* working dtype; f32 for adapters and for everything under dtype f32 */
+    Tensor grad;   /* f32, same shape; absent: frozen */
+    Tensor master; /* f32 copy the optimizer updates; the value itself when that is f32 */
+    bool trainable;
+    bool decay;    /* weight decay applies */
+    bool adapter;  /* part of an adapter, not of the checkpoint; always f32 */
+    bool buffer;   /* in the checkpoint but never trained (layer_scalar) */
+    bool mapped;   /* the value may stay in the mapped file when frozen (per-layer table) */
+    int64_t offset; /* into the flat space, when trainable */
+} Param;
+
+typedef struct ParamList {
+    Param **items;
+    int count, capacity;
+    char path[PARAM_NAME_MAX]; /* prefix of names being declared */
+    DType dtype;               /* of working values */
+    Arena values;              /* frozen values and bf16 working values */
+    Tensor space, grads;       /* (n) f32: trainable values or masters, and their gradients */
+    Arena trained;
+} ParamList;
+
+void params_init(ParamList *params, DType dtype, const char *prefix);
+void params_free(ParamList *params);
+
+/* Names inside are below `format`: params_enter("layers.%d", 3) ... params_leave. */
+void params_enter(ParamList *params, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void params_leave(ParamList *params);
+
+/* Declares path.name with a shape; the pointer stays valid until params_free. */
+Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *shape);
+#define PARAMS_ADD(params, name, ...)                                                              \
+    params_add(params, name, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),            \
+               (const int64_t[]){__VA_ARGS__})
+
+/* The parameter of that full name; NULL when there is none. */
+Param *params_find(const ParamList *params, const char *name);
+
+/* Bytes that params_place will take: frozen values, and the trainable space with gradients. */
+void params_measure(const ParamList *params, size_t *frozen, size_t *trained);
+
+/* Takes memory for everything declared. With `gradients` false trainable parameters get no gradient. */
+Status params_place(ParamList *params, Device *device, bool gradients);
+
+/* master -> value for trainable parameters whose working dtype is not f32; run after an update. */
+void params_publish(ParamList *params);
+
+/* value -> master, once after loading. */
+void params_adopt(ParamList *params);
+
+#endif

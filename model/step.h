@@ -1,0 +1,59 @@
+/* step.h - one batch through the model: forward, loss, and backward.
+ *
+ * The exact shortcut lives here. Layers past the last one that owns K and V give nothing to other
+ * tokens, so a token whose own logits nobody needs stops there: only the rows with a target go on. In
+ * models without shared K/V that is the head alone. */
+#ifndef STEP_H
+#define STEP_H
+
+#include "model/gemma.h"
+
+/* Rows of a batch, all segments behind each other. Host memory of the caller. */
+typedef struct Batch {
+    int64_t N;
+    const int32_t *ids;       /* (N) */
+    const int32_t *positions; /* (N) restart at each segment */
+    const int32_t *starts;    /* (N) index of the first row of the row's segment */
+    const int32_t *span_ends; /* (N) last row of the bidirectional span a row is in, or -1; NULL: no spans */
+    const int32_t *targets;   /* (N) the next token where it is scored, else -1 */
+    const float *weights;     /* (N) derivative of the loss by each nll; NULL when only scoring */
+} Batch;
+
+typedef enum StepMode {
+    STEP_SCORE,     /* forward only; layers share one set of saved activations */
+    STEP_KEEP,      /* forward and backward, every activation kept */
+    STEP_RECOMPUTE, /* forward and backward, a block's activations made again in the backward pass */
+} StepMode;
+
+typedef struct StepOptions {
+    StepMode mode;
+    bool shortcut;      /* rows without a target stop after the last K/V owner */
+    uint64_t key;       /* of the random numbers of this batch */
+    ExpertLoad *load;   /* NULL: not wanted */
+    float aux_scale;
+} StepOptions;
+
+/* Everything a step places: made for the largest batch, placed anew for each. */
+typedef struct StepMemory {
+    Arena activations, scratch;
+} StepMemory;
+
+/* Bytes a batch of N rows with `kept` targets takes: the same code, measuring. */
+void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options, size_t *activations,
+                  size_t *scratch);
+
+/* Memory for batches of up to N rows, all of them scored. */
+Status step_init(StepMemory *m, Gemma *g, int64_t N, const StepOptions *options);
+void step_free(StepMemory *m);
+
+/* Runs the batch. nll (N): the negative log-likelihood of each target, 0 where there is none. Gradients
+ * of trainable parameters are added to, unless the mode is STEP_SCORE. Returns the sum of nll * weight
+ * (of nll without weights). */
+double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options, float *nll);
+
+/* Adds row n's place, visible keys and rotation to rows: shared with decoding. `base` is the key place
+ * of row 0. */
+void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, int64_t count);
+void rows_rotate(Rows *rows, const ModelConfig *c, Tensor positions);
+
+#endif

@@ -1,0 +1,33 @@
+/* optimizer.h - updates of the flat trainable space. */
+#ifndef OPTIMIZER_H
+#define OPTIMIZER_H
+
+#include "model/params.h"
+
+typedef enum OptimizerName { OPTIMIZER_ADAMW, OPTIMIZER_SGD } OptimizerName;
+
+typedef struct OptimizerConfig {
+    OptimizerName name;
+    double lr, beta1, beta2, eps, weight_decay, momentum;
+} OptimizerConfig;
+
+typedef struct Optimizer {
+    OptimizerConfig config;
+    Arena arena;
+    Tensor m, v;  /* (n) f32 over the space; SGD has only m, and that only with momentum */
+    int64_t t;    /* updates made */
+} Optimizer;
+
+/* Bytes of state for a trainable space of n values. */
+size_t optimizer_measure(const OptimizerConfig *config, int64_t n);
+Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params, Device *device);
+void optimizer_free(Optimizer *o);
+
+/* One update at rate `lr`, every gradient multiplied by `scale` first; then publishes bf16 values. */
+void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
+
+/* The norm of all gradients together, in f64. */
+double gradients_norm(const ParamList *params);
+void gradients_zero(ParamList *params);
+
+#endif

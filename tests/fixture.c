@@ -1,0 +1,47 @@
+/* fixture.c - whole datasets out of HDF5. */
+#include "tests/fixture.h"
+#include "formats/file.h"
+
+static void *read_all(const Fixture *f, const char *name, hid_t type, size_t element, int64_t *count) {
+    hid_t set = H5Dopen2(f->file, name, H5P_DEFAULT);
+    if (set < 0) test_fail(__FILE__, __LINE__, "the fixture has no %s", name);
+    hid_t space = H5Dget_space(set);
+    *count = H5Sget_simple_extent_npoints(space);
+    void *data = must_malloc((size_t)*count * element);
+    if (H5Dread(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0) test_fail(__FILE__, __LINE__, "%s unreadable", name);
+    H5Sclose(space);
+    H5Dclose(set);
+    return data;
+}
+
+float *fixture_floats(const Fixture *f, const char *name, int64_t *count) {
+    return read_all(f, name, H5T_NATIVE_FLOAT, sizeof(float), count);
+}
+
+int32_t *fixture_ints(const Fixture *f, const char *name, int64_t *count) {
+    return read_all(f, name, H5T_NATIVE_INT32, sizeof(int32_t), count);
+}
+
+void fixture_write(const Fixture *f, const char *name, const char *dir, const char *file) {
+    int64_t count;
+    uint8_t *bytes = read_all(f, name, H5T_NATIVE_UINT8, 1, &count);
+    char *path = path_join(dir, file);
+    EXPECT_OK(file_write(path, bytes, (size_t)count));
+    free(bytes);
+    free(path);
+}
+
+bool fixture_has(const Fixture *f, const char *name) { return H5Lexists(f->file, name, H5P_DEFAULT) > 0; }
+
+Fixture fixture_open(const char *name) {
+    Fixture f;
+    char *path = fixture_path(name);
+    f.file = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
+    if (f.file < 0) test_fail(__FILE__, __LINE__, "%s cannot be opened", path);
+    free(path);
+    snprintf(f.dir, sizeof f.dir, "%s/base", test_folder());
+    EXPECT_OK(folder_make(f.dir));
+    fixture_write(&f, "model.safetensors", f.dir, "model.safetensors");
+    fixture_write(&f, "config.json", f.dir, "config.json");
+    return f;
+}

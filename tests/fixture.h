@@ -1,0 +1,27 @@
+/* fixture.h - reading the HDF5 fixtures that tests/oracle makes. */
+#ifndef FIXTURE_H
+#define FIXTURE_H
+
+#include "tests/test.h"
+#include "formats/checkpoint.h"
+
+#include <hdf5.h>
+
+typedef struct Fixture {
+    hid_t file;
+    char dir[300]; /* the model of the fixture as a checkpoint folder */
+} Fixture;
+
+/* Opens tests/fixtures/NAME and lays out its checkpoint in the test's folder. */
+Fixture fixture_open(const char *name);
+
+bool fixture_has(const Fixture *f, const char *name);
+
+/* A whole dataset; *count elements. Caller frees. */
+float *fixture_floats(const Fixture *f, const char *name, int64_t *count);
+int32_t *fixture_ints(const Fixture *f, const char *name, int64_t *count);
+
+/* Writes a byte dataset to dir/file. */
+void fixture_write(const Fixture *f, const char *name, const char *dir, const char *file);
+
+#endif
