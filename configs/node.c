@@ -292,6 +292,8 @@ Status node_check_used(const Node *map, const char *path) {
     for (int i = 0; i < map->count; i++) {
         char name[512];
         snprintf(name, sizeof name, "%s%s%s", path, *path ? "." : "", map->keys[i]);
+        if (!map->items[i]->used && !map->items[i]->line)
+            FAIL(ERR_USAGE, "unknown key '%s' in an override", name);
         if (!map->items[i]->used) FAIL(ERR_CONFIG, "%s:%d: unknown key '%s'", map->file, map->items[i]->line, name);
         TRY(node_check_used(map->items[i], name));
     }

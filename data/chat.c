@@ -313,7 +313,7 @@ static Status write_message(Writer *w, int i, int first, LastWritten *last) {
     if (!json_truth(thought)) thought = json_object_get(message, "reasoning_content");
     bool thinks = json_truth(thought) && (i > w->last_user || (w->options->preserve_thinking && json_truth(calls)));
     size_t begin = text->size;
-    if (assistant && w->options->empty_thought && i >= w->options->train_from && !continues && !thinks) {
+    if (assistant && w->options->empty_thought_from && i >= w->options->empty_thought_from && !continues && !thinks) {
         text_adds(text, "<|channel>thought\n<channel|>");
         begin = text->size;
     }

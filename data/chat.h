@@ -20,7 +20,8 @@ typedef struct ChatOptions {
     bool add_generation_prompt, enable_thinking, preserve_thinking;
     bool trl_mask;      /* the mask TRL makes: the newline after <turn|> trained, <|tool_response> not */
     int train_from;     /* messages before this one are not trained */
-    bool empty_thought; /* a closed empty thought, untrained, opens the model turn at or after train_from */
+    int empty_thought_from; /* a closed empty thought, untrained, opens model turns from this message on;
+                             * 0: nowhere */
 } ChatOptions;
 
 typedef struct Rendered {

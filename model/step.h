@@ -1,12 +1,8 @@
-/* step.h - one batch through the model: forward, loss, and backward.
- *
- * The exact shortcut lives here. Layers past the last one that owns K and V give nothing to other
- * tokens, so a token whose own logits nobody needs stops there: only the rows with a target go on. In
- * models without shared K/V that is the head alone. */
+/* step.h - one batch through the model: forward, loss, and backward. */
 #ifndef STEP_H
 #define STEP_H
 
-#include "model/gemma.h"
+#include "model/stack.h"
 
 /* Rows of a batch, all segments behind each other. Host memory of the caller. */
 typedef struct Batch {
@@ -19,14 +15,8 @@ typedef struct Batch {
     const float *weights;     /* (N) derivative of the loss by each nll; NULL when only scoring */
 } Batch;
 
-typedef enum StepMode {
-    STEP_SCORE,     /* forward only; layers share one set of saved activations */
-    STEP_KEEP,      /* forward and backward, every activation kept */
-    STEP_RECOMPUTE, /* forward and backward, a block's activations made again in the backward pass */
-} StepMode;
-
 typedef struct StepOptions {
-    StepMode mode;
+    StackMode mode;
     bool shortcut;      /* rows without a target stop after the last K/V owner */
     uint64_t key;       /* of the random numbers of this batch */
     ExpertLoad *load;   /* NULL: not wanted */
@@ -42,18 +32,16 @@ typedef struct StepMemory {
 void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options, size_t *activations,
                   size_t *scratch);
 
+/* The most that batches of up to N rows take: with every row scored, and with some left out. */
+void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations, size_t *scratch);
+
 /* Memory for batches of up to N rows, all of them scored. */
 Status step_init(StepMemory *m, Gemma *g, int64_t N, const StepOptions *options);
 void step_free(StepMemory *m);
 
 /* Runs the batch. nll (N): the negative log-likelihood of each target, 0 where there is none. Gradients
- * of trainable parameters are added to, unless the mode is STEP_SCORE. Returns the sum of nll * weight
+ * of trainable parameters are added to, unless the mode is STACK_SCORE. Returns the sum of nll * weight
  * (of nll without weights). */
 double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options, float *nll);
-
-/* Adds row n's place, visible keys and rotation to rows: shared with decoding. `base` is the key place
- * of row 0. */
-void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, int64_t count);
-void rows_rotate(Rows *rows, const ModelConfig *c, Tensor positions);
 
 #endif

@@ -48,7 +48,7 @@ typedef struct Run {
     StepOptions options;
 } Run;
 
-static void run_open(Run *r, const char *dir, DType dtype, bool full, const AdapterSpec *spec, StepMode mode) {
+static void run_open(Run *r, const char *dir, DType dtype, bool full, const AdapterSpec *spec, StackMode mode) {
     EXPECT_OK(checkpoint_open(&r->checkpoint, dir));
     gemma_declare(&r->g, &r->checkpoint.config, dtype, device_cpu());
     for (int i = 0; full && i < r->g.params.count; i++) r->g.params.items[i]->trainable = !r->g.params.items[i]->buffer;
@@ -94,13 +94,13 @@ static void compare_grads(const Fixture *f, const Gemma *g, const char *group, c
 
 CASE(step, token_nlls_and_every_gradient_match_the_reference) {
     for (size_t k = 0; k < KINDS; k++)
-        for (int mode = STEP_KEEP; mode <= STEP_RECOMPUTE; mode++) {
+        for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
             char name[64];
             snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
             Fixture f = fixture_open(name);
             Packed *p = pack(&f, -1);
             Run r;
-            run_open(&r, f.dir, F32, true, NULL, (StepMode)mode);
+            run_open(&r, f.dir, F32, true, NULL, (StackMode)mode);
             step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
             int64_t count;
             float *nll = fixture_floats(&f, "nll", &count);
@@ -120,7 +120,7 @@ CASE(step, bf16_losses_follow_the_reference_within_bf16_noise) {
         Fixture f = fixture_open(name);
         Packed *p = pack(&f, -1);
         Run r;
-        run_open(&r, f.dir, BF16, false, NULL, STEP_SCORE);
+        run_open(&r, f.dir, BF16, false, NULL, STACK_SCORE);
         step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
         int64_t count;
         float *half = fixture_floats(&f, "nll_bf16", &count), *exact = fixture_floats(&f, "nll", &count);
@@ -147,7 +147,7 @@ CASE(step, balancing_loss_and_its_gradients_match_the_reference) {
     Run r;
     int64_t count;
     float *coefficient = fixture_floats(&f, "aux/coefficient", &count), *loss = fixture_floats(&f, "aux/loss", &count);
-    run_open(&r, f.dir, F32, true, NULL, STEP_RECOMPUTE);
+    run_open(&r, f.dir, F32, true, NULL, STACK_RECOMPUTE);
     ExpertLoad *load = must_calloc(1, sizeof *load);
     r.options.load = load;
     r.options.aux_scale = *coefficient;
@@ -173,7 +173,7 @@ CASE(step, bidirectional_spans_match_the_reference) {
         for (int i = span[0]; i <= span[1]; i++) p->spans[i] = span[1];
         p->batch.span_ends = p->spans;
         Run r;
-        run_open(&r, f.dir, F32, true, NULL, STEP_KEEP);
+        run_open(&r, f.dir, F32, true, NULL, STACK_KEEP);
         step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
         float *nll = fixture_floats(&f, "span/nll", &count);
         compare_nll(p, nll, 1e-4, spanned[k]);
@@ -201,7 +201,7 @@ static void follow_peft(const char *kind, const char *variant) {
     EXPECT_OK(peft_load_spec(&spec, dir));
     Packed *p = pack(&f, -1);
     Run r;
-    run_open(&r, f.dir, F32, false, &spec, STEP_KEEP);
+    run_open(&r, f.dir, F32, false, &spec, STACK_KEEP);
     EXPECT_OK(peft_load(&r.g, dir));
     OptimizerConfig config = {OPTIMIZER_ADAMW, 2e-3, 0.9, 0.999, 1e-2, 0.1, 0};
     Optimizer optimizer;
@@ -221,7 +221,7 @@ static void follow_peft(const char *kind, const char *variant) {
     snprintf(name, sizeof name, "%s/after.safetensors", variant);
     fixture_write(&f, name, dir, "adapter_model.safetensors");
     Run after;
-    run_open(&after, f.dir, F32, false, &spec, STEP_SCORE);
+    run_open(&after, f.dir, F32, false, &spec, STACK_SCORE);
     EXPECT_OK(peft_load(&after.g, dir));
     for (int i = 0; i < r.g.params.count; i++) {
         const Param *a = r.g.params.items[i], *b = after.g.params.items[i];

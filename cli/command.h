@@ -1,0 +1,53 @@
+/* command.h - what the files of cli/ share: options, rows in and out. */
+#ifndef COMMAND_H
+#define COMMAND_H
+
+#include "data/json.h"
+
+typedef enum OptionKind { OPTION_FLAG, OPTION_TEXT, OPTION_INT, OPTION_REAL, OPTION_LIST } OptionKind;
+
+typedef struct OptionList {
+    const char *items[64];
+    int count;
+} OptionList;
+
+typedef struct Option {
+    const char *name; /* with its dashes */
+    OptionKind kind;
+    void *target;     /* bool, const char *, int64_t, double or OptionList */
+    const char *help; /* "VALUE what it does", or just what it does for a flag */
+} Option;
+
+typedef struct Arguments {
+    const char *usage, *about;
+    const Option *options; /* ends with a NULL name */
+    int least, most;       /* positional arguments */
+    char **positional;
+    int count;
+    bool helped;           /* --help was given and answered */
+} Arguments;
+
+/* Sorts the command line into options and positional arguments; ERR_USAGE names what is wrong. */
+Status arguments_parse(Arguments *a, int argc, char **argv);
+
+/* Calls `handle` with every non-empty line of a JSONL file, or with the one row built from TEXT. The
+ * handler adds one line to `out`; without `strict` an error of one row becomes {"error": ...}. */
+typedef Status RowHandler(void *context, const json_t *row, Text *out);
+Status rows_run(const char *path, const char *text, bool strict, RowHandler *handle, void *context);
+
+/* Dataset rows may spell nothing as null. */
+json_t *row_get(const json_t *row, const char *key);
+
+Status command_init(int argc, char **argv);
+Status command_inspect(int argc, char **argv);
+Status command_tokenize(int argc, char **argv);
+Status command_parse(int argc, char **argv);
+Status command_prepare(int argc, char **argv);
+Status command_doctor(int argc, char **argv);
+Status command_train(int argc, char **argv);
+Status command_score(int argc, char **argv);
+Status command_generate(int argc, char **argv);
+Status command_export(int argc, char **argv);
+Status command_plot(int argc, char **argv);
+
+#endif

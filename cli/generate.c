@@ -1,0 +1,161 @@
+/* generate.c - lapidary generate: one answer. */
+#include "cli/command.h"
+#include "data/rows.h"
+#include "formats/file.h"
+#include "infer/answer.h"
+#include "infer/generate.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct Prompt {
+    Tokens ids;
+    Text text; /* of a chat: what the answer is parsed after */
+} Prompt;
+
+static Status make_prompt(Prompt *p, Model *m, const char *text, const char *format, const char *tools_path, bool raw,
+                          bool think) {
+    DataConfig data = data_config_default();
+    RowReader reader;
+    TRY(row_reader_init(&reader, &data, m->tokenizer, m->dir));
+    if (!utf8_valid(text, slice_of(text).size)) FAIL(ERR_FORMAT, "the prompt is not UTF-8");
+    if (raw) {
+        encode_document(&reader, slice_of(text), &p->ids);
+        return OK;
+    }
+    ChatOptions options = {.add_generation_prompt = true, .enable_thinking = think};
+    TRY(chat_format_find(&options.format, m->dir, format));
+    json_t *tools = NULL;
+    if (tools_path) {
+        char *bytes;
+        size_t size;
+        TRY(file_read(&bytes, &size, tools_path, (size_t)64 << 20));
+        Status status = json_read(&tools, bytes, size, tools_path);
+        free(bytes);
+        TRY(status);
+    }
+    json_t *messages = json_pack("[{s:s, s:s}]", "role", "user", "content", text);
+    Rendered rendered;
+    Status status = chat_render(&rendered, messages, tools, &options);
+    json_decref(messages);
+    json_decref(tools);
+    TRY(status);
+    uint8_t *mask;
+    chat_encode(m->tokenizer, &rendered, false, &p->ids, &mask);
+    free(mask);
+    text_add(&p->text, rendered.text.bytes, rendered.text.size);
+    rendered_free(&rendered);
+    return OK;
+}
+
+/* Tokens are shown as they come; a run of byte tokens waits until it ends. */
+typedef struct Shown {
+    Model *model;
+    Tokens all;
+    size_t written;
+} Shown;
+
+static void write_new(Shown *s, bool last) {
+    Text text = {0};
+    tokenizer_decode(s->model->tokenizer, &text, s->all.ids, s->all.count, false);
+    size_t end = text.size;
+    while (!last && end >= 3 && end > s->written && !memcmp(text.bytes + end - 3, "\xef\xbf\xbd", 3)) end -= 3;
+    if (end > s->written) fwrite(text.bytes + s->written, 1, end - s->written, stdout);
+    s->written = end > s->written ? end : s->written;
+    fflush(stdout);
+    text_free(&text);
+}
+
+static void show_token(void *context, int32_t id) {
+    Shown *s = context;
+    tokens_add(&s->all, id);
+    write_new(s, false);
+}
+
+static void print_json(Model *m, const Tokens *out, const Sampling *s, const Prompt *prompt, bool raw) {
+    Text line = {0}, text = {0};
+    int64_t count = out->count;
+    for (int k = 0; count && k < s->stop_count; k++)
+        if (out->ids[count - 1] == s->stops[k]) {
+            count--;
+            break;
+        }
+    tokenizer_decode(m->tokenizer, &text, out->ids, count, false);
+    text_adds(&line, "{\"ids\": [");
+    for (int64_t i = 0; i < out->count; i++) text_addf(&line, "%s%d", i ? ", " : "", out->ids[i]);
+    text_adds(&line, "], \"text\": ");
+    text_add_json_string(&line, (Slice){text.bytes, text.size});
+    if (!raw) {
+        json_t *message = answer_parse((Slice){prompt->text.bytes, prompt->text.size}, (Slice){text.bytes, text.size}, NULL);
+        text_adds(&line, ", \"message\": ");
+        text_add_json(&line, message);
+        json_decref(message);
+    }
+    text_adds(&line, "}");
+    printf("%s\n", line.bytes);
+    text_free(&line);
+    text_free(&text);
+}
+
+Status command_generate(int argc, char **argv) {
+    const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16", *format = "auto", *tools = NULL;
+    bool raw = false, think = false, json = false;
+    double temperature = NAN, top_p = NAN;
+    int64_t top_k = -1, seed = -1, max_tokens = -1;
+    OptionList media = {0};
+    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
+                        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
+                        {"--raw", OPTION_FLAG, &raw, "the prompt is text after <bos>, no chat template"},
+                        {"--tools", OPTION_TEXT, &tools, "FILE  JSON list of functions the model may call"},
+                        {"--think", OPTION_FLAG, &think, "let the model think first"},
+                        {"--image", OPTION_LIST, &media, "FILE  (not in this version)"},
+                        {"--audio", OPTION_LIST, &media, "FILE  (not in this version)"},
+                        {"--video", OPTION_LIST, &media, "FILE  (not in this version)"},
+                        {"--temperature", OPTION_REAL, &temperature, "X  0 is greedy"},
+                        {"--top-k", OPTION_INT, &top_k, "N"},
+                        {"--top-p", OPTION_REAL, &top_p, "X"},
+                        {"--seed", OPTION_INT, &seed, "N  (42)"},
+                        {"--max-tokens", OPTION_INT, &max_tokens, "N  (1024)"},
+                        {"--json", OPTION_FLAG, &json, "one JSON line: ids, text, message"},
+                        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
+                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
+                        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
+                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Arguments a = {.usage = "generate --model DIR [--adapter DIR] [options] PROMPT",
+                   .about = "Answers one prompt. Missing sampling options come from generation_config.json, else greedy.",
+                   .options = options, .least = 1, .most = 1};
+    Model m;
+    Sampling s;
+    Prompt prompt = {0};
+    Tokens out = {0};
+    Shown shown = {.model = &m};
+    TRY(arguments_parse(&a, argc, argv));
+    if (a.helped) return OK;
+    if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
+    if (media.count) FAIL(ERR_USAGE, "images, audio and video need the towers, which this version does not have");
+    TRY(model_open(&m, model, adapter, device, dtype));
+    Status status = OK;
+    TRY_DONE(sampling_load(&s, &m));
+    if (!isnan(temperature)) s.temperature = temperature;
+    if (!isnan(top_p)) s.top_p = top_p;
+    if (top_k >= 0) s.top_k = top_k;
+    if (seed >= 0) s.seed = (uint64_t)seed;
+    if (max_tokens >= 0) s.max_tokens = max_tokens;
+    TRY_DONE(make_prompt(&prompt, &m, a.positional[0], format, tools, raw, think));
+    TRY_DONE(generate(&m, &prompt.ids, &s, &out, json ? NULL : show_token, &shown));
+    if (json) {
+        print_json(&m, &out, &s, &prompt, raw);
+    } else {
+        write_new(&shown, true);
+        putchar('\n');
+    }
+done:
+    tokens_free(&out);
+    tokens_free(&shown.all);
+    tokens_free(&prompt.ids);
+    text_free(&prompt.text);
+    model_close(&m);
+    return status;
+}

@@ -1,0 +1,67 @@
+/* init.c - lapidary init: a checkpoint with random weights, written as it is drawn. */
+#include "cli/command.h"
+#include "configs/model_config.h"
+#include "data/tokenizer.h"
+#include "formats/file.h"
+#include "formats/initial.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* The preset's or file's config.json, with another layer count and vocabulary where asked. */
+static Status make_config(char **json, const char *name, int64_t layers, int64_t vocab) {
+    char *bytes = NULL;
+    size_t size;
+    *json = preset_config(name, layers);
+    if (!*json) {
+        if (!strchr(name, '/') && !strchr(name, '.'))
+            FAIL(ERR_USAGE, "'%s' is no preset (tiny, e2b, e4b, 12b, 26b-a4b, 31b) and no config.json", name);
+        TRY(file_read(&bytes, &size, name, (size_t)64 << 20));
+        ModelConfig check;
+        Status status = model_config_parse(&check, bytes, size, name);
+        if (status == OK && layers) status = model_config_with_layers(json, bytes, size, name, layers);
+        if (status == OK && !layers) *json = must_strdup(bytes);
+        free(bytes);
+        TRY(status);
+    }
+    if (!vocab) return OK;
+    json_t *root = json_loads(*json, 0, NULL), *text = json_object_get(root, "text_config");
+    if (!text) text = root;
+    json_object_set_new(text, "vocab_size", json_integer(vocab));
+    json_object_set_new(text, "vocab_size_per_layer_input", json_integer(vocab));
+    free(*json);
+    *json = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
+    json_decref(root);
+    return OK;
+}
+
+Status command_init(int argc, char **argv) {
+    const char *tokenizer = NULL, *dtype = "bf16";
+    int64_t layers = 0, seed = 42;
+    Option options[] = {{"--tokenizer", OPTION_TEXT, &tokenizer, "DIR  copy tokenizer and template files from here; sets the vocabulary of `tiny`"},
+                        {"--layers", OPTION_INT, &layers, "N  another number of layers"},
+                        {"--seed", OPTION_INT, &seed, "N  of the random weights (42)"},
+                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of the file (bf16)"},
+                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Arguments a = {.usage = "init PRESET|config.json OUT [--tokenizer DIR] [--layers N] [--seed N]",
+                   .about = "Writes a checkpoint folder with random weights. Presets: tiny, e2b, e4b, 12b, 26b-a4b, 31b.",
+                   .options = options, .least = 2, .most = 2};
+    TRY(arguments_parse(&a, argc, argv));
+    if (a.helped) return OK;
+    if (layers < 0 || layers > LAYERS_MAX) FAIL(ERR_USAGE, "--layers is %" PRId64 ", expected 1 to %d", layers, LAYERS_MAX);
+    if (strcmp(dtype, "bf16") && strcmp(dtype, "f32")) FAIL(ERR_USAGE, "--dtype is '%s', expected bf16 or f32", dtype);
+    if (file_exists(a.positional[1])) FAIL(ERR_IO, "%s: is already there", a.positional[1]);
+    int64_t vocab = 0;
+    if (tokenizer) {
+        Tokenizer *t;
+        TRY(tokenizer_load(&t, tokenizer));
+        if (!strcmp(a.positional[0], "tiny")) vocab = tokenizer_size(t);
+        tokenizer_free(t);
+    }
+    char *json = NULL;
+    TRY(make_config(&json, a.positional[0], layers, vocab));
+    Status status = initial_checkpoint(json, tokenizer, (uint64_t)seed, strcmp(dtype, "bf16") ? F32 : BF16, a.positional[1]);
+    free(json);
+    return status;
+}

@@ -1,0 +1,65 @@
+/* prepare.c - lapidary prepare: rows to an HDF5 dataset. */
+#include "cli/command.h"
+#include "data/store.h"
+#include "formats/file.h"
+#include "train/progress.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+static void show(const char *path, int64_t rows, double share) {
+    progress_line("preparing %s: %" PRId64 " rows, %.0f %%", path, rows, 100 * share);
+}
+
+static Status prepare(const DataConfig *data, const char *model, int64_t seed, const char *out) {
+    Tokenizer *tokenizer;
+    RowReader reader;
+    Store store;
+    TRY(tokenizer_load(&tokenizer, model));
+    Status status = row_reader_init(&reader, data, tokenizer, model);
+    if (status == OK) status = store_build(out, &reader, data, seed, show);
+    if (status == OK) status = store_open(&store, out, &reader, data, seed);
+    if (status == OK) {
+        const StoreCounts *n = &store.counts;
+        progress_line("%s", "");
+        printf("%s: %.0f rows, %.0f samples, %.0f cut, %.0f dropped, %.0f bad rows, %.0f tokens, %.1f %% trained\n", out,
+               n->rows, n->samples, n->cut, n->dropped, n->bad, n->tokens, n->tokens > 0 ? 100 * n->trained / n->tokens : 0);
+        store_close(&store);
+    }
+    tokenizer_free(tokenizer);
+    return status;
+}
+
+Status command_prepare(int argc, char **argv) {
+    const char *model = NULL, *file = NULL, *out = NULL, *format = "auto";
+    int64_t max_length = 2048;
+    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  whose tokenizer and template are used"},
+                        {"--data", OPTION_TEXT, &file, "FILE  JSONL rows"},
+                        {"--out", OPTION_TEXT, &out, "FILE.h5  (with a run file: OUTPUT/data.h5)"},
+                        {"--max-length", OPTION_INT, &max_length, "N  tokens of a sample (2048; with a run file: its own)"},
+                        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
+                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Arguments a = {.usage = "prepare RUN.yaml [key.path=value ...] | prepare --model DIR --data FILE --out FILE.h5",
+                   .about = "Tokenises, masks and stores a dataset; training does it itself when handed JSONL.",
+                   .options = options, .most = -1};
+    TRY(arguments_parse(&a, argc, argv));
+    if (a.helped) return OK;
+    if (a.count) {
+        RunConfig config;
+        TRY(run_config_load(&config, a.positional[0], a.positional + 1, a.count - 1));
+        char *path = out ? must_strdup(out) : path_join(config.output, "data.h5");
+        Status status = out ? OK : folder_make(config.output);
+        if (status == OK) status = prepare(&config.data, config.model, config.seed, path);
+        free(path);
+        run_config_free(&config);
+        return status;
+    }
+    if (!model || !file || !out) FAIL(ERR_USAGE, "something is missing: lapidary %s", a.usage);
+    if (max_length < 2) FAIL(ERR_USAGE, "--max-length is %" PRId64 ", expected at least 2", max_length);
+    DataConfig data = data_config_default();
+    data.train = (NameList){&file, 1};
+    data.max_length = max_length;
+    data.chat_format = format;
+    return prepare(&data, model, 42, out);
+}

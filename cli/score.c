@@ -1,0 +1,127 @@
+/* score.c - lapidary score: the negative log-likelihood of each token. */
+#include "cli/command.h"
+#include "data/rows.h"
+#include "infer/model.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct Context {
+    Model model;
+    DataConfig data;
+    RowReader reader;
+    const char *format;
+    StepMemory memory;
+    int64_t capacity;
+} Context;
+
+/* Ids of a row, and from which on they are scored. */
+static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *first) {
+    json_t *text = row_get(row, "text"), *prompt = row_get(row, "prompt"), *completion = row_get(row, "completion");
+    json_t *messages = row_get(row, "messages");
+    *first = 1;
+    if (messages) {
+        if (!c->reader.has_format) {
+            TRY(chat_format_find(&c->reader.format, c->model.dir, c->format));
+            c->reader.has_format = true;
+        }
+        ChatOptions options = {.format = c->reader.format,
+                               .add_generation_prompt = json_truth(row_get(row, "add_generation_prompt")),
+                               .enable_thinking = json_truth(row_get(row, "enable_thinking")),
+                               .preserve_thinking = json_truth(row_get(row, "preserve_thinking"))};
+        Rendered rendered;
+        uint8_t *mask;
+        TRY(chat_render(&rendered, messages, row_get(row, "tools"), &options));
+        chat_encode(c->model.tokenizer, &rendered, false, ids, &mask);
+        free(mask);
+        rendered_free(&rendered);
+    } else if (json_is_string(prompt) && json_is_string(completion)) {
+        encode_document(&c->reader, json_slice(prompt), ids);
+        *first = ids->count;
+        Slice s = json_slice(completion);
+        tokenizer_encode(c->model.tokenizer, ids, s.bytes, s.size, NULL, 0, false);
+    } else if (json_is_string(text)) {
+        encode_document(&c->reader, json_slice(text), ids);
+    } else {
+        FAIL(ERR_FORMAT, "the row has neither text, prompt and completion, nor messages");
+    }
+    if (ids->count > c->model.g.config.max_position_embeddings)
+        FAIL(ERR_FORMAT, "the row has %" PRId64 " tokens, the model takes %" PRId64, ids->count,
+             c->model.g.config.max_position_embeddings);
+    return OK;
+}
+
+static Status score_ids(Context *c, const Tokens *ids, int64_t first, float *nll) {
+    StepOptions options = {.mode = STACK_SCORE, .shortcut = true};
+    int64_t N = ids->count;
+    if (N > c->capacity) {
+        step_free(&c->memory);
+        c->capacity = N > 512 ? N : 512;
+        TRY(step_init(&c->memory, &c->model.g, c->capacity, &options));
+    }
+    int32_t *positions = must_malloc((size_t)N * 3 * sizeof *positions), *starts = positions + N, *targets = starts + N;
+    for (int64_t n = 0; n < N; n++) {
+        positions[n] = (int32_t)n;
+        starts[n] = 0;
+        targets[n] = n + 1 < N && n + 1 >= first ? ids->ids[n + 1] : -1;
+    }
+    Batch batch = {N, ids->ids, positions, starts, NULL, targets, NULL};
+    step_run(&c->model.g, &c->memory, &batch, &options, nll);
+    free(positions);
+    return OK;
+}
+
+static Status score_row(void *context, const json_t *row, Text *out) {
+    Context *c = context;
+    Tokens ids = {0};
+    float *nll = NULL;
+    int64_t first;
+    Status status = OK;
+    TRY_DONE(encode_row(c, row, &ids, &first));
+    nll = must_calloc((size_t)ids.count + 1, sizeof *nll);
+    TRY_DONE(score_ids(c, &ids, first, nll));
+    double total = 0;
+    int64_t counted = 0;
+    for (int64_t n = first > 1 ? first - 1 : 0; n + 1 < ids.count; n++) total += nll[n], counted++;
+    text_addf(out, "{\"tokens\": %" PRId64 ", \"nll\": ", counted);
+    text_add_real(out, total);
+    text_adds(out, ", \"token_nll\": [");
+    for (int64_t n = 0; n + 1 < ids.count; n++)
+        if (n + 1 < first)
+            text_adds(out, n ? ", null" : "null");
+        else
+            text_addf(out, "%s%.9g", n ? ", " : "", (double)nll[n]);
+    text_adds(out, "]}");
+done:
+    free(nll);
+    tokens_free(&ids);
+    return status;
+}
+
+Status command_score(int argc, char **argv) {
+    const char *model = NULL, *adapter = NULL, *data = NULL, *device = "auto", *dtype = "bf16";
+    Context c = {.format = "auto"};
+    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
+                        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
+                        {"--data", OPTION_TEXT, &data, "FILE  JSONL rows; - is standard input"},
+                        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
+                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
+                        {"--chat-format", OPTION_TEXT, &c.format, "auto|large|small"},
+                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Arguments a = {.usage = "score --model DIR [--adapter DIR] [--data FILE | TEXT]",
+                   .about = "Rows {\"text\"}, {\"prompt\", \"completion\"} or {\"messages\", ...} to\n"
+                            "{\"tokens\", \"nll\", \"token_nll\"}: natural logarithms, null where nothing is scored.",
+                   .options = options, .most = 1};
+    TRY(arguments_parse(&a, argc, argv));
+    if (a.helped) return OK;
+    if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
+    TRY(model_open(&c.model, model, adapter, device, dtype));
+    c.data = data_config_default();
+    Status status = row_reader_init(&c.reader, &c.data, c.model.tokenizer, model);
+    if (status == OK) status = rows_run(data, a.count ? a.positional[0] : NULL, true, score_row, &c);
+    step_free(&c.memory);
+    model_close(&c.model);
+    return status;
+}

@@ -1,0 +1,84 @@
+/* run_config.h - a training run: the keys of a run file, typed and checked. */
+#ifndef RUN_CONFIG_H
+#define RUN_CONFIG_H
+
+#include "configs/node.h"
+
+typedef struct NameList {
+    const char **items;
+    int count;
+} NameList;
+
+typedef struct NumberMap {
+    const char **keys;
+    double *values;
+    int count;
+} NumberMap;
+
+typedef enum Method { METHOD_FULL, METHOD_LORA } Method;
+typedef enum LossOn { LOSS_ASSISTANT, LOSS_COMPLETION, LOSS_ALL } LossOn;
+typedef enum Turns { TURNS_AUTO, TURNS_WHOLE, TURNS_PER_TURN } Turns;
+typedef enum Recompute { RECOMPUTE_AUTO, RECOMPUTE_ON, RECOMPUTE_OFF } Recompute;
+typedef enum ScheduleName { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_WSD } ScheduleName;
+
+/* What rows become: the keys of `data`. */
+typedef struct DataConfig {
+    NameList train, eval;
+    double eval_share; /* 0: eval is a list, or nothing */
+    NameList field_names, field_values; /* our name -> the file's name */
+    int64_t max_length;
+    bool shuffle, packing, add_eos, literal, skip_bad, cut_long, trl_mask;
+    bool inline_thoughts, string_arguments, empty_thought;
+    LossOn loss_on;
+    Turns turns;
+    const char *chat_format;
+} DataConfig;
+
+typedef struct RunConfig {
+    const char *model, *output, *device, *dtype;
+    int64_t seed;
+    Method method;
+    struct {
+        int64_t rank;
+        double alpha, dropout;
+        NameList targets, train_also;
+        NumberMap rank_pattern, alpha_pattern;
+        bool experts, rslora, dora;
+        const char *init; /* a PEFT folder, or NULL */
+    } lora;
+    DataConfig data;
+    struct {
+        bool sgd;
+        double lr, beta1, beta2, eps, weight_decay, momentum;
+    } optimizer;
+    struct {
+        ScheduleName name;
+        double warmup, min_lr;
+    } schedule;
+    int64_t sequences, accumulate;
+    double clip;     /* 0: none */
+    int64_t steps;   /* 0: by epochs */
+    double epochs;
+    double aux_loss; /* resolved */
+    bool train_router;
+    Recompute recompute;
+    int64_t save_every, save_keep;
+    bool save_best;
+    int64_t eval_every, early_stop; /* 0: never */
+    bool stop_on_bad_step;
+    Node *tree; /* owns every text above */
+} RunConfig;
+
+/* Reads a run file and then `key.path=value` overrides. A wrong run file is ERR_CONFIG, an unknown
+ * override key ERR_USAGE. */
+Status run_config_load(RunConfig *config, const char *path, char **overrides, int count);
+Status run_config_parse(RunConfig *config, const char *text, const char *name, char **overrides, int count);
+void run_config_free(RunConfig *config);
+
+/* The defaults of `data`, for commands without a run file. */
+DataConfig data_config_default(void);
+
+/* The resolved run as YAML: reading it gives the same run. Caller frees. */
+char *run_config_text(const RunConfig *config);
+
+#endif

@@ -1,0 +1,45 @@
+/* store.h - a tokenised dataset in HDF5 (layout in data/README.md), and where it came from. */
+#ifndef STORE_H
+#define STORE_H
+
+#include "data/hdf5.h"
+#include "data/rows.h"
+
+typedef struct SampleSet {
+    int64_t count;       /* samples */
+    int64_t *begins;     /* (count + 1) first token of each */
+    int64_t *trained;    /* (count) trained tokens that have one before them */
+    int32_t *sources;    /* (count, 2) file and line (1-based) */
+    int64_t total_trained;
+} SampleSet;
+
+typedef struct StoreCounts {
+    double rows, samples, cut, dropped, bad, tokens, trained;
+} StoreCounts;
+
+typedef struct Store {
+    H5File file;
+    SampleSet train, eval;
+    StoreCounts counts; /* of train and eval together */
+    char **source_paths;
+    int source_count;
+} Store;
+
+/* Tokenises JSONL files into a new store. eval files go to the eval set, or the share of rows that
+ * config->eval_share picks by a hash of seed and row. A bad row is an error naming file, line and reason
+ * unless config->skip_bad. progress may be NULL. */
+typedef void StoreProgress(const char *path, int64_t rows, double share);
+Status store_build(const char *path, RowReader *reader, const DataConfig *config, int64_t seed,
+                   StoreProgress *progress);
+
+/* Opens a store and checks that it is whole. With `reader` also that it was made with this tokenizer,
+ * these settings and sources that have not changed: otherwise it is stale, an error saying how. */
+Status store_open(Store *s, const char *path, RowReader *reader, const DataConfig *config, int64_t seed);
+void store_close(Store *s);
+
+/* Tokens and mask of one sample. */
+Status store_read(Store *s, bool eval, int64_t sample, int32_t *ids, uint8_t *mask);
+
+static inline int64_t sample_length(const SampleSet *set, int64_t i) { return set->begins[i + 1] - set->begins[i]; }
+
+#endif

@@ -1,0 +1,45 @@
+/* model.c - opening a model for reading. */
+#include "infer/model.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+Status model_open(Model *m, const char *dir, const char *adapter, const char *device_name, const char *dtype) {
+    *m = (Model){.dir = must_strdup(dir)};
+    Device *device;
+    Arena measure = arena_measure(), scratch = {0};
+    Status status = OK;
+    if (strcmp(dtype, "bf16") && strcmp(dtype, "f32")) FAIL_DONE(ERR_CONFIG, "dtype '%s', expected bf16 or f32", dtype);
+    TRY_DONE(device_open(&device, device_name));
+    TRY_DONE(checkpoint_open(&m->checkpoint, dir));
+    TRY_DONE(tokenizer_load(&m->tokenizer, dir));
+    if (tokenizer_size(m->tokenizer) > m->checkpoint.config.vocab_size)
+        FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, dir,
+                  tokenizer_size(m->tokenizer), m->checkpoint.config.vocab_size);
+    gemma_declare(&m->g, &m->checkpoint.config, strcmp(dtype, "bf16") ? F32 : BF16, device);
+    if (adapter) {
+        TRY_DONE(peft_load_spec(&m->spec, adapter));
+        TRY_DONE(adapter_attach(&m->g, &m->spec));
+        m->has_adapter = true;
+    }
+    TRY_DONE(params_place(&m->g.params, device, false));
+    TRY_DONE(checkpoint_load(&m->checkpoint, &m->g));
+    if (adapter) TRY_DONE(peft_load(&m->g, adapter));
+    for (Linear *l = m->g.linears.first; l; l = l->next) linear_refresh(l, &measure);
+    TRY_DONE(arena_init(&scratch, device, measure.peak, "temporaries"));
+    for (Linear *l = m->g.linears.first; l; l = l->next) linear_refresh(l, &scratch);
+done:
+    arena_free(&scratch);
+    if (status != OK) model_close(m);
+    return status;
+}
+
+void model_close(Model *m) {
+    gemma_free(&m->g);
+    adapter_spec_free(&m->spec);
+    tokenizer_free(m->tokenizer);
+    checkpoint_close(&m->checkpoint);
+    free(m->dir);
+    *m = (Model){0};
+}

@@ -1,0 +1,23 @@
+/* model.h - a model ready to run: checkpoint, tokenizer, and an adapter applied without merging. */
+#ifndef INFER_MODEL_H
+#define INFER_MODEL_H
+
+#include "data/tokenizer.h"
+#include "formats/adapter.h"
+#include "formats/checkpoint.h"
+#include "model/step.h"
+
+typedef struct Model {
+    char *dir;
+    Checkpoint checkpoint;
+    Tokenizer *tokenizer;
+    AdapterSpec spec;
+    bool has_adapter;
+    Gemma g;
+} Model;
+
+/* adapter may be NULL; device and dtype as in a run file. */
+Status model_open(Model *m, const char *dir, const char *adapter, const char *device, const char *dtype);
+void model_close(Model *m);
+
+#endif

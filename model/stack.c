@@ -1,0 +1,160 @@
+/* stack.c - placing the tensors of a pass, and running it forward. */
+#include "model/stack.h"
+#include "kernels/elementwise.h"
+#include "kernels/embedding.h"
+#include "kernels/rope.h"
+
+#include <stdlib.h>
+
+void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvSlot *slots, Arena *scratch) {
+    size_t L = (size_t)g->config.num_hidden_layers;
+    *s = (Stack){.g = g, .mode = mode, .N = N, .kept = kept, .lent = slots != NULL};
+    s->slots = slots ? slots : must_calloc(L, sizeof *s->slots);
+    s->saved = must_calloc(L, sizeof *s->saved);
+    s->residual = must_calloc(L + 1, sizeof *s->residual);
+    s->pass = (Pass){.slots = s->slots, .scratch = scratch, .training = mode != STACK_SCORE};
+}
+
+void stack_close(Stack *s) {
+    if (!s->lent) free(s->slots);
+    free(s->saved);
+    free(s->residual);
+}
+
+static void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, int64_t count) {
+    *rows = (Rows){.count = count};
+    int64_t width[ATTENTION_KINDS] = {0};
+    for (int l = 0; l < c->num_hidden_layers; l++) width[c->layer[l].kind] = c->layer[l].head_dim / 2;
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        rows->index[kind] = ARENA_TENSOR(arena, I32, count);
+        rows->first[kind] = ARENA_TENSOR(arena, I32, count);
+        rows->last[kind] = ARENA_TENSOR(arena, I32, count);
+        if (!width[kind]) continue;
+        rows->cos[kind] = ARENA_TENSOR(arena, F32, count, width[kind]);
+        rows->sin[kind] = ARENA_TENSOR(arena, F32, count, width[kind]);
+    }
+}
+
+static void rows_rotate(Rows *rows, const ModelConfig *c, Tensor positions) {
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        if (!tensor_present(rows->cos[kind])) continue;
+        const RopeConfig *rope = &c->rope[kind];
+        int64_t half = tensor_cols(rows->cos[kind]);
+        int64_t rotated = (int64_t)(rope->partial_rotary_factor * (double)(2 * half)) / 2;
+        rope_table(rows->cos[kind], rows->sin[kind], positions, (float)rope->rope_theta, rotated, (float)rope->factor);
+    }
+}
+
+static void reserve_slots(Stack *s, Arena *arena) {
+    const Gemma *g = s->g;
+    bool keep = s->mode == STACK_KEEP;
+    Tensor lent_k[ATTENTION_KINDS] = {0}, lent_v[ATTENTION_KINDS] = {0};
+    Tensor lent_dk[ATTENTION_KINDS] = {0}, lent_dv[ATTENTION_KINDS] = {0};
+    for (int l = 0; l < g->config.num_hidden_layers; l++) {
+        const BlockConfig *c = &g->blocks[l].config;
+        if (!c->owns_kv) continue;
+        KvSlot *slot = &s->slots[l];
+        int64_t shape[] = {s->N, c->num_key_value_heads, c->head_dim};
+        /* Only slots that later layers read, or the backward pass needs, are their layer's own. */
+        bool own = c->kv_is_shared || keep;
+        if (own || !tensor_present(lent_k[c->kind])) {
+            slot->k = arena_tensor(arena, g->dtype, 3, shape);
+            slot->v = arena_tensor(arena, g->dtype, 3, shape);
+            if (!own) lent_k[c->kind] = slot->k, lent_v[c->kind] = slot->v;
+        } else {
+            slot->k = lent_k[c->kind];
+            slot->v = lent_v[c->kind];
+        }
+        if (!stack_trains(s)) continue;
+        if (c->kv_is_shared || !tensor_present(lent_dk[c->kind])) {
+            slot->dk = arena_tensor(arena, F32, 3, shape);
+            slot->dv = arena_tensor(arena, F32, 3, shape);
+            if (!c->kv_is_shared) lent_dk[c->kind] = slot->dk, lent_dv[c->kind] = slot->dv;
+            fill(slot->dk, 0.0f);
+            fill(slot->dv, 0.0f);
+        } else {
+            slot->dk = lent_dk[c->kind];
+            slot->dv = lent_dv[c->kind];
+        }
+    }
+}
+
+void stack_place(Stack *s, Arena *arena) {
+    Gemma *g = s->g;
+    const ModelConfig *c = &g->config;
+    int L = (int)c->num_hidden_layers;
+    int64_t D = c->hidden_size;
+    s->boundary = s->kept < s->N ? model_config_kv_layers(c) : L;
+    rows_reserve(&s->all, arena, c, s->N);
+    s->ids = ARENA_TENSOR(arena, I32, s->N);
+    s->positions = ARENA_TENSOR(arena, I32, s->N);
+    s->some = s->all;
+    if (s->kept < s->N) {
+        rows_reserve(&s->some, arena, c, s->kept);
+        s->some.source = ARENA_TENSOR(arena, I32, s->kept);
+        s->kept_input = ARENA_TENSOR(arena, g->dtype, s->kept, D);
+    }
+    if (!s->lent) reserve_slots(s, arena);
+    if (g->per_layer_input.L) per_layer_input_reserve(&s->per_layer, arena, &g->per_layer_input, g->dtype, s->N);
+    for (int l = 0; l <= L; l++) {
+        bool reuse = !stack_trains(s) && l >= 2 && l != s->boundary + 1 && l != s->boundary + 2;
+        int64_t n = l > s->boundary ? s->kept : s->N;
+        s->residual[l] = reuse ? s->residual[l - 2] : ARENA_TENSOR(arena, g->dtype, n, D);
+    }
+    for (int l = 0; l < L; l++) {
+        if (s->mode != STACK_KEEP) break;
+        block_reserve(&s->saved[l], arena, &g->blocks[l].config, g->dtype, l >= s->boundary ? s->kept : s->N);
+    }
+    if (s->mode != STACK_KEEP) { /* one place for all: each lays itself out from its start */
+        size_t start = arena->used, end = start;
+        for (int l = 0; l < L; l++) {
+            arena->used = start;
+            block_reserve(&s->saved[l], arena, &g->blocks[l].config, g->dtype, l >= s->boundary ? s->kept : s->N);
+            if (arena->used > end) end = arena->used;
+        }
+        arena->used = end;
+    }
+    s->final = ARENA_TENSOR(arena, g->dtype, s->kept, D);
+    s->final_rstd = ARENA_TENSOR(arena, F32, s->kept);
+}
+
+/* The layer's input: after the boundary the rows that go on. */
+Tensor stack_input(const Stack *s, int l) { return l == s->boundary && s->kept < s->N ? s->kept_input : s->residual[l]; }
+
+/* The layer's per-layer input for the rows that reach it. */
+Tensor stack_per_layer(Stack *s, int l) {
+    if (!s->g->per_layer_input.L) return tensor_absent();
+    Tensor slice = tensor_at(s->per_layer.out, l);
+    if (l < s->boundary || s->kept == s->N) return slice;
+    Tensor mine = ARENA_TENSOR(s->pass.scratch, slice.dtype, s->kept, tensor_cols(slice));
+    gather_rows(mine, slice, s->some.source);
+    return mine;
+}
+
+void stack_enter(Stack *s, int l) { s->pass.rows = l < s->boundary ? &s->all : &s->some; }
+
+void stack_forward(Stack *s) {
+    Gemma *g = s->g;
+    Pass *p = &s->pass;
+    int L = (int)g->config.num_hidden_layers;
+    p->rows = &s->all;
+    rows_rotate(&s->all, &g->config, s->positions);
+    if (s->kept < s->N)
+        for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+            if (!tensor_present(s->all.cos[kind])) continue;
+            gather_rows(s->some.cos[kind], s->all.cos[kind], s->some.source);
+            gather_rows(s->some.sin[kind], s->all.sin[kind], s->some.source);
+        }
+    embedding_forward(s->residual[0], g->embed_tokens->value, 0, s->ids, gemma_embedding_scale(g));
+    if (g->per_layer_input.L) per_layer_input_forward(&g->per_layer_input, &s->per_layer, s->residual[0], s->ids, p);
+    for (int l = 0; l < L; l++) {
+        size_t mark = arena_mark(p->scratch);
+        if (l == s->boundary && s->kept < s->N) gather_rows(s->kept_input, s->residual[l], s->some.source);
+        stack_enter(s, l);
+        block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l), stack_per_layer(s, l), p);
+        arena_release(p->scratch, mark);
+    }
+    if (s->boundary == L && s->kept < s->N) gather_rows(s->kept_input, s->residual[L], s->some.source);
+    norm_forward(&g->norm, s->final, s->final_rstd, stack_input(s, L), tensor_absent());
+}
+

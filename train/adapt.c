@@ -1,0 +1,91 @@
+/* adapt.c - full training and LoRA as settings of the model. */
+#include "train/adapt.h"
+#include "model/moe.h"
+
+#include <string.h>
+
+static void adapt_full(Gemma *g, const RunConfig *config) {
+    for (int i = 0; i < g->params.count; i++) {
+        Param *p = g->params.items[i];
+        p->trainable = !p->buffer && (config->train_router || !strstr(p->name, ".router."));
+    }
+}
+
+static Status conflicts(const RunConfig *config, const char *key) {
+    FAIL(ERR_CONFIG, "lora.%s: differs from the adapter in lora.init (%s), which decides it", key, config->lora.init);
+}
+
+/* lora.init decides; a different value written in the run file is an error. */
+static Status check_init(const RunConfig *config, const AdapterSpec *spec) {
+    Node *lora = node_find(config->tree, "lora");
+    if (node_find(lora, "rank") && config->lora.rank != spec->rank) return conflicts(config, "rank");
+    if (node_find(lora, "alpha") && config->lora.alpha != spec->alpha) return conflicts(config, "alpha");
+    if (node_find(lora, "rslora") && config->lora.rslora != spec->rslora) return conflicts(config, "rslora");
+    if (node_find(lora, "dora") && config->lora.dora != spec->dora) return conflicts(config, "dora");
+    if (node_find(lora, "experts") && config->lora.experts != (spec->parameters.count > 0))
+        return conflicts(config, "experts");
+    if (config->lora.rank_pattern.count) return conflicts(config, "rank_pattern");
+    if (config->lora.alpha_pattern.count) return conflicts(config, "alpha_pattern");
+    bool same = !spec->target_pattern && spec->targets.count == config->lora.targets.count;
+    for (int i = 0; same && i < spec->targets.count; i++) {
+        bool found = false;
+        for (int k = 0; k < config->lora.targets.count; k++)
+            found |= !strcmp(spec->targets.items[i], config->lora.targets.items[k]);
+        same = found;
+    }
+    return node_find(lora, "targets") && !same ? conflicts(config, "targets") : OK;
+}
+
+static PatternValue *patterns_of(const NumberMap *map) {
+    PatternValue *patterns = must_calloc((size_t)map->count + 1, sizeof *patterns);
+    for (int i = 0; i < map->count; i++) patterns[i] = (PatternValue){must_strdup(map->keys[i]), map->values[i]};
+    return patterns;
+}
+
+static void spec_of_run(AdapterSpec *spec, const RunConfig *config) {
+    spec->rank = config->lora.rank;
+    spec->alpha = config->lora.alpha;
+    spec->dropout = config->lora.dropout;
+    spec->rslora = config->lora.rslora;
+    spec->dora = config->lora.dora;
+    for (int i = 0; i < config->lora.targets.count; i++) text_list_add(&spec->targets, config->lora.targets.items[i]);
+    if (config->lora.experts) {
+        text_list_add(&spec->parameters, "experts.gate_up_proj");
+        text_list_add(&spec->parameters, "experts.down_proj");
+    }
+    for (int i = 0; i < config->lora.train_also.count; i++)
+        text_list_add(&spec->train_also, config->lora.train_also.items[i]);
+    spec->rank_pattern = patterns_of(&config->lora.rank_pattern);
+    spec->rank_patterns = config->lora.rank_pattern.count;
+    spec->alpha_pattern = patterns_of(&config->lora.alpha_pattern);
+    spec->alpha_patterns = config->lora.alpha_pattern.count;
+}
+
+Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
+    *spec = (AdapterSpec){0};
+    if (config->method == METHOD_FULL) {
+        adapt_full(g, config);
+        return OK;
+    }
+    Status status = OK;
+    if (config->lora.init) {
+        TRY_DONE(peft_load_spec(spec, config->lora.init));
+        TRY_DONE(check_init(config, spec));
+    } else {
+        spec_of_run(spec, config);
+        if (config->train_router && g->config.num_experts) text_list_add(&spec->train_also, "router");
+    }
+    if (!spec->base_model) spec->base_model = must_strdup(config->model);
+    TRY_DONE(adapter_attach(g, spec));
+    for (Linear *l = g->linears.first; l; l = l->next) /* dropout masks differ from seed to seed */
+        if (l->lora) l->lora->key ^= (uint64_t)config->seed * 0x9e3779b97f4a7c15u;
+done:
+    if (status != OK) adapter_spec_free(spec);
+    return status;
+}
+
+Status adapt_init(Gemma *g, const RunConfig *config) {
+    if (config->method == METHOD_FULL) return OK;
+    adapter_init(g, (uint64_t)config->seed);
+    return config->lora.init ? peft_load(g, config->lora.init) : OK;
+}

@@ -1,0 +1,143 @@
+/* metrics.c - one row an update. */
+#include "train/metrics.h"
+#include "formats/file.h"
+#include "train/tensorboard.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#define HEADER                                                                                     \
+    "step,epoch,loss,aux_loss,lr,grad_norm,skipped,tokens,trained_tokens,tokens_per_s,memory_bytes,eval_loss\n"
+
+static void put_number(char *line, size_t size, double value, const char *format) {
+    size_t used = strlen(line);
+    if (isfinite(value)) snprintf(line + used, size - used, format, value);
+    used = strlen(line);
+    snprintf(line + used, size - used, ",");
+}
+
+static void format_row(char *line, size_t size, const Metrics *m) {
+    snprintf(line, size, "%" PRId64 ",", m->step);
+    put_number(line, size, m->epoch, "%.6g");
+    put_number(line, size, m->loss, "%.9g");
+    put_number(line, size, m->aux_loss, "%.9g");
+    put_number(line, size, m->lr, "%.9g");
+    put_number(line, size, m->grad_norm, "%.9g");
+    size_t used = strlen(line);
+    snprintf(line + used, size - used, "%d,%" PRId64 ",%" PRId64 ",", m->skipped, m->tokens, m->trained_tokens);
+    put_number(line, size, m->tokens_per_s, "%.6g");
+    put_number(line, size, m->memory_bytes, "%.0f");
+    put_number(line, size, m->eval_loss, "%.9g");
+    line[strlen(line) - 1] = '\n'; /* the last comma */
+}
+
+/* Rows of an earlier part of the run, up to last_step. */
+static Status keep_rows(const char *path, int64_t last_step) {
+    Metrics *rows = NULL;
+    int64_t count = 0;
+    if (last_step > 0) TRY(metrics_read(&rows, &count, path));
+    FileWriter w;
+    Status status = file_writer_open(&w, path);
+    if (status != OK) {
+        free(rows);
+        return status;
+    }
+    status = file_writer_write(&w, HEADER, strlen(HEADER));
+    for (int64_t i = 0; i < count && status == OK && rows[i].step <= last_step; i++) {
+        char line[512];
+        format_row(line, sizeof line, &rows[i]);
+        status = file_writer_write(&w, line, strlen(line));
+    }
+    free(rows);
+    if (status == OK) return file_writer_commit(&w);
+    file_writer_abandon(&w);
+    return status;
+}
+
+Status metrics_open(MetricsLog *log, const char *output, int64_t last_step) {
+    char host[64] = "host", name[160];
+    *log = (MetricsLog){.csv_path = path_join(output, "metrics.csv")};
+    Status status = OK;
+    gethostname(host, sizeof host - 1);
+    snprintf(name, sizeof name, "events.out.tfevents.%lld.%s.%d", (long long)time(NULL), host, (int)getpid());
+    char *events = path_join(output, name);
+    TRY_DONE(keep_rows(log->csv_path, last_step));
+    log->csv = fopen(log->csv_path, "a");
+    log->events = fopen(events, "ab");
+    if (!log->csv || !log->events) FAIL_DONE(ERR_IO, "%s: cannot be written: %s", output, strerror(errno));
+    TRY_DONE(event_write_version(log->events));
+done:
+    free(events);
+    if (status != OK) metrics_close(log);
+    return status;
+}
+
+Status metrics_add_scalar(MetricsLog *log, int64_t step, const char *tag, double value) {
+    return isfinite(value) ? event_write_scalar(log->events, step, tag, (float)value) : OK;
+}
+
+Status metrics_add(MetricsLog *log, const Metrics *m) {
+    char line[512];
+    format_row(line, sizeof line, m);
+    if (fputs(line, log->csv) < 0 || fflush(log->csv))
+        FAIL(ERR_IO, "%s: cannot be written: %s", log->csv_path, strerror(errno));
+    TRY(metrics_add_scalar(log, m->step, "train/loss", m->loss));
+    TRY(metrics_add_scalar(log, m->step, "train/aux_loss", m->aux_loss));
+    TRY(metrics_add_scalar(log, m->step, "train/lr", m->lr));
+    TRY(metrics_add_scalar(log, m->step, "train/grad_norm", m->grad_norm));
+    TRY(metrics_add_scalar(log, m->step, "speed/tokens_per_s", m->tokens_per_s));
+    return metrics_add_scalar(log, m->step, "eval/loss", m->eval_loss);
+}
+
+void metrics_close(MetricsLog *log) {
+    if (log->csv) fclose(log->csv);
+    if (log->events) fclose(log->events);
+    free(log->csv_path);
+    *log = (MetricsLog){0};
+}
+
+static double field_number(const char *text) { return *text ? strtod(text, NULL) : NAN; }
+
+Status metrics_read(Metrics **rows, int64_t *count, const char *path) {
+    char *bytes;
+    size_t size;
+    TRY(file_read(&bytes, &size, path, (size_t)4 << 30));
+    Metrics *list = NULL;
+    int64_t n = 0, space = 0;
+    Status status = OK;
+    if (strncmp(bytes, HEADER, strlen(HEADER))) FAIL_DONE(ERR_FORMAT, "%s: is no metrics.csv of Lapidary", path);
+    for (char *line = bytes + strlen(HEADER), *end; (end = strchr(line, '\n')); line = end + 1) {
+        char *fields[12], *at = line;
+        int k = 0;
+        *end = 0;
+        while (k < 12 && (fields[k] = strsep(&at, ","))) k++;
+        if (k != 12) break; /* a row cut short by a kill: what follows is gone too */
+        if (n == space) list = must_realloc(list, (size_t)(space = space ? 2 * space : 256) * sizeof *list);
+        list[n++] = (Metrics){.step = atoll(fields[0]),
+                              .epoch = field_number(fields[1]),
+                              .loss = field_number(fields[2]),
+                              .aux_loss = field_number(fields[3]),
+                              .lr = field_number(fields[4]),
+                              .grad_norm = field_number(fields[5]),
+                              .skipped = atoi(fields[6]),
+                              .tokens = atoll(fields[7]),
+                              .trained_tokens = atoll(fields[8]),
+                              .tokens_per_s = field_number(fields[9]),
+                              .memory_bytes = field_number(fields[10]),
+                              .eval_loss = field_number(fields[11])};
+    }
+done:
+    free(bytes);
+    if (status != OK) {
+        free(list);
+        return status;
+    }
+    *rows = list;
+    *count = n;
+    return OK;
+}

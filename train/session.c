@@ -1,0 +1,143 @@
+/* session.c - opening a run. */
+#include "train/session.h"
+#include "formats/file.h"
+#include "train/adapt.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+static bool is_store(const char *path) {
+    size_t n = strlen(path);
+    return n > 3 && !strcmp(path + n - 3, ".h5");
+}
+
+static Status open_data(Session *s, const char *store_path, StoreProgress *progress) {
+    DataConfig *c = &s->config.data;
+    if (is_store(c->train.items[0])) {
+        if (c->train.count > 1 || c->eval.count)
+            FAIL(ERR_CONFIG, "data.train: one .h5 file holds train and eval rows, expected no other file beside it");
+        TRY(store_open(&s->store, c->train.items[0], NULL, c, s->config.seed));
+        char *hash;
+        TRY(h5_read_text(&s->store.file, "/", "tokenizer_sha256", &hash));
+        bool same = !strcmp(hash, tokenizer_hash(s->tokenizer));
+        free(hash);
+        if (!same)
+            FAIL(ERR_FORMAT, "%s: is stale: made with another tokenizer than the model's", c->train.items[0]);
+        for (int i = 0; i < s->store.source_count; i++) { /* its sources, where they are still there */
+            char name[64], *was, now[65];
+            snprintf(name, sizeof name, "source_%d_sha256", i);
+            if (!file_exists(s->store.source_paths[i])) continue;
+            TRY(sha256_file(now, s->store.source_paths[i]));
+            TRY(h5_read_text(&s->store.file, "/", name, &was));
+            bool fresh = !strcmp(was, now);
+            free(was);
+            if (!fresh)
+                FAIL(ERR_FORMAT, "%s: is stale: %s has changed since", c->train.items[0], s->store.source_paths[i]);
+        }
+        return OK;
+    }
+    if (file_exists(store_path)) return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
+    TRY(store_build(store_path, &s->reader, c, s->config.seed, progress));
+    return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
+}
+
+/* Measures the run with activations kept, and recomputed, and chooses. */
+static Status make_plan(Session *s) {
+    MemoryPlan *p = &s->plan;
+    OptimizerConfig *o = &s->optimizer.config;
+    *o = (OptimizerConfig){s->config.optimizer.sgd ? OPTIMIZER_SGD : OPTIMIZER_ADAMW,
+                           s->config.optimizer.lr,
+                           s->config.optimizer.beta1,
+                           s->config.optimizer.beta2,
+                           s->config.optimizer.eps,
+                           s->config.optimizer.weight_decay,
+                           s->config.optimizer.momentum};
+    params_measure(&s->g.params, &p->weights, &p->trained);
+    for (int i = 0; i < s->g.params.count; i++) {
+        const Param *q = s->g.params.items[i];
+        if (q->mapped && !q->trainable) p->mapped += tensor_bytes(q->value);
+    }
+    p->optimizer = optimizer_measure(o, (int64_t)(p->trained / 4));
+    p->rows = loader_capacity(s->loader);
+    if (!s->store.train.count) FAIL(ERR_FORMAT, "%s: holds no training sample", s->store.file.path);
+    p->available = device_available(s->g.device);
+    size_t base = p->weights + 2 * p->trained + p->optimizer;
+    for (int recompute = 0; recompute < 2; recompute++) {
+        if (s->config.recompute == RECOMPUTE_ON && !recompute) continue;
+        p->activations = p->scratch = 0;
+        s->options.mode = recompute ? STACK_RECOMPUTE : STACK_KEEP;
+        step_plan(&s->g, p->rows, &s->options, &p->activations, &p->scratch);
+        p->total = base + p->activations + p->scratch;
+        p->recompute = recompute;
+        /* A tenth stays free for the page cache, the tokenizer and the rest of the machine. */
+        if (s->config.recompute == RECOMPUTE_OFF || (double)p->total < 0.9 * (double)p->available) break;
+    }
+    return OK;
+}
+
+Status session_open(Session *s, RunConfig *config, const char *store_path, StoreProgress *progress) {
+    *s = (Session){.config = *config};
+    *config = (RunConfig){0}; /* the session owns it now */
+    const RunConfig *c = &s->config;
+    Device *device;
+    Status status = OK;
+    TRY_DONE(device_open(&device, c->device));
+    TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
+    TRY_DONE(tokenizer_load(&s->tokenizer, c->model));
+    if (tokenizer_size(s->tokenizer) > s->checkpoint.config.vocab_size)
+        FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, c->model,
+                  tokenizer_size(s->tokenizer), s->checkpoint.config.vocab_size);
+    TRY_DONE(row_reader_init(&s->reader, &s->config.data, s->tokenizer, c->model));
+    gemma_declare(&s->g, &s->checkpoint.config, !strcmp(c->dtype, "bf16") ? BF16 : F32, device);
+    TRY_DONE(adapt(&s->g, c, &s->spec));
+    TRY_DONE(open_data(s, store_path, progress));
+    LoaderConfig loader = {c->sequences, c->accumulate, c->data.max_length, c->seed, c->data.shuffle, c->data.packing,
+                           c->steps,     c->epochs};
+    TRY_DONE(loader_open(&s->loader, &s->store, &loader));
+    s->options = (StepOptions){.shortcut = true, .aux_scale = (float)c->aux_loss};
+    TRY_DONE(make_plan(s));
+done:
+    if (status != OK) session_close(s);
+    return status;
+}
+
+Status session_place(Session *s) {
+    if (s->plan.total > s->plan.available)
+        FAIL(ERR_IO, "the run needs %.2f GB, %.2f GB are available: lower data.max_length or batch.sequences",
+             (double)s->plan.total / 1e9, (double)s->plan.available / 1e9);
+    TRY(params_place(&s->g.params, s->g.device, true));
+    TRY(checkpoint_load(&s->checkpoint, &s->g));
+    TRY(adapt_init(&s->g, &s->config));
+    TRY(step_init(&s->memory, &s->g, s->plan.rows, &s->options));
+    OptimizerConfig config = s->optimizer.config;
+    return optimizer_init(&s->optimizer, &config, &s->g.params, s->g.device);
+}
+
+void session_close(Session *s) {
+    loader_close(s->loader);
+    store_close(&s->store);
+    step_free(&s->memory);
+    optimizer_free(&s->optimizer);
+    adapter_spec_free(&s->spec);
+    gemma_free(&s->g);
+    tokenizer_free(s->tokenizer);
+    checkpoint_close(&s->checkpoint);
+    run_config_free(&s->config);
+    *s = (Session){0};
+}
+
+void memory_plan_print(const MemoryPlan *p) {
+    struct {
+        const char *name;
+        size_t bytes;
+    } lines[] = {{"weights", p->weights},         {"trained values", p->trained},
+                 {"gradients", p->trained},       {"optimizer states", p->optimizer},
+                 {p->recompute ? "activations (recomputed)" : "activations", p->activations},
+                 {"temporaries", p->scratch},     {"total", p->total}};
+    fprintf(stderr, "memory plan for %" PRId64 " rows at a time:\n", p->rows);
+    for (size_t i = 0; i < sizeof lines / sizeof *lines; i++)
+        fprintf(stderr, "  %-26s %9.3f GB\n", lines[i].name, (double)lines[i].bytes / 1e9);
+    if (p->mapped) fprintf(stderr, "  %-26s %9.3f GB (stays in the file)\n", "per-layer table", (double)p->mapped / 1e9);
+}

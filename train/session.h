@@ -1,0 +1,46 @@
+/* session.h - everything a run needs, opened in order: checkpoint, data, model, memory. */
+#ifndef SESSION_H
+#define SESSION_H
+
+#include "configs/run_config.h"
+#include "data/loader.h"
+#include "formats/adapter.h"
+#include "formats/checkpoint.h"
+#include "optim/optimizer.h"
+
+/* What the run will take, byte for byte, before any of it is taken. */
+typedef struct MemoryPlan {
+    size_t weights, mapped, trained, optimizer, activations, scratch, total;
+    size_t available;
+    bool recompute;
+    int64_t rows; /* of the largest micro-batch */
+} MemoryPlan;
+
+typedef struct Session {
+    RunConfig config;
+    Checkpoint checkpoint;
+    Tokenizer *tokenizer;
+    RowReader reader;
+    Store store;
+    AdapterSpec spec;
+    Gemma g;
+    MemoryPlan plan;
+    StepOptions options;
+    StepMemory memory;
+    Optimizer optimizer;
+    Loader *loader;
+} Session;
+
+/* Opens checkpoint, tokenizer and dataset, declares the model and makes the memory plan; takes no memory
+ * for weights yet. Tokenises JSONL into `store_path` unless a fresh store is already there. */
+Status session_open(Session *s, RunConfig *config, const char *store_path, StoreProgress *progress);
+
+/* Takes the memory, loads the weights, starts the optimizer. ERR_IO when the plan does not fit. */
+Status session_place(Session *s);
+
+void session_close(Session *s);
+
+/* The plan as a table on standard error. */
+void memory_plan_print(const MemoryPlan *plan);
+
+#endif

@@ -1,0 +1,386 @@
+/* trainer.c - steps, evaluations, saves, and what is shown of them. */
+#include "train/trainer.h"
+#include "formats/file.h"
+#include "kernels/random.h"
+#include "kernels/update.h"
+#include "optim/schedule.h"
+#include "train/metrics.h"
+#include "train/plot.h"
+#include "train/progress.h"
+#include "train/run_state.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A gradient norm this many times the median of the last good ones is a spike. */
+#define SPIKE 50.0
+#define SPIKE_HISTORY 20
+
+static volatile sig_atomic_t stop_requested;
+
+static void request_stop(int signal) {
+    (void)signal;
+    stop_requested = 1;
+}
+
+typedef struct Trainer {
+    Session s;
+    RunState state;
+    MetricsLog log;
+    StepMemory eval_memory;
+    ExpertLoad *load;
+    float *nll;
+    int64_t steps;
+    const char *output;
+    Progress progress;
+} Trainer;
+
+/* ---- saving ---- */
+
+static Status save_weights(Trainer *t, const char *path) {
+    const Session *s = &t->s;
+    if (s->config.method == METHOD_LORA) return peft_save(&s->g, &s->spec, path);
+    return checkpoint_save(&s->checkpoint, &s->g, s->g.dtype, path);
+}
+
+static const char *weights_name(const Trainer *t) { return t->s.config.method == METHOD_LORA ? "adapter" : "model"; }
+
+static int by_step(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return x < y ? 1 : x > y ? -1 : 0;
+}
+
+/* Removes all but the newest `keep` saves. */
+static void prune(const Trainer *t) {
+    char *path = path_join(t->output, "checkpoints");
+    DIR *dir = opendir(path);
+    int64_t steps[4096];
+    int count = 0;
+    for (struct dirent *entry; dir && count < 4096 && (entry = readdir(dir));)
+        if (!strncmp(entry->d_name, "step-", 5) && strspn(entry->d_name + 5, "0123456789") == strlen(entry->d_name + 5))
+            steps[count++] = atoll(entry->d_name + 5);
+    if (dir) closedir(dir);
+    qsort(steps, (size_t)count, sizeof *steps, by_step);
+    for (int i = (int)t->s.config.save_keep; i < count; i++) {
+        char *old = must_format("%s/step-%" PRId64, path, steps[i]);
+        tree_remove(old);
+        free(old);
+    }
+    free(path);
+}
+
+static Status save(Trainer *t) {
+    char *final = must_format("%s/checkpoints/step-%" PRId64, t->output, t->state.step), *temporary = NULL;
+    char *newest = path_join(t->output, weights_name(t)), *inner = NULL, *state = NULL;
+    Status status = OK;
+    TRY_DONE(folder_begin(&temporary, final));
+    inner = path_join(temporary, weights_name(t));
+    state = path_join(temporary, "state.h5");
+    TRY_DONE(save_weights(t, inner));
+    TRY_DONE(run_state_save(&t->state, &t->s.g.params, &t->s.optimizer, state));
+    status = folder_commit(temporary, final);
+    temporary = NULL;
+    if (status != OK) goto done;
+    TRY_DONE(save_weights(t, newest));
+    prune(t);
+done:
+    folder_abandon(temporary);
+    free(final);
+    free(newest);
+    free(inner);
+    free(state);
+    return status;
+}
+
+/* ---- evaluation ---- */
+
+Status evaluate(Session *s, StepMemory *memory, double *loss) {
+    StepOptions options = {.mode = STACK_SCORE, .shortcut = true};
+    int64_t capacity = s->config.data.max_length, sample = 0, trained = 0;
+    MicroBatch batch = {0};
+    float *nll = must_malloc((size_t)capacity * sizeof *nll);
+    double total = 0;
+    Status status = OK;
+    if (!memory->activations.capacity) TRY_DONE(step_init(memory, &s->g, capacity, &options));
+    while (sample < s->store.eval.count) {
+        TRY_DONE(loader_eval_batch(&s->store, true, &sample, capacity, &batch));
+        batch.batch.weights = NULL;
+        total += step_run(&s->g, memory, &batch.batch, &options, nll);
+        trained += batch.trained;
+    }
+    *loss = trained ? total / (double)trained : NAN;
+done:
+    micro_batch_free(&batch);
+    free(nll);
+    return status;
+}
+
+static Status evaluate_and_keep(Trainer *t, double *loss) {
+    TRY(evaluate(&t->s, &t->eval_memory, loss));
+    bool better = *loss < t->state.best_eval;
+    if (!better) {
+        t->state.evals_without_gain++;
+        return OK;
+    }
+    t->state.best_eval = *loss;
+    t->state.evals_without_gain = 0;
+    if (!t->s.config.save_best) return OK;
+    char *path = path_join(t->output, "best");
+    Status status = save_weights(t, path);
+    free(path);
+    return status;
+}
+
+/* ---- one step ---- */
+
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+static bool is_spike(const RunState *state, double norm) {
+    if (state->norm_count < SPIKE_HISTORY) return false;
+    int64_t count = state->norm_count < NORM_HISTORY ? state->norm_count : NORM_HISTORY;
+    float sorted[NORM_HISTORY];
+    memcpy(sorted, state->norms, (size_t)count * sizeof *sorted);
+    qsort(sorted, (size_t)count, sizeof *sorted, by_value);
+    return norm > SPIKE * sorted[count / 2];
+}
+
+/* The parameter whose gradient is worst: not finite, or the largest. */
+static const char *worst_parameter(const ParamList *params) {
+    const char *worst = "none";
+    double most = -1;
+    for (int i = 0; i < params->count; i++) {
+        const Param *p = params->items[i];
+        double sum;
+        if (!p->trainable) continue;
+        sum_of_squares(&sum, p->grad);
+        if (!isfinite(sum)) return p->name;
+        if (sum > most) most = sum, worst = p->name;
+    }
+    return worst;
+}
+
+static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t count, double loss, double norm) {
+    Session *s = &t->s;
+    Text rows = {0};
+    int listed = 0;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < batches[i].sample_count; k++) {
+            const int32_t *source = s->store.train.sources + 2 * batches[i].samples[k];
+            if (listed++ < 8)
+                text_addf(&rows, "%s%s:%d", listed > 1 ? ", " : "",
+                          source[0] < s->store.source_count ? s->store.source_paths[source[0]] : "?", source[1]);
+        }
+    if (listed > 8) text_addf(&rows, " and %d more", listed - 8);
+    const char *what = isfinite(norm) && isfinite(loss) ? "gradient spike" : "not finite";
+    const char *where = worst_parameter(&s->g.params);
+    progress_clear(&t->progress);
+    Status status = OK;
+    if (s->config.stop_on_bad_step)
+        status = status_fail(ERR_FORMAT, "step %" PRId64 ": %s (loss %g, gradient norm %g), worst in %s; rows %s",
+                             t->state.step + 1, what, loss, norm, where, rows.bytes);
+    else
+        note("step %" PRId64 " skipped: %s (loss %g, gradient norm %g), worst in %s; rows %s", t->state.step + 1, what,
+             loss, norm, where, rows.bytes);
+    text_free(&rows);
+    return status;
+}
+
+static Status one_step(Trainer *t, Metrics *m) {
+    Session *s = &t->s;
+    MicroBatch *batches;
+    int64_t count, trained;
+    TRY(loader_next(s->loader, &batches, &count, &trained));
+    double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0, norm, scale = 1;
+    gradients_zero(&s->g.params);
+    for (Linear *l = s->g.linears.first; l; l = l->next) linear_refresh(l, &s->memory.scratch);
+    for (int64_t i = 0; i < count; i++) {
+        s->options.key = random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step), (uint64_t)i);
+        s->options.load = t->load;
+        s->options.aux_scale = (float)(s->config.aux_loss / (double)count);
+        loss += step_run(&s->g, &s->memory, &batches[i].batch, &s->options, t->nll);
+        if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)count;
+        m->tokens += batches[i].batch.N;
+    }
+    norm = gradients_norm(&s->g.params);
+    *m = (Metrics){.loss = loss, .aux_loss = t->load ? aux : NAN, .lr = lr, .grad_norm = norm, .tokens = m->tokens,
+                   .trained_tokens = trained, .eval_loss = NAN};
+    m->skipped = !isfinite(loss) || !isfinite(norm) || is_spike(&t->state, norm);
+    if (m->skipped) {
+        TRY(report_bad_step(t, batches, count, loss, norm));
+        t->state.skipped++;
+    } else {
+        t->state.norms[t->state.norm_count++ % NORM_HISTORY] = (float)norm;
+        if (s->config.clip > 0 && norm > s->config.clip) scale = s->config.clip / (norm + 1e-6);
+        optimizer_step(&s->optimizer, &s->g.params, lr, scale);
+    }
+    t->state.step++;
+    m->step = t->state.step;
+    m->epoch = loader_epoch(s->loader, t->state.step);
+    return OK;
+}
+
+/* Share of assignments of the most and least used expert of each layer, to TensorBoard. */
+static Status log_expert_load(Trainer *t) {
+    if (!t->load) return OK;
+    int64_t E = t->s.g.config.num_experts;
+    for (int l = 0; l < t->s.g.config.num_hidden_layers; l++) {
+        const float *counts = t->load->by_layer + l * E;
+        double total = 0, most = 0, least = INFINITY;
+        for (int64_t e = 0; e < E; e++) {
+            total += counts[e];
+            most = fmax(most, counts[e]);
+            least = fmin(least, counts[e]);
+        }
+        char tag[64];
+        snprintf(tag, sizeof tag, "experts/layer_%02d_most", l);
+        TRY(metrics_add_scalar(&t->log, t->state.step, tag, total > 0 ? most / total * (double)E : NAN));
+        snprintf(tag, sizeof tag, "experts/layer_%02d_least", l);
+        TRY(metrics_add_scalar(&t->log, t->state.step, tag, total > 0 ? least / total * (double)E : NAN));
+    }
+    memset(t->load->by_layer, 0, (size_t)(t->s.g.config.num_hidden_layers * E) * sizeof(float));
+    return OK;
+}
+
+static Status loop(Trainer *t) {
+    const RunConfig *c = &t->s.config;
+    bool has_eval = t->s.store.eval.count > 0, stopped_early = false;
+    int64_t saved = t->state.step;
+    while (t->state.step < t->steps && !stop_requested && !stopped_early) {
+        Metrics m = {0};
+        double begin = progress_now();
+        TRY(one_step(t, &m));
+        m.tokens_per_s = (double)m.tokens / (progress_now() - begin);
+        m.memory_bytes = progress_memory();
+        bool last = t->state.step == t->steps;
+        if (has_eval && c->eval_every && (t->state.step % c->eval_every == 0 || last)) {
+            TRY(evaluate_and_keep(t, &m.eval_loss));
+            stopped_early = c->early_stop && t->state.evals_without_gain >= c->early_stop;
+        }
+        TRY(metrics_add(&t->log, &m));
+        TRY(log_expert_load(t));
+        progress_show(&t->progress, &m, t->steps);
+        if (t->state.step % c->save_every == 0) {
+            TRY(save(t));
+            saved = t->state.step;
+        }
+    }
+    progress_clear(&t->progress);
+    if (saved != t->state.step || t->state.step == 0) TRY(save(t));
+    if (stopped_early)
+        note("stopped at step %" PRId64 ": %" PRId64 " evaluations without a better loss", t->state.step,
+             t->state.evals_without_gain);
+    return OK;
+}
+
+/* ---- starting ---- */
+
+static void show_store(const char *path, int64_t rows, double share) {
+    progress_line("preparing %s: %" PRId64 " rows, %.0f %%", path, rows, 100 * share);
+}
+
+static Status open_folder(const RunConfig *c, bool resume, int64_t *step) {
+    char *run = path_join(c->output, "run.yaml");
+    bool there = file_exists(run);
+    Status status = OK;
+    *step = 0;
+    if (there && !resume)
+        FAIL_DONE(ERR_CONFIG, "%s: already holds a run; give --resume to continue it, or another output", c->output);
+    if (!there && resume) FAIL_DONE(ERR_CONFIG, "%s: holds no run to resume", c->output);
+    TRY_DONE(folder_make(c->output));
+    char *text = run_config_text(c), *old = NULL;
+    size_t size;
+    if (there) {
+        status = file_read(&old, &size, run, (size_t)1 << 24);
+        if (status == OK && strcmp(old, text))
+            note("the run file differs from the one %s was started with; the new one is used and kept", c->output);
+        *step = run_state_newest(c->output);
+    }
+    if (status == OK) status = file_write(run, text, strlen(text));
+    free(text);
+    free(old);
+done:
+    free(run);
+    return status;
+}
+
+static void report_data(const Store *store) {
+    const StoreCounts *n = &store->counts;
+    fprintf(stderr,
+            "data: %.0f rows -> %.0f samples (%.0f cut, %.0f dropped, %.0f bad rows), %.0f tokens, %.1f %% trained; "
+            "%" PRId64 " train and %" PRId64 " eval samples\n",
+            n->rows, n->samples, n->cut, n->dropped, n->bad, n->tokens, n->tokens > 0 ? 100 * n->trained / n->tokens : 0,
+            store->train.count, store->eval.count);
+}
+
+static Status start(Trainer *t, RunConfig *config, bool resume) {
+    int64_t step;
+    TRY(open_folder(config, resume, &step));
+    char *store = path_join(config->output, "data.h5");
+    Status status = session_open(&t->s, config, store, show_store);
+    free(store);
+    progress_clear(&t->progress);
+    TRY(status);
+    Session *s = &t->s;
+    t->output = s->config.output;
+    report_data(&s->store);
+    memory_plan_print(&s->plan);
+    TRY(session_place(s));
+    t->state.best_eval = INFINITY;
+    if (step) {
+        char *path = must_format("%s/checkpoints/step-%" PRId64 "/state.h5", t->output, step);
+        status = run_state_load(&t->state, &s->g.params, &s->optimizer, path);
+        free(path);
+        TRY(status);
+        fprintf(stderr, "resuming at step %" PRId64 "\n", t->state.step);
+    }
+    t->steps = loader_steps(s->loader);
+    TRY(loader_start(s->loader, t->state.step));
+    t->nll = must_malloc((size_t)(s->plan.rows + 1) * sizeof *t->nll);
+    if (s->g.config.num_experts) {
+        t->load = must_calloc(1, sizeof *t->load);
+        t->load->by_layer =
+            must_calloc((size_t)(s->g.config.num_hidden_layers * s->g.config.num_experts), sizeof(float));
+    }
+    return metrics_open(&t->log, t->output, t->state.step);
+}
+
+static void watch_signals(void) {
+    struct sigaction action = {.sa_handler = request_stop};
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+}
+
+Status train_run(RunConfig *config, bool resume) {
+    Trainer t = {0};
+    Status status = OK;
+    progress_init(&t.progress);
+    TRY_DONE(start(&t, config, resume));
+    watch_signals();
+    TRY_DONE(loop(&t));
+    metrics_close(&t.log);
+    char *report = path_join(t.output, "report.svg");
+    status = plot_runs(report, &t.output, 1);
+    free(report);
+    if (status == OK && stop_requested && t.state.step < t.steps)
+        FAIL_DONE(ERR_STOPPED, "stopped at step %" PRId64 " of %" PRId64 ", saved in %s", t.state.step, t.steps, t.output);
+    if (status == OK)
+        fprintf(stderr, "done: %" PRId64 " steps, %" PRId64 " skipped; weights in %s/%s, curve in %s/report.svg\n",
+                t.state.step, t.state.skipped, t.output, weights_name(&t), t.output);
+done:
+    metrics_close(&t.log);
+    step_free(&t.eval_memory);
+    if (t.load) free(t.load->by_layer);
+    free(t.load);
+    free(t.nll);
+    session_close(&t.s);
+    run_config_free(config);
+    return status;
+}
