@@ -21,7 +21,7 @@ FLAGS_avx512  = -DLEVEL=avx512 -DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx5
                 -mprefer-vector-width=512 -Wno-missing-prototypes
 
 FOLDERS  := kernels configs model formats data optim train infer
-ONCE     := kernels/cpu/onednn.c
+ONCE     := kernels/cpu/onednn.c kernels/cpu/scratch.c
 SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE)
 LEVELED  := $(filter-out $(ONCE),$(wildcard kernels/cpu/*.c))
 CLI      := $(wildcard cli/*.c)
@@ -67,8 +67,37 @@ $(RUNNER): $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(LIBRARY)
 
 runner: $(RUNNER)
 
+test: deps
+	@$(MAKE) --no-print-directory all runner
+	@tests/run.sh
+
+demo: deps
+	@$(MAKE) --no-print-directory all
+	@MODEL="$(MODEL)" DATA="$(DATA)" demo/run.sh
+
+# What the build needs, from Debian; asks for nothing when it is all there.
+DEPS     := gcc make pkg-config libyaml-dev libhdf5-dev libjansson-dev libdnnl-dev nettle-dev libpcre2-dev \
+            libprotobuf-c-dev protobuf-c-compiler
+deps:
+	@missing=$$(for p in $(DEPS); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+	    echo "installing $$missing"; \
+	    if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
+	    $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
+	fi
+
+# Format, then the suite under sanitizers.
+check:
+	@clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	@$(MAKE) --no-print-directory SANITIZE=asan all runner
+	@SANITIZE=asan tests/run.sh quick
+
+install: all
+	install -D -m 755 lapidary $(DESTDIR)$(PREFIX)/bin/lapidary
+PREFIX   ?= /usr/local
+
 clean:
 	rm -rf build lapidary
 
-.PHONY: all clean runner
+.PHONY: all runner test demo deps check install clean
 -include $(shell find build -name '*.d' 2>/dev/null)

@@ -9,8 +9,28 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The preset's or file's config.json, with another layer count and vocabulary where asked. */
-static Status make_config(char **json, const char *name, int64_t layers, int64_t vocab) {
+/* Sets the ids the tokenizer gives the special tokens, and for `tiny` its vocabulary. */
+static void fit_tokenizer(char **json, const Tokenizer *t, bool vocabulary) {
+    static const char *const keys[] = {"pad_token_id", "bos_token_id"}, *const tokens[] = {"<pad>", "<bos>"};
+    static const char *const ends[] = {"<eos>", "<turn|>"};
+    json_t *root = json_loads(*json, 0, NULL), *text = json_object_get(root, "text_config"), *eos = json_array();
+    if (!text) text = root;
+    for (int i = 0; i < 2; i++) {
+        if (tokenizer_find(t, tokens[i]) >= 0) json_object_set_new(text, keys[i], json_integer(tokenizer_find(t, tokens[i])));
+        if (tokenizer_find(t, ends[i]) >= 0) json_array_append_new(eos, json_integer(tokenizer_find(t, ends[i])));
+    }
+    json_object_set_new(root, "eos_token_id", eos);
+    if (vocabulary) {
+        json_object_set_new(text, "vocab_size", json_integer(tokenizer_size(t)));
+        json_object_set_new(text, "vocab_size_per_layer_input", json_integer(tokenizer_size(t)));
+    }
+    free(*json);
+    *json = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
+    json_decref(root);
+}
+
+/* The preset's or file's config.json, with another layer count where asked. */
+static Status make_config(char **json, const char *name, int64_t layers) {
     char *bytes = NULL;
     size_t size;
     *json = preset_config(name, layers);
@@ -25,14 +45,6 @@ static Status make_config(char **json, const char *name, int64_t layers, int64_t
         free(bytes);
         TRY(status);
     }
-    if (!vocab) return OK;
-    json_t *root = json_loads(*json, 0, NULL), *text = json_object_get(root, "text_config");
-    if (!text) text = root;
-    json_object_set_new(text, "vocab_size", json_integer(vocab));
-    json_object_set_new(text, "vocab_size_per_layer_input", json_integer(vocab));
-    free(*json);
-    *json = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
-    json_decref(root);
     return OK;
 }
 
@@ -52,16 +64,14 @@ Status command_init(int argc, char **argv) {
     if (layers < 0 || layers > LAYERS_MAX) FAIL(ERR_USAGE, "--layers is %" PRId64 ", expected 1 to %d", layers, LAYERS_MAX);
     if (strcmp(dtype, "bf16") && strcmp(dtype, "f32")) FAIL(ERR_USAGE, "--dtype is '%s', expected bf16 or f32", dtype);
     if (file_exists(a.positional[1])) FAIL(ERR_IO, "%s: is already there", a.positional[1]);
-    int64_t vocab = 0;
-    if (tokenizer) {
-        Tokenizer *t;
-        TRY(tokenizer_load(&t, tokenizer));
-        if (!strcmp(a.positional[0], "tiny")) vocab = tokenizer_size(t);
-        tokenizer_free(t);
-    }
     char *json = NULL;
-    TRY(make_config(&json, a.positional[0], layers, vocab));
-    Status status = initial_checkpoint(json, tokenizer, (uint64_t)seed, strcmp(dtype, "bf16") ? F32 : BF16, a.positional[1]);
+    Tokenizer *t = NULL;
+    if (tokenizer) TRY(tokenizer_load(&t, tokenizer));
+    Status status = make_config(&json, a.positional[0], layers);
+    if (status == OK && t) fit_tokenizer(&json, t, !strcmp(a.positional[0], "tiny"));
+    tokenizer_free(t);
+    if (status == OK)
+        status = initial_checkpoint(json, tokenizer, (uint64_t)seed, strcmp(dtype, "bf16") ? F32 : BF16, a.positional[1]);
     free(json);
     return status;
 }

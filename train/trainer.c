@@ -253,6 +253,11 @@ static Status loop(Trainer *t) {
     const RunConfig *c = &t->s.config;
     bool has_eval = t->s.store.eval.count > 0, stopped_early = false;
     int64_t saved = t->state.step;
+    if (has_eval && !t->state.step) {
+        double loss;
+        TRY(evaluate(&t->s, &t->eval_memory, &loss));
+        fprintf(stderr, "eval loss before training: %.4f\n", loss);
+    }
     while (t->state.step < t->steps && !stop_requested && !stopped_early) {
         Metrics m = {0};
         double begin = progress_now();

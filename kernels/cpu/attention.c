@@ -5,9 +5,8 @@
  * converted once for all of them. Keys go in tiles at fixed places, with the running softmax of
  * FlashAttention (Dao et al. 2022); all arithmetic is f32. */
 #include "kernels/attention.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
-
-#include <stdlib.h>
 
 #define BLOCK_ROWS 64 /* about as many matrix rows in a block of queries */
 #define TILE_KEYS 64
@@ -84,7 +83,7 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, 
     int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
 #pragma omp parallel
     {
-        float *memory = must_malloc((size_t)(2 * M * s.C + 2 * TILE_KEYS * s.C + M * TILE_KEYS) * sizeof(float));
+        float *memory = thread_scratch((size_t)(2 * M * s.C + 2 * TILE_KEYS * s.C + M * TILE_KEYS));
         float *query = memory, *out = query + M * s.C, *keys = out + M * s.C, *values = keys + TILE_KEYS * s.C;
         float *scores = values + TILE_KEYS * s.C, top[M], total[M];
 #pragma omp for schedule(dynamic) collapse(2)
@@ -129,7 +128,6 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, 
                 }
                 store_block(y, out, &s, &b, head);
             }
-        free(memory);
     }
 }
 
@@ -142,7 +140,7 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor 
     float *partials = groups > 1 ? partial.data : NULL;
 #pragma omp parallel
     {
-        float *memory = must_malloc((size_t)(4 * M * s.C + 3 * TILE_KEYS * s.C + 2 * M * TILE_KEYS) * sizeof(float));
+        float *memory = thread_scratch((size_t)(4 * M * s.C + 3 * TILE_KEYS * s.C + 2 * M * TILE_KEYS));
         float *query = memory, *dquery = query + M * s.C, *dout = dquery + M * s.C, *out = dout + M * s.C;
         float *keys = out + M * s.C, *keys_t = keys + TILE_KEYS * s.C, *values_t = keys_t + TILE_KEYS * s.C;
         float *prob = values_t + TILE_KEYS * s.C, *dscore = prob + M * TILE_KEYS, delta[M], log_sum[M];
@@ -197,7 +195,6 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor 
                     store_block(dq, dquery, &s, &b, head);
                 }
             }
-        free(memory);
     }
     if (!partials) return;
 #pragma omp parallel for schedule(static)

@@ -4,9 +4,9 @@
  * panels to f32); at the generic level, and for two dtypes, the ordered product below does them. */
 #include "kernels/matmul.h"
 #include "kernels/cpu/onednn.h"
+#include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
 
-#include <stdlib.h>
 
 #define PANEL_M 96
 #define PANEL_N 256
@@ -55,7 +55,7 @@ void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor 
 #pragma omp parallel if (M * N * K > 32768)
     {
         float *memory =
-            must_malloc((PANEL_M * PANEL_K + PANEL_K * PANEL_N + PANEL_M * PANEL_N + PANEL_N) * sizeof(float));
+            thread_scratch(PANEL_M * PANEL_K + PANEL_K * PANEL_N + PANEL_M * PANEL_N + PANEL_N);
         float *left = memory, *right = left + PANEL_M * PANEL_K, *sum = right + PANEL_K * PANEL_N;
         float *line = sum + PANEL_M * PANEL_N;
 #pragma omp for schedule(dynamic) collapse(2)
@@ -78,14 +78,13 @@ void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor 
                     store_f32(y, first, n_count, row);
                 }
             }
-        free(memory);
     }
 }
 
 /* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K. */
 static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {
     int64_t M = tensor_rows(y), N = tensor_cols(y), K = tensor_cols(a);
-    float *rows = must_malloc((size_t)(M * K) * sizeof *rows);
+    float *rows = thread_scratch((size_t)(M * K));
     for (int64_t m = 0; m < M; m++) {
         const float *row = load_f32(rows + m * K, a, m * K, K);
         if (row != rows + m * K) memcpy(rows + m * K, row, (size_t)K * sizeof *row);
@@ -110,45 +109,43 @@ static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {
             store_f32(y, m * N + n, 1, &value);
         }
     }
-    free(rows);
 }
 
-/* Products of bf16 on a CPU without them: the larger operand in panels of f32, the rest whole. */
+static void widen(float *out, Tensor x) {
+    int64_t count = tensor_count(x);
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < count; first += CHUNK)
+        load_f32(out + first, x, first, count - first < CHUNK ? count - first : CHUNK);
+}
+
+/* Products of bf16 on a CPU without them: both operands as f32, the result rounded once. */
 static void convert_and_multiply(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
-    Tensor operands[2] = {a, b};
-    float *copies[2];
-    for (int i = 0; i < 2; i++) {
-        int64_t count = tensor_count(operands[i]);
-        copies[i] = must_malloc((size_t)count * sizeof(float));
-#pragma omp parallel for schedule(static)
-        for (int64_t first = 0; first < count; first += CHUNK)
-            load_f32(copies[i] + first, operands[i], first, count - first < CHUNK ? count - first : CHUNK);
-        operands[i].data = copies[i];
-        operands[i].dtype = F32;
-    }
+    int64_t a_count = tensor_count(a), b_count = tensor_count(b), count = tensor_count(y);
+    float *left = thread_scratch((size_t)(a_count + b_count + count)), *right = left + a_count;
+    float *product = right + b_count;
+    widen(left, a);
+    widen(right, b);
+    a.dtype = b.dtype = F32;
+    a.data = left;
+    b.data = right;
     if (y.dtype == F32) {
-        onednn_product(layout, y, write, operands[0], operands[1]);
-    } else {
-        Tensor product = y;
-        int64_t count = tensor_count(y);
-        product.dtype = F32;
-        product.data = must_malloc((size_t)count * sizeof(float));
-        onednn_product(layout, product, SET, operands[0], operands[1]);
-        float *values = product.data;
-#pragma omp parallel for schedule(static)
-        for (int64_t first = 0; first < count; first += CHUNK) {
-            int64_t n = count - first < CHUNK ? count - first : CHUNK;
-            float buffer[CHUNK];
-            if (write == ADD) {
-                const float *old = load_f32(buffer, y, first, n);
-                for (int64_t i = 0; i < n; i++) values[first + i] += old[i];
-            }
-            store_f32(y, first, n, values + first);
-        }
-        free(product.data);
+        onednn_product(layout, y, write, a, b);
+        return;
     }
-    free(copies[0]);
-    free(copies[1]);
+    Tensor wide = y;
+    wide.dtype = F32;
+    wide.data = product;
+    onednn_product(layout, wide, SET, a, b);
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < count; first += CHUNK) {
+        int64_t n = count - first < CHUNK ? count - first : CHUNK;
+        float buffer[CHUNK];
+        if (write == ADD) {
+            const float *old = load_f32(buffer, y, first, n);
+            for (int64_t i = 0; i < n; i++) product[first + i] += old[i];
+        }
+        store_f32(y, first, n, product + first);
+    }
 }
 
 void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {

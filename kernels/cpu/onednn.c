@@ -1,11 +1,11 @@
 /* onednn.c - a table of matmul primitives by shape, dtype and layout.
  *
  * Making a primitive costs up to a millisecond, finding it again a few nanoseconds; the memory objects
- * live beside it and only their pointers change. */
+ * live beside it and only their pointers change. Batches of ever new sizes would fill memory with
+ * generated code (about 140 KB a shape), so a full table starts over, and oneDNN's own cache is off. */
 #include "kernels/cpu/onednn.h"
 
 #include <dnnl.h>
-#include <stdlib.h>
 #include <string.h>
 
 typedef struct Key {
@@ -21,8 +21,9 @@ typedef struct Product {
 
 static dnnl_engine_t engine;
 static dnnl_stream_t stream;
-static Product *table; /* open addressing, size a power of two */
-static size_t table_size, table_used;
+#define TABLE_SIZE 2048 /* a power of two; half of it is filled */
+static Product table[TABLE_SIZE]; /* open addressing */
+static size_t table_used;
 
 #define DNNL_CHECK(call) CHECK((call) == dnnl_success, "oneDNN refused a product")
 
@@ -35,19 +36,21 @@ static size_t hash_key(const Key *key) {
 
 static Product *table_find(const Key *key) {
     for (size_t i = hash_key(key);; i++) {
-        Product *p = &table[i & (table_size - 1)];
+        Product *p = &table[i & (TABLE_SIZE - 1)];
         if (!p->primitive || !memcmp(&p->key, key, sizeof *key)) return p;
     }
 }
 
-static void table_grow(void) {
-    Product *old = table;
-    size_t old_size = table_size;
-    table_size = old_size ? old_size * 2 : 256;
-    table = must_calloc(table_size, sizeof *table);
-    for (size_t i = 0; i < old_size; i++)
-        if (old[i].primitive) *table_find(&old[i].key) = old[i];
-    free(old);
+static void table_clear(void) {
+    for (size_t i = 0; i < TABLE_SIZE; i++) {
+        if (!table[i].primitive) continue;
+        dnnl_primitive_destroy(table[i].primitive);
+        dnnl_memory_destroy(table[i].a);
+        dnnl_memory_destroy(table[i].b);
+        dnnl_memory_destroy(table[i].y);
+    }
+    memset(table, 0, sizeof table);
+    table_used = 0;
 }
 
 static dnnl_memory_desc_t describe(int64_t rows, int64_t cols, bool transposed, DType dtype) {
@@ -83,10 +86,11 @@ static void product_make(Product *p, const Key *key) {
 
 void onednn_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
     if (!engine) {
+        DNNL_CHECK(dnnl_set_primitive_cache_capacity(0));
         DNNL_CHECK(dnnl_engine_create(&engine, dnnl_cpu, 0));
         DNNL_CHECK(dnnl_stream_create(&stream, engine, dnnl_stream_default_flags));
     }
-    if (2 * table_used >= table_size) table_grow();
+    if (2 * table_used >= TABLE_SIZE) table_clear();
     Key key = {.M = tensor_rows(y),
                .N = tensor_cols(y),
                .K = layout == TN ? tensor_rows(a) : tensor_cols(a),
