@@ -60,7 +60,7 @@ static void growing_free(Growing *g) {
 static Status convert_line(Builder *b, RowReader *reader, const char *path, const char *line, size_t size, Growing *to) {
     json_t *row = NULL;
     b->to = to;
-    Status status = utf8_valid(line, size) ? json_read(&row, line, size, path)
+    Status status = utf8_valid(line, size) ? json_read(&row, line, size, "row")
                                            : status_fail(ERR_FORMAT, "is not UTF-8");
     if (status == OK) status = row_convert(reader, row, add_sample, b);
     json_decref(row);

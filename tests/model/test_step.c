@@ -1,6 +1,7 @@
 /* test_step.c - the whole model against the reference: losses, every gradient, adapters, invariants. */
 #include "formats/adapter.h"
 #include "formats/file.h"
+#include "infer/decoder.h"
 #include "model/step.h"
 #include "optim/optimizer.h"
 #include "tests/fixture.h"
@@ -247,4 +248,258 @@ CASE(step, rank_stabilised_lora_steps_follow_peft) {
 
 CASE(step, dora_steps_follow_peft) {
     for (size_t k = 0; k < KINDS; k++) follow_peft(kinds[k], "dora");
+}
+
+/* ---- invariants ---- */
+
+/* Only the second half of each sequence is scored: what answers in a chat look like. */
+static void score_second_halves(Packed *p) {
+    p->scored = 0;
+    for (int64_t n = 0; n < p->batch.N; n++) {
+        if (p->positions[n] < 6) p->targets[n] = -1;
+        p->scored += p->targets[n] >= 0;
+    }
+    for (int64_t n = 0; n < p->batch.N; n++) p->weights[n] = 1.0f / (float)p->scored;
+}
+
+/* Every gradient of a run over p, concatenated; caller frees. */
+static float *gradients_of(const char *dir, DType dtype, bool full, const AdapterSpec *spec, StackMode mode, bool shortcut,
+                           Packed *p, int64_t *count) {
+    Run r;
+    run_open(&r, dir, dtype, full, spec, mode);
+    if (spec) {
+        adapter_init(&r.g, 5);
+        for (Linear *l = r.g.linears.first; l; l = l->next) /* a B of zeros would hide half of it */
+            for (int64_t i = 0; l->lora && i < tensor_count(l->lora->B->value); i++)
+                ((float *)l->lora->B->value.data)[i] = 0.01f * (float)(i % 7 - 3);
+    }
+    r.options.shortcut = shortcut;
+    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+    *count = tensor_count(r.g.params.grads);
+    float *copy = must_malloc((size_t)*count * sizeof *copy);
+    memcpy(copy, r.g.params.grads.data, (size_t)*count * sizeof *copy);
+    run_close(&r);
+    return copy;
+}
+
+static AdapterSpec usual_adapter(void) {
+    static const char *const names[] = {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "k_proj"};
+    AdapterSpec spec = {.rank = 4, .alpha = 8};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) text_list_add(&spec.targets, names[i]);
+    return spec;
+}
+
+CASE(invariant, recompute_on_equals_off_bit_for_bit) {
+    for (size_t k = 0; k < KINDS; k++)
+        for (int dtype = F32; dtype <= BF16; dtype++) {
+            char name[64];
+            int64_t count;
+            snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
+            Fixture f = fixture_open(name);
+            Packed *p = pack(&f, -1);
+            float *keep = gradients_of(f.dir, (DType)dtype, true, NULL, STACK_KEEP, true, p, &count);
+            float *again = gradients_of(f.dir, (DType)dtype, true, NULL, STACK_RECOMPUTE, true, p, &count);
+            EXPECT(!memcmp(keep, again, (size_t)count * 4), "%s %s", kinds[k], dtype_name((DType)dtype));
+            free(keep), free(again), free(p);
+        }
+}
+
+CASE(invariant, shortcut_on_equals_off_bit_for_bit) {
+    AdapterSpec spec = usual_adapter();
+    for (size_t k = 0; k < KINDS; k++)
+        for (int dtype = F32; dtype <= BF16; dtype++)
+            for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
+                char name[64];
+                int64_t count;
+                float on_nll[64];
+                snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
+                Fixture f = fixture_open(name);
+                Packed *p = pack(&f, -1);
+                score_second_halves(p);
+                float *on = gradients_of(f.dir, (DType)dtype, false, &spec, (StackMode)mode, true, p, &count);
+                memcpy(on_nll, p->nll, sizeof on_nll);
+                float *off = gradients_of(f.dir, (DType)dtype, false, &spec, (StackMode)mode, false, p, &count);
+                EXPECT(!memcmp(on_nll, p->nll, (size_t)p->batch.N * 4), "%s %s: losses", kinds[k], dtype_name((DType)dtype));
+                EXPECT(!memcmp(on, off, (size_t)count * 4), "%s %s: gradients", kinds[k], dtype_name((DType)dtype));
+                free(on), free(off), free(p);
+            }
+    adapter_spec_free(&spec);
+}
+
+/* Sequences one by one, gradients added up, against both packed in one batch. The sums have another order. */
+CASE(invariant, packed_equals_separate_and_accumulated_equals_one_batch) {
+    for (size_t k = 0; k < KINDS; k++) {
+        char name[64];
+        int64_t count;
+        snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
+        Fixture f = fixture_open(name);
+        Packed *both = pack(&f, -1);
+        float *packed = gradients_of(f.dir, F32, true, NULL, STACK_KEEP, true, both, &count);
+        Run r;
+        run_open(&r, f.dir, F32, true, NULL, STACK_KEEP);
+        for (int s = 0, at = 0; s < 2; s++) {
+            Packed *one = pack(&f, s);
+            for (int64_t n = 0; n < one->batch.N; n++) one->weights[n] = 1.0f / (float)both->scored;
+            step_run(&r.g, &r.memory, &one->batch, &r.options, one->nll);
+            for (int64_t n = 0; n < one->batch.N; n++, at++)
+                EXPECT_CLOSE(one->nll[n], both->nll[at], 2e-5 * (1 + fabs(both->nll[at])));
+            free(one);
+        }
+        EXPECT(relative_error(r.g.params.grads.data, packed, count) < 1e-5, "%s", kinds[k]);
+        run_close(&r);
+        free(packed), free(both);
+    }
+}
+
+CASE(invariant, an_adapter_with_zero_b_is_the_base) {
+    AdapterSpec spec = usual_adapter();
+    Fixture f = fixture_open("model_e2b.h5");
+    Packed *p = pack(&f, -1);
+    float base[64];
+    Run r;
+    run_open(&r, f.dir, BF16, false, NULL, STACK_SCORE);
+    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+    memcpy(base, p->nll, sizeof base);
+    run_close(&r);
+    run_open(&r, f.dir, BF16, false, &spec, STACK_SCORE);
+    adapter_init(&r.g, 3);
+    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+    EXPECT(!memcmp(base, p->nll, (size_t)p->batch.N * 4));
+    run_close(&r);
+    adapter_spec_free(&spec);
+    free(p);
+}
+
+static void merge_like_unmerged(const char *kind, const char *variant) {
+    char name[96], dir[400], out[400];
+    snprintf(name, sizeof name, "model_%s.h5", kind);
+    Fixture f = fixture_open(name);
+    if (!fixture_has(&f, variant)) return;
+    snprintf(dir, sizeof dir, "%s/adapter-%s-%s", test_folder(), kind, variant);
+    snprintf(out, sizeof out, "%s/merged-%s-%s", test_folder(), kind, variant);
+    EXPECT_OK(folder_make(dir));
+    snprintf(name, sizeof name, "%s/adapter_model.safetensors", variant);
+    fixture_write(&f, name, dir, "adapter_model.safetensors");
+    snprintf(name, sizeof name, "%s/adapter_config.json", variant);
+    fixture_write(&f, name, dir, "adapter_config.json");
+    AdapterSpec spec;
+    EXPECT_OK(peft_load_spec(&spec, dir));
+    Packed *p = pack(&f, -1);
+    float unmerged[64];
+    Run r;
+    run_open(&r, f.dir, F32, false, &spec, STACK_SCORE);
+    EXPECT_OK(peft_load(&r.g, dir));
+    for (Linear *l = r.g.linears.first; l; l = l->next) linear_refresh(l, &r.memory.scratch);
+    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+    memcpy(unmerged, p->nll, sizeof unmerged);
+    EXPECT_OK(checkpoint_save(&r.checkpoint, &r.g, F32, out));
+    /* What is written as an adapter loads again to the same bits. */
+    snprintf(dir, sizeof dir, "%s/again-%s-%s", test_folder(), kind, variant);
+    EXPECT_OK(peft_save(&r.g, &spec, dir));
+    AdapterSpec exact;
+    Run second;
+    EXPECT_OK(peft_load_spec(&exact, dir));
+    run_open(&second, f.dir, F32, false, &exact, STACK_SCORE);
+    EXPECT_OK(peft_load(&second.g, dir));
+    EXPECT(tensor_count(second.g.params.space) == tensor_count(r.g.params.space));
+    EXPECT(!memcmp(second.g.params.space.data, r.g.params.space.data, tensor_bytes(r.g.params.space)), "%s %s", kind, variant);
+    run_close(&second);
+    run_close(&r);
+    run_open(&r, out, F32, false, NULL, STACK_SCORE);
+    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+    for (int64_t n = 0; n < p->batch.N; n++)
+        EXPECT(fabs(unmerged[n] - p->nll[n]) < 1e-4, "%s %s: row %d: %g merged, %g not", kind, variant, (int)n, p->nll[n],
+               unmerged[n]);
+    run_close(&r);
+    adapter_spec_free(&spec);
+    adapter_spec_free(&exact);
+    free(p);
+}
+
+CASE(invariant, merged_equals_unmerged_and_saved_adapters_load_again) {
+    for (size_t k = 0; k < KINDS; k++) {
+        merge_like_unmerged(kinds[k], "lora");
+        merge_like_unmerged(kinds[k], "dora");
+    }
+}
+
+CASE(invariant, a_saved_checkpoint_holds_the_same_bits) {
+    for (size_t k = 0; k < KINDS; k++) {
+        char name[64], out[400], from[500], to[500];
+        char *a, *b;
+        size_t a_size, b_size;
+        snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
+        Fixture f = fixture_open(name);
+        Run r;
+        run_open(&r, f.dir, F32, true, NULL, STACK_SCORE);
+        snprintf(out, sizeof out, "%s/saved-%s", test_folder(), kinds[k]);
+        EXPECT_OK(checkpoint_save(&r.checkpoint, &r.g, F32, out));
+        Checkpoint again;
+        EXPECT_OK(checkpoint_open(&again, out));
+        EXPECT(again.count == r.checkpoint.count);
+        for (int i = 0; i < again.count; i++) {
+            EXPECT(!strcmp(again.tensors[i].stored->name, r.checkpoint.tensors[i].stored->name));
+            EXPECT(again.tensors[i].stored->size == r.checkpoint.tensors[i].stored->size);
+            EXPECT(!memcmp(again.tensors[i].stored->bytes, r.checkpoint.tensors[i].stored->bytes, again.tensors[i].stored->size),
+                   "%s", again.tensors[i].stored->name);
+        }
+        snprintf(from, sizeof from, "%s/config.json", f.dir);
+        snprintf(to, sizeof to, "%s/config.json", out);
+        EXPECT_OK(file_read(&a, &a_size, from, 1 << 20));
+        EXPECT_OK(file_read(&b, &b_size, to, 1 << 20));
+        EXPECT(a_size == b_size && !memcmp(a, b, a_size), "config.json changed");
+        free(a), free(b);
+        checkpoint_close(&again);
+        run_close(&r);
+    }
+}
+
+/* The likelihood of every token, decoded after a prefill of `prefill` tokens in chunks of `chunk`. */
+CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
+    static const int64_t plans[][2] = {{1, 1}, {5, 2}, {9, 9}, {16, 4}};
+    for (size_t k = 0; k < KINDS; k++) {
+        char name[64];
+        snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
+        Fixture f = fixture_open(name);
+        Packed *p = pack(&f, 0);
+        Run r;
+        run_open(&r, f.dir, F32, false, NULL, STACK_SCORE);
+        step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+        int64_t V = r.g.config.vocab_size;
+        for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
+            Decoder d;
+            float *logits = must_malloc((size_t)V * sizeof *logits);
+            EXPECT_OK(decoder_init(&d, &r.g, p->batch.N, plans[i][1]));
+            decoder_feed(&d, p->ids, plans[i][0], logits);
+            for (int64_t n = plans[i][0] - 1; n + 1 < p->batch.N; n++) {
+                double sum = 0;
+                for (int64_t v = 0; v < V; v++) sum += exp(logits[v]);
+                EXPECT(fabs(log(sum) - logits[p->ids[n + 1]] - p->nll[n]) < 2e-4, "%s: row %d: %g, expected %g", kinds[k],
+                       (int)n, log(sum) - logits[p->ids[n + 1]], p->nll[n]);
+                decoder_feed(&d, &p->ids[n + 1], 1, logits);
+            }
+            decoder_free(&d);
+            free(logits);
+        }
+        run_close(&r);
+        free(p);
+    }
+}
+
+/* The plan says what a step takes before anything is taken; a run that needed more would stop at a fault. */
+CASE(invariant, the_memory_plan_is_what_a_step_takes) {
+    Fixture f = fixture_open("model_26b-a4b.h5");
+    Packed *p = pack(&f, -1);
+    Run r;
+    run_open(&r, f.dir, F32, true, NULL, STACK_KEEP);
+    size_t activations, scratch;
+    step_measure(&r.g, p->batch.N, p->batch.N, &r.options, &activations, &scratch);
+    r.options.shortcut = false;
+    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+    EXPECT(r.memory.activations.used == activations, "%zu bytes placed, %zu planned", r.memory.activations.used, activations);
+    r.memory.scratch.peak = 0;
+    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+    EXPECT(r.memory.scratch.peak == scratch, "%zu bytes of scratch, %zu planned", r.memory.scratch.peak, scratch);
+    run_close(&r);
+    free(p);
 }

@@ -1,0 +1,246 @@
+/* test_fuzz.c - every parser of outside bytes on mutated input, under whatever sanitizer is built in.
+ *
+ * Each target runs for LAPIDARY_FUZZ_SECONDS (0.2). Inputs are seeds with bytes flipped, spans copied,
+ * cut or repeated; the stream of mutations is keyed, so a finding repeats with the same count. */
+#include "configs/model_config.h"
+#include "configs/run_config.h"
+#include "data/rows.h"
+#include "data/store.h"
+#include "formats/adapter.h"
+#include "formats/file.h"
+#include "formats/safetensors.h"
+#include "infer/answer.h"
+#include "kernels/random.h"
+#include "tests/test.h"
+#include "train/metrics.h"
+
+#include <time.h>
+
+typedef void Target(const char *bytes, size_t size);
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static const char *const words[] = {"{", "}", "[", "]", "\"", ":", ",", "null", "-1", "9223372036854775808", "1e999", "<|\"|>",
+                                    "<|tool_call>call:", "<tool_call|>", "<|channel>thought\n", "<channel|>", "<turn|>", "\\u0000",
+                                    "\xff", "data_offsets", "shape", "0", "4294967296", "\n", "  ", "- ", "&a", "*a", "type", "object"};
+
+static void fuzz(const char *const *seeds, const size_t *sizes, int count, Target *target) {
+    const char *text = getenv("LAPIDARY_FUZZ_SECONDS");
+    double end = now() + (text ? atof(text) : 0.2);
+    size_t space = 1 << 16;
+    char *bytes = must_malloc(space + 64);
+    for (uint64_t run = 0; now() < end; run++) {
+        uint64_t key = random_key(99, run), draw = 0;
+#define DRAW(n) ((size_t)(random_u64(key, draw++) % (uint64_t)((n) ? (n) : 1)))
+        int seed = (int)DRAW(count);
+        size_t size = sizes[seed] < space ? sizes[seed] : space;
+        memcpy(bytes, seeds[seed], size);
+        for (size_t edits = run ? 1 + DRAW(8) : 0; edits; edits--) {
+            size_t at = DRAW(size), length = 1 + DRAW(16), kind = DRAW(6);
+            const char *word = words[DRAW(sizeof words / sizeof *words)];
+            if (kind == 0 && size) {
+                bytes[at] = (char)DRAW(256);
+            } else if (kind == 1 && size) {
+                bytes[at] ^= (char)(1 << DRAW(8));
+            } else if (kind == 2 && at + length < size) {
+                memmove(bytes + at, bytes + at + length, size - at - length);
+                size -= length;
+            } else if (kind == 3 && size + length < space && at + length < size) {
+                memmove(bytes + at + length, bytes + at, size - at);
+                size += length;
+            } else if (kind == 4 && size + strlen(word) < space) {
+                memmove(bytes + at + strlen(word), bytes + at, size - at);
+                memcpy(bytes + at, word, strlen(word));
+                size += strlen(word);
+            } else if (kind == 5) {
+                size = at;
+            }
+        }
+        char *exact = must_malloc(size); /* so that reading beyond the end is seen */
+        memcpy(exact, bytes, size);
+        target(exact, size);
+        free(exact);
+    }
+    free(bytes);
+}
+
+#define FUZZ_TEXTS(target, ...)                                                                    \
+    do {                                                                                           \
+        const char *texts[] = {__VA_ARGS__};                                                       \
+        size_t lengths[sizeof texts / sizeof *texts];                                              \
+        for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) lengths[i] = strlen(texts[i]);   \
+        fuzz(texts, lengths, (int)(sizeof texts / sizeof *texts), target);                         \
+    } while (0)
+
+static void fuzz_file(const char *path, Target *target) {
+    char *bytes;
+    size_t size;
+    EXPECT_OK(file_read(&bytes, &size, path, 1 << 26));
+    const char *seeds[] = {bytes};
+    fuzz(seeds, &size, 1, target);
+    free(bytes);
+}
+
+static void on_safetensors(const char *bytes, size_t size) {
+    Safetensors s;
+    if (safetensors_parse(&s, (const uint8_t *)bytes, size, "fuzz") != OK) return;
+    for (int i = 0; i < s.count; i++)
+        for (size_t k = 0; k < s.tensors[i].size; k += s.tensors[i].size / 4 + 1)
+            if (s.tensors[i].bytes[k] == 255) status_message();
+    safetensors_close(&s);
+}
+
+CASE(fuzz, safetensors) {
+    char seed[400] = {0};
+    const char *header = "{\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]},\"b\":{\"dtype\":\"BF16\",\"shape\":[3],\"data_offsets\":[16,22]}}";
+    seed[0] = (char)strlen(header);
+    memcpy(seed + 8, header, strlen(header));
+    const char *seeds[] = {seed};
+    size_t size = 8 + strlen(header) + 22;
+    fuzz(seeds, &size, 1, on_safetensors);
+}
+
+static void on_model_config(const char *bytes, size_t size) {
+    ModelConfig c;
+    if (model_config_parse(&c, bytes, size, "fuzz") != OK) return;
+    for (int l = 0; l < c.num_hidden_layers; l++) block_config(&c, l);
+}
+
+CASE(fuzz, model_config) {
+    char *a = preset_config("e2b", 6), *b = preset_config("26b-a4b", 6);
+    FUZZ_TEXTS(on_model_config, a, b);
+    free(a), free(b);
+}
+
+static void on_run_config(const char *bytes, size_t size) {
+    RunConfig c;
+    char *text = must_calloc(size + 1, 1);
+    memcpy(text, bytes, size);
+    if (run_config_parse(&c, text, "fuzz", NULL, 0) == OK) {
+        free(run_config_text(&c));
+        run_config_free(&c);
+    }
+    free(text);
+}
+
+CASE(fuzz, run_config) {
+    FUZZ_TEXTS(on_run_config, "model: m\noutput: o\nlora: {rank: 4, targets: [a, b], rank_pattern: {x: 3}}\n"
+                              "data: {train: [a, b], eval: 0.1, fields: {prompt: q}}\nclip: null\n");
+}
+
+static void on_tokenizer(const char *bytes, size_t size) {
+    Tokenizer *t;
+    Tokens ids = {0};
+    if (tokenizer_parse(&t, bytes, size, "fuzz") != OK) return;
+    tokenizer_encode(t, &ids, "Milk <turn|> \xc3\xa9", 16, NULL, 0, true);
+    Text text = {0};
+    tokenizer_decode(t, &text, ids.ids, ids.count, false);
+    text_free(&text);
+    tokens_free(&ids);
+    tokenizer_free(t);
+}
+
+CASE(fuzz, tokenizer) { fuzz_file("demo/tokenizer/tokenizer.json", on_tokenizer); }
+
+static RowReader reader;
+static DataConfig config;
+
+static void drop_sample(void *context, const Sample *sample) {
+    (void)context;
+    if (sample->count && sample->ids[0] < 0) abort();
+}
+
+static void on_row(const char *bytes, size_t size) {
+    json_t *row;
+    if (!utf8_valid(bytes, size) || json_read(&row, bytes, size, "fuzz") != OK) return;
+    if (row_convert(&reader, row, drop_sample, NULL) != OK) status_message();
+    json_decref(row);
+}
+
+CASE(fuzz, rows_and_chat_templates) {
+    Tokenizer *t;
+    EXPECT_OK(tokenizer_load(&t, "demo/tokenizer"));
+    config = data_config_default();
+    config.chat_format = "large";
+    EXPECT_OK(row_reader_init(&reader, &config, t, "demo/tokenizer"));
+    FUZZ_TEXTS(on_row,
+               "{\"messages\": [{\"role\": \"system\", \"content\": [{\"type\": \"text\", \"text\": \"s\"}]}, {\"role\": \"user\", \"content\": \"q\"},"
+               "{\"role\": \"assistant\", \"reasoning\": \"r\", \"content\": \"<|channel>thought\\nx<channel|>y\", \"tool_calls\": [{\"id\": \"1\","
+               "\"function\": {\"name\": \"f\", \"arguments\": {\"a\": [1, 2.5, {\"b\": null}]}}}]}, {\"role\": \"tool\", \"tool_call_id\": \"1\","
+               "\"content\": \"ok\"}, {\"role\": \"assistant\", \"content\": \"done\"}], \"tools\": [{\"type\": \"function\", \"function\": {\"name\": \"f\","
+               "\"description\": \"d\", \"parameters\": {\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"array\", \"items\": {\"type\":"
+               "[\"integer\", \"null\"], \"properties\": {\"z\": {\"type\": \"object\"}}}}}, \"required\": [\"a\"]}}}]}",
+               "{\"conversations\": [{\"from\": \"human\", \"value\": \"q\"}, {\"from\": \"gpt\", \"value\": \"a\"}]}",
+               "{\"prompt\": \"a\", \"completion\": \"b\"}", "{\"text\": \"some text\"}");
+    tokenizer_free(t);
+}
+
+static void on_answer(const char *bytes, size_t size) {
+    json_t *message, *tools = json_pack("[{s:{s:s, s:{s:{s:{s:s}}}}}]", "function", "name", "f", "parameters", "properties", "a",
+                                        "type", "integer");
+    json_decref(answer_parse((Slice){"<|turn>model\n", 13}, (Slice){bytes, size}, tools));
+    if (answer_parse_strict(&message, (Slice){"", 0}, (Slice){bytes, size}, tools) == OK) json_decref(message);
+    json_decref(tools);
+}
+
+CASE(fuzz, answers) {
+    FUZZ_TEXTS(on_answer, "<|channel>thought\nhm<channel|>text<|tool_call>call:f{a:<|\"|>3<|\"|>,b:[1,{c:null}]}<tool_call|><|tool_response>",
+               "<|tool_call>call:f{\"a\": 1, 'b': tru}<turn|>", "plain<turn|>");
+}
+
+static void on_file(const char *name, const char *bytes, size_t size) {
+    char *path = path_join(test_folder(), name);
+    EXPECT_OK(file_write(path, bytes, size));
+    free(path);
+}
+
+static void on_adapter_config(const char *bytes, size_t size) {
+    AdapterSpec spec;
+    on_file("adapter_config.json", bytes, size);
+    if (peft_load_spec(&spec, test_folder()) == OK) adapter_spec_free(&spec);
+}
+
+CASE(fuzz, adapter_config) {
+    FUZZ_TEXTS(on_adapter_config, "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"target_modules\": [\"q_proj\"], \"rank_pattern\": {\"a\": 3}}");
+}
+
+static void on_store(const char *bytes, size_t size) {
+    char *path = path_join(test_folder(), "data.h5");
+    Store s;
+    on_file("data.h5", bytes, size);
+    if (store_open(&s, path, NULL, NULL, 0) == OK) store_close(&s);
+    free(path);
+}
+
+CASE(fuzz, datasets) {
+    Tokenizer *t;
+    DataConfig c = data_config_default();
+    char *rows = path_join(test_folder(), "rows.jsonl"), *path = path_join(test_folder(), "seed.h5");
+    const char *files[] = {rows};
+    EXPECT_OK(tokenizer_load(&t, "demo/tokenizer"));
+    on_file("rows.jsonl", "{\"text\": \"one\"}\n{\"text\": \"two words\"}\n", 39);
+    c.train = (NameList){files, 1};
+    EXPECT_OK(row_reader_init(&reader, &c, t, "demo/tokenizer"));
+    EXPECT_OK(store_build(path, &reader, &c, 1, NULL));
+    fuzz_file(path, on_store);
+    tokenizer_free(t);
+    free(rows), free(path);
+}
+
+static void on_metrics(const char *bytes, size_t size) {
+    char *path = path_join(test_folder(), "metrics.csv");
+    Metrics *rows;
+    int64_t count;
+    on_file("metrics.csv", bytes, size);
+    if (metrics_read(&rows, &count, path) == OK) free(rows);
+    free(path);
+}
+
+CASE(fuzz, metrics) {
+    FUZZ_TEXTS(on_metrics, "step,epoch,loss,aux_loss,lr,grad_norm,skipped,tokens,trained_tokens,tokens_per_s,memory_bytes,eval_loss\n"
+                           "1,0.1,2.5,,0.1,3,0,10,9,100,1000,\n2,0.2,2.4,,0.1,3,0,10,9,100,1000,2.2\n");
+}

@@ -1,0 +1,13 @@
+#!/bin/sh
+# tests/run.sh - runs the built test runner; last lines are "N skipped" and "N passed, N failed".
+set -eu
+cd "$(dirname "$0")/.."
+build=build/${SANITIZE:-cpu}
+export LAPIDARY_PROGRAM=${LAPIDARY_PROGRAM:-$([ -n "${SANITIZE:-}" ] && echo "$build/lapidary" || echo ./lapidary)}
+if [ "${1:-}" = quick ]; then
+    shift
+    set -- step. invariant. kernel_ safetensors. adapter. node. run_config. model_config. rows. store. loader. fuzz. text. json. golden.answers "$@"
+fi
+# oneDNN and libgomp keep what they made until the end; only leaks of our own count.
+export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
+exec "$build/tests/run" "$@"
