@@ -33,29 +33,32 @@ PROGRAM  := $(if $(SANITIZE),$(BUILD)/lapidary,lapidary)
 all: $(PROGRAM)
 
 $(PROGRAM): $(CLI:%.c=$(BUILD)/%.o) $(LIBRARY)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	@echo "  ld $@"
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 $(LIBRARY): $(OBJECTS) $(PROTO)
 	@rm -f $@
-	ar rcs $@ $^
+	@ar rcs $@ $^
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+	@echo "  cc $@"
+	@$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 
 define LEVEL_RULE
 $(BUILD)/%.$(1).o: %.c
 	@mkdir -p $$(@D)
-	$(CC) $(CFLAGS) $(FLAGS_$(1)) -MMD -MP -c -o $$@ $$<
+	@echo "  cc $$@"
+	@$(CC) $(CFLAGS) $(FLAGS_$(1)) -MMD -MP -c -o $$@ $$<
 endef
 $(foreach l,$(LEVELS),$(eval $(call LEVEL_RULE,$(l))))
 
 # TensorBoard's event record.
 $(BUILD)/train/event.pb-c.c: train/event.proto
 	@mkdir -p $(@D)
-	protoc-c --c_out=$(BUILD) $<
+	@protoc-c --c_out=$(BUILD) $<
 $(BUILD)/train/event.pb-c.o: $(BUILD)/train/event.pb-c.c
-	$(CC) $(CFLAGS) -c -o $@ $<
+	@$(CC) $(CFLAGS) -c -o $@ $<
 $(BUILD)/train/tensorboard.o: $(BUILD)/train/event.pb-c.c
 
 # Tests: one runner from all cases, each case in a process of its own.
@@ -63,7 +66,8 @@ TEST_SOURCES := $(wildcard tests/*.c) $(wildcard tests/*/*.c)
 RUNNER       := $(BUILD)/tests/run
 
 $(RUNNER): $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(LIBRARY)
-	$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	@echo "  ld $@"
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
 runner: $(RUNNER)
 

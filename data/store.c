@@ -57,7 +57,7 @@ static void growing_free(Growing *g) {
     free(g->sources);
 }
 
-static Status convert_line(Builder *b, RowReader *reader, const char *path, const char *line, size_t size, Growing *to) {
+static Status convert_line(Builder *b, RowReader *reader, const char *line, size_t size, Growing *to) {
     json_t *row = NULL;
     b->to = to;
     Status status = utf8_valid(line, size) ? json_read(&row, line, size, "row")
@@ -89,7 +89,7 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
         bool held_out = eval || (config->eval_share > 0 &&
                                  random_uniform_double(random_key((uint64_t)seed, (uint64_t)b->file),
                                                        (uint64_t)b->line) < config->eval_share);
-        status = convert_line(b, reader, path, text.bytes, text.size, held_out ? &b->eval : &b->train);
+        status = convert_line(b, reader, text.bytes, text.size, held_out ? &b->eval : &b->train);
         if (status == ERR_CONFIG) break; /* not the row's fault */
         if (status != OK && !config->skip_bad) {
             status_prefix(status, "%s:%d", path, b->line);

@@ -222,7 +222,8 @@ CASE(fuzz, datasets) {
     char *rows = path_join(test_folder(), "rows.jsonl"), *path = path_join(test_folder(), "seed.h5");
     const char *files[] = {rows};
     EXPECT_OK(tokenizer_load(&t, "demo/tokenizer"));
-    on_file("rows.jsonl", "{\"text\": \"one\"}\n{\"text\": \"two words\"}\n", 39);
+    const char *text = "{\"text\": \"one\"}\n{\"text\": \"two words\"}\n";
+    on_file("rows.jsonl", text, strlen(text));
     c.train = (NameList){files, 1};
     EXPECT_OK(row_reader_init(&reader, &c, t, "demo/tokenizer"));
     EXPECT_OK(store_build(path, &reader, &c, 1, NULL));

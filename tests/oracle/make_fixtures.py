@@ -145,7 +145,7 @@ def make_lora(f, kind, name, seqs, **extra):
         peft.save_pretrained(d)
         g["adapter_model.safetensors"] = file_bytes(os.path.join(d, "adapter_model.safetensors"))
         g["adapter_config.json"] = file_bytes(os.path.join(d, "adapter_config.json"))
-    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=2e-3, eps=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=5e-4, eps=1e-2, weight_decay=0.1)
     losses = []
     for _ in range(4):
         loss, _ = mean_loss(peft, seqs)
