@@ -96,7 +96,8 @@ Status session_open(Session *s, RunConfig *config, const char *store_path, Store
     LoaderConfig loader = {c->sequences, c->accumulate, c->data.max_length, c->seed, c->data.shuffle, c->data.packing,
                            c->steps,     c->epochs};
     TRY_DONE(loader_open(&s->loader, &s->store, &loader));
-    s->options = (StepOptions){.shortcut = true, .aux_scale = (float)c->aux_loss};
+    const char *shortcut = getenv("LAPIDARY_SHORTCUT"); /* 0: for measuring what it saves */
+    s->options = (StepOptions){.shortcut = !shortcut || strcmp(shortcut, "0"), .aux_scale = (float)c->aux_loss};
     TRY_DONE(make_plan(s));
 done:
     if (status != OK) session_close(s);
