@@ -23,10 +23,12 @@ static Status set_option(const Option *o, const char *value) {
         list->items[list->count++] = value;
     } else if (o->kind == OPTION_INT) {
         *(int64_t *)o->target = strtoll(value, &end, 10);
-        if (*end || end == value || errno) FAIL(ERR_USAGE, "%s is '%s', expected a whole number", o->name, value);
+        if (*end || end == value || errno)
+            FAIL(ERR_USAGE, "%s is '%s', expected a whole number", o->name, value);
     } else {
         *(double *)o->target = strtod(value, &end);
-        if (*end || end == value || errno) FAIL(ERR_USAGE, "%s is '%s', expected a number", o->name, value);
+        if (*end || end == value || errno)
+            FAIL(ERR_USAGE, "%s is '%s', expected a number", o->name, value);
     }
     return OK;
 }
@@ -63,7 +65,8 @@ Status arguments_parse(Arguments *a, int argc, char **argv) {
         }
     }
     if (a->count < a->least) FAIL(ERR_USAGE, "something is missing: lapidary %s", a->usage);
-    if (a->most >= 0 && a->count > a->most) FAIL(ERR_USAGE, "'%s' is too much: lapidary %s", kept[a->most], a->usage);
+    if (a->most >= 0 && a->count > a->most)
+        FAIL(ERR_USAGE, "'%s' is too much: lapidary %s", kept[a->most], a->usage);
     return OK;
 }
 
@@ -72,12 +75,14 @@ json_t *row_get(const json_t *row, const char *key) {
     return json_is_null(value) ? NULL : value;
 }
 
-static Status run_row(const char *name, const char *bytes, size_t size, bool strict, RowHandler *handle, void *context) {
+static Status run_row(const char *name, const char *bytes, size_t size, bool strict,
+                      RowHandler *handle, void *context) {
     json_t *row = NULL;
     Text out = {0};
     Status status = utf8_valid(bytes, size) ? json_read(&row, bytes, size, name)
                                             : status_fail(ERR_FORMAT, "%s: is not UTF-8", name);
-    if (status == OK && !json_is_object(row)) status = status_fail(ERR_FORMAT, "%s: the row is not an object", name);
+    if (status == OK && !json_is_object(row))
+        status = status_fail(ERR_FORMAT, "%s: the row is not an object", name);
     if (status == OK) {
         status = handle(context, row, &out);
         if (status != OK && status != ERR_CONFIG) status_prefix(status, "%s", name);
@@ -99,7 +104,8 @@ static Status run_row(const char *name, const char *bytes, size_t size, bool str
     return status;
 }
 
-Status rows_run(const char *path, const char *text, bool strict, RowHandler *handle, void *context) {
+Status rows_run(const char *path, const char *text, bool strict, RowHandler *handle,
+                void *context) {
     if (!path && !text) FAIL(ERR_USAGE, "no rows: give --data FILE or a TEXT");
     if (!path) {
         Text row = {0};
@@ -128,6 +134,7 @@ Status rows_run(const char *path, const char *text, bool strict, RowHandler *han
     if (status == OK && ferror(file)) status = status_fail(ERR_IO, "%s: cannot be read", path);
     free(line);
     if (file != stdin) fclose(file);
-    if (status == OK && fflush(stdout)) status = status_fail(ERR_IO, "standard output cannot be written");
+    if (status == OK && fflush(stdout))
+        status = status_fail(ERR_IO, "standard output cannot be written");
     return status;
 }

@@ -4,7 +4,13 @@
 
 #include "data/json.h"
 
-typedef enum OptionKind { OPTION_FLAG, OPTION_TEXT, OPTION_INT, OPTION_REAL, OPTION_LIST } OptionKind;
+typedef enum OptionKind {
+    OPTION_FLAG,
+    OPTION_TEXT,
+    OPTION_INT,
+    OPTION_REAL,
+    OPTION_LIST
+} OptionKind;
 
 typedef struct OptionList {
     const char *items[64];
@@ -24,14 +30,15 @@ typedef struct Arguments {
     int least, most;       /* positional arguments */
     char **positional;
     int count;
-    bool helped;           /* --help was given and answered */
+    bool helped; /* --help was given and answered */
 } Arguments;
 
 /* Sorts the command line into options and positional arguments; ERR_USAGE names what is wrong. */
 Status arguments_parse(Arguments *a, int argc, char **argv);
 
-/* Calls `handle` with every non-empty line of a JSONL file, or with the one row built from TEXT. The
- * handler adds one line to `out`; without `strict` an error of one row becomes {"error": ...}. */
+/* Calls `handle` with every non-empty line of a JSONL file, or with the one row built from TEXT.
+ * The handler adds one line to `out`; without `strict` an error of one row becomes {"error": ...}.
+ */
 typedef Status RowHandler(void *context, const json_t *row, Text *out);
 Status rows_run(const char *path, const char *text, bool strict, RowHandler *handle, void *context);
 

@@ -13,9 +13,9 @@
 #include <unistd.h>
 
 #define TRAINED_COLOUR "\033[32m"
-#define MASKED_COLOUR "\033[2m"
-#define END_COLOUR "\033[0m"
-#define SAMPLES_SHOWN 3
+#define MASKED_COLOUR  "\033[2m"
+#define END_COLOUR     "\033[0m"
+#define SAMPLES_SHOWN  3
 
 static int warnings;
 
@@ -35,8 +35,8 @@ static Status show_sample(Session *s, int64_t sample, bool colour) {
     const int32_t *source = s->store.train.sources + 2 * sample;
     if (status == OK)
         printf("\nsample %" PRId64 " (%s:%d), %" PRId64 " tokens, %" PRId64 " trained:\n", sample,
-               source[0] < s->store.source_count ? s->store.source_paths[source[0]] : "?", source[1], n,
-               s->store.train.trained[sample]);
+               source[0] < s->store.source_count ? s->store.source_paths[source[0]] : "?",
+               source[1], n, s->store.train.trained[sample]);
     for (int64_t i = 0; status == OK && i < n;) {
         int64_t end = i;
         Text text = {0};
@@ -57,7 +57,8 @@ static Status show_sample(Session *s, int64_t sample, bool colour) {
 
 /* Every trained sample should end on a token the model stops on. */
 static Status check_stops(Session *s) {
-    int32_t stops[] = {tokenizer_find(s->tokenizer, "<turn|>"), tokenizer_find(s->tokenizer, "<eos>"),
+    int32_t stops[] = {tokenizer_find(s->tokenizer, "<turn|>"),
+                       tokenizer_find(s->tokenizer, "<eos>"),
                        tokenizer_find(s->tokenizer, "<|tool_response>")};
     int64_t without = 0, looked = s->store.train.count < 1000 ? s->store.train.count : 1000;
     for (int64_t i = 0; i < looked; i++) {
@@ -72,8 +73,11 @@ static Status check_stops(Session *s) {
         free(mask);
         TRY(status);
     }
-    printf("  stop token: %" PRId64 " of %" PRId64 " samples end on a trained stop token\n", looked - without, looked);
-    if (without) warn("%s samples teach no stop: documents longer than max_length, or add_eos false", without == looked ? "all" : "some");
+    printf("  stop token: %" PRId64 " of %" PRId64 " samples end on a trained stop token\n",
+           looked - without, looked);
+    if (without)
+        warn("%s samples teach no stop: documents longer than max_length, or add_eos false",
+             without == looked ? "all" : "some");
     return OK;
 }
 
@@ -90,8 +94,8 @@ static double gradient_below(const Gemma *g, const char *part) {
     return sqrt(total);
 }
 
-/* One batch forward and back: a finite loss, a gradient for everything trained, and for the layers whose
- * K and V later layers read. */
+/* One batch forward and back: a finite loss, a gradient for everything trained, and for the layers
+ * whose K and V later layers read. */
 static Status check_gradients(Session *s) {
     MicroBatch *batches;
     int64_t count, trained;
@@ -101,12 +105,15 @@ static Status check_gradients(Session *s) {
     float *nll = must_malloc((size_t)(s->plan.rows + 1) * sizeof *nll);
     gradients_zero(&s->g.params);
     for (Linear *l = s->g.linears.first; l; l = l->next) linear_refresh(l, &s->memory.scratch);
-    double begin = progress_now(), loss = step_run(&s->g, &s->memory, &batches[0].batch, &s->options, nll);
+    double begin = progress_now(),
+           loss = step_run(&s->g, &s->memory, &batches[0].batch, &s->options, nll);
     double seconds = progress_now() - begin, norm = gradients_norm(&s->g.params);
     loss *= (double)trained / (double)(batches[0].trained ? batches[0].trained : 1);
     free(nll);
-    printf("  first batch: loss %.4f (a uniform guess is %.4f), gradient norm %.4g, %.0f tokens/s, %.2f GB resident\n", loss,
-           log((double)s->g.config.vocab_size), norm, (double)batches[0].batch.N / seconds, progress_memory() / 1e9);
+    printf("  first batch: loss %.4f (a uniform guess is %.4f), gradient norm %.4g, %.0f tokens/s, "
+           "%.2f GB resident\n",
+           loss, log((double)s->g.config.vocab_size), norm, (double)batches[0].batch.N / seconds,
+           progress_memory() / 1e9);
     if (!isfinite(loss) || !isfinite(norm)) warn("%s", "the loss or gradient is not finite");
     for (int l = 0; l < s->g.config.num_hidden_layers; l++) {
         if (!s->g.blocks[l].config.kv_is_shared) continue;
@@ -122,18 +129,25 @@ static Status check_gradients(Session *s) {
 static Status examine(Session *s, bool weights) {
     const StoreCounts *n = &s->store.counts;
     bool colour = isatty(1);
-    for (int64_t i = 0; i < SAMPLES_SHOWN && i < s->store.train.count; i++) TRY(show_sample(s, i, colour));
-    printf("\nchecks:\n  rows: %.0f, samples %.0f, cut %.0f, dropped %.0f, bad %.0f\n", n->rows, n->samples, n->cut,
-           n->dropped, n->bad);
-    printf("  trained share: %.1f %% of %.0f tokens\n", n->tokens > 0 ? 100 * n->trained / n->tokens : 0, n->tokens);
-    if (n->trained < 0.02 * n->tokens) warn("%s", "less than 2 % of the tokens are trained: check data.loss_on and the roles");
-    if (n->dropped > 0.2 * n->rows) warn("%s", "more than a fifth of the rows is dropped: raise data.max_length");
-    printf("  template: %s\n", s->reader.has_format ? chat_format_name(s->reader.format) : "not used by these rows");
+    for (int64_t i = 0; i < SAMPLES_SHOWN && i < s->store.train.count; i++)
+        TRY(show_sample(s, i, colour));
+    printf("\nchecks:\n  rows: %.0f, samples %.0f, cut %.0f, dropped %.0f, bad %.0f\n", n->rows,
+           n->samples, n->cut, n->dropped, n->bad);
+    printf("  trained share: %.1f %% of %.0f tokens\n",
+           n->tokens > 0 ? 100 * n->trained / n->tokens : 0, n->tokens);
+    if (n->trained < 0.02 * n->tokens)
+        warn("%s", "less than 2 % of the tokens are trained: check data.loss_on and the roles");
+    if (n->dropped > 0.2 * n->rows)
+        warn("%s", "more than a fifth of the rows is dropped: raise data.max_length");
+    printf("  template: %s\n",
+           s->reader.has_format ? chat_format_name(s->reader.format) : "not used by these rows");
     TRY(check_stops(s));
-    printf("  steps: %" PRId64 " over %.2f epochs, %" PRId64 " packed rows an epoch\n", loader_steps(s->loader),
-           loader_epoch(s->loader, loader_steps(s->loader)), loader_rows(s->loader));
-    printf("  memory: %.2f GB needed, %.2f GB available, activations %s\n", (double)s->plan.total / 1e9,
-           (double)s->plan.available / 1e9, s->plan.recompute ? "recomputed" : "kept");
+    printf("  steps: %" PRId64 " over %.2f epochs, %" PRId64 " packed rows an epoch\n",
+           loader_steps(s->loader), loader_epoch(s->loader, loader_steps(s->loader)),
+           loader_rows(s->loader));
+    printf("  memory: %.2f GB needed, %.2f GB available, activations %s\n",
+           (double)s->plan.total / 1e9, (double)s->plan.available / 1e9,
+           s->plan.recompute ? "recomputed" : "kept");
     if (s->plan.total > s->plan.available) warn("%s", "the run does not fit");
     if (weights && s->plan.total <= s->plan.available) TRY(check_gradients(s));
     printf(warnings ? "%d warnings\n" : "no warnings\n", warnings);
@@ -145,9 +159,12 @@ Status command_doctor(int argc, char **argv) {
     Option options[] = {{"--no-weights", OPTION_FLAG, &fast, "look at data and memory only"},
                         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "doctor RUN.yaml [key.path=value ...]",
-                   .about = "Shows samples with their loss mask and checks stop tokens, template, kept-token share,\n"
+                   .about = "Shows samples with their loss mask and checks stop tokens, template, "
+                            "kept-token share,\n"
                             "memory, and the gradients of one batch.",
-                   .options = options, .least = 1, .most = -1};
+                   .options = options,
+                   .least = 1,
+                   .most = -1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     RunConfig config;

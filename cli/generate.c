@@ -1,9 +1,9 @@
 /* generate.c - lapidary generate: one answer. */
+#include "infer/generate.h"
 #include "cli/command.h"
 #include "data/rows.h"
 #include "formats/file.h"
 #include "infer/answer.h"
-#include "infer/generate.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -15,8 +15,8 @@ typedef struct Prompt {
     Text text; /* of a chat: what the answer is parsed after */
 } Prompt;
 
-static Status make_prompt(Prompt *p, Model *m, const char *text, const char *format, const char *tools_path, bool raw,
-                          bool think) {
+static Status make_prompt(Prompt *p, Model *m, const char *text, const char *format,
+                          const char *tools_path, bool raw, bool think) {
     DataConfig data = data_config_default();
     RowReader reader;
     TRY(row_reader_init(&reader, &data, m->tokenizer, m->dir));
@@ -61,7 +61,9 @@ static void write_new(Shown *s, bool last) {
     Text text = {0};
     tokenizer_decode(s->model->tokenizer, &text, s->all.ids, s->all.count, false);
     size_t end = text.size;
-    while (!last && end >= 3 && end > s->written && !memcmp(text.bytes + end - 3, "\xef\xbf\xbd", 3)) end -= 3;
+    while (!last && end >= 3 && end > s->written &&
+           !memcmp(text.bytes + end - 3, "\xef\xbf\xbd", 3))
+        end -= 3;
     if (end > s->written) fwrite(text.bytes + s->written, 1, end - s->written, stdout);
     s->written = end > s->written ? end : s->written;
     fflush(stdout);
@@ -74,7 +76,8 @@ static void show_token(void *context, int32_t id) {
     write_new(s, false);
 }
 
-static void print_json(Model *m, const Tokens *out, const Sampling *s, const Prompt *prompt, bool raw) {
+static void print_json(Model *m, const Tokens *out, const Sampling *s, const Prompt *prompt,
+                       bool raw) {
     Text line = {0}, text = {0};
     int64_t count = out->count;
     for (int k = 0; count && k < s->stop_count; k++)
@@ -88,7 +91,8 @@ static void print_json(Model *m, const Tokens *out, const Sampling *s, const Pro
     text_adds(&line, "], \"text\": ");
     text_add_json_string(&line, (Slice){text.bytes, text.size});
     if (!raw) {
-        json_t *message = answer_parse((Slice){prompt->text.bytes, prompt->text.size}, (Slice){text.bytes, text.size}, NULL);
+        json_t *message = answer_parse((Slice){prompt->text.bytes, prompt->text.size},
+                                       (Slice){text.bytes, text.size}, NULL);
         text_adds(&line, ", \"message\": ");
         text_add_json(&line, message);
         json_decref(message);
@@ -100,32 +104,37 @@ static void print_json(Model *m, const Tokens *out, const Sampling *s, const Pro
 }
 
 Status command_generate(int argc, char **argv) {
-    const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16", *format = "auto", *tools = NULL;
+    const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16", *format = "auto",
+               *tools = NULL;
     bool raw = false, think = false, json = false;
     double temperature = NAN, top_p = NAN;
     int64_t top_k = -1, seed = -1, max_tokens = -1;
     OptionList media = {0};
-    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
-                        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
-                        {"--raw", OPTION_FLAG, &raw, "the prompt is text after <bos>, no chat template"},
-                        {"--tools", OPTION_TEXT, &tools, "FILE  JSON list of functions the model may call"},
-                        {"--think", OPTION_FLAG, &think, "let the model think first"},
-                        {"--image", OPTION_LIST, &media, "FILE  (not in this version)"},
-                        {"--audio", OPTION_LIST, &media, "FILE  (not in this version)"},
-                        {"--video", OPTION_LIST, &media, "FILE  (not in this version)"},
-                        {"--temperature", OPTION_REAL, &temperature, "X  0 is greedy"},
-                        {"--top-k", OPTION_INT, &top_k, "N"},
-                        {"--top-p", OPTION_REAL, &top_p, "X"},
-                        {"--seed", OPTION_INT, &seed, "N  (42)"},
-                        {"--max-tokens", OPTION_INT, &max_tokens, "N  (1024)"},
-                        {"--json", OPTION_FLAG, &json, "one JSON line: ids, text, message"},
-                        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
-                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
-                        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
-                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {
+        {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
+        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
+        {"--raw", OPTION_FLAG, &raw, "the prompt is text after <bos>, no chat template"},
+        {"--tools", OPTION_TEXT, &tools, "FILE  JSON list of functions the model may call"},
+        {"--think", OPTION_FLAG, &think, "let the model think first"},
+        {"--image", OPTION_LIST, &media, "FILE  (not in this version)"},
+        {"--audio", OPTION_LIST, &media, "FILE  (not in this version)"},
+        {"--video", OPTION_LIST, &media, "FILE  (not in this version)"},
+        {"--temperature", OPTION_REAL, &temperature, "X  0 is greedy"},
+        {"--top-k", OPTION_INT, &top_k, "N"},
+        {"--top-p", OPTION_REAL, &top_p, "X"},
+        {"--seed", OPTION_INT, &seed, "N  (42)"},
+        {"--max-tokens", OPTION_INT, &max_tokens, "N  (1024)"},
+        {"--json", OPTION_FLAG, &json, "one JSON line: ids, text, message"},
+        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
+        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "generate --model DIR [--adapter DIR] [options] PROMPT",
-                   .about = "Answers one prompt. Missing sampling options come from generation_config.json, else greedy.",
-                   .options = options, .least = 1, .most = 1};
+                   .about = "Answers one prompt. Missing sampling options come from "
+                            "generation_config.json, else greedy.",
+                   .options = options,
+                   .least = 1,
+                   .most = 1};
     Model m;
     Sampling s;
     Prompt prompt = {0};
@@ -134,7 +143,9 @@ Status command_generate(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
-    if (media.count) FAIL(ERR_USAGE, "images, audio and video need the towers, which this version does not have");
+    if (media.count)
+        FAIL(ERR_USAGE,
+             "images, audio and video need the towers, which this version does not have");
     TRY(model_open(&m, model, adapter, device, dtype));
     Status status = OK;
     TRY_DONE(sampling_load(&s, &m));

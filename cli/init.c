@@ -11,13 +11,17 @@
 
 /* Sets the ids the tokenizer gives the special tokens, and for `tiny` its vocabulary. */
 static void fit_tokenizer(char **json, const Tokenizer *t, bool vocabulary) {
-    static const char *const keys[] = {"pad_token_id", "bos_token_id"}, *const tokens[] = {"<pad>", "<bos>"};
+    static const char *const keys[] = {"pad_token_id", "bos_token_id"}, *const tokens[] = {"<pad>",
+                                                                                           "<bos>"};
     static const char *const ends[] = {"<eos>", "<turn|>"};
-    json_t *root = json_loads(*json, 0, NULL), *text = json_object_get(root, "text_config"), *eos = json_array();
+    json_t *root = json_loads(*json, 0, NULL), *text = json_object_get(root, "text_config"),
+           *eos = json_array();
     if (!text) text = root;
     for (int i = 0; i < 2; i++) {
-        if (tokenizer_find(t, tokens[i]) >= 0) json_object_set_new(text, keys[i], json_integer(tokenizer_find(t, tokens[i])));
-        if (tokenizer_find(t, ends[i]) >= 0) json_array_append_new(eos, json_integer(tokenizer_find(t, ends[i])));
+        if (tokenizer_find(t, tokens[i]) >= 0)
+            json_object_set_new(text, keys[i], json_integer(tokenizer_find(t, tokens[i])));
+        if (tokenizer_find(t, ends[i]) >= 0)
+            json_array_append_new(eos, json_integer(tokenizer_find(t, ends[i])));
     }
     json_object_set_new(root, "eos_token_id", eos);
     if (vocabulary) {
@@ -36,11 +40,13 @@ static Status make_config(char **json, const char *name, int64_t layers) {
     *json = preset_config(name, layers);
     if (!*json) {
         if (!strchr(name, '/') && !strchr(name, '.'))
-            FAIL(ERR_USAGE, "'%s' is no preset (tiny, e2b, e4b, 12b, 26b-a4b, 31b) and no config.json", name);
+            FAIL(ERR_USAGE,
+                 "'%s' is no preset (tiny, e2b, e4b, 12b, 26b-a4b, 31b) and no config.json", name);
         TRY(file_read(&bytes, &size, name, (size_t)64 << 20));
         ModelConfig check;
         Status status = model_config_parse(&check, bytes, size, name);
-        if (status == OK && layers) status = model_config_with_layers(json, bytes, size, name, layers);
+        if (status == OK && layers)
+            status = model_config_with_layers(json, bytes, size, name, layers);
         if (status == OK && !layers) *json = must_strdup(bytes);
         free(bytes);
         TRY(status);
@@ -51,18 +57,25 @@ static Status make_config(char **json, const char *name, int64_t layers) {
 Status command_init(int argc, char **argv) {
     const char *tokenizer = NULL, *dtype = "bf16";
     int64_t layers = 0, seed = 42;
-    Option options[] = {{"--tokenizer", OPTION_TEXT, &tokenizer, "DIR  copy tokenizer and template files from here; sets the vocabulary of `tiny`"},
-                        {"--layers", OPTION_INT, &layers, "N  another number of layers"},
-                        {"--seed", OPTION_INT, &seed, "N  of the random weights (42)"},
-                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of the file (bf16)"},
-                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {
+        {"--tokenizer", OPTION_TEXT, &tokenizer,
+         "DIR  copy tokenizer and template files from here; sets the vocabulary of `tiny`"},
+        {"--layers", OPTION_INT, &layers, "N  another number of layers"},
+        {"--seed", OPTION_INT, &seed, "N  of the random weights (42)"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of the file (bf16)"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "init PRESET|config.json OUT [--tokenizer DIR] [--layers N] [--seed N]",
-                   .about = "Writes a checkpoint folder with random weights. Presets: tiny, e2b, e4b, 12b, 26b-a4b, 31b.",
-                   .options = options, .least = 2, .most = 2};
+                   .about = "Writes a checkpoint folder with random weights. Presets: tiny, e2b, "
+                            "e4b, 12b, 26b-a4b, 31b.",
+                   .options = options,
+                   .least = 2,
+                   .most = 2};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
-    if (layers < 0 || layers > LAYERS_MAX) FAIL(ERR_USAGE, "--layers is %" PRId64 ", expected 1 to %d", layers, LAYERS_MAX);
-    if (strcmp(dtype, "bf16") && strcmp(dtype, "f32")) FAIL(ERR_USAGE, "--dtype is '%s', expected bf16 or f32", dtype);
+    if (layers < 0 || layers > LAYERS_MAX)
+        FAIL(ERR_USAGE, "--layers is %" PRId64 ", expected 1 to %d", layers, LAYERS_MAX);
+    if (strcmp(dtype, "bf16") && strcmp(dtype, "f32"))
+        FAIL(ERR_USAGE, "--dtype is '%s', expected bf16 or f32", dtype);
     if (file_exists(a.positional[1])) FAIL(ERR_IO, "%s: is already there", a.positional[1]);
     char *json = NULL;
     Tokenizer *t = NULL;
@@ -71,7 +84,8 @@ Status command_init(int argc, char **argv) {
     if (status == OK && t) fit_tokenizer(&json, t, !strcmp(a.positional[0], "tiny"));
     tokenizer_free(t);
     if (status == OK)
-        status = initial_checkpoint(json, tokenizer, (uint64_t)seed, strcmp(dtype, "bf16") ? F32 : BF16, a.positional[1]);
+        status = initial_checkpoint(json, tokenizer, (uint64_t)seed,
+                                    strcmp(dtype, "bf16") ? F32 : BF16, a.positional[1]);
     free(json);
     return status;
 }

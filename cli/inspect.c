@@ -23,8 +23,8 @@ static char *shape_text(const int64_t *shape, int ndim) {
 static void add_tensor(json_t *list, const StoredTensor *t, const char *role) {
     json_t *shape = json_array();
     for (int d = 0; d < t->ndim; d++) json_array_append_new(shape, json_integer(t->shape[d]));
-    json_array_append_new(list, json_pack("{s:s, s:s, s:o, s:s}", "name", t->name, "dtype", t->dtype_text, "shape", shape,
-                                          "role", role));
+    json_array_append_new(list, json_pack("{s:s, s:s, s:o, s:s}", "name", t->name, "dtype",
+                                          t->dtype_text, "shape", shape, "role", role));
 }
 
 static int64_t element_count(const StoredTensor *t) {
@@ -58,7 +58,8 @@ static void finish(json_t *summary, json_t *tensors, bool as_json) {
             int n = 0;
             size_t k;
             json_t *dim;
-            json_array_foreach(json_object_get(value, "shape"), k, dim) shape[n++] = json_integer_value(dim);
+            json_array_foreach(json_object_get(value, "shape"), k, dim) shape[n++] =
+                json_integer_value(dim);
             char *text = shape_text(shape, n);
             printf("  %-72s %-5s %-22s %s\n", json_string_value(json_object_get(value, "name")),
                    json_string_value(json_object_get(value, "dtype")), text,
@@ -83,12 +84,13 @@ static Status inspect_checkpoint(const char *path, bool as_json) {
         add_tensor(tensors, t, roles[c.tensors[i].role]);
     }
     const ModelConfig *m = &c.config;
-    json_t *summary = json_pack("{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "kind", "checkpoint", "path", path,
-                                "model_type", m->model_type, "layers", (json_int_t)m->num_hidden_layers, "hidden_size",
-                                (json_int_t)m->hidden_size, "vocab_size", (json_int_t)m->vocab_size, "tensor_count",
-                                (json_int_t)c.count, "text_parameters", (json_int_t)counts[ROLE_PARAM],
-                                "per_layer_table", (json_int_t)table, "tower_parameters",
-                                (json_int_t)counts[ROLE_TOWER], "unused_parameters", (json_int_t)counts[ROLE_DEAD]);
+    json_t *summary = json_pack(
+        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "kind", "checkpoint", "path",
+        path, "model_type", m->model_type, "layers", (json_int_t)m->num_hidden_layers,
+        "hidden_size", (json_int_t)m->hidden_size, "vocab_size", (json_int_t)m->vocab_size,
+        "tensor_count", (json_int_t)c.count, "text_parameters", (json_int_t)counts[ROLE_PARAM],
+        "per_layer_table", (json_int_t)table, "tower_parameters", (json_int_t)counts[ROLE_TOWER],
+        "unused_parameters", (json_int_t)counts[ROLE_DEAD]);
     finish(summary, tensors, as_json);
     checkpoint_close(&c);
     return OK;
@@ -108,10 +110,12 @@ static Status inspect_adapter(const char *path, bool as_json) {
             total += element_count(&file.tensors[i]);
             add_tensor(tensors, &file.tensors[i], "");
         }
-        json_t *summary = json_pack("{s:s, s:s, s:I, s:f, s:b, s:b, s:I, s:I}", "kind", "adapter", "path", path, "rank",
-                                    (json_int_t)spec.rank, "alpha", spec.alpha, "rslora", spec.rslora, "dora", spec.dora,
-                                    "tensor_count", (json_int_t)file.count, "parameters", (json_int_t)total);
-        if (spec.base_model) json_object_set_new(summary, "base_model", json_string(spec.base_model));
+        json_t *summary = json_pack(
+            "{s:s, s:s, s:I, s:f, s:b, s:b, s:I, s:I}", "kind", "adapter", "path", path, "rank",
+            (json_int_t)spec.rank, "alpha", spec.alpha, "rslora", spec.rslora, "dora", spec.dora,
+            "tensor_count", (json_int_t)file.count, "parameters", (json_int_t)total);
+        if (spec.base_model)
+            json_object_set_new(summary, "base_model", json_string(spec.base_model));
         finish(summary, tensors, as_json);
     }
     safetensors_close(&file);
@@ -128,12 +132,15 @@ static Status inspect_store(const char *path, bool as_json) {
     if (status == OK) {
         const StoreCounts *n = &s.counts;
         json_t *sources = json_array();
-        for (int i = 0; i < s.source_count; i++) json_array_append_new(sources, json_string(s.source_paths[i]));
-        finish(json_pack("{s:s, s:s, s:o, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f}", "kind", "dataset", "path", path,
-                         "sources", sources, "template", template, "settings", settings, "rows", (json_int_t)n->rows,
-                         "train_samples", (json_int_t)s.train.count, "eval_samples", (json_int_t)s.eval.count, "cut",
-                         (json_int_t)n->cut, "dropped", (json_int_t)n->dropped, "bad", (json_int_t)n->bad, "tokens",
-                         (json_int_t)n->tokens, "trained_share", n->tokens > 0 ? n->trained / n->tokens : 0.0),
+        for (int i = 0; i < s.source_count; i++)
+            json_array_append_new(sources, json_string(s.source_paths[i]));
+        finish(json_pack("{s:s, s:s, s:o, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f}",
+                         "kind", "dataset", "path", path, "sources", sources, "template", template,
+                         "settings", settings, "rows", (json_int_t)n->rows, "train_samples",
+                         (json_int_t)s.train.count, "eval_samples", (json_int_t)s.eval.count, "cut",
+                         (json_int_t)n->cut, "dropped", (json_int_t)n->dropped, "bad",
+                         (json_int_t)n->bad, "tokens", (json_int_t)n->tokens, "trained_share",
+                         n->tokens > 0 ? n->trained / n->tokens : 0.0),
                NULL, as_json);
     }
     free(template);
@@ -163,14 +170,19 @@ static Status inspect_run(const char *path, bool as_json) {
 
 Status command_inspect(int argc, char **argv) {
     bool as_json = false;
-    Option options[] = {{"--json", OPTION_FLAG, &as_json, "one JSON line"}, {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {{"--json", OPTION_FLAG, &as_json, "one JSON line"},
+                        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "inspect PATH [--json]",
                    .about = "Says what a checkpoint, adapter, HDF5 dataset or run folder holds.",
-                   .options = options, .least = 1, .most = 1};
+                   .options = options,
+                   .least = 1,
+                   .most = 1};
     static const struct {
         const char *file;
         Status (*inspect)(const char *path, bool as_json);
-    } kinds[] = {{"run.yaml", inspect_run}, {"adapter_config.json", inspect_adapter}, {"config.json", inspect_checkpoint}};
+    } kinds[] = {{"run.yaml", inspect_run},
+                 {"adapter_config.json", inspect_adapter},
+                 {"config.json", inspect_checkpoint}};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     const char *path = a.positional[0];

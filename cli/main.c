@@ -27,13 +27,16 @@ static const struct {
 #define COMMANDS (sizeof commands / sizeof *commands)
 
 static void print_usage(FILE *out) {
-    fprintf(out, "lapidary fine-tunes, runs and evaluates Gemma 4 models.\n\nusage: lapidary COMMAND [options]\n\n");
-    for (size_t i = 0; i < COMMANDS; i++) fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].about);
+    fprintf(out, "lapidary fine-tunes, runs and evaluates Gemma 4 models.\n\nusage: lapidary "
+                 "COMMAND [options]\n\n");
+    for (size_t i = 0; i < COMMANDS; i++)
+        fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].about);
     fprintf(out, "\nlapidary COMMAND --help tells more.\n");
 }
 
-/* Threads that wait actively meet at a barrier in under a microsecond, passive ones in twenty. OpenMP reads
- * its environment when the program is loaded, so the program starts itself once more with it set. */
+/* Threads that wait actively meet at a barrier in under a microsecond, passive ones in twenty.
+ * OpenMP reads its environment when the program is loaded, so the program starts itself once more
+ * with it set. */
 static void settle_threads(char **argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("LAPIDARY_SETTLED")) return;
     setenv("OMP_WAIT_POLICY", "active", 0);
@@ -43,7 +46,8 @@ static void settle_threads(char **argv) {
 }
 
 int main(int argc, char **argv) {
-    if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") || !strcmp(argv[1], "help")) {
+    if (argc < 2 || !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h") ||
+        !strcmp(argv[1], "help")) {
         print_usage(argc < 2 ? stderr : stdout);
         return argc < 2 ? 2 : 0;
     }

@@ -19,12 +19,16 @@ static Status parse_row(void *context, const json_t *row, Text *out) {
 Status command_parse(int argc, char **argv) {
     const char *data = NULL;
     bool strict = false;
-    Option options[] = {{"--data", OPTION_TEXT, &data, "FILE  JSONL rows {\"text\", \"prefix\", \"tools\"}; - is standard input"},
-                        {"--strict", OPTION_FLAG, &strict, "the released template's own rule, its refusals included"},
+    Option options[] = {{"--data", OPTION_TEXT, &data,
+                         "FILE  JSONL rows {\"text\", \"prefix\", \"tools\"}; - is standard input"},
+                        {"--strict", OPTION_FLAG, &strict,
+                         "the released template's own rule, its refusals included"},
                         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "parse [--strict] [--data FILE | TEXT]",
-                   .about = "Reads model output into message objects: thinking, content, tool_calls.",
-                   .options = options, .most = 1};
+                   .about =
+                       "Reads model output into message objects: thinking, content, tool_calls.",
+                   .options = options,
+                   .most = 1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     return rows_run(data, a.count ? a.positional[0] : NULL, false, parse_row, &strict);

@@ -23,8 +23,10 @@ static Status prepare(const DataConfig *data, const char *model, int64_t seed, c
     if (status == OK) {
         const StoreCounts *n = &store.counts;
         progress_line("%s", "");
-        printf("%s: %.0f rows, %.0f samples, %.0f cut, %.0f dropped, %.0f bad rows, %.0f tokens, %.1f %% trained\n", out,
-               n->rows, n->samples, n->cut, n->dropped, n->bad, n->tokens, n->tokens > 0 ? 100 * n->trained / n->tokens : 0);
+        printf("%s: %.0f rows, %.0f samples, %.0f cut, %.0f dropped, %.0f bad rows, %.0f tokens, "
+               "%.1f %% trained\n",
+               out, n->rows, n->samples, n->cut, n->dropped, n->bad, n->tokens,
+               n->tokens > 0 ? 100 * n->trained / n->tokens : 0);
         store_close(&store);
     }
     tokenizer_free(tokenizer);
@@ -34,15 +36,21 @@ static Status prepare(const DataConfig *data, const char *model, int64_t seed, c
 Status command_prepare(int argc, char **argv) {
     const char *model = NULL, *file = NULL, *out = NULL, *format = "auto";
     int64_t max_length = 2048;
-    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  whose tokenizer and template are used"},
-                        {"--data", OPTION_TEXT, &file, "FILE  JSONL rows"},
-                        {"--out", OPTION_TEXT, &out, "FILE.h5  (with a run file: OUTPUT/data.h5)"},
-                        {"--max-length", OPTION_INT, &max_length, "N  tokens of a sample (2048; with a run file: its own)"},
-                        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
-                        {NULL, OPTION_FLAG, NULL, NULL}};
-    Arguments a = {.usage = "prepare RUN.yaml [key.path=value ...] | prepare --model DIR --data FILE --out FILE.h5",
-                   .about = "Tokenises, masks and stores a dataset; training does it itself when handed JSONL.",
-                   .options = options, .most = -1};
+    Option options[] = {
+        {"--model", OPTION_TEXT, &model, "DIR  whose tokenizer and template are used"},
+        {"--data", OPTION_TEXT, &file, "FILE  JSONL rows"},
+        {"--out", OPTION_TEXT, &out, "FILE.h5  (with a run file: OUTPUT/data.h5)"},
+        {"--max-length", OPTION_INT, &max_length,
+         "N  tokens of a sample (2048; with a run file: its own)"},
+        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
+    Arguments a = {
+        .usage =
+            "prepare RUN.yaml [key.path=value ...] | prepare --model DIR --data FILE --out FILE.h5",
+        .about =
+            "Tokenises, masks and stores a dataset; training does it itself when handed JSONL.",
+        .options = options,
+        .most = -1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (a.count) {
@@ -56,7 +64,8 @@ Status command_prepare(int argc, char **argv) {
         return status;
     }
     if (!model || !file || !out) FAIL(ERR_USAGE, "something is missing: lapidary %s", a.usage);
-    if (max_length < 2) FAIL(ERR_USAGE, "--max-length is %" PRId64 ", expected at least 2", max_length);
+    if (max_length < 2)
+        FAIL(ERR_USAGE, "--max-length is %" PRId64 ", expected at least 2", max_length);
     DataConfig data = data_config_default();
     data.train = (NameList){&file, 1};
     data.max_length = max_length;

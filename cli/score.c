@@ -19,7 +19,8 @@ typedef struct Context {
 
 /* Ids of a row, and from which on they are scored. */
 static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *first) {
-    json_t *text = row_get(row, "text"), *prompt = row_get(row, "prompt"), *completion = row_get(row, "completion");
+    json_t *text = row_get(row, "text"), *prompt = row_get(row, "prompt"),
+           *completion = row_get(row, "completion");
     json_t *messages = row_get(row, "messages");
     *first = 1;
     if (messages) {
@@ -28,7 +29,8 @@ static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *fi
             c->reader.has_format = true;
         }
         ChatOptions options = {.format = c->reader.format,
-                               .add_generation_prompt = json_truth(row_get(row, "add_generation_prompt")),
+                               .add_generation_prompt =
+                                   json_truth(row_get(row, "add_generation_prompt")),
                                .enable_thinking = json_truth(row_get(row, "enable_thinking")),
                                .preserve_thinking = json_truth(row_get(row, "preserve_thinking"))};
         Rendered rendered;
@@ -61,7 +63,8 @@ static Status score_ids(Context *c, const Tokens *ids, int64_t first, float *nll
         c->capacity = N > 512 ? N : 512;
         TRY(step_init(&c->memory, &c->model.g, c->capacity, &options));
     }
-    int32_t *positions = must_malloc((size_t)N * 3 * sizeof *positions), *starts = positions + N, *targets = starts + N;
+    int32_t *positions = must_malloc((size_t)N * 3 * sizeof *positions), *starts = positions + N,
+            *targets = starts + N;
     for (int64_t n = 0; n < N; n++) {
         positions[n] = (int32_t)n;
         starts[n] = 0;
@@ -103,24 +106,29 @@ done:
 Status command_score(int argc, char **argv) {
     const char *model = NULL, *adapter = NULL, *data = NULL, *device = "auto", *dtype = "bf16";
     Context c = {.format = "auto"};
-    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
-                        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
-                        {"--data", OPTION_TEXT, &data, "FILE  JSONL rows; - is standard input"},
-                        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
-                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
-                        {"--chat-format", OPTION_TEXT, &c.format, "auto|large|small"},
-                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {
+        {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
+        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
+        {"--data", OPTION_TEXT, &data, "FILE  JSONL rows; - is standard input"},
+        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
+        {"--chat-format", OPTION_TEXT, &c.format, "auto|large|small"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "score --model DIR [--adapter DIR] [--data FILE | TEXT]",
-                   .about = "Rows {\"text\"}, {\"prompt\", \"completion\"} or {\"messages\", ...} to\n"
-                            "{\"tokens\", \"nll\", \"token_nll\"}: natural logarithms, null where nothing is scored.",
-                   .options = options, .most = 1};
+                   .about =
+                       "Rows {\"text\"}, {\"prompt\", \"completion\"} or {\"messages\", ...} to\n"
+                       "{\"tokens\", \"nll\", \"token_nll\"}: natural logarithms, null where "
+                       "nothing is scored.",
+                   .options = options,
+                   .most = 1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
     TRY(model_open(&c.model, model, adapter, device, dtype));
     c.data = data_config_default();
     Status status = row_reader_init(&c.reader, &c.data, c.model.tokenizer, model);
-    if (status == OK) status = rows_run(data, a.count ? a.positional[0] : NULL, true, score_row, &c);
+    if (status == OK)
+        status = rows_run(data, a.count ? a.positional[0] : NULL, true, score_row, &c);
     step_free(&c.memory);
     model_close(&c.model);
     return status;

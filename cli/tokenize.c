@@ -60,7 +60,8 @@ done:
 static Status chat_row(void *context, const json_t *row, Text *out) {
     const Context *c = context;
     ChatOptions options = {.format = c->format,
-                           .add_generation_prompt = json_truth(row_get(row, "add_generation_prompt")),
+                           .add_generation_prompt =
+                               json_truth(row_get(row, "add_generation_prompt")),
                            .enable_thinking = json_truth(row_get(row, "enable_thinking")),
                            .preserve_thinking = json_truth(row_get(row, "preserve_thinking"))};
     Rendered rendered;
@@ -84,15 +85,19 @@ static Status chat_row(void *context, const json_t *row, Text *out) {
 Status command_tokenize(int argc, char **argv) {
     const char *model = NULL, *data = NULL, *format = "auto";
     bool decode = false, chat = false;
-    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  checkpoint folder; its tokenizer files suffice"},
-                        {"--data", OPTION_TEXT, &data, "FILE  JSONL rows; - is standard input"},
-                        {"--decode", OPTION_FLAG, &decode, "rows {\"ids\"} to text, special tokens kept"},
-                        {"--chat", OPTION_FLAG, &chat, "rows {\"messages\", \"tools\", ...} rendered, with the training mask"},
-                        {"--chat-format", OPTION_TEXT, &format, "auto|large|small  instead of the template file's"},
-                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {
+        {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder; its tokenizer files suffice"},
+        {"--data", OPTION_TEXT, &data, "FILE  JSONL rows; - is standard input"},
+        {"--decode", OPTION_FLAG, &decode, "rows {\"ids\"} to text, special tokens kept"},
+        {"--chat", OPTION_FLAG, &chat,
+         "rows {\"messages\", \"tools\", ...} rendered, with the training mask"},
+        {"--chat-format", OPTION_TEXT, &format, "auto|large|small  instead of the template file's"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "tokenize --model DIR [--decode|--chat] [--data FILE | TEXT]",
-                   .about = "Rows {\"text\"} to {\"ids\", \"text\"}, nothing added to the text; one JSON line a row.",
-                   .options = options, .most = 1};
+                   .about = "Rows {\"text\"} to {\"ids\", \"text\"}, nothing added to the text; "
+                            "one JSON line a row.",
+                   .options = options,
+                   .most = 1};
     Context c = {0};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
@@ -101,7 +106,10 @@ Status command_tokenize(int argc, char **argv) {
     if (chat) TRY(chat_format_find(&c.format, model, format));
     TRY(tokenizer_load(&c.tokenizer, model));
     Status status = rows_run(data, a.count ? a.positional[0] : NULL, false,
-                             decode ? decode_row : chat ? chat_row : encode_row, &c);
+                             decode ? decode_row
+                             : chat ? chat_row
+                                    : encode_row,
+                             &c);
     tokenizer_free(c.tokenizer);
     return status;
 }

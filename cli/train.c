@@ -5,14 +5,18 @@
 Status command_train(int argc, char **argv) {
     bool resume = false;
     const char *device = NULL, *dtype = NULL, *format = NULL;
-    Option options[] = {{"--resume", OPTION_FLAG, &resume, "continue the run in its output folder from the newest save"},
-                        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]  instead of the run file's"},
-                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  instead of the run file's"},
-                        {"--chat-format", OPTION_TEXT, &format, "auto|large|small  instead of the run file's"},
-                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {
+        {"--resume", OPTION_FLAG, &resume,
+         "continue the run in its output folder from the newest save"},
+        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]  instead of the run file's"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  instead of the run file's"},
+        {"--chat-format", OPTION_TEXT, &format, "auto|large|small  instead of the run file's"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "train RUN.yaml [key.path=value ...] [--resume]",
                    .about = "Fine-tunes as the run file says; key.path=value replaces a key of it.",
-                   .options = options, .least = 1, .most = -1};
+                   .options = options,
+                   .least = 1,
+                   .most = -1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     char *overrides[4096];

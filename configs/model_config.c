@@ -13,7 +13,8 @@ static Status read_layer_types(ModelConfig *c, Node *text) {
         for (int64_t l = 0; l < L; l++) c->layer[l].kind = (l + 1) % 6 ? SLIDING : FULL;
     } else {
         if (types->kind != NODE_LIST || types->count != L)
-            FAIL(ERR_CONFIG, "%s:%d: layer_types is not a list of %" PRId64 " entries", types->file, types->line, L);
+            FAIL(ERR_CONFIG, "%s:%d: layer_types is not a list of %" PRId64 " entries", types->file,
+                 types->line, L);
         for (int64_t l = 0; l < L; l++) {
             const char *name;
             TRY(node_to_text(types->items[l], "layer_types", &name));
@@ -22,8 +23,9 @@ static Status read_layer_types(ModelConfig *c, Node *text) {
             else if (!strcmp(name, "full_attention"))
                 c->layer[l].kind = FULL;
             else
-                FAIL(ERR_CONFIG, "%s:%d: layer type '%s', expected sliding_attention or full_attention", types->file,
-                     types->items[l]->line, name);
+                FAIL(ERR_CONFIG,
+                     "%s:%d: layer type '%s', expected sliding_attention or full_attention",
+                     types->file, types->items[l]->line, name);
         }
     }
     c->layer[L - 1].kind = FULL; /* as the reference forces it */
@@ -42,7 +44,8 @@ static Status read_heads(ModelConfig *c, Node *text) {
     for (int64_t l = 0; l < c->num_hidden_layers; l++) {
         bool full = c->layer[l].kind == FULL && !spelled;
         c->layer[l].head_dim = full ? global_head_dim : head_dim;
-        c->layer[l].num_key_value_heads = full && c->attention_k_eq_v && global_kv_heads ? global_kv_heads : kv_heads;
+        c->layer[l].num_key_value_heads =
+            full && c->attention_k_eq_v && global_kv_heads ? global_kv_heads : kv_heads;
     }
     if (!spelled) return OK;
     if (overrides->kind != NODE_MAP)
@@ -52,8 +55,8 @@ static Status read_heads(ModelConfig *c, Node *text) {
         long l = strtol(overrides->keys[i], &end, 10);
         Node *layer = overrides->items[i];
         if (*end || end == overrides->keys[i] || l < 0 || l >= c->num_hidden_layers)
-            FAIL(ERR_CONFIG, "%s:%d: per_layer_config names layer '%s' of %" PRId64, layer->file, layer->line,
-                 overrides->keys[i], c->num_hidden_layers);
+            FAIL(ERR_CONFIG, "%s:%d: per_layer_config names layer '%s' of %" PRId64, layer->file,
+                 layer->line, overrides->keys[i], c->num_hidden_layers);
         TRY(node_get_int(layer, "head_dim", &c->layer[l].head_dim, false));
         TRY(node_get_int(layer, "num_key_value_heads", &c->layer[l].num_key_value_heads, false));
     }
@@ -62,9 +65,10 @@ static Status read_heads(ModelConfig *c, Node *text) {
 
 static Status read_rope(ModelConfig *c, Node *text) {
     static const char *const names[] = {"sliding_attention", "full_attention"};
-    c->rope[SLIDING] = (RopeConfig){.rope_theta = 10000.0, .partial_rotary_factor = 1.0, .factor = 1.0};
-    c->rope[FULL] =
-        (RopeConfig){.rope_theta = 1e6, .partial_rotary_factor = 0.25, .factor = 1.0, .proportional = true};
+    c->rope[SLIDING] =
+        (RopeConfig){.rope_theta = 10000.0, .partial_rotary_factor = 1.0, .factor = 1.0};
+    c->rope[FULL] = (RopeConfig){
+        .rope_theta = 1e6, .partial_rotary_factor = 0.25, .factor = 1.0, .proportional = true};
     Node *parameters = node_find(text, "rope_parameters");
     if (node_is_null(parameters)) return OK;
     for (int kind = SLIDING; kind < ATTENTION_KINDS; kind++) {
@@ -74,11 +78,13 @@ static Status read_rope(ModelConfig *c, Node *text) {
         c->rope[kind].partial_rotary_factor = 1.0;
         TRY(node_get_text(rope, "rope_type", &type, false));
         TRY(node_get_double(rope, "rope_theta", &c->rope[kind].rope_theta, true));
-        TRY(node_get_double(rope, "partial_rotary_factor", &c->rope[kind].partial_rotary_factor, false));
+        TRY(node_get_double(rope, "partial_rotary_factor", &c->rope[kind].partial_rotary_factor,
+                            false));
         TRY(node_get_double(rope, "factor", &c->rope[kind].factor, false));
         c->rope[kind].proportional = !strcmp(type, "proportional");
         if (!c->rope[kind].proportional && strcmp(type, "default"))
-            FAIL(ERR_CONFIG, "%s:%d: rope_type '%s', expected default or proportional", rope->file, rope->line, type);
+            FAIL(ERR_CONFIG, "%s:%d: rope_type '%s', expected default or proportional", rope->file,
+                 rope->line, type);
         if (c->rope[kind].partial_rotary_factor <= 0 || c->rope[kind].partial_rotary_factor > 1 ||
             c->rope[kind].rope_theta <= 0 || c->rope[kind].factor <= 0)
             FAIL(ERR_CONFIG, "%s:%d: impossible rope parameters", rope->file, rope->line);
@@ -93,7 +99,8 @@ static Status read_eos(ModelConfig *c, Node *map) {
     if (count > 8) FAIL(ERR_CONFIG, "%s:%d: more than 8 eos_token_id", eos->file, eos->line);
     c->eos_count = count;
     for (int i = 0; i < count; i++)
-        TRY(node_to_int(eos->kind == NODE_LIST ? eos->items[i] : eos, "eos_token_id", &c->eos_token_id[i]));
+        TRY(node_to_int(eos->kind == NODE_LIST ? eos->items[i] : eos, "eos_token_id",
+                        &c->eos_token_id[i]));
     return OK;
 }
 
@@ -106,16 +113,19 @@ static Status check_supported(Node *text, const char *name) {
     TRY(node_get_bool(text, "tie_word_embeddings", &tied, false));
     TRY(node_get_double(text, "attention_dropout", &dropout, false));
     if (strcmp(activation, "gelu_pytorch_tanh"))
-        FAIL(ERR_CONFIG, "%s: hidden_activation is %s, expected gelu_pytorch_tanh", name, activation);
+        FAIL(ERR_CONFIG, "%s: hidden_activation is %s, expected gelu_pytorch_tanh", name,
+             activation);
     if (bias) FAIL(ERR_CONFIG, "%s: attention_bias is true, expected false", name);
     if (!tied) FAIL(ERR_CONFIG, "%s: tie_word_embeddings is false, expected true", name);
     if (dropout != 0) FAIL(ERR_CONFIG, "%s: attention_dropout is %g, expected 0", name, dropout);
     return OK;
 }
 
-static Status check_range(const char *name, const char *key, int64_t value, int64_t low, int64_t high) {
+static Status check_range(const char *name, const char *key, int64_t value, int64_t low,
+                          int64_t high) {
     if (value < low || value > high)
-        FAIL(ERR_CONFIG, "%s: %s is %" PRId64 ", expected %" PRId64 " to %" PRId64, name, key, value, low, high);
+        FAIL(ERR_CONFIG, "%s: %s is %" PRId64 ", expected %" PRId64 " to %" PRId64, name, key,
+             value, low, high);
     return OK;
 }
 
@@ -125,38 +135,51 @@ static Status check_sizes(const ModelConfig *c, const char *name) {
     TRY(check_range(name, "vocab_size", c->vocab_size, 1, 1 << 24));
     TRY(check_range(name, "intermediate_size", c->intermediate_size, 1, 1 << 20));
     TRY(check_range(name, "sliding_window", c->sliding_window, 1, 1 << 30));
-    TRY(check_range(name, "num_kv_shared_layers", c->num_kv_shared_layers, 0, c->num_hidden_layers - 1));
+    TRY(check_range(name, "num_kv_shared_layers", c->num_kv_shared_layers, 0,
+                    c->num_hidden_layers - 1));
     TRY(check_range(name, "hidden_size_per_layer_input", c->hidden_size_per_layer_input, 0, 32768));
     TRY(check_range(name, "vocab_size_per_layer_input", c->vocab_size_per_layer_input, 1, 1 << 24));
     TRY(check_range(name, "num_experts", c->num_experts, 0, EXPERTS_MAX));
     if (c->hidden_size_per_layer_input && c->vocab_size_per_layer_input < c->vocab_size)
         FAIL(ERR_CONFIG, "%s: vocab_size_per_layer_input is smaller than vocab_size", name);
     if (c->num_experts) {
-        TRY(check_range(name, "top_k_experts", c->top_k_experts, 1, c->num_experts < 64 ? c->num_experts : 64));
+        TRY(check_range(name, "top_k_experts", c->top_k_experts, 1,
+                        c->num_experts < 64 ? c->num_experts : 64));
         TRY(check_range(name, "moe_intermediate_size", c->moe_intermediate_size, 1, 1 << 20));
     }
     for (int64_t l = 0; l < c->num_hidden_layers; l++) {
         TRY(check_range(name, "head_dim", c->layer[l].head_dim, 2, 512));
-        TRY(check_range(name, "num_key_value_heads", c->layer[l].num_key_value_heads, 1, c->num_attention_heads));
+        TRY(check_range(name, "num_key_value_heads", c->layer[l].num_key_value_heads, 1,
+                        c->num_attention_heads));
         if (c->layer[l].head_dim % 2 || c->num_attention_heads % c->layer[l].num_key_value_heads)
-            FAIL(ERR_CONFIG, "%s: layer %" PRId64 ": head_dim %" PRId64 " or %" PRId64 " key heads do not divide", name,
-                 l, c->layer[l].head_dim, c->layer[l].num_key_value_heads);
-        if (l >= c->num_hidden_layers - c->num_kv_shared_layers && block_config(c, (int)l).kv_layer < 0)
-            FAIL(ERR_CONFIG, "%s: layer %" PRId64 " shares K and V but no earlier layer of its type owns any", name, l);
+            FAIL(ERR_CONFIG,
+                 "%s: layer %" PRId64 ": head_dim %" PRId64 " or %" PRId64
+                 " key heads do not divide",
+                 name, l, c->layer[l].head_dim, c->layer[l].num_key_value_heads);
+        if (l >= c->num_hidden_layers - c->num_kv_shared_layers &&
+            block_config(c, (int)l).kv_layer < 0)
+            FAIL(ERR_CONFIG,
+                 "%s: layer %" PRId64 " shares K and V but no earlier layer of its type owns any",
+                 name, l);
     }
     return OK;
 }
 
 static Status read_config(ModelConfig *c, Node *root, const char *name) {
-    *c = (ModelConfig){.pad_token_id = 0, .bos_token_id = 2, .image_token_id = -1, .audio_token_id = -1,
+    *c = (ModelConfig){.pad_token_id = 0,
+                       .bos_token_id = 2,
+                       .image_token_id = -1,
+                       .audio_token_id = -1,
                        .video_token_id = -1};
     const char *type;
     if (root->kind != NODE_MAP) FAIL(ERR_CONFIG, "%s: is not a map", name);
     TRY(node_get_text(root, "model_type", &type, true));
-    bool known = !strcmp(type, "gemma4") || !strcmp(type, "gemma4_unified") || !strcmp(type, "gemma4_text") ||
-                 !strcmp(type, "gemma4_unified_text");
+    bool known = !strcmp(type, "gemma4") || !strcmp(type, "gemma4_unified") ||
+                 !strcmp(type, "gemma4_text") || !strcmp(type, "gemma4_unified_text");
     if (!known)
-        FAIL(ERR_CONFIG, "%s: model_type is '%s', expected gemma4, gemma4_unified, gemma4_text or gemma4_unified_text",
+        FAIL(ERR_CONFIG,
+             "%s: model_type is '%s', expected gemma4, gemma4_unified, gemma4_text or "
+             "gemma4_unified_text",
              name, type);
     snprintf(c->model_type, sizeof c->model_type, "%s", type);
     Node *architectures = node_find(root, "architectures");
@@ -165,7 +188,8 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
         snprintf(c->architecture, sizeof c->architecture, "%s", architectures->items[0]->text);
     c->multimodal = !strcmp(type, "gemma4") || !strcmp(type, "gemma4_unified");
     Node *text = c->multimodal ? node_find(root, "text_config") : root;
-    if (node_is_null(text) || text->kind != NODE_MAP) FAIL(ERR_CONFIG, "%s: text_config is missing", name);
+    if (node_is_null(text) || text->kind != NODE_MAP)
+        FAIL(ERR_CONFIG, "%s: text_config is missing", name);
 
     TRY(check_supported(text, name));
     TRY(node_get_int(text, "num_hidden_layers", &c->num_hidden_layers, true));
@@ -179,7 +203,8 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
     c->sliding_window = 512;
     TRY(node_get_int(text, "sliding_window", &c->sliding_window, false));
     TRY(node_get_int(text, "num_kv_shared_layers", &c->num_kv_shared_layers, false));
-    c->hidden_size_per_layer_input = strstr(type, "unified") ? 0 : 256; /* the reference's class defaults */
+    c->hidden_size_per_layer_input =
+        strstr(type, "unified") ? 0 : 256; /* the reference's class defaults */
     TRY(node_get_int(text, "hidden_size_per_layer_input", &c->hidden_size_per_layer_input, false));
     if (strstr(type, "unified")) c->hidden_size_per_layer_input = 0;
     c->vocab_size_per_layer_input = c->vocab_size;
@@ -199,7 +224,8 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
     const char *bidirectional = NULL;
     TRY(node_get_text(text, "use_bidirectional_attention", &bidirectional, false));
     if (bidirectional && strcmp(bidirectional, "vision"))
-        FAIL(ERR_CONFIG, "%s: use_bidirectional_attention is '%s', expected null or vision", name, bidirectional);
+        FAIL(ERR_CONFIG, "%s: use_bidirectional_attention is '%s', expected null or vision", name,
+             bidirectional);
     c->use_bidirectional_attention = bidirectional ? BIDIRECTIONAL_VISION : BIDIRECTIONAL_NONE;
 
     TRY(node_get_int(text, "pad_token_id", &c->pad_token_id, false));
@@ -231,9 +257,13 @@ Status model_config_load(ModelConfig *config, const char *path) {
     return status;
 }
 
-int model_config_kv_layers(const ModelConfig *c) { return (int)(c->num_hidden_layers - c->num_kv_shared_layers); }
+int model_config_kv_layers(const ModelConfig *c) {
+    return (int)(c->num_hidden_layers - c->num_kv_shared_layers);
+}
 
-const char *model_config_prefix(const ModelConfig *c) { return c->multimodal ? "model.language_model." : "model."; }
+const char *model_config_prefix(const ModelConfig *c) {
+    return c->multimodal ? "model.language_model." : "model.";
+}
 
 BlockConfig block_config(const ModelConfig *c, int l) {
     int owners = model_config_kv_layers(c);

@@ -1,4 +1,5 @@
-/* model_config.h - what config.json says, under its own names, and what that means for one layer. */
+/* model_config.h - what config.json says, under its own names, and what that means for one layer.
+ */
 #ifndef MODEL_CONFIG_H
 #define MODEL_CONFIG_H
 
@@ -6,7 +7,7 @@
 
 #include <stdint.h>
 
-#define LAYERS_MAX 256
+#define LAYERS_MAX  256
 #define EXPERTS_MAX 1024
 
 typedef enum AttentionKind { SLIDING, FULL, ATTENTION_KINDS } AttentionKind;
@@ -22,11 +23,13 @@ typedef struct ModelConfig {
     char model_type[64];   /* of the whole: gemma4, gemma4_text, gemma4_unified, ... */
     char architecture[64]; /* architectures[0] */
     bool multimodal;       /* nested text_config: tensors are prefixed model.language_model. */
-    int64_t hidden_size, num_hidden_layers, num_attention_heads, vocab_size, max_position_embeddings;
+    int64_t hidden_size, num_hidden_layers, num_attention_heads, vocab_size,
+        max_position_embeddings;
     int64_t intermediate_size, sliding_window, num_kv_shared_layers;
     int64_t hidden_size_per_layer_input, vocab_size_per_layer_input;
     int64_t num_experts, top_k_experts, moe_intermediate_size; /* num_experts 0: no experts */
-    int64_t pad_token_id, bos_token_id, image_token_id, audio_token_id, video_token_id; /* -1: none */
+    int64_t pad_token_id, bos_token_id, image_token_id, audio_token_id,
+        video_token_id; /* -1: none */
     int64_t eos_token_id[8];
     int eos_count;
     bool attention_k_eq_v, use_double_wide_mlp;
@@ -46,15 +49,15 @@ typedef struct BlockConfig {
     int64_t hidden_size, num_attention_heads, num_key_value_heads, head_dim, intermediate_size;
     int64_t per_layer_input; /* width, 0: none */
     int64_t num_experts, top_k_experts, moe_intermediate_size;
-    bool owns_kv;     /* computes K and V, else reads those of kv_layer */
-    bool v_from_k;    /* V is the raw output of k_proj */
-    int kv_layer;     /* the layer whose K and V are used; itself when owns_kv */
+    bool owns_kv;      /* computes K and V, else reads those of kv_layer */
+    bool v_from_k;     /* V is the raw output of k_proj */
+    int kv_layer;      /* the layer whose K and V are used; itself when owns_kv */
     bool kv_is_shared; /* others read this layer's K and V */
     float eps;
 } BlockConfig;
 
-/* Reads config.json (or the text of one). Unknown model types and impossible values are errors; keys
- * that describe other parts (towers, generation) are left alone. */
+/* Reads config.json (or the text of one). Unknown model types and impossible values are errors;
+ * keys that describe other parts (towers, generation) are left alone. */
 Status model_config_load(ModelConfig *config, const char *path);
 Status model_config_parse(ModelConfig *config, const char *json, size_t size, const char *name);
 
@@ -66,11 +69,13 @@ int model_config_kv_layers(const ModelConfig *config);
 /* "model.language_model." or "model." */
 const char *model_config_prefix(const ModelConfig *config);
 
-/* The config.json of a preset (tiny, e2b, e4b, 12b, 26b-a4b, 31b), text-only; NULL when unknown. Caller
- * frees. `layers` above 0 overrides the layer count, keeping the pattern and the share of K/V owners. */
+/* The config.json of a preset (tiny, e2b, e4b, 12b, 26b-a4b, 31b), text-only; NULL when unknown.
+ * Caller frees. `layers` above 0 overrides the layer count, keeping the pattern and the share of
+ * K/V owners. */
 char *preset_config(const char *name, int64_t layers);
 
 /* config.json with another layer count; ERR_CONFIG when the result makes no model. Caller frees. */
-Status model_config_with_layers(char **json, const char *old, size_t size, const char *name, int64_t layers);
+Status model_config_with_layers(char **json, const char *old, size_t size, const char *name,
+                                int64_t layers);
 
 #endif

@@ -39,9 +39,11 @@ void node_free(Node *node) {
 }
 
 static void node_append(Node *parent, char *key, Node *item) {
-    parent->items = must_realloc(parent->items, (size_t)(parent->count + 1) * sizeof *parent->items);
+    parent->items =
+        must_realloc(parent->items, (size_t)(parent->count + 1) * sizeof *parent->items);
     if (parent->kind == NODE_MAP) {
-        parent->keys = must_realloc(parent->keys, (size_t)(parent->count + 1) * sizeof *parent->keys);
+        parent->keys =
+            must_realloc(parent->keys, (size_t)(parent->count + 1) * sizeof *parent->keys);
         parent->keys[parent->count] = key;
     }
     parent->items[parent->count++] = item;
@@ -118,16 +120,19 @@ static Status read_value(Reader *r, yaml_event_t *event, int depth, Node **out) 
         node->text = must_strdup((const char *)event->data.scalar.value);
         node->quoted = event->data.scalar.style != YAML_PLAIN_SCALAR_STYLE;
     } else if (depth > DEPTH_MAX) {
-        status = status_fail(ERR_CONFIG, "%s:%d: nested deeper than %d levels", r->file, line, DEPTH_MAX);
+        status = status_fail(ERR_CONFIG, "%s:%d: nested deeper than %d levels", r->file, line,
+                             DEPTH_MAX);
     } else if (type == YAML_SEQUENCE_START_EVENT || type == YAML_MAPPING_START_EVENT) {
         node = node_new(type == YAML_MAPPING_START_EVENT ? NODE_MAP : NODE_LIST, r->file, line);
     } else {
-        status = status_fail(ERR_CONFIG, "%s:%d: an alias, which this file may not use", r->file, line);
+        status =
+            status_fail(ERR_CONFIG, "%s:%d: an alias, which this file may not use", r->file, line);
     }
     yaml_event_delete(event);
     if (status == OK && node->kind != NODE_SCALAR)
-        status = read_children(r, node, node->kind == NODE_MAP ? YAML_MAPPING_END_EVENT : YAML_SEQUENCE_END_EVENT,
-                               depth);
+        status = read_children(
+            r, node, node->kind == NODE_MAP ? YAML_MAPPING_END_EVENT : YAML_SEQUENCE_END_EVENT,
+            depth);
     if (status != OK) {
         tree_free(node);
         return status;
@@ -185,7 +190,8 @@ Status node_load(Node **root, const char *path) {
     } while (got && size < (256u << 20));
     bool failed = ferror(file);
     fclose(file);
-    Status status = failed ? status_fail(ERR_IO, "%s: cannot be read", path) : node_parse(root, bytes, size, path);
+    Status status = failed ? status_fail(ERR_IO, "%s: cannot be read", path)
+                           : node_parse(root, bytes, size, path);
     free(bytes);
     return status;
 }
@@ -217,7 +223,8 @@ void node_set(Node *map, const char *key, Node *value) {
 
 bool node_is_null(const Node *node) {
     if (!node || node->kind != NODE_SCALAR || node->quoted) return !node;
-    return !*node->text || !strcmp(node->text, "null") || !strcmp(node->text, "~") || !strcmp(node->text, "Null");
+    return !*node->text || !strcmp(node->text, "null") || !strcmp(node->text, "~") ||
+           !strcmp(node->text, "Null");
 }
 
 static const char *shown(const Node *node) {
@@ -225,17 +232,20 @@ static const char *shown(const Node *node) {
 }
 
 static Status wrong(const Node *node, const char *what, const char *expected) {
-    return status_fail(ERR_CONFIG, "%s:%d: %s is %s, expected %s", node->file, node->line, what, shown(node), expected);
+    return status_fail(ERR_CONFIG, "%s:%d: %s is %s, expected %s", node->file, node->line, what,
+                       shown(node), expected);
 }
 
 Status node_to_int(const Node *node, const char *what, int64_t *out) {
-    if (node->kind != NODE_SCALAR || node->quoted || !*node->text) return wrong(node, what, "a whole number");
+    if (node->kind != NODE_SCALAR || node->quoted || !*node->text)
+        return wrong(node, what, "a whole number");
     char *end;
     errno = 0;
     long long value = strtoll(node->text, &end, 10);
     if (*end && !errno) { /* 1e6 is a whole number too */
         double real = strtod(node->text, &end);
-        if (*end || real != floor(real) || fabs(real) > 9e15) return wrong(node, what, "a whole number");
+        if (*end || real != floor(real) || fabs(real) > 9e15)
+            return wrong(node, what, "a whole number");
         value = (long long)real;
     }
     if (errno) return wrong(node, what, "a whole number that fits 64 bits");
@@ -244,7 +254,8 @@ Status node_to_int(const Node *node, const char *what, int64_t *out) {
 }
 
 Status node_to_double(const Node *node, const char *what, double *out) {
-    if (node->kind != NODE_SCALAR || node->quoted || !*node->text) return wrong(node, what, "a number");
+    if (node->kind != NODE_SCALAR || node->quoted || !*node->text)
+        return wrong(node, what, "a number");
     char *end;
     double value = strtod(node->text, &end);
     if (*end || !isfinite(value)) return wrong(node, what, "a finite number");
@@ -272,7 +283,8 @@ Status node_to_text(const Node *node, const char *what, const char **out) {
 static Status find_value(Node *map, const char *key, bool required, Node **out) {
     Node *node = node_find(map, key);
     *out = node_is_null(node) ? NULL : node;
-    if (!*out && required) FAIL(ERR_CONFIG, "%s:%d: key '%s' is missing", map->file, map->line, key);
+    if (!*out && required)
+        FAIL(ERR_CONFIG, "%s:%d: key '%s' is missing", map->file, map->line, key);
     return OK;
 }
 
@@ -294,7 +306,8 @@ Status node_check_used(const Node *map, const char *path) {
         snprintf(name, sizeof name, "%s%s%s", path, *path ? "." : "", map->keys[i]);
         if (!map->items[i]->used && !map->items[i]->line)
             FAIL(ERR_USAGE, "unknown key '%s' in an override", name);
-        if (!map->items[i]->used) FAIL(ERR_CONFIG, "%s:%d: unknown key '%s'", map->file, map->items[i]->line, name);
+        if (!map->items[i]->used)
+            FAIL(ERR_CONFIG, "%s:%d: unknown key '%s'", map->file, map->items[i]->line, name);
         TRY(node_check_used(map->items[i], name));
     }
     return OK;

@@ -1,7 +1,7 @@
 /* node.h - YAML (and so JSON) as a typed tree that remembers file and line.
  *
- * Reading is strict: a duplicate key, an alias, a tag, a second document or bytes that are not UTF-8 are
- * errors. Every getter names file, line and key in its error. */
+ * Reading is strict: a duplicate key, an alias, a tag, a second document or bytes that are not
+ * UTF-8 are errors. Every getter names file, line and key in its error. */
 #ifndef NODE_H
 #define NODE_H
 

@@ -16,35 +16,121 @@ typedef struct Preset {
 } Preset;
 
 static const Preset presets[] = {
-    {.name = "tiny", .model_type = "gemma4_text", .architecture = "Gemma4ForCausalLM", .layers = 6, .period = 3,
-     .hidden = 128, .heads = 4, .kv_heads = 1, .head_dim = 32, .global_head_dim = 64, .mlp = 384, .window = 128,
-     .shared = 2, .per_layer_input = 32, .vocab = 2048, .positions = 4096, .double_wide = true},
-    {.name = "e2b", .model_type = "gemma4_text", .architecture = "Gemma4ForCausalLM", .layers = 35, .period = 5,
-     .hidden = 1536, .heads = 8, .kv_heads = 1, .head_dim = 256, .global_head_dim = 512, .mlp = 6144, .window = 512,
-     .shared = 20, .per_layer_input = 256, .vocab = 262144, .positions = 131072, .double_wide = true},
-    {.name = "e4b", .model_type = "gemma4_text", .architecture = "Gemma4ForCausalLM", .layers = 42, .period = 6,
-     .hidden = 2560, .heads = 8, .kv_heads = 2, .head_dim = 256, .global_head_dim = 512, .mlp = 10240, .window = 512,
-     .shared = 18, .per_layer_input = 256, .vocab = 262144, .positions = 131072},
-    {.name = "12b", .model_type = "gemma4_unified_text", .architecture = "Gemma4UnifiedForCausalLM", .layers = 48,
-     .period = 6, .hidden = 3840, .heads = 16, .kv_heads = 8, .global_kv_heads = 1, .head_dim = 256,
-     .global_head_dim = 512, .mlp = 15360, .window = 1024, .vocab = 262144, .positions = 262144, .k_eq_v = true},
-    {.name = "26b-a4b", .model_type = "gemma4_text", .architecture = "Gemma4ForCausalLM", .layers = 30, .period = 6,
-     .hidden = 2816, .heads = 16, .kv_heads = 8, .global_kv_heads = 2, .head_dim = 256, .global_head_dim = 512,
-     .mlp = 2112, .window = 1024, .experts = 128, .top_k = 8, .expert_mlp = 704, .vocab = 262144,
-     .positions = 262144, .k_eq_v = true},
-    {.name = "31b", .model_type = "gemma4_text", .architecture = "Gemma4ForCausalLM", .layers = 60, .period = 6,
-     .hidden = 5376, .heads = 32, .kv_heads = 16, .global_kv_heads = 4, .head_dim = 256, .global_head_dim = 512,
-     .mlp = 21504, .window = 1024, .vocab = 262144, .positions = 262144, .k_eq_v = true},
+    {.name = "tiny",
+     .model_type = "gemma4_text",
+     .architecture = "Gemma4ForCausalLM",
+     .layers = 6,
+     .period = 3,
+     .hidden = 128,
+     .heads = 4,
+     .kv_heads = 1,
+     .head_dim = 32,
+     .global_head_dim = 64,
+     .mlp = 384,
+     .window = 128,
+     .shared = 2,
+     .per_layer_input = 32,
+     .vocab = 2048,
+     .positions = 4096,
+     .double_wide = true},
+    {.name = "e2b",
+     .model_type = "gemma4_text",
+     .architecture = "Gemma4ForCausalLM",
+     .layers = 35,
+     .period = 5,
+     .hidden = 1536,
+     .heads = 8,
+     .kv_heads = 1,
+     .head_dim = 256,
+     .global_head_dim = 512,
+     .mlp = 6144,
+     .window = 512,
+     .shared = 20,
+     .per_layer_input = 256,
+     .vocab = 262144,
+     .positions = 131072,
+     .double_wide = true},
+    {.name = "e4b",
+     .model_type = "gemma4_text",
+     .architecture = "Gemma4ForCausalLM",
+     .layers = 42,
+     .period = 6,
+     .hidden = 2560,
+     .heads = 8,
+     .kv_heads = 2,
+     .head_dim = 256,
+     .global_head_dim = 512,
+     .mlp = 10240,
+     .window = 512,
+     .shared = 18,
+     .per_layer_input = 256,
+     .vocab = 262144,
+     .positions = 131072},
+    {.name = "12b",
+     .model_type = "gemma4_unified_text",
+     .architecture = "Gemma4UnifiedForCausalLM",
+     .layers = 48,
+     .period = 6,
+     .hidden = 3840,
+     .heads = 16,
+     .kv_heads = 8,
+     .global_kv_heads = 1,
+     .head_dim = 256,
+     .global_head_dim = 512,
+     .mlp = 15360,
+     .window = 1024,
+     .vocab = 262144,
+     .positions = 262144,
+     .k_eq_v = true},
+    {.name = "26b-a4b",
+     .model_type = "gemma4_text",
+     .architecture = "Gemma4ForCausalLM",
+     .layers = 30,
+     .period = 6,
+     .hidden = 2816,
+     .heads = 16,
+     .kv_heads = 8,
+     .global_kv_heads = 2,
+     .head_dim = 256,
+     .global_head_dim = 512,
+     .mlp = 2112,
+     .window = 1024,
+     .experts = 128,
+     .top_k = 8,
+     .expert_mlp = 704,
+     .vocab = 262144,
+     .positions = 262144,
+     .k_eq_v = true},
+    {.name = "31b",
+     .model_type = "gemma4_text",
+     .architecture = "Gemma4ForCausalLM",
+     .layers = 60,
+     .period = 6,
+     .hidden = 5376,
+     .heads = 32,
+     .kv_heads = 16,
+     .global_kv_heads = 4,
+     .head_dim = 256,
+     .global_head_dim = 512,
+     .mlp = 21504,
+     .window = 1024,
+     .vocab = 262144,
+     .positions = 262144,
+     .k_eq_v = true},
 };
 
-/* Sharing layers for a model cut or grown to `layers`: the same share, but at least one owner of each kind. */
-static int64_t scaled_sharing(int64_t shared, int64_t old_layers, int64_t layers, int64_t first_full) {
+/* Sharing layers for a model cut or grown to `layers`: the same share, but at least one owner of
+ * each kind. */
+static int64_t scaled_sharing(int64_t shared, int64_t old_layers, int64_t layers,
+                              int64_t first_full) {
     int64_t result = (shared * layers + old_layers / 2) / old_layers;
     while (result > 0 && layers - result <= first_full) result--;
     return result;
 }
 
-static json_t *optional_int(int value) { return value ? json_integer(value) : json_null(); }
+static json_t *optional_int(int value) {
+    return value ? json_integer(value) : json_null();
+}
 
 char *preset_config(const char *name, int64_t layers) {
     const Preset *p = NULL;
@@ -54,13 +140,14 @@ char *preset_config(const char *name, int64_t layers) {
     int64_t L = layers > 0 ? layers : p->layers;
     json_t *types = json_array();
     for (int64_t l = 0; l < L; l++)
-        json_array_append_new(types, json_string((l + 1) % p->period == 0 || l == L - 1 ? "full_attention"
-                                                                                         : "sliding_attention"));
+        json_array_append_new(types, json_string((l + 1) % p->period == 0 || l == L - 1
+                                                     ? "full_attention"
+                                                     : "sliding_attention"));
     int64_t first_full = L < p->period ? L - 1 : p->period - 1;
-    json_t *config = json_pack(
-        "{s:[s], s:s, s:s, s:b, s:i, s:i, s:[i,i], s:i}", "architectures", p->architecture, "model_type", p->model_type,
-        "dtype", "bfloat16", "tie_word_embeddings", 1, "pad_token_id", 0, "bos_token_id", 2, "eos_token_id", 1, 106,
-        "vocab_size", p->vocab);
+    json_t *config = json_pack("{s:[s], s:s, s:s, s:b, s:i, s:i, s:[i,i], s:i}", "architectures",
+                               p->architecture, "model_type", p->model_type, "dtype", "bfloat16",
+                               "tie_word_embeddings", 1, "pad_token_id", 0, "bos_token_id", 2,
+                               "eos_token_id", 1, 106, "vocab_size", p->vocab);
 #define SET_KEY(key, value) json_object_set_new(config, key, value)
     SET_KEY("hidden_size", json_integer(p->hidden));
     SET_KEY("num_hidden_layers", json_integer(L));
@@ -73,7 +160,8 @@ char *preset_config(const char *name, int64_t layers) {
     SET_KEY("intermediate_size", json_integer(p->mlp));
     SET_KEY("use_double_wide_mlp", json_boolean(p->double_wide));
     SET_KEY("sliding_window", json_integer(p->window));
-    SET_KEY("num_kv_shared_layers", json_integer(scaled_sharing(p->shared, p->layers, L, first_full)));
+    SET_KEY("num_kv_shared_layers",
+            json_integer(scaled_sharing(p->shared, p->layers, L, first_full)));
     SET_KEY("attention_k_eq_v", json_boolean(p->k_eq_v));
     SET_KEY("hidden_size_per_layer_input", json_integer(p->per_layer_input));
     SET_KEY("vocab_size_per_layer_input", json_integer(p->vocab));
@@ -87,16 +175,17 @@ char *preset_config(const char *name, int64_t layers) {
     SET_KEY("rms_norm_eps", json_real(1e-6));
     SET_KEY("use_bidirectional_attention", p->k_eq_v ? json_string("vision") : json_null());
     SET_KEY("rope_parameters",
-            json_pack("{s:{s:f,s:f,s:s}, s:{s:f,s:s}}", "full_attention", "partial_rotary_factor", 0.25, "rope_theta",
-                      1e6, "rope_type", "proportional", "sliding_attention", "rope_theta", 1e4, "rope_type",
-                      "default"));
+            json_pack("{s:{s:f,s:f,s:s}, s:{s:f,s:s}}", "full_attention", "partial_rotary_factor",
+                      0.25, "rope_theta", 1e6, "rope_type", "proportional", "sliding_attention",
+                      "rope_theta", 1e4, "rope_type", "default"));
 #undef SET_KEY
     char *text = json_dumps(config, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
     json_decref(config);
     return text;
 }
 
-Status model_config_with_layers(char **json, const char *old, size_t size, const char *name, int64_t layers) {
+Status model_config_with_layers(char **json, const char *old, size_t size, const char *name,
+                                int64_t layers) {
     ModelConfig before;
     TRY(model_config_parse(&before, old, size, name));
     json_error_t error;
@@ -111,17 +200,19 @@ Status model_config_with_layers(char **json, const char *old, size_t size, const
         if (full && l < first_full) first_full = l;
         json_array_append_new(types, json_string(full ? "full_attention" : "sliding_attention"));
     }
-    if (json_is_object(overrides)) { /* back to the spelling by kind: the last layer is always full */
+    if (json_is_object(
+            overrides)) { /* back to the spelling by kind: the last layer is always full */
         int64_t last = before.num_hidden_layers - 1;
         json_object_set_new(text, "global_head_dim", json_integer(before.layer[last].head_dim));
-        json_object_set_new(text, "num_global_key_value_heads", json_integer(before.layer[last].num_key_value_heads));
+        json_object_set_new(text, "num_global_key_value_heads",
+                            json_integer(before.layer[last].num_key_value_heads));
         json_object_del(text, "per_layer_config");
     }
     json_object_set_new(text, "layer_types", types);
     json_object_set_new(text, "num_hidden_layers", json_integer(layers));
     json_object_set_new(text, "num_kv_shared_layers",
-                        json_integer(scaled_sharing(before.num_kv_shared_layers, before.num_hidden_layers, layers,
-                                                    first_full)));
+                        json_integer(scaled_sharing(before.num_kv_shared_layers,
+                                                    before.num_hidden_layers, layers, first_full)));
     *json = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
     json_decref(root);
     return OK;

@@ -30,17 +30,20 @@ static Status get_choice(Node *map, const char *key, const char *const *names, i
             *out = i;
             return OK;
         }
-        snprintf(expected + strlen(expected), sizeof expected - strlen(expected), "%s%s", i ? ", " : "", names[i]);
+        snprintf(expected + strlen(expected), sizeof expected - strlen(expected), "%s%s",
+                 i ? ", " : "", names[i]);
     }
     Node *node = node_find(map, key);
-    FAIL(ERR_CONFIG, "%s:%d: %s is '%s', expected one of %s", node->file, node->line, key, text, expected);
+    FAIL(ERR_CONFIG, "%s:%d: %s is '%s', expected one of %s", node->file, node->line, key, text,
+         expected);
 }
 
 static Status get_range(Node *map, const char *key, double low, double high, double *out) {
     TRY(node_get_double(map, key, out, false));
     Node *node = node_find(map, key);
     if (node && (*out < low || *out > high))
-        FAIL(ERR_CONFIG, "%s:%d: %s is %g, expected %g to %g", node->file, node->line, key, *out, low, high);
+        FAIL(ERR_CONFIG, "%s:%d: %s is %g, expected %g to %g", node->file, node->line, key, *out,
+             low, high);
     return OK;
 }
 
@@ -48,7 +51,8 @@ static Status get_count(Node *map, const char *key, int64_t low, int64_t *out) {
     TRY(node_get_int(map, key, out, false));
     Node *node = node_find(map, key);
     if (node && !node_is_null(node) && *out < low)
-        FAIL(ERR_CONFIG, "%s:%d: %s is %" PRId64 ", expected at least %" PRId64, node->file, node->line, key, *out, low);
+        FAIL(ERR_CONFIG, "%s:%d: %s is %" PRId64 ", expected at least %" PRId64, node->file,
+             node->line, key, *out, low);
     return OK;
 }
 
@@ -71,7 +75,8 @@ static Status get_names(Node *map, const char *key, NameList *list) {
 static Status get_map(Node *map, const char *key, Node **out) {
     Node *node = node_find(map, key);
     *out = node_is_null(node) ? NULL : node;
-    if (*out && node->kind != NODE_MAP) FAIL(ERR_CONFIG, "%s:%d: %s is not a map", node->file, node->line, key);
+    if (*out && node->kind != NODE_MAP)
+        FAIL(ERR_CONFIG, "%s:%d: %s is not a map", node->file, node->line, key);
     return OK;
 }
 
@@ -87,14 +92,15 @@ static Status get_numbers(Node *map, const char *key, NumberMap *out) {
         node->items[i]->used = true;
         TRY(node_to_double(node->items[i], node->keys[i], &out->values[i]));
         if (out->values[i] <= 0)
-            FAIL(ERR_CONFIG, "%s:%d: %s of '%s' is %g, expected above 0", node->file, node->items[i]->line, key,
-                 node->keys[i], out->values[i]);
+            FAIL(ERR_CONFIG, "%s:%d: %s of '%s' is %g, expected above 0", node->file,
+                 node->items[i]->line, key, node->keys[i], out->values[i]);
     }
     return OK;
 }
 
 static Status read_lora(RunConfig *c, Node *root) {
-    static const char *defaults[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
+    static const char *defaults[] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                     "gate_proj", "up_proj", "down_proj"};
     Node *lora;
     c->lora.rank = 16;
     c->lora.alpha = 32;
@@ -117,8 +123,9 @@ static Status read_lora(RunConfig *c, Node *root) {
 }
 
 static Status read_fields(RunConfig *c, Node *data) {
-    static const char *const known[] = {"messages", "tools",  "prompt",      "completion",    "text", "conversations",
-                                        "system",   "output", "instruction", "input", NULL};
+    static const char *const known[] = {"messages",    "tools",         "prompt", "completion",
+                                        "text",        "conversations", "system", "output",
+                                        "instruction", "input",         NULL};
     Node *fields;
     TRY(get_map(data, "fields", &fields));
     if (!fields) return OK;
@@ -154,10 +161,12 @@ static Status read_data(RunConfig *c, Node *root) {
     TRY(get_map(root, "data", &data));
     if (!data) FAIL(ERR_CONFIG, "%s:%d: key 'data' is missing", root->file, root->line);
     TRY(get_names(data, "train", &c->data.train));
-    if (!c->data.train.count) FAIL(ERR_CONFIG, "%s:%d: key 'data.train' is missing", data->file, data->line);
+    if (!c->data.train.count)
+        FAIL(ERR_CONFIG, "%s:%d: key 'data.train' is missing", data->file, data->line);
     Node *eval = node_find(data, "eval");
     char *end;
-    if (eval && eval->kind == NODE_SCALAR && !eval->quoted && !node_is_null(eval) && (strtod(eval->text, &end), !*end))
+    if (eval && eval->kind == NODE_SCALAR && !eval->quoted && !node_is_null(eval) &&
+        (strtod(eval->text, &end), !*end))
         TRY(get_range(data, "eval", 1e-9, 1 - 1e-9, &c->data.eval_share));
     else
         TRY(get_names(data, "eval", &c->data.eval));
@@ -205,7 +214,8 @@ static Status read_optimizer(RunConfig *c, Node *root) {
         TRY(node_to_double(betas->items[1], "betas", &c->optimizer.beta2));
         for (int i = 0; i < 2; i++) {
             double beta = i ? c->optimizer.beta2 : c->optimizer.beta1;
-            if (beta < 0 || beta >= 1) FAIL(ERR_CONFIG, "%s:%d: betas are not in [0, 1)", betas->file, betas->line);
+            if (beta < 0 || beta >= 1)
+                FAIL(ERR_CONFIG, "%s:%d: betas are not in [0, 1)", betas->file, betas->line);
         }
     }
     TRY(get_range(map, "eps", 1e-30, 1e6, &c->optimizer.eps));
@@ -214,7 +224,8 @@ static Status read_optimizer(RunConfig *c, Node *root) {
     const char *states = "f32";
     TRY(node_get_text(map, "states", &states, false));
     if (strcmp(states, "f32"))
-        FAIL(ERR_CONFIG, "%s:%d: optimizer.states is '%s', expected f32", map->file, map->line, states);
+        FAIL(ERR_CONFIG, "%s:%d: optimizer.states is '%s', expected f32", map->file, map->line,
+             states);
     return OK;
 }
 
@@ -224,7 +235,9 @@ static Status read_method(RunConfig *c, Node *root) {
     static const char *const later[] = {"qlora", "qat", "qat-lora"};
     for (int i = 0; i < 3; i++)
         if (!strcmp(method, later[i]))
-            FAIL(ERR_CONFIG, "%s: method '%s' needs quantised weights, which this version does not have; expected full or lora",
+            FAIL(ERR_CONFIG,
+                 "%s: method '%s' needs quantised weights, which this version does not have; "
+                 "expected full or lora",
                  root->file, method);
     int index = METHOD_LORA;
     TRY(get_choice(root, "method", methods, &index));
@@ -246,11 +259,12 @@ static Status read_moe(RunConfig *c, Node *root) {
 /* Known keys of methods this run does not use: named once, not refused. */
 static void mention_unused(RunConfig *c, Node *root) {
     Node *quant = node_find(root, "quant"), *lora = node_find(root, "lora");
-    if (c->method == METHOD_FULL && !node_is_null(lora)) note("method full does not use the keys of 'lora'");
+    if (c->method == METHOD_FULL && !node_is_null(lora))
+        note("method full does not use the keys of 'lora'");
     if (node_is_null(quant)) return;
     note("method %s does not use the keys of 'quant'", methods[c->method]);
-    static const char *const known[] = {"format", "double", "start_step", "warmup", "learned_scale", "activations",
-                                        "embeddings"};
+    static const char *const known[] = {"format",        "double",      "start_step", "warmup",
+                                        "learned_scale", "activations", "embeddings"};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) node_find(quant, known[i]);
 }
 
@@ -321,13 +335,15 @@ static Status read_run(RunConfig *c, Node *root) {
 /* Puts value at key.path, making maps on the way. */
 static Status apply_override(Node *root, const char *override) {
     const char *equals = strchr(override, '=');
-    if (!equals || equals == override) FAIL(ERR_USAGE, "override '%s', expected key.path=value", override);
+    if (!equals || equals == override)
+        FAIL(ERR_USAGE, "override '%s', expected key.path=value", override);
     char *path = must_strdup(override), *key = path;
     path[equals - override] = 0;
     Node *value, *map = root;
     char *name = must_format("%s (command line)", path);
     const char *text = equals + 1;
-    Status status = *text ? node_parse(&value, text, strlen(text), name) : node_parse(&value, "null", 4, name);
+    Status status =
+        *text ? node_parse(&value, text, strlen(text), name) : node_parse(&value, "null", 4, name);
     free(name);
     if (status != OK) {
         free(path);
@@ -356,7 +372,8 @@ static void clear_used(Node *node) {
 
 static Status finish(RunConfig *c, char **overrides, int count) {
     Status status = OK;
-    if (count && c->tree->kind != NODE_MAP) FAIL_DONE(ERR_CONFIG, "%s: is not a map of keys", c->tree->file);
+    if (count && c->tree->kind != NODE_MAP)
+        FAIL_DONE(ERR_CONFIG, "%s: is not a map of keys", c->tree->file);
     for (int i = 0; i < count; i++) TRY_DONE(apply_override(c->tree, overrides[i]));
     clear_used(c->tree);
     TRY_DONE(read_run(c, c->tree));
@@ -371,7 +388,8 @@ Status run_config_load(RunConfig *c, const char *path, char **overrides, int cou
     return finish(c, overrides, count);
 }
 
-Status run_config_parse(RunConfig *c, const char *text, const char *name, char **overrides, int count) {
+Status run_config_parse(RunConfig *c, const char *text, const char *name, char **overrides,
+                        int count) {
     *c = (RunConfig){0};
     TRY(node_parse(&c->tree, text, strlen(text), name));
     return finish(c, overrides, count);
@@ -447,14 +465,17 @@ static void put_count_or_null(Out *o, const char *key, int64_t value) {
         put(o, "%s: null\n", key);
 }
 
-static const char *yes(bool value) { return value ? "true" : "false"; }
+static const char *yes(bool value) {
+    return value ? "true" : "false";
+}
 
 static void put_lora(Out *o, const RunConfig *c) {
-    put(o, "lora:\n  rank: %" PRId64 "\n  alpha: %.17g\n  dropout: %.17g\n  targets: ", c->lora.rank, c->lora.alpha,
-        c->lora.dropout);
+    put(o,
+        "lora:\n  rank: %" PRId64 "\n  alpha: %.17g\n  dropout: %.17g\n  targets: ", c->lora.rank,
+        c->lora.alpha, c->lora.dropout);
     put_names(o, &c->lora.targets);
-    put(o, "\n  experts: %s\n  rslora: %s\n  dora: %s\n  rank_pattern: ", yes(c->lora.experts), yes(c->lora.rslora),
-        yes(c->lora.dora));
+    put(o, "\n  experts: %s\n  rslora: %s\n  dora: %s\n  rank_pattern: ", yes(c->lora.experts),
+        yes(c->lora.rslora), yes(c->lora.dora));
     put_numbers(o, &c->lora.rank_pattern);
     put(o, "\n  alpha_pattern: ");
     put_numbers(o, &c->lora.alpha_pattern);
@@ -481,13 +502,16 @@ static void put_data(Out *o, const RunConfig *c) {
         put_quoted(o, c->data.field_values.items[i]);
     }
     put(o,
-        "}\n  max_length: %" PRId64 "\n  shuffle: %s\n  packing: %s\n  loss_on: %s\n  chat_format: %s\n  turns: %s\n"
+        "}\n  max_length: %" PRId64
+        "\n  shuffle: %s\n  packing: %s\n  loss_on: %s\n  chat_format: %s\n  turns: %s\n"
         "  add_eos: %s\n  long: %s\n"
-        "  repair: {inline_thoughts: %s, string_arguments: %s, empty_thought: %s}\n  mask: %s\n  literal: %s\n"
+        "  repair: {inline_thoughts: %s, string_arguments: %s, empty_thought: %s}\n  mask: %s\n  "
+        "literal: %s\n"
         "  skip_bad: %s\n",
-        c->data.max_length, yes(c->data.shuffle), yes(c->data.packing), losses[c->data.loss_on], c->data.chat_format,
-        turn_names[c->data.turns], yes(c->data.add_eos), longs[c->data.cut_long], yes(c->data.inline_thoughts),
-        yes(c->data.string_arguments), yes(c->data.empty_thought), masks[c->data.trl_mask], yes(c->data.literal),
+        c->data.max_length, yes(c->data.shuffle), yes(c->data.packing), losses[c->data.loss_on],
+        c->data.chat_format, turn_names[c->data.turns], yes(c->data.add_eos),
+        longs[c->data.cut_long], yes(c->data.inline_thoughts), yes(c->data.string_arguments),
+        yes(c->data.empty_thought), masks[c->data.trl_mask], yes(c->data.literal),
         yes(c->data.skip_bad));
 }
 
@@ -497,23 +521,25 @@ char *run_config_text(const RunConfig *c) {
     put_quoted(&o, c->model);
     put(&o, "\noutput: ");
     put_quoted(&o, c->output);
-    put(&o, "\ndevice: \"%s\"\ndtype: %s\nseed: %" PRId64 "\nmethod: %s\n", c->device, c->dtype, c->seed,
-        methods[c->method]);
+    put(&o, "\ndevice: \"%s\"\ndtype: %s\nseed: %" PRId64 "\nmethod: %s\n", c->device, c->dtype,
+        c->seed, methods[c->method]);
     if (c->method == METHOD_LORA) put_lora(&o, c);
     put_data(&o, c);
     put(&o,
-        "optimizer: {name: %s, lr: %.17g, betas: [%.17g, %.17g], eps: %.17g, weight_decay: %.17g, momentum: %.17g, "
+        "optimizer: {name: %s, lr: %.17g, betas: [%.17g, %.17g], eps: %.17g, weight_decay: %.17g, "
+        "momentum: %.17g, "
         "states: f32}\n",
-        optimizers[c->optimizer.sgd], c->optimizer.lr, c->optimizer.beta1, c->optimizer.beta2, c->optimizer.eps,
-        c->optimizer.weight_decay, c->optimizer.momentum);
-    put(&o, "schedule: {name: %s, warmup: %.17g, min_lr: %.17g}\n", schedules[c->schedule.name], c->schedule.warmup,
-        c->schedule.min_lr);
-    put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\nclip: %.17g\n", c->sequences, c->accumulate,
-        c->clip);
+        optimizers[c->optimizer.sgd], c->optimizer.lr, c->optimizer.beta1, c->optimizer.beta2,
+        c->optimizer.eps, c->optimizer.weight_decay, c->optimizer.momentum);
+    put(&o, "schedule: {name: %s, warmup: %.17g, min_lr: %.17g}\n", schedules[c->schedule.name],
+        c->schedule.warmup, c->schedule.min_lr);
+    put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\nclip: %.17g\n", c->sequences,
+        c->accumulate, c->clip);
     put_count_or_null(&o, "steps", c->steps);
-    put(&o, "epochs: %.17g\nmoe: {aux_loss: %.17g, train_router: %s}\nrecompute: \"%s\"\n", c->epochs, c->aux_loss,
-        yes(c->train_router), recomputes[c->recompute]);
-    put(&o, "save: {every: %" PRId64 ", keep: %" PRId64 ", best: %s}\n", c->save_every, c->save_keep, yes(c->save_best));
+    put(&o, "epochs: %.17g\nmoe: {aux_loss: %.17g, train_router: %s}\nrecompute: \"%s\"\n",
+        c->epochs, c->aux_loss, yes(c->train_router), recomputes[c->recompute]);
+    put(&o, "save: {every: %" PRId64 ", keep: %" PRId64 ", best: %s}\n", c->save_every,
+        c->save_keep, yes(c->save_best));
     put_count_or_null(&o, "eval_every", c->eval_every);
     put_count_or_null(&o, "early_stop", c->early_stop);
     put(&o, "on_bad_step: %s\n", bad_steps[c->stop_on_bad_step]);

@@ -19,12 +19,17 @@ typedef enum Method { METHOD_FULL, METHOD_LORA } Method;
 typedef enum LossOn { LOSS_ASSISTANT, LOSS_COMPLETION, LOSS_ALL } LossOn;
 typedef enum Turns { TURNS_AUTO, TURNS_WHOLE, TURNS_PER_TURN } Turns;
 typedef enum Recompute { RECOMPUTE_AUTO, RECOMPUTE_ON, RECOMPUTE_OFF } Recompute;
-typedef enum ScheduleName { SCHEDULE_CONSTANT, SCHEDULE_LINEAR, SCHEDULE_COSINE, SCHEDULE_WSD } ScheduleName;
+typedef enum ScheduleName {
+    SCHEDULE_CONSTANT,
+    SCHEDULE_LINEAR,
+    SCHEDULE_COSINE,
+    SCHEDULE_WSD
+} ScheduleName;
 
 /* What rows become: the keys of `data`. */
 typedef struct DataConfig {
     NameList train, eval;
-    double eval_share; /* 0: eval is a list, or nothing */
+    double eval_share;                  /* 0: eval is a list, or nothing */
     NameList field_names, field_values; /* our name -> the file's name */
     int64_t max_length;
     bool shuffle, packing, add_eos, literal, skip_bad, cut_long, trl_mask;
@@ -56,8 +61,8 @@ typedef struct RunConfig {
         double warmup, min_lr;
     } schedule;
     int64_t sequences, accumulate;
-    double clip;     /* 0: none */
-    int64_t steps;   /* 0: by epochs */
+    double clip;   /* 0: none */
+    int64_t steps; /* 0: by epochs */
     double epochs;
     double aux_loss; /* resolved */
     bool train_router;
@@ -72,7 +77,8 @@ typedef struct RunConfig {
 /* Reads a run file and then `key.path=value` overrides. A wrong run file is ERR_CONFIG, an unknown
  * override key ERR_USAGE. */
 Status run_config_load(RunConfig *config, const char *path, char **overrides, int count);
-Status run_config_parse(RunConfig *config, const char *text, const char *name, char **overrides, int count);
+Status run_config_parse(RunConfig *config, const char *text, const char *name, char **overrides,
+                        int count);
 void run_config_free(RunConfig *config);
 
 /* The defaults of `data`, for commands without a run file. */

@@ -12,29 +12,38 @@ static const struct {
     const char *name, *hash;
     int format; /* -1: recognised, but not rendered */
 } templates[] = {
-    {"2026-07-large", "ae53464bf3be25802b3a5b37def7fd89667067d7577049b3b2d74c4d8de4c6d4", CHAT_LARGE},
-    {"2026-07-small", "0a2c8073c878ab1da004bee933a998606537bbb62016310352c7285c3f01c5b5", CHAT_SMALL},
+    {"2026-07-large", "ae53464bf3be25802b3a5b37def7fd89667067d7577049b3b2d74c4d8de4c6d4",
+     CHAT_LARGE},
+    {"2026-07-small", "0a2c8073c878ab1da004bee933a998606537bbb62016310352c7285c3f01c5b5",
+     CHAT_SMALL},
     {"2026-05-31b", "85a08664d16d8f3be4416c92427b3ac10df1024ac566cc0b4bc3bab409393f98", -1},
-    {"interleaved-llamacpp", "65f93a25708c952457106a30e185ba7beffddd726121c8d7e3f3e08b23c16c67", -1},
+    {"interleaved-llamacpp", "65f93a25708c952457106a30e185ba7beffddd726121c8d7e3f3e08b23c16c67",
+     -1},
     {"2026-04-first", "2dfbfc7d538912f4ea11d29d85b4e25d7bc26386e53f57529f1d707c28b5828c", -1},
 };
 
-const char *chat_format_name(ChatFormat format) { return format == CHAT_LARGE ? "large" : "small"; }
+const char *chat_format_name(ChatFormat format) {
+    return format == CHAT_LARGE ? "large" : "small";
+}
 
-static Status format_of_template(ChatFormat *format, const char *bytes, size_t size, const char *path) {
+static Status format_of_template(ChatFormat *format, const char *bytes, size_t size,
+                                 const char *path) {
     char hash[65];
     sha256_text(hash, bytes, size);
     for (size_t i = 0; i < sizeof templates / sizeof *templates; i++) {
         if (strcmp(templates[i].hash, hash)) continue;
         if (templates[i].format < 0)
-            FAIL(ERR_CONFIG, "%s: is the earlier template '%s', which is not rendered; give --chat-format large or "
-                             "small (data.chat_format in a run file) to use the July 2026 format",
+            FAIL(ERR_CONFIG,
+                 "%s: is the earlier template '%s', which is not rendered; give --chat-format "
+                 "large or "
+                 "small (data.chat_format in a run file) to use the July 2026 format",
                  path, templates[i].name);
         *format = (ChatFormat)templates[i].format;
         return OK;
     }
-    FAIL(ERR_CONFIG, "%s: an unknown chat template (sha256 %.12s...); give --chat-format large or small "
-                     "(data.chat_format in a run file)",
+    FAIL(ERR_CONFIG,
+         "%s: an unknown chat template (sha256 %.12s...); give --chat-format large or small "
+         "(data.chat_format in a run file)",
          path, hash);
 }
 
@@ -43,8 +52,10 @@ Status chat_format_find(ChatFormat *format, const char *dir, const char *choice)
         *format = *choice == 'l' ? CHAT_LARGE : CHAT_SMALL;
         return OK;
     }
-    if (strcmp(choice, "auto")) FAIL(ERR_CONFIG, "chat format '%s', expected auto, large or small", choice);
-    char *path = path_join(dir, "chat_template.jinja"), *config = path_join(dir, "tokenizer_config.json");
+    if (strcmp(choice, "auto"))
+        FAIL(ERR_CONFIG, "chat format '%s', expected auto, large or small", choice);
+    char *path = path_join(dir, "chat_template.jinja"),
+         *config = path_join(dir, "tokenizer_config.json");
     char *bytes = NULL;
     size_t size;
     json_t *root = NULL;
@@ -63,8 +74,10 @@ Status chat_format_find(ChatFormat *format, const char *dir, const char *choice)
             goto done;
         }
     }
-    FAIL_DONE(ERR_CONFIG, "%s: no chat template; give --chat-format large or small (data.chat_format in a run file)",
-              dir);
+    FAIL_DONE(
+        ERR_CONFIG,
+        "%s: no chat template; give --chat-format large or small (data.chat_format in a run file)",
+        dir);
 done:
     json_decref(root);
     free(bytes);
@@ -106,8 +119,8 @@ static bool has_role(const json_t *message, const char *role) {
     return slice_is(json_slice(json_object_get(message, "role")), role);
 }
 
-/* Thoughts written inside an assistant's text are dropped: what follows <|channel> in each piece that
- * <channel|> ends. */
+/* Thoughts written inside an assistant's text are dropped: what follows <|channel> in each piece
+ * that <channel|> ends. */
 static void strip_thoughts(Text *out, Slice s) {
     for (size_t from = 0; from <= s.size;) {
         size_t end = slice_find(s, "<channel|>", from);
@@ -118,8 +131,10 @@ static void strip_thoughts(Text *out, Slice s) {
 }
 
 static const char *placeholder(const json_t *part) {
-    static const char *const marks[][2] = {{"image", "<|image|>"},     {"image_url", "<|image|>"},
-                                           {"audio", "<|audio|>"},     {"input_audio", "<|audio|>"},
+    static const char *const marks[][2] = {{"image", "<|image|>"},
+                                           {"image_url", "<|image|>"},
+                                           {"audio", "<|audio|>"},
+                                           {"input_audio", "<|audio|>"},
                                            {"video", "<|video|>"}};
     for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
         if (slice_is(json_slice(json_object_get(part, "type")), marks[i][0])) return marks[i][1];
@@ -177,9 +192,11 @@ static Status write_calls(Writer *w, const json_t *calls) {
     size_t i;
     json_t *call;
     json_array_foreach(calls, i, call) {
-        const json_t *function = json_object_get(call, "function"), *arguments = json_object_get(function, "arguments");
+        const json_t *function = json_object_get(call, "function"),
+                     *arguments = json_object_get(function, "arguments");
         if (json_is_string(arguments))
-            FAIL(ERR_FORMAT, "tool_calls[].function.arguments must be a JSON object (mapping), not a string");
+            FAIL(ERR_FORMAT,
+                 "tool_calls[].function.arguments must be a JSON object (mapping), not a string");
         if (json_truth(arguments) && !json_is_object(arguments))
             FAIL(ERR_FORMAT, "tool_calls[].function.arguments must be a JSON object (mapping)");
         Slice name = json_slice(json_object_get(function, "name"));
@@ -214,7 +231,8 @@ static void write_response(Writer *w, int i, Slice name, const json_t *value, bo
     text_adds(text, "<tool_response|>");
 }
 
-/* The name of the call a tool message answers: the last call of the same id, both absent included. */
+/* The name of the call a tool message answers: the last call of the same id, both absent included.
+ */
 static Slice answered_name(const json_t *calls, const json_t *message) {
     Slice name = json_slice(json_object_get(message, "name"));
     const json_t *wanted = json_object_get(message, "tool_call_id");
@@ -229,11 +247,13 @@ static Slice answered_name(const json_t *calls, const json_t *message) {
     return name;
 }
 
-static Status write_tool_message(Writer *w, int i, const json_t *calls, const json_t *message, bool first) {
+static Status write_tool_message(Writer *w, int i, const json_t *calls, const json_t *message,
+                                 bool first) {
     const json_t *content = json_object_get(message, "content");
     Slice name = answered_name(calls, message);
     if (json_is_object(content))
-        FAIL(ERR_FORMAT, "a tool message's content is a mapping, expected a string, a list of parts or a plain value");
+        FAIL(ERR_FORMAT, "a tool message's content is a mapping, expected a string, a list of "
+                         "parts or a plain value");
     if (!json_is_array(content)) {
         json_t *null = json_null();
         write_response(w, i, name, content ? content : null, first);
@@ -261,7 +281,8 @@ static Status write_tool_message(Writer *w, int i, const json_t *calls, const js
 
 /* The responses to message i: its own tool_responses, else the tool messages after it. */
 static Status write_responses(Writer *w, int i, bool *written) {
-    const json_t *message = json_array_get(w->messages, (size_t)i), *calls = json_object_get(message, "tool_calls");
+    const json_t *message = json_array_get(w->messages, (size_t)i),
+                 *calls = json_object_get(message, "tool_calls");
     const json_t *own = json_object_get(message, "tool_responses");
     size_t k;
     json_t *response;
@@ -269,7 +290,8 @@ static Status write_responses(Writer *w, int i, bool *written) {
     if (json_truth(own)) {
         json_array_foreach(own, k, response) {
             const json_t *value = json_object_get(response, "response");
-            write_response(w, i, json_slice(json_object_get(response, "name")), value ? value : json_null(), !*written);
+            write_response(w, i, json_slice(json_object_get(response, "name")),
+                           value ? value : json_null(), !*written);
             *written = true;
         }
         return OK;
@@ -311,9 +333,11 @@ static Status write_message(Writer *w, int i, int first, LastWritten *last) {
     }
     const json_t *thought = json_object_get(message, "reasoning");
     if (!json_truth(thought)) thought = json_object_get(message, "reasoning_content");
-    bool thinks = json_truth(thought) && (i > w->last_user || (w->options->preserve_thinking && json_truth(calls)));
+    bool thinks = json_truth(thought) &&
+                  (i > w->last_user || (w->options->preserve_thinking && json_truth(calls)));
     size_t begin = text->size;
-    if (assistant && w->options->empty_thought_from && i >= w->options->empty_thought_from && !continues && !thinks) {
+    if (assistant && w->options->empty_thought_from && i >= w->options->empty_thought_from &&
+        !continues && !thinks) {
         text_adds(text, "<|channel>thought\n<channel|>");
         begin = text->size;
     }
@@ -333,20 +357,26 @@ static Status write_message(Writer *w, int i, int first, LastWritten *last) {
         if (assistant && !silent) train(w, i, begin);
         text_adds(text, "<|tool_response>");
         if (!silent) begin = text->size;
-    } else if (!(assistant && after && has_role(after, "assistant")) && !(answered && silent && !after))
+    } else if (!(assistant && after && has_role(after, "assistant")) &&
+               !(answered && silent && !after))
         text_adds(text, w->options->trl_mask && assistant ? "<turn|>\n" : "<turn|>");
     if (assistant) train(w, i, begin);
-    if (text->size >= 7 && !memcmp(text->bytes + text->size - 7, "<turn|>", 7)) text_adds(text, "\n");
+    if (text->size >= 7 && !memcmp(text->bytes + text->size - 7, "<turn|>", 7))
+        text_adds(text, "\n");
     *last = answered ? LAST_RESPONSE : called ? LAST_CALL : LAST_TURN;
     return OK;
 }
 
-static Status render(Rendered *out, const json_t *messages, const json_t *tools, const ChatOptions *options) {
+static Status render(Rendered *out, const json_t *messages, const json_t *tools,
+                     const ChatOptions *options) {
     Writer w = {.out = out, .messages = messages, .options = options, .last_user = -1};
     if (!json_is_array(messages)) FAIL(ERR_FORMAT, "messages is not a list");
-    if (tools && !json_is_null(tools) && !json_is_array(tools)) FAIL(ERR_FORMAT, "tools is not a list");
+    if (tools && !json_is_null(tools) && !json_is_array(tools))
+        FAIL(ERR_FORMAT, "tools is not a list");
     int count = (int)json_array_size(messages), first = 0;
-    if (!count) FAIL(ERR_FORMAT, "Cannot apply chat template to an empty conversation. Provide at least one message.");
+    if (!count)
+        FAIL(ERR_FORMAT,
+             "Cannot apply chat template to an empty conversation. Provide at least one message.");
     for (int i = 0; i < count; i++)
         if (has_role(json_array_get(messages, (size_t)i), "user")) w.last_user = i;
     const json_t *head = json_array_get(messages, 0);
@@ -362,9 +392,11 @@ static Status render(Rendered *out, const json_t *messages, const json_t *tools,
     }
     LastWritten last = LAST_TURN;
     for (int i = first; i < count; i++)
-        if (!has_role(json_array_get(messages, (size_t)i), "tool")) TRY(write_message(&w, i, first, &last));
+        if (!has_role(json_array_get(messages, (size_t)i), "tool"))
+            TRY(write_message(&w, i, first, &last));
     if (!options->add_generation_prompt) return OK;
-    if (last == LAST_RESPONSE && options->enable_thinking) text_adds(&out->text, "<|channel>thought\n");
+    if (last == LAST_RESPONSE && options->enable_thinking)
+        text_adds(&out->text, "<|channel>thought\n");
     if (last == LAST_TURN) {
         text_adds(&out->text, "<|turn>model\n");
         if (options->format == CHAT_LARGE && !options->enable_thinking)
@@ -373,7 +405,8 @@ static Status render(Rendered *out, const json_t *messages, const json_t *tools,
     return OK;
 }
 
-Status chat_render(Rendered *out, const json_t *messages, const json_t *tools, const ChatOptions *options) {
+Status chat_render(Rendered *out, const json_t *messages, const json_t *tools,
+                   const ChatOptions *options) {
     *out = (Rendered){0};
     Status status = render(out, messages, tools, options);
     if (status != OK) rendered_free(out);
@@ -387,7 +420,8 @@ void rendered_free(Rendered *rendered) {
     *rendered = (Rendered){0};
 }
 
-void chat_encode(const Tokenizer *t, const Rendered *rendered, bool literal, Tokens *ids, uint8_t **mask) {
+void chat_encode(const Tokenizer *t, const Rendered *rendered, bool literal, Tokens *ids,
+                 uint8_t **mask) {
     tokenizer_encode(t, ids, rendered->text.bytes, rendered->text.size, rendered->content,
                      literal ? rendered->content_count : 0, true);
     *mask = must_calloc((size_t)ids->count + 1, 1);

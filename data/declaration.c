@@ -179,8 +179,10 @@ static void write_items(Text *out, const json_t *items) {
 
 static void write_property(Text *out, const char *name, const json_t *schema) {
     bool first = true;
-    const json_t *description = json_object_get(schema, "description"), *items = json_object_get(schema, "items");
-    const json_t *properties = json_object_get(schema, "properties"), *required = json_object_get(schema, "required");
+    const json_t *description = json_object_get(schema, "description"),
+                 *items = json_object_get(schema, "items");
+    const json_t *properties = json_object_get(schema, "properties"),
+                 *required = json_object_get(schema, "required");
     text_addf(out, "%s:{", name);
     if (json_truth(description)) {
         separate(out, &first);
@@ -218,9 +220,11 @@ static void write_property(Text *out, const char *name, const json_t *schema) {
     text_adds(out, QUOTE "}");
 }
 
-/* own_keys: `properties` is itself a schema whose remaining keys are written as if they were properties. */
+/* own_keys: `properties` is itself a schema whose remaining keys are written as if they were
+ * properties. */
 static void write_properties(Text *out, const json_t *properties, bool own_keys) {
-    static const char *const standard[] = {"description", "type", "properties", "required", "nullable"};
+    static const char *const standard[] = {"description", "type", "properties", "required",
+                                           "nullable"};
     size_t count;
     bool first = true;
     Entry *entries = sorted_entries(properties, &count);
@@ -236,8 +240,10 @@ static void write_properties(Text *out, const json_t *properties, bool own_keys)
 }
 
 void declaration_write(Text *out, const json_t *tool) {
-    const json_t *function = json_object_get(tool, "function"), *description = json_object_get(function, "description");
-    const json_t *parameters = json_object_get(function, "parameters"), *response = json_object_get(function, "response");
+    const json_t *function = json_object_get(tool, "function"),
+                 *description = json_object_get(function, "description");
+    const json_t *parameters = json_object_get(function, "parameters"),
+                 *response = json_object_get(function, "response");
     Slice name = json_slice(json_object_get(function, "name"));
     text_adds(out, "declaration:");
     text_add(out, name.bytes, name.size);
@@ -245,7 +251,8 @@ void declaration_write(Text *out, const json_t *tool) {
     write_quoted(out, json_is_null(description) ? slice_of("None") : json_slice(description));
     if (json_truth(parameters)) {
         const json_t *properties = json_object_get(parameters, "properties");
-        const json_t *required = json_object_get(parameters, "required"), *type = json_object_get(parameters, "type");
+        const json_t *required = json_object_get(parameters, "required"),
+                     *type = json_object_get(parameters, "type");
         text_adds(out, ",parameters:{");
         if (json_truth(properties)) {
             text_adds(out, "properties:{");

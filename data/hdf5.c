@@ -29,14 +29,17 @@ Status h5_open(H5File *f, const char *path) {
     unlock(OK);
     if (f->id >= 0) return OK;
     bool there = access(path, R_OK) == 0;
-    status_fail(there ? ERR_FORMAT : ERR_IO, there ? "%s: is no readable HDF5 file (cut short, or another format)" : "%s: %s",
+    status_fail(there ? ERR_FORMAT : ERR_IO,
+                there ? "%s: is no readable HDF5 file (cut short, or another format)" : "%s: %s",
                 path, strerror(errno));
     h5_close(f);
     return there ? ERR_FORMAT : ERR_IO;
 }
 
 Status h5_create(H5File *f, const char *path) {
-    *f = (H5File){.id = -1, .path = must_strdup(path), .temporary = must_format("%s.tmp%d", path, (int)getpid())};
+    *f = (H5File){.id = -1,
+                  .path = must_strdup(path),
+                  .temporary = must_format("%s.tmp%d", path, (int)getpid())};
     lock();
     f->id = H5Fcreate(f->temporary, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
     unlock(OK);
@@ -54,7 +57,8 @@ Status h5_commit(H5File *f) {
     f->id = -1;
     unlock(OK);
     int fd = good ? open(f->temporary, O_RDWR) : -1;
-    if (fd < 0 || fsync(fd)) status = status_fail(ERR_IO, "%s: cannot be written: %s", f->path, strerror(errno));
+    if (fd < 0 || fsync(fd))
+        status = status_fail(ERR_IO, "%s: cannot be written: %s", f->path, strerror(errno));
     if (fd >= 0) close(fd);
     if (status == OK && rename(f->temporary, f->path))
         status = status_fail(ERR_IO, "%s: cannot be put in place: %s", f->path, strerror(errno));
@@ -80,12 +84,14 @@ void h5_close(H5File *f) {
 Status h5_group(H5File *f, const char *name) {
     lock();
     hid_t group = H5Gcreate2(f->id, name, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
-    if (group < 0) return unlock(status_fail(ERR_IO, "%s: group '%s' cannot be written", f->path, name));
+    if (group < 0)
+        return unlock(status_fail(ERR_IO, "%s: group '%s' cannot be written", f->path, name));
     H5Gclose(group);
     return unlock(OK);
 }
 
-Status h5_write(H5File *f, const char *name, hid_t type, int64_t rows, int64_t cols, bool packed, const void *data) {
+Status h5_write(H5File *f, const char *name, hid_t type, int64_t rows, int64_t cols, bool packed,
+                const void *data) {
     lock();
     hsize_t dims[2] = {(hsize_t)rows, (hsize_t)cols}, chunk[2] = {16384, (hsize_t)cols};
     hid_t space = H5Screate_simple(cols ? 2 : 1, dims, NULL), plist = H5Pcreate(H5P_DATASET_CREATE);
@@ -96,11 +102,14 @@ Status h5_write(H5File *f, const char *name, hid_t type, int64_t rows, int64_t c
         H5Pset_deflate(plist, 4);
     }
     hid_t set = H5Dcreate2(f->id, name, type, space, H5P_DEFAULT, plist, H5P_DEFAULT);
-    bool good = set >= 0 && (!rows || H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) >= 0);
+    bool good =
+        set >= 0 && (!rows || H5Dwrite(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) >= 0);
     if (set >= 0) good = H5Dclose(set) >= 0 && good;
     H5Pclose(plist);
     H5Sclose(space);
-    return unlock(good ? OK : status_fail(ERR_IO, "%s: dataset '%s' cannot be written (disk full?)", f->path, name));
+    return unlock(good ? OK
+                       : status_fail(ERR_IO, "%s: dataset '%s' cannot be written (disk full?)",
+                                     f->path, name));
 }
 
 static Status open_set(H5File *f, const char *name, hid_t *set, hid_t *space) {
@@ -127,7 +136,8 @@ Status h5_read(H5File *f, const char *name, hid_t type, int64_t first, int64_t c
     Status status = open_set(f, name, &set, &space);
     if (status != OK) return unlock(status);
     int64_t total = (int64_t)H5Sget_simple_extent_npoints(space);
-    bool whole = first == 0 && count == total, good = first >= 0 && count >= 0 && first + count <= total;
+    bool whole = first == 0 && count == total,
+         good = first >= 0 && count >= 0 && first + count <= total;
     if (good && whole) {
         good = H5Dread(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) >= 0;
     } else if (good && H5Sget_simple_extent_ndims(space) == 1) {
@@ -142,8 +152,9 @@ Status h5_read(H5File *f, const char *name, hid_t type, int64_t first, int64_t c
     H5Sclose(space);
     H5Dclose(set);
     if (!good)
-        status = status_fail(ERR_FORMAT, "%s: elements %" PRId64 " to %" PRId64 " of '%s' cannot be read", f->path, first,
-                             first + count, name);
+        status = status_fail(ERR_FORMAT,
+                             "%s: elements %" PRId64 " to %" PRId64 " of '%s' cannot be read",
+                             f->path, first, first + count, name);
     return unlock(status);
 }
 
@@ -152,12 +163,14 @@ Status h5_write_text(H5File *f, const char *object, const char *name, const char
     hid_t type = H5Tcopy(H5T_C_S1), space = H5Screate(H5S_SCALAR);
     H5Tset_size(type, strlen(text) + 1);
     H5Tset_cset(type, H5T_CSET_UTF8);
-    hid_t attribute = H5Acreate_by_name(f->id, object, name, type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t attribute =
+        H5Acreate_by_name(f->id, object, name, type, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
     bool good = attribute >= 0 && H5Awrite(attribute, type, text) >= 0;
     if (attribute >= 0) H5Aclose(attribute);
     H5Sclose(space);
     H5Tclose(type);
-    return unlock(good ? OK : status_fail(ERR_IO, "%s: attribute '%s' cannot be written", f->path, name));
+    return unlock(
+        good ? OK : status_fail(ERR_IO, "%s: attribute '%s' cannot be written", f->path, name));
 }
 
 Status h5_read_text(H5File *f, const char *object, const char *name, char **text) {
@@ -165,7 +178,9 @@ Status h5_read_text(H5File *f, const char *object, const char *name, char **text
     *text = NULL;
     hid_t attribute = H5Aopen_by_name(f->id, object, name, H5P_DEFAULT, H5P_DEFAULT);
     hid_t type = attribute >= 0 ? H5Aget_type(attribute) : -1;
-    size_t size = type >= 0 && H5Tget_class(type) == H5T_STRING && !H5Tis_variable_str(type) ? H5Tget_size(type) : 0;
+    size_t size = type >= 0 && H5Tget_class(type) == H5T_STRING && !H5Tis_variable_str(type)
+                      ? H5Tget_size(type)
+                      : 0;
     if (size && size < (64u << 20)) {
         *text = must_calloc(size + 1, 1);
         if (H5Aread(attribute, type, *text) < 0) {
@@ -175,18 +190,20 @@ Status h5_read_text(H5File *f, const char *object, const char *name, char **text
     }
     if (type >= 0) H5Tclose(type);
     if (attribute >= 0) H5Aclose(attribute);
-    return unlock(*text ? OK : status_fail(ERR_FORMAT, "%s: attribute '%s' is missing", f->path, name));
+    return unlock(*text ? OK
+                        : status_fail(ERR_FORMAT, "%s: attribute '%s' is missing", f->path, name));
 }
 
 Status h5_write_number(H5File *f, const char *object, const char *name, double value) {
     lock();
     hid_t space = H5Screate(H5S_SCALAR);
-    hid_t attribute =
-        H5Acreate_by_name(f->id, object, name, H5T_IEEE_F64LE, space, H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t attribute = H5Acreate_by_name(f->id, object, name, H5T_IEEE_F64LE, space, H5P_DEFAULT,
+                                        H5P_DEFAULT, H5P_DEFAULT);
     bool good = attribute >= 0 && H5Awrite(attribute, H5T_NATIVE_DOUBLE, &value) >= 0;
     if (attribute >= 0) H5Aclose(attribute);
     H5Sclose(space);
-    return unlock(good ? OK : status_fail(ERR_IO, "%s: attribute '%s' cannot be written", f->path, name));
+    return unlock(
+        good ? OK : status_fail(ERR_IO, "%s: attribute '%s' cannot be written", f->path, name));
 }
 
 Status h5_read_number(H5File *f, const char *object, const char *name, double *value) {
@@ -197,5 +214,6 @@ Status h5_read_number(H5File *f, const char *object, const char *name, double *v
                 H5Aread(attribute, H5T_NATIVE_DOUBLE, value) >= 0;
     if (space >= 0) H5Sclose(space);
     if (attribute >= 0) H5Aclose(attribute);
-    return unlock(good ? OK : status_fail(ERR_FORMAT, "%s: attribute '%s' is missing", f->path, name));
+    return unlock(good ? OK
+                       : status_fail(ERR_FORMAT, "%s: attribute '%s' is missing", f->path, name));
 }

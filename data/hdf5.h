@@ -21,22 +21,24 @@ Status h5_create(H5File *f, const char *path);
 Status h5_commit(H5File *f);
 void h5_close(H5File *f); /* also abandons what was not committed; accepts a zeroed file */
 
-/* A dataset of `rows` x `cols` (cols 0: one dimension) elements; packed: in compressed chunks, for what is
- * kept long and read in parts. */
-Status h5_write(H5File *f, const char *name, hid_t type, int64_t rows, int64_t cols, bool packed, const void *data);
+/* A dataset of `rows` x `cols` (cols 0: one dimension) elements; packed: in compressed chunks, for
+ * what is kept long and read in parts. */
+Status h5_write(H5File *f, const char *name, hid_t type, int64_t rows, int64_t cols, bool packed,
+                const void *data);
 
 /* Elements in a dataset; ERR_FORMAT when it is missing. */
 Status h5_count(H5File *f, const char *name, int64_t *count);
 
-/* Elements first .. first + count - 1 of a dataset seen as one line. Only whole datasets may have two
- * dimensions. */
+/* Elements first .. first + count - 1 of a dataset seen as one line. Only whole datasets may have
+ * two dimensions. */
 Status h5_read(H5File *f, const char *name, hid_t type, int64_t first, int64_t count, void *data);
 
 /* A group with everything above it. */
 Status h5_group(H5File *f, const char *name);
 
 Status h5_write_text(H5File *f, const char *object, const char *name, const char *text);
-Status h5_read_text(H5File *f, const char *object, const char *name, char **text); /* caller frees */
+Status h5_read_text(H5File *f, const char *object, const char *name,
+                    char **text); /* caller frees */
 Status h5_write_number(H5File *f, const char *object, const char *name, double value);
 Status h5_read_number(H5File *f, const char *object, const char *name, double *value);
 

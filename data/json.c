@@ -6,8 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* jansson has no integers beyond 64 bits. Before parsing, such a literal becomes a string that starts
- * with a zero byte, which no row means to hold; json_big_integer knows it again. */
+/* jansson has no integers beyond 64 bits. Before parsing, such a literal becomes a string that
+ * starts with a zero byte, which no row means to hold; json_big_integer knows it again. */
 #define BIG_MARK "\\u0000int:"
 
 static bool fits_int64(const char *digits, size_t length, bool negative) {
@@ -36,8 +36,10 @@ static char *mark_big_integers(const char *bytes, size_t size, size_t *out_size)
             bool negative = bytes[i] == '-', real = false;
             if (negative) i++;
             size_t digits = i;
-            while (i < size && strchr("0123456789+-.eE", bytes[i]) && bytes[i]) real |= strchr(".eE", bytes[i]) != NULL, i++;
-            if (!real && i > digits && bytes[digits] != '0' && !fits_int64(bytes + digits, i - digits, negative)) {
+            while (i < size && strchr("0123456789+-.eE", bytes[i]) && bytes[i])
+                real |= strchr(".eE", bytes[i]) != NULL, i++;
+            if (!real && i > digits && bytes[digits] != '0' &&
+                !fits_int64(bytes + digits, i - digits, negative)) {
                 text_add(&out, bytes + copied, begin - copied);
                 text_adds(&out, "\"" BIG_MARK);
                 text_add(&out, bytes + begin, i - begin);

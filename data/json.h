@@ -1,6 +1,7 @@
 /* json.h - JSON values the way rows need them, over jansson.
  *
- * Integers and reals stay apart, key order is kept, an integer beyond 64 bits is kept as its digits. */
+ * Integers and reals stay apart, key order is kept, an integer beyond 64 bits is kept as its
+ * digits. */
 #ifndef JSON_H
 #define JSON_H
 

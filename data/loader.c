@@ -45,8 +45,8 @@ static void shuffle(int64_t *order, int64_t count, uint64_t key) {
     }
 }
 
-/* First-fit with a tree over the room left in each row: tree[1] is the most room anywhere, leaf `size + r`
- * the room of row r; the first row with room is found by going left wherever it fits. */
+/* First-fit with a tree over the room left in each row: tree[1] is the most room anywhere, leaf
+ * `size + r` the room of row r; the first row with room is found by going left wherever it fits. */
 typedef struct Room {
     int64_t *tree, size;
 } Room;
@@ -110,7 +110,9 @@ static void plan_make(Plan *plan, const SampleSet *set, const LoaderConfig *c, i
     free(order);
 }
 
-static int64_t step_rows(const LoaderConfig *c) { return c->sequences * c->accumulate; }
+static int64_t step_rows(const LoaderConfig *c) {
+    return c->sequences * c->accumulate;
+}
 
 /* Epoch starts, from the number of rows each epoch packs into. */
 static void count_steps(Loader *l) {
@@ -123,7 +125,8 @@ static void count_steps(Loader *l) {
         int64_t steps = (l->plan.rows + step_rows(c) - 1) / step_rows(c);
         if (e + 2 > space) {
             space = 2 * (e + 2);
-            l->epoch_starts = must_realloc(l->epoch_starts, (size_t)space * sizeof *l->epoch_starts);
+            l->epoch_starts =
+                must_realloc(l->epoch_starts, (size_t)space * sizeof *l->epoch_starts);
         }
         l->epoch_starts[e] = l->steps;
         double part = epochs - (double)e;
@@ -135,9 +138,15 @@ static void count_steps(Loader *l) {
     l->plan.epoch = -1;
 }
 
-int64_t loader_steps(const Loader *l) { return l->steps; }
-int64_t loader_rows(const Loader *l) { return l->first_rows; }
-int64_t loader_capacity(const Loader *l) { return l->capacity; }
+int64_t loader_steps(const Loader *l) {
+    return l->steps;
+}
+int64_t loader_rows(const Loader *l) {
+    return l->first_rows;
+}
+int64_t loader_capacity(const Loader *l) {
+    return l->capacity;
+}
 
 double loader_epoch(const Loader *l, int64_t step) {
     int64_t e = 0;
@@ -175,7 +184,8 @@ static void micro_batch_start(MicroBatch *b) {
 }
 
 /* Appends a sample as a segment of its own. */
-static Status micro_batch_add(MicroBatch *b, Store *store, bool eval, int64_t sample, uint8_t *mask) {
+static Status micro_batch_add(MicroBatch *b, Store *store, bool eval, int64_t sample,
+                              uint8_t *mask) {
     const SampleSet *set = eval ? &store->eval : &store->train;
     int64_t at = b->batch.N, n = sample_length(set, sample);
     TRY(store_read(store, eval, sample, b->ids + at, mask));
@@ -204,7 +214,8 @@ static Status fill(Loader *l, Slot *slot, int64_t step) {
         MicroBatch *b = &slot->batches[slot->count++];
         micro_batch_start(b);
         for (int64_t s = 0; s < c->sequences && row < l->plan.rows && status == OK; s++, row++)
-            for (int64_t i = l->plan.row_begins[row]; i < l->plan.row_begins[row + 1] && status == OK; i++)
+            for (int64_t i = l->plan.row_begins[row];
+                 i < l->plan.row_begins[row + 1] && status == OK; i++)
                 status = micro_batch_add(b, l->store, false, l->plan.order[i], mask);
         slot->trained += b->trained;
     }
@@ -228,7 +239,8 @@ static void *fill_ahead(void *context) {
         Slot *slot = &l->slots[step % 2];
         pthread_mutex_unlock(&l->mutex);
         slot->status = fill(l, slot, step);
-        if (slot->status != OK) snprintf(slot->message, sizeof slot->message, "%s", status_message());
+        if (slot->status != OK)
+            snprintf(slot->message, sizeof slot->message, "%s", status_message());
         pthread_mutex_lock(&l->mutex);
         l->next_fill++;
         pthread_cond_broadcast(&l->changed);
@@ -244,7 +256,8 @@ Status loader_open(Loader **out, Store *store, const LoaderConfig *config) {
     for (int64_t i = 0; i < store->train.count; i++)
         if (sample_length(&store->train, i) > config->max_length) {
             loader_close(l);
-            FAIL(ERR_FORMAT, "%s: sample %lld is longer than max_length", store->file.path, (long long)i);
+            FAIL(ERR_FORMAT, "%s: sample %lld is longer than max_length", store->file.path,
+                 (long long)i);
         }
     count_steps(l);
     int64_t longest = 0;
@@ -253,7 +266,8 @@ Status loader_open(Loader **out, Store *store, const LoaderConfig *config) {
     l->capacity = (config->packing ? config->max_length : longest) * config->sequences;
     for (int s = 0; s < 2; s++) {
         l->slots[s].batches = must_calloc((size_t)config->accumulate, sizeof *l->slots[s].batches);
-        for (int64_t a = 0; a < config->accumulate; a++) micro_batch_init(&l->slots[s].batches[a], l->capacity);
+        for (int64_t a = 0; a < config->accumulate; a++)
+            micro_batch_init(&l->slots[s].batches[a], l->capacity);
     }
     pthread_mutex_init(&l->mutex, NULL);
     pthread_cond_init(&l->changed, NULL);
@@ -303,13 +317,15 @@ Status loader_next(Loader *l, MicroBatch **batches, int64_t *count, int64_t *tra
     return OK;
 }
 
-Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_length, MicroBatch *out) {
+Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_length,
+                         MicroBatch *out) {
     const SampleSet *set = eval ? &store->eval : &store->train;
     if (!out->ids) micro_batch_init(out, max_length);
     micro_batch_start(out);
     uint8_t *mask = must_malloc((size_t)max_length + 1);
     Status status = OK;
-    while (status == OK && *sample < set->count && out->batch.N + sample_length(set, *sample) <= max_length)
+    while (status == OK && *sample < set->count &&
+           out->batch.N + sample_length(set, *sample) <= max_length)
         status = micro_batch_add(out, store, eval, (*sample)++, mask);
     free(mask);
     if (status == OK && !out->sample_count && *sample < set->count)

@@ -1,8 +1,9 @@
 /* loader.h - samples to batches: shuffled, packed, prefetched, and resumable at any step.
  *
- * The order of an epoch is a function of (seed, epoch), so the cursor is a step number and nothing more.
- * Packing is first-fit in that order into rows of max_length; segments of a row never see each other and
- * restart their positions. A step is sequences x accumulate rows, the last step of an epoch what is left. */
+ * The order of an epoch is a function of (seed, epoch), so the cursor is a step number and nothing
+ * more. Packing is first-fit in that order into rows of max_length; segments of a row never see
+ * each other and restart their positions. A step is sequences x accumulate rows, the last step of
+ * an epoch what is left. */
 #ifndef LOADER_H
 #define LOADER_H
 
@@ -14,8 +15,8 @@ typedef struct MicroBatch {
     Batch batch;
     int32_t *ids, *positions, *starts, *targets;
     float *weights;
-    int64_t trained;           /* targets in it */
-    int64_t *samples;          /* the samples in it, ascending in the batch */
+    int64_t trained;  /* targets in it */
+    int64_t *samples; /* the samples in it, ascending in the batch */
     int64_t sample_count;
 } MicroBatch;
 
@@ -24,7 +25,7 @@ typedef struct Loader Loader;
 typedef struct LoaderConfig {
     int64_t sequences, accumulate, max_length, seed;
     bool shuffle, packing;
-    int64_t steps;  /* 0: by epochs */
+    int64_t steps; /* 0: by epochs */
     double epochs;
 } LoaderConfig;
 
@@ -35,17 +36,19 @@ void loader_close(Loader *l); /* accepts NULL */
 
 int64_t loader_steps(const Loader *l);
 double loader_epoch(const Loader *l, int64_t step); /* epochs done after `step` steps */
-int64_t loader_rows(const Loader *l); /* packed rows in the first epoch */
+int64_t loader_rows(const Loader *l);               /* packed rows in the first epoch */
 
 /* The largest micro-batch there is, in tokens. */
 int64_t loader_capacity(const Loader *l);
 
-/* The next step's micro-batches, valid until the next call. `trained` is the number of targets in all of
- * them; each target's weight is 1 / trained. */
+/* The next step's micro-batches, valid until the next call. `trained` is the number of targets in
+ * all of them; each target's weight is 1 / trained. */
 Status loader_next(Loader *l, MicroBatch **batches, int64_t *count, int64_t *trained);
 
-/* All samples of the eval set (or train set) as one batch each of up to max_length tokens, for scoring. */
-Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_length, MicroBatch *out);
+/* All samples of the eval set (or train set) as one batch each of up to max_length tokens, for
+ * scoring. */
+Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_length,
+                         MicroBatch *out);
 
 void micro_batch_free(MicroBatch *b);
 

@@ -5,11 +5,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *tokenizer, const char *model_dir) {
+Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *tokenizer,
+                       const char *model_dir) {
     *r = (RowReader){.config = config, .tokenizer = tokenizer, .model_dir = model_dir};
     r->bos = tokenizer_find(tokenizer, "<bos>");
     r->eos = tokenizer_find(tokenizer, "<eos>");
-    if (r->bos < 0 || r->eos < 0) FAIL(ERR_FORMAT, "%s: the tokenizer has no <bos> or <eos>", model_dir);
+    if (r->bos < 0 || r->eos < 0)
+        FAIL(ERR_FORMAT, "%s: the tokenizer has no <bos> or <eos>", model_dir);
     return OK;
 }
 
@@ -24,7 +26,8 @@ static json_t *field(const RowReader *r, const json_t *row, const char *name) {
 
 static void encode(const RowReader *r, Slice text, Tokens *out) {
     Range all = {0, text.size};
-    tokenizer_encode(r->tokenizer, out, text.bytes, text.size, &all, r->config->literal ? 1 : 0, false);
+    tokenizer_encode(r->tokenizer, out, text.bytes, text.size, &all, r->config->literal ? 1 : 0,
+                     false);
 }
 
 void encode_document(const RowReader *r, Slice text, Tokens *out) {
@@ -32,7 +35,8 @@ void encode_document(const RowReader *r, Slice text, Tokens *out) {
     encode(r, text, out);
     if (out->count > start && out->ids[start] == r->bos) return;
     tokens_add(out, r->bos);
-    memmove(out->ids + start + 1, out->ids + start, (size_t)(out->count - start - 1) * sizeof *out->ids);
+    memmove(out->ids + start + 1, out->ids + start,
+            (size_t)(out->count - start - 1) * sizeof *out->ids);
     out->ids[start] = r->bos;
 }
 
@@ -73,7 +77,8 @@ static void convert_text(RowReader *r, Slice text, SampleFunction *give, void *c
 }
 
 /* Prompt and completion tokenised each by itself and joined. */
-static void convert_pair(RowReader *r, Slice prompt, Slice completion, SampleFunction *give, void *context) {
+static void convert_pair(RowReader *r, Slice prompt, Slice completion, SampleFunction *give,
+                         void *context) {
     Tokens ids = {0};
     encode_document(r, prompt, &ids);
     int64_t start = ids.count;
@@ -93,7 +98,8 @@ static bool role_is(const json_t *message, const char *role) {
 }
 
 static bool has_thought(const json_t *message) {
-    return json_truth(json_object_get(message, "reasoning")) || json_truth(json_object_get(message, "reasoning_content"));
+    return json_truth(json_object_get(message, "reasoning")) ||
+           json_truth(json_object_get(message, "reasoning_content"));
 }
 
 json_t *messages_repaired(const DataConfig *c, const json_t *messages) {
@@ -107,7 +113,8 @@ json_t *messages_repaired(const DataConfig *c, const json_t *messages) {
         if (c->inline_thoughts && role_is(message, "assistant") && !has_thought(message) &&
             slice_find(start, open, 0) == 0 && end < start.size) {
             Slice thought = slice_strip((Slice){start.bytes + strlen(open), end - strlen(open)});
-            json_t *rest = json_stringn(start.bytes + end + strlen(close), start.size - end - strlen(close));
+            json_t *rest =
+                json_stringn(start.bytes + end + strlen(close), start.size - end - strlen(close));
             json_object_set_new(message, "reasoning", json_stringn(thought.bytes, thought.size));
             json_object_set_new(message, "content", rest);
         }
@@ -116,7 +123,8 @@ json_t *messages_repaired(const DataConfig *c, const json_t *messages) {
             json_t *arguments = json_object_get(function, "arguments");
             if (!c->string_arguments || !json_is_string(arguments)) continue;
             Slice text = json_slice(arguments);
-            if (json_read(&value, text.bytes, text.size, "arguments") == OK && json_is_object(value))
+            if (json_read(&value, text.bytes, text.size, "arguments") == OK &&
+                json_is_object(value))
                 json_object_set(function, "arguments", value);
             json_decref(value);
         }
@@ -125,8 +133,9 @@ json_t *messages_repaired(const DataConfig *c, const json_t *messages) {
 }
 
 /* Renders and gives messages[0 .. count) with the turns from `from` on trained. */
-static Status give_chat(RowReader *r, const json_t *messages, size_t count, const json_t *tools, ChatOptions options,
-                        bool cut, SampleFunction *give, void *context, bool *fits) {
+static Status give_chat(RowReader *r, const json_t *messages, size_t count, const json_t *tools,
+                        ChatOptions options, bool cut, SampleFunction *give, void *context,
+                        bool *fits) {
     json_t *part = json_array();
     for (size_t i = 0; i < count; i++) json_array_append(part, json_array_get(messages, i));
     Rendered rendered;
@@ -164,7 +173,8 @@ static bool turn_thinks(const json_t *messages, size_t from, size_t to) {
     return false;
 }
 
-/* Starts and ends of the model turns: what lies between user messages and holds an assistant message. */
+/* Starts and ends of the model turns: what lies between user messages and holds an assistant
+ * message. */
 typedef struct Turn {
     size_t from, to;
 } Turn;
@@ -179,16 +189,18 @@ static size_t list_turns(const json_t *messages, Turn *turns) {
     return count;
 }
 
-static Status convert_chat(RowReader *r, const json_t *messages, const json_t *tools, size_t first_trained,
-                           SampleFunction *give, void *context) {
+static Status convert_chat(RowReader *r, const json_t *messages, const json_t *tools,
+                           size_t first_trained, SampleFunction *give, void *context) {
     const DataConfig *c = r->config;
     if (!r->has_format) {
         TRY(chat_format_find(&r->format, r->model_dir, c->chat_format));
         r->has_format = true;
     }
     if (!json_array_size(messages)) FAIL(ERR_FORMAT, "messages is empty");
-    bool large = r->format == CHAT_LARGE, any_thought = turn_thinks(messages, 0, json_array_size(messages)), fits;
-    bool per_turn = c->turns == TURNS_PER_TURN || (c->turns == TURNS_AUTO && (large || any_thought));
+    bool large = r->format == CHAT_LARGE,
+         any_thought = turn_thinks(messages, 0, json_array_size(messages)), fits;
+    bool per_turn =
+        c->turns == TURNS_PER_TURN || (c->turns == TURNS_AUTO && (large || any_thought));
     Turn *turns = must_calloc(json_array_size(messages) + 1, sizeof *turns);
     size_t count = list_turns(messages, turns), begin = 0;
     Status status = OK;
@@ -200,9 +212,12 @@ static Status convert_chat(RowReader *r, const json_t *messages, const json_t *t
         for (size_t t = begin; t < count; t++) {
             bool thinks = turn_thinks(messages, turns[t].from, turns[t].to);
             options.enable_thinking = thinks;
-            options.train_from = (int)(turns[t].from > first_trained ? turns[t].from : first_trained);
-            options.empty_thought_from = large && !thinks && c->empty_thought ? options.train_from : 0;
-            TRY_DONE(give_chat(r, messages, turns[t].to, tools, options, false, give, context, &fits));
+            options.train_from =
+                (int)(turns[t].from > first_trained ? turns[t].from : first_trained);
+            options.empty_thought_from =
+                large && !thinks && c->empty_thought ? options.train_from : 0;
+            TRY_DONE(
+                give_chat(r, messages, turns[t].to, tools, options, false, give, context, &fits));
         }
         goto done;
     }
@@ -231,8 +246,9 @@ done:
 
 /* ShareGPT: [{from, value}] */
 static json_t *from_conversations(const json_t *conversations) {
-    static const char *const roles[][2] = {{"human", "user"},     {"user", "user"}, {"gpt", "assistant"},
-                                           {"assistant", "assistant"}, {"model", "assistant"}, {"system", "system"},
+    static const char *const roles[][2] = {{"human", "user"},      {"user", "user"},
+                                           {"gpt", "assistant"},   {"assistant", "assistant"},
+                                           {"model", "assistant"}, {"system", "system"},
                                            {"tool", "tool"}};
     json_t *messages = json_array(), *turn;
     size_t i;
@@ -254,15 +270,21 @@ static json_t *from_conversations(const json_t *conversations) {
 
 /* Alpaca: instruction, optional input and system, output. */
 static json_t *from_alpaca(const RowReader *r, const json_t *row) {
-    Slice instruction = json_slice(field(r, row, "instruction")), input = json_slice(field(r, row, "input"));
-    json_t *output = field(r, row, "output"), *system = field(r, row, "system"), *messages = json_array();
+    Slice instruction = json_slice(field(r, row, "instruction")),
+          input = json_slice(field(r, row, "input"));
+    json_t *output = field(r, row, "output"), *system = field(r, row, "system"),
+           *messages = json_array();
     Text text = {0};
     text_add(&text, instruction.bytes, instruction.size);
     if (input.size) text_adds(&text, "\n\n");
     text_add(&text, input.bytes, input.size);
-    if (json_truth(system)) json_array_append_new(messages, json_pack("{s:s, s:O}", "role", "system", "content", system));
-    json_array_append_new(messages, json_pack("{s:s, s:o}", "role", "user", "content", json_stringn(text.bytes, text.size)));
-    json_array_append_new(messages, json_pack("{s:s, s:O}", "role", "assistant", "content", output));
+    if (json_truth(system))
+        json_array_append_new(messages,
+                              json_pack("{s:s, s:O}", "role", "system", "content", system));
+    json_array_append_new(messages, json_pack("{s:s, s:o}", "role", "user", "content",
+                                              json_stringn(text.bytes, text.size)));
+    json_array_append_new(messages,
+                          json_pack("{s:s, s:O}", "role", "assistant", "content", output));
     text_free(&text);
     return messages;
 }
@@ -270,16 +292,18 @@ static json_t *from_alpaca(const RowReader *r, const json_t *row) {
 static Status refuse_media(const json_t *messages) {
     size_t i, k;
     json_t *message, *part;
-    json_array_foreach(messages, i, message) json_array_foreach(json_object_get(message, "content"), k, part) {
+    json_array_foreach(messages, i, message)
+        json_array_foreach(json_object_get(message, "content"), k, part) {
         Slice type = json_slice(json_object_get(part, "type"));
         if (type.size && !slice_is(type, "text"))
-            FAIL(ERR_FORMAT, "message %zu holds a part of type '%s'; only text is trained so far", i, type.bytes);
+            FAIL(ERR_FORMAT, "message %zu holds a part of type '%s'; only text is trained so far",
+                 i, type.bytes);
     }
     return OK;
 }
 
-static Status convert_messages(RowReader *r, const json_t *messages, const json_t *tools, size_t first_trained,
-                               SampleFunction *give, void *context) {
+static Status convert_messages(RowReader *r, const json_t *messages, const json_t *tools,
+                               size_t first_trained, SampleFunction *give, void *context) {
     if (!json_is_array(messages)) FAIL(ERR_FORMAT, "messages is not a list");
     TRY(refuse_media(messages));
     json_t *repaired = messages_repaired(r->config, messages);
@@ -290,13 +314,15 @@ static Status convert_messages(RowReader *r, const json_t *messages, const json_
 
 Status row_convert(RowReader *r, const json_t *row, SampleFunction *give, void *context) {
     if (!json_is_object(row)) FAIL(ERR_FORMAT, "the row is not an object");
-    json_t *messages = field(r, row, "messages"), *tools = field(r, row, "tools"), *text = field(r, row, "text");
+    json_t *messages = field(r, row, "messages"), *tools = field(r, row, "tools"),
+           *text = field(r, row, "text");
     json_t *prompt = field(r, row, "prompt"), *completion = field(r, row, "completion");
     json_t *conversations = field(r, row, "conversations"), *made = NULL;
     if (messages) return convert_messages(r, messages, tools, 0, give, context);
     if (conversations) {
         made = from_conversations(conversations);
-    } else if (json_is_string(field(r, row, "instruction")) && json_is_string(field(r, row, "output"))) {
+    } else if (json_is_string(field(r, row, "instruction")) &&
+               json_is_string(field(r, row, "output"))) {
         made = from_alpaca(r, row);
     } else if (json_is_array(prompt) && json_is_array(completion)) {
         json_t *joined = json_copy(prompt);
@@ -311,7 +337,8 @@ Status row_convert(RowReader *r, const json_t *row, SampleFunction *give, void *
         convert_text(r, json_slice(text), give, context);
         return OK;
     } else {
-        FAIL(ERR_FORMAT, "the row has neither messages, prompt and completion, text, conversations nor instruction "
+        FAIL(ERR_FORMAT, "the row has neither messages, prompt and completion, text, conversations "
+                         "nor instruction "
                          "and output (data.fields maps other spellings)");
     }
     if (!made) return ERR_FORMAT;

@@ -1,7 +1,7 @@
 /* rows.h - JSON rows to samples: token ids and which of them are trained.
  *
- * Kinds of row, detected from the first of each file: messages (+tools), prompt and completion, text, and
- * the ShareGPT and Alpaca spellings, which become messages. */
+ * Kinds of row, detected from the first of each file: messages (+tools), prompt and completion,
+ * text, and the ShareGPT and Alpaca spellings, which become messages. */
 #ifndef ROWS_H
 #define ROWS_H
 
@@ -21,14 +21,16 @@ typedef void SampleFunction(void *context, const Sample *sample);
 typedef struct RowReader {
     const DataConfig *config;
     const Tokenizer *tokenizer;
-    const char *model_dir; /* where the chat template is looked for, when a chat row first needs it */
+    const char
+        *model_dir; /* where the chat template is looked for, when a chat row first needs it */
     bool has_format;
     ChatFormat format;
     int32_t bos, eos;
     int64_t dropped; /* samples that were too long or had nothing to train */
 } RowReader;
 
-Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *tokenizer, const char *model_dir);
+Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *tokenizer,
+                       const char *model_dir);
 
 /* Gives the samples of one row. An error says what is wrong with it. */
 Status row_convert(RowReader *r, const json_t *row, SampleFunction *give, void *context);

@@ -57,7 +57,8 @@ static void growing_free(Growing *g) {
     free(g->sources);
 }
 
-static Status convert_line(Builder *b, RowReader *reader, const char *line, size_t size, Growing *to) {
+static Status convert_line(Builder *b, RowReader *reader, const char *line, size_t size,
+                           Growing *to) {
     json_t *row = NULL;
     b->to = to;
     Status status = utf8_valid(line, size) ? json_read(&row, line, size, "row")
@@ -67,9 +68,10 @@ static Status convert_line(Builder *b, RowReader *reader, const char *line, size
     return status;
 }
 
-/* A mapped file would be quicker to start, but a file that shrinks under us would crash: read by lines. */
-static Status read_file(Builder *b, RowReader *reader, const DataConfig *config, const char *path, bool eval, int64_t seed,
-                        StoreProgress *progress) {
+/* A mapped file would be quicker to start, but a file that shrinks under us would crash: read by
+ * lines. */
+static Status read_file(Builder *b, RowReader *reader, const DataConfig *config, const char *path,
+                        bool eval, int64_t seed, StoreProgress *progress) {
     FILE *file = fopen(path, "rb");
     if (!file) FAIL(ERR_IO, "%s: cannot be opened", path);
     fseeko(file, 0, SEEK_END);
@@ -82,13 +84,16 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
     b->line = 0;
     for (ssize_t size; (size = getline(&line, &space, file)) >= 0;) {
         b->line++;
-        size_t start = b->line == 1 && size >= 3 && !memcmp(line, "\xef\xbb\xbf", 3) ? 3 : 0; /* a byte order mark */
+        size_t start = b->line == 1 && size >= 3 && !memcmp(line, "\xef\xbb\xbf", 3)
+                           ? 3
+                           : 0; /* a byte order mark */
         Slice text = slice_strip((Slice){line + start, (size_t)size - start});
         if (!text.size) continue;
         rows++;
-        bool held_out = eval || (config->eval_share > 0 &&
-                                 random_uniform_double(random_key((uint64_t)seed, (uint64_t)b->file),
-                                                       (uint64_t)b->line) < config->eval_share);
+        bool held_out =
+            eval || (config->eval_share > 0 &&
+                     random_uniform_double(random_key((uint64_t)seed, (uint64_t)b->file),
+                                           (uint64_t)b->line) < config->eval_share);
         status = convert_line(b, reader, text.bytes, text.size, held_out ? &b->eval : &b->train);
         if (status == ERR_CONFIG) break; /* not the row's fault */
         if (status != OK && !config->skip_bad) {
@@ -97,7 +102,8 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
         }
         if (status != OK && bad++ < 5) note("skipped %s:%d: %s", path, b->line, status_message());
         status = OK;
-        if (progress && rows % 256 == 0) progress(path, rows, total > 0 ? (double)ftello(file) / total : 1);
+        if (progress && rows % 256 == 0)
+            progress(path, rows, total > 0 ? (double)ftello(file) / total : 1);
     }
     if (status == OK && ferror(file)) status = status_fail(ERR_IO, "%s: cannot be read", path);
     if (status == OK && progress) progress(path, rows, 1);
@@ -112,12 +118,14 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
 static char *settings_text(const RowReader *r, const DataConfig *c, int64_t seed) {
     Text text = {0};
     text_addf(&text,
-              "max_length=%" PRId64 " loss_on=%d turns=%d add_eos=%d cut_long=%d inline_thoughts=%d "
-              "string_arguments=%d empty_thought=%d trl_mask=%d literal=%d skip_bad=%d chat_format=%s eval_share=%.17g "
+              "max_length=%" PRId64
+              " loss_on=%d turns=%d add_eos=%d cut_long=%d inline_thoughts=%d "
+              "string_arguments=%d empty_thought=%d trl_mask=%d literal=%d skip_bad=%d "
+              "chat_format=%s eval_share=%.17g "
               "seed=%" PRId64 " fields=",
-              c->max_length, c->loss_on, c->turns, c->add_eos, c->cut_long, c->inline_thoughts, c->string_arguments,
-              c->empty_thought, c->trl_mask, c->literal, c->skip_bad, c->chat_format, c->eval_share,
-              c->eval_share > 0 ? seed : 0);
+              c->max_length, c->loss_on, c->turns, c->add_eos, c->cut_long, c->inline_thoughts,
+              c->string_arguments, c->empty_thought, c->trl_mask, c->literal, c->skip_bad,
+              c->chat_format, c->eval_share, c->eval_share > 0 ? seed : 0);
     for (int i = 0; i < c->field_names.count; i++)
         text_addf(&text, "%s:%s,", c->field_names.items[i], c->field_values.items[i]);
     (void)r;
@@ -131,7 +139,8 @@ static Status write_set(H5File *f, const char *name, const Growing *g) {
     TRY(h5_group(f, name));
     TRY(h5_write(f, NAMED("tokens"), H5T_NATIVE_INT32, g->count, 0, true, g->tokens));
     TRY(h5_write(f, NAMED("mask"), H5T_NATIVE_UINT8, g->count, 0, true, g->mask));
-    TRY(h5_write(f, NAMED("begins"), H5T_NATIVE_INT64, g->samples + 1, 0, true, g->samples ? g->begins : &zero));
+    TRY(h5_write(f, NAMED("begins"), H5T_NATIVE_INT64, g->samples + 1, 0, true,
+                 g->samples ? g->begins : &zero));
     return h5_write(f, NAMED("sources"), H5T_NATIVE_INT32, g->samples, 2, true, g->sources);
 }
 
@@ -139,9 +148,10 @@ static const char *source_at(const DataConfig *c, int i) {
     return i < c->train.count ? c->train.items[i] : c->eval.items[i - c->train.count];
 }
 
-static Status write_store(const char *path, const Builder *b, const RowReader *reader, const DataConfig *config,
-                          int64_t seed) {
-    static const char *const names[] = {"rows", "samples", "cut", "dropped", "bad", "tokens", "trained"};
+static Status write_store(const char *path, const Builder *b, const RowReader *reader,
+                          const DataConfig *config, int64_t seed) {
+    static const char *const names[] = {"rows", "samples", "cut",    "dropped",
+                                        "bad",  "tokens",  "trained"};
     const double *counts = &b->counts.rows;
     H5File f = {0};
     Status status = OK;
@@ -149,7 +159,8 @@ static Status write_store(const char *path, const Builder *b, const RowReader *r
     TRY_DONE(h5_create(&f, path));
     TRY_DONE(h5_write_number(&f, "/", "lapidary_store", STORE_VERSION));
     TRY_DONE(h5_write_text(&f, "/", "tokenizer_sha256", tokenizer_hash(reader->tokenizer)));
-    TRY_DONE(h5_write_text(&f, "/", "template", reader->has_format ? chat_format_name(reader->format) : "none"));
+    TRY_DONE(h5_write_text(&f, "/", "template",
+                           reader->has_format ? chat_format_name(reader->format) : "none"));
     TRY_DONE(h5_write_text(&f, "/", "settings", settings));
     for (int i = 0; i < 7; i++) TRY_DONE(h5_write_number(&f, "/", names[i], counts[i]));
     int sources = config->train.count + config->eval.count;
@@ -177,16 +188,20 @@ Status store_build(const char *path, RowReader *reader, const DataConfig *config
     Status status = OK;
     for (int i = 0; i < config->train.count + config->eval.count; i++) {
         b.file = i;
-        TRY_DONE(read_file(&b, reader, config, source_at(config, i), i >= config->train.count, seed, progress));
+        TRY_DONE(read_file(&b, reader, config, source_at(config, i), i >= config->train.count, seed,
+                           progress));
     }
     b.counts.samples = (double)(b.train.samples + b.eval.samples);
     b.counts.dropped = (double)reader->dropped;
     b.counts.tokens = (double)(b.train.count + b.eval.count);
     b.counts.trained = (double)(b.train.trained + b.eval.trained);
     if (!b.train.samples)
-        FAIL_DONE(ERR_FORMAT, "%s: no row gave a training sample (%.0f rows, %.0f dropped as longer than %" PRId64
-                              " tokens or without a trained token, %.0f bad)",
-                  config->train.items[0], b.counts.rows, b.counts.dropped, config->max_length, b.counts.bad);
+        FAIL_DONE(
+            ERR_FORMAT,
+            "%s: no row gave a training sample (%.0f rows, %.0f dropped as longer than %" PRId64
+            " tokens or without a trained token, %.0f bad)",
+            config->train.items[0], b.counts.rows, b.counts.dropped, config->max_length,
+            b.counts.bad);
     TRY_DONE(write_store(path, &b, reader, config, seed));
 done:
     growing_free(&b.train);
@@ -210,12 +225,15 @@ static Status read_set(H5File *f, const char *name, SampleSet *set) {
     TRY(h5_read(f, NAMED("begins"), H5T_NATIVE_INT64, 0, begins, set->begins));
     TRY(h5_read(f, NAMED("sources"), H5T_NATIVE_INT32, 0, sources, set->sources));
     for (int64_t i = 0; i < set->count; i++)
-        if (set->begins[0] != 0 || set->begins[i + 1] < set->begins[i] || set->begins[i + 1] > tokens)
-            FAIL(ERR_FORMAT, "%s: '%s/begins' is not ascending within %" PRId64 " tokens", f->path, name, tokens);
+        if (set->begins[0] != 0 || set->begins[i + 1] < set->begins[i] ||
+            set->begins[i + 1] > tokens)
+            FAIL(ERR_FORMAT, "%s: '%s/begins' is not ascending within %" PRId64 " tokens", f->path,
+                 name, tokens);
     uint8_t *mask = must_malloc((size_t)tokens + 1);
     Status status = h5_read(f, NAMED("mask"), H5T_NATIVE_UINT8, 0, tokens, mask);
     for (int64_t i = 0; status == OK && i < set->count; i++) {
-        for (int64_t t = set->begins[i] + 1; t < set->begins[i + 1]; t++) set->trained[i] += mask[t] != 0;
+        for (int64_t t = set->begins[i] + 1; t < set->begins[i + 1]; t++)
+            set->trained[i] += mask[t] != 0;
         set->total_trained += set->trained[i];
     }
     free(mask);
@@ -228,13 +246,15 @@ static Status check_fresh(Store *s, RowReader *reader, const DataConfig *config,
     const char *path = s->file.path;
     TRY_DONE(h5_read_text(&s->file, "/", "tokenizer_sha256", &text));
     if (strcmp(text, tokenizer_hash(reader->tokenizer)))
-        FAIL_DONE(ERR_FORMAT, "%s: is stale: made with another tokenizer (%.12s..., the model's is %.12s...)", path, text,
-                  tokenizer_hash(reader->tokenizer));
+        FAIL_DONE(ERR_FORMAT,
+                  "%s: is stale: made with another tokenizer (%.12s..., the model's is %.12s...)",
+                  path, text, tokenizer_hash(reader->tokenizer));
     free(text);
     text = NULL;
     TRY_DONE(h5_read_text(&s->file, "/", "settings", &text));
     if (strcmp(text, settings))
-        FAIL_DONE(ERR_FORMAT, "%s: is stale: made with other data settings (%s; now %s)", path, text, settings);
+        FAIL_DONE(ERR_FORMAT, "%s: is stale: made with other data settings (%s; now %s)", path,
+                  text, settings);
     for (int i = 0; i < s->source_count; i++) {
         char now[65];
         free(text);
@@ -244,7 +264,8 @@ static Status check_fresh(Store *s, RowReader *reader, const DataConfig *config,
         if (file_exists(s->source_paths[i])) {
             TRY_DONE(sha256_file(now, s->source_paths[i]));
             if (strcmp(now, text))
-                FAIL_DONE(ERR_FORMAT, "%s: is stale: %s has changed since", path, s->source_paths[i]);
+                FAIL_DONE(ERR_FORMAT, "%s: is stale: %s has changed since", path,
+                          s->source_paths[i]);
         }
     }
 done:
@@ -253,17 +274,21 @@ done:
     return status;
 }
 
-Status store_open(Store *s, const char *path, RowReader *reader, const DataConfig *config, int64_t seed) {
-    static const char *const names[] = {"rows", "samples", "cut", "dropped", "bad", "tokens", "trained"};
+Status store_open(Store *s, const char *path, RowReader *reader, const DataConfig *config,
+                  int64_t seed) {
+    static const char *const names[] = {"rows", "samples", "cut",    "dropped",
+                                        "bad",  "tokens",  "trained"};
     *s = (Store){0};
     Status status = OK;
     double version = 0, sources = 0;
     TRY_DONE(h5_open(&s->file, path));
     if (h5_read_number(&s->file, "/", "lapidary_store", &version) != OK || version != STORE_VERSION)
         FAIL_DONE(ERR_FORMAT, "%s: is no dataset of this version of Lapidary", path);
-    for (int i = 0; i < 7; i++) TRY_DONE(h5_read_number(&s->file, "/", names[i], &s->counts.rows + i));
+    for (int i = 0; i < 7; i++)
+        TRY_DONE(h5_read_number(&s->file, "/", names[i], &s->counts.rows + i));
     TRY_DONE(h5_read_number(&s->file, "/", "source_count", &sources));
-    if (!(sources >= 0 && sources < 1e6)) FAIL_DONE(ERR_FORMAT, "%s: names %g sources", path, sources);
+    if (!(sources >= 0 && sources < 1e6))
+        FAIL_DONE(ERR_FORMAT, "%s: names %g sources", path, sources);
     s->source_paths = must_calloc((size_t)sources + 1, sizeof *s->source_paths);
     for (; s->source_count < (int)sources; s->source_count++) {
         char name[64];
@@ -294,6 +319,8 @@ void store_close(Store *s) {
 Status store_read(Store *s, bool eval, int64_t sample, int32_t *ids, uint8_t *mask) {
     const SampleSet *set = eval ? &s->eval : &s->train;
     int64_t first = set->begins[sample], count = sample_length(set, sample);
-    TRY(h5_read(&s->file, eval ? "eval/tokens" : "train/tokens", H5T_NATIVE_INT32, first, count, ids));
-    return h5_read(&s->file, eval ? "eval/mask" : "train/mask", H5T_NATIVE_UINT8, first, count, mask);
+    TRY(h5_read(&s->file, eval ? "eval/tokens" : "train/tokens", H5T_NATIVE_INT32, first, count,
+                ids));
+    return h5_read(&s->file, eval ? "eval/mask" : "train/mask", H5T_NATIVE_UINT8, first, count,
+                   mask);
 }

@@ -6,10 +6,10 @@
 #include "data/rows.h"
 
 typedef struct SampleSet {
-    int64_t count;       /* samples */
-    int64_t *begins;     /* (count + 1) first token of each */
-    int64_t *trained;    /* (count) trained tokens that have one before them */
-    int32_t *sources;    /* (count, 2) file and line (1-based) */
+    int64_t count;    /* samples */
+    int64_t *begins;  /* (count + 1) first token of each */
+    int64_t *trained; /* (count) trained tokens that have one before them */
+    int32_t *sources; /* (count, 2) file and line (1-based) */
     int64_t total_trained;
 } SampleSet;
 
@@ -26,20 +26,24 @@ typedef struct Store {
 } Store;
 
 /* Tokenises JSONL files into a new store. eval files go to the eval set, or the share of rows that
- * config->eval_share picks by a hash of seed and row. A bad row is an error naming file, line and reason
- * unless config->skip_bad. progress may be NULL. */
+ * config->eval_share picks by a hash of seed and row. A bad row is an error naming file, line and
+ * reason unless config->skip_bad. progress may be NULL. */
 typedef void StoreProgress(const char *path, int64_t rows, double share);
 Status store_build(const char *path, RowReader *reader, const DataConfig *config, int64_t seed,
                    StoreProgress *progress);
 
-/* Opens a store and checks that it is whole. With `reader` also that it was made with this tokenizer,
- * these settings and sources that have not changed: otherwise it is stale, an error saying how. */
-Status store_open(Store *s, const char *path, RowReader *reader, const DataConfig *config, int64_t seed);
+/* Opens a store and checks that it is whole. With `reader` also that it was made with this
+ * tokenizer, these settings and sources that have not changed: otherwise it is stale, an error
+ * saying how. */
+Status store_open(Store *s, const char *path, RowReader *reader, const DataConfig *config,
+                  int64_t seed);
 void store_close(Store *s);
 
 /* Tokens and mask of one sample. */
 Status store_read(Store *s, bool eval, int64_t sample, int32_t *ids, uint8_t *mask);
 
-static inline int64_t sample_length(const SampleSet *set, int64_t i) { return set->begins[i + 1] - set->begins[i]; }
+static inline int64_t sample_length(const SampleSet *set, int64_t i) {
+    return set->begins[i + 1] - set->begins[i];
+}
 
 #endif

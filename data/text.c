@@ -18,7 +18,9 @@ void text_add(Text *text, const char *bytes, size_t size) {
     text->bytes[text->size] = 0;
 }
 
-void text_adds(Text *text, const char *string) { text_add(text, string, strlen(string)); }
+void text_adds(Text *text, const char *string) {
+    text_add(text, string, strlen(string));
+}
 
 void text_addf(Text *text, const char *format, ...) {
     va_list arguments;
@@ -36,7 +38,9 @@ void text_free(Text *text) {
     *text = (Text){0};
 }
 
-Slice slice_of(const char *string) { return (Slice){string, strlen(string)}; }
+Slice slice_of(const char *string) {
+    return (Slice){string, strlen(string)};
+}
 
 int utf8_next(const char *s, size_t size, uint32_t *point) {
     const uint8_t *b = (const uint8_t *)s;
@@ -83,8 +87,9 @@ void text_add_point(Text *text, uint32_t point) {
 }
 
 static bool is_space(uint32_t p) {
-    return (p >= 9 && p <= 13) || (p >= 0x1c && p <= 0x20) || p == 0x85 || p == 0xa0 || p == 0x1680 ||
-           (p >= 0x2000 && p <= 0x200a) || p == 0x2028 || p == 0x2029 || p == 0x202f || p == 0x205f || p == 0x3000;
+    return (p >= 9 && p <= 13) || (p >= 0x1c && p <= 0x20) || p == 0x85 || p == 0xa0 ||
+           p == 0x1680 || (p >= 0x2000 && p <= 0x200a) || p == 0x2028 || p == 0x2029 ||
+           p == 0x202f || p == 0x205f || p == 0x3000;
 }
 
 Slice slice_strip(Slice s) {
@@ -127,5 +132,9 @@ static void add_mapped(Text *text, Slice s, wint_t (*map)(wint_t, locale_t)) {
     }
 }
 
-void text_add_lower(Text *text, Slice s) { add_mapped(text, s, towlower_l); }
-void text_add_upper(Text *text, Slice s) { add_mapped(text, s, towupper_l); }
+void text_add_lower(Text *text, Slice s) {
+    add_mapped(text, s, towlower_l);
+}
+void text_add_upper(Text *text, Slice s) {
+    add_mapped(text, s, towupper_l);
+}

@@ -1,4 +1,5 @@
-/* text.h - growing text, UTF-8 steps, and the string rules of Python that the chat format follows. */
+/* text.h - growing text, UTF-8 steps, and the string rules of Python that the chat format follows.
+ */
 #ifndef TEXT_H
 #define TEXT_H
 
@@ -33,7 +34,8 @@ Slice slice_strip(Slice s);
 /* The first place of `needle` at or after `from`; s.size when there is none. */
 size_t slice_find(Slice s, const char *needle, size_t from);
 
-/* Bytes of the UTF-8 sequence at s (1 to 4), its code point in *point; 0 when the bytes are no UTF-8. */
+/* Bytes of the UTF-8 sequence at s (1 to 4), its code point in *point; 0 when the bytes are no
+ * UTF-8. */
 int utf8_next(const char *s, size_t size, uint32_t *point);
 bool utf8_valid(const char *s, size_t size);
 void text_add_point(Text *text, uint32_t point);

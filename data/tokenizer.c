@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FILE_MAX ((size_t)1 << 30)
+#define FILE_MAX   ((size_t)1 << 30)
 #define SPACE_MARK "\xe2\x96\x81" /* U+2581 */
 
 typedef struct Merge {
@@ -14,8 +14,8 @@ typedef struct Merge {
 } Merge;
 
 struct Tokenizer {
-    json_t *root;     /* keeps the texts alive */
-    Slice *text;      /* of each id; bytes NULL where there is none */
+    json_t *root; /* keeps the texts alive */
+    Slice *text;  /* of each id; bytes NULL where there is none */
     int64_t size;
     int32_t *by_text; /* open addressing; -1 free */
     size_t text_slots;
@@ -68,13 +68,15 @@ static Status read_ids(Tokenizer *t, json_t *vocab, json_t *added, const char *n
     size_t i;
     int64_t top = -1;
     json_object_foreach(vocab, text, value) {
-        if (!json_is_integer(value) || json_integer_value(value) < 0 || json_integer_value(value) >= 1 << 24)
+        if (!json_is_integer(value) || json_integer_value(value) < 0 ||
+            json_integer_value(value) >= 1 << 24)
             FAIL(ERR_FORMAT, "%s: the id of '%s' is no number below 2^24", name, text);
         if (json_integer_value(value) > top) top = json_integer_value(value);
     }
     json_array_foreach(added, i, value) {
         json_t *id = json_object_get(value, "id");
-        if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) >= 1 << 24 ||
+        if (!json_is_integer(id) || json_integer_value(id) < 0 ||
+            json_integer_value(id) >= 1 << 24 ||
             !json_string_length(json_object_get(value, "content")))
             FAIL(ERR_FORMAT, "%s: added token %zu has no id or content", name, i);
         if (json_integer_value(id) > top) top = json_integer_value(id);
@@ -90,10 +92,12 @@ static Status read_ids(Tokenizer *t, json_t *vocab, json_t *added, const char *n
 
 static Status place_text(Tokenizer *t, int64_t id, Slice text, const char *name) {
     if (t->text[id].bytes) {
-        if (t->text[id].size == text.size && !memcmp(t->text[id].bytes, text.bytes, text.size)) return OK;
+        if (t->text[id].size == text.size && !memcmp(t->text[id].bytes, text.bytes, text.size))
+            return OK;
         FAIL(ERR_FORMAT, "%s: id %d belongs to two tokens", name, (int)id);
     }
-    if (find_text(t, text.bytes, text.size) >= 0) FAIL(ERR_FORMAT, "%s: '%s' has two ids", name, text.bytes);
+    if (find_text(t, text.bytes, text.size) >= 0)
+        FAIL(ERR_FORMAT, "%s: '%s' has two ids", name, text.bytes);
     t->text[id] = text;
     size_t i = hash_bytes(text.bytes, text.size);
     while (t->by_text[i & (t->text_slots - 1)] >= 0) i++;
@@ -117,7 +121,8 @@ static Status read_added(Tokenizer *t, json_t *added, const char *name) {
         static const char *const flags[] = {"single_word", "lstrip", "rstrip", "normalized"};
         for (size_t f = 0; f < sizeof flags / sizeof *flags; f++)
             if (json_is_true(json_object_get(token, flags[f])))
-                FAIL(ERR_FORMAT, "%s: added token '%s' sets %s, expected false", name, content.bytes, flags[f]);
+                FAIL(ERR_FORMAT, "%s: added token '%s' sets %s, expected false", name,
+                     content.bytes, flags[f]);
         TRY(place_text(t, id, content, name));
         t->special[id] = json_is_true(json_object_get(token, "special"));
         t->added[t->added_count++] = (int32_t)id;
@@ -136,12 +141,14 @@ static Status read_merges(Tokenizer *t, json_t *merges, const char *name) {
     Text joined = {0};
     Status status = OK;
     json_array_foreach(merges, rank, merge) {
-        Slice left = json_slice(json_array_get(merge, 0)), right = json_slice(json_array_get(merge, 1));
+        Slice left = json_slice(json_array_get(merge, 0)),
+              right = json_slice(json_array_get(merge, 1));
         if (json_is_string(merge)) { /* the older spelling: "left right" */
             Slice both = json_slice(merge);
             size_t space = slice_find(both, " ", 1);
             if (space < both.size)
-                left = (Slice){both.bytes, space}, right = (Slice){both.bytes + space + 1, both.size - space - 1};
+                left = (Slice){both.bytes, space},
+                right = (Slice){both.bytes + space + 1, both.size - space - 1};
         }
         joined.size = 0;
         text_add(&joined, left.bytes, left.size);
@@ -149,10 +156,12 @@ static Status read_merges(Tokenizer *t, json_t *merges, const char *name) {
         int32_t a = find_text(t, left.bytes, left.size), b = find_text(t, right.bytes, right.size);
         int32_t result = find_text(t, joined.bytes, joined.size);
         if (!left.size || !right.size || a < 0 || b < 0 || result < 0)
-            FAIL_DONE(ERR_FORMAT, "%s: merge %zu does not join two tokens into a token", name, rank);
+            FAIL_DONE(ERR_FORMAT, "%s: merge %zu does not join two tokens into a token", name,
+                      rank);
         uint64_t i = hash_pair(a, b);
         while (t->merges[i & (t->merge_slots - 1)].left >= 0 &&
-               !(t->merges[i & (t->merge_slots - 1)].left == a && t->merges[i & (t->merge_slots - 1)].right == b))
+               !(t->merges[i & (t->merge_slots - 1)].left == a &&
+                 t->merges[i & (t->merge_slots - 1)].right == b))
             i++;
         Merge *m = &t->merges[i & (t->merge_slots - 1)];
         if (m->left < 0) *m = (Merge){a, b, (int32_t)rank, result};
@@ -164,20 +173,25 @@ done:
 
 static bool is_replacement(json_t *node, const char *pattern, const char *content) {
     return slice_is(json_slice(json_object_get(node, "type")), "Replace") &&
-           slice_is(json_slice(json_object_get(json_object_get(node, "pattern"), "String")), pattern) &&
+           slice_is(json_slice(json_object_get(json_object_get(node, "pattern"), "String")),
+                    pattern) &&
            slice_is(json_slice(json_object_get(node, "content")), content);
 }
 
 static Status check_structure(json_t *root, const char *name) {
     json_t *model = json_object_get(root, "model");
-    if (!slice_is(json_slice(json_object_get(model, "type")), "BPE") || !json_is_true(json_object_get(model, "byte_fallback")))
+    if (!slice_is(json_slice(json_object_get(model, "type")), "BPE") ||
+        !json_is_true(json_object_get(model, "byte_fallback")))
         FAIL(ERR_FORMAT, "%s: the model is not a BPE with byte fallback", name);
     if (!is_replacement(json_object_get(root, "normalizer"), " ", SPACE_MARK))
         FAIL(ERR_FORMAT, "%s: the normalizer does not just replace spaces by U+2581", name);
-    static const char *const neutral[] = {"continuing_subword_prefix", "end_of_word_suffix", "dropout"};
+    static const char *const neutral[] = {"continuing_subword_prefix", "end_of_word_suffix",
+                                          "dropout"};
     for (size_t i = 0; i < sizeof neutral / sizeof *neutral; i++)
-        if (json_truth(json_object_get(model, neutral[i]))) FAIL(ERR_FORMAT, "%s: the model sets %s", name, neutral[i]);
-    if (!json_is_object(json_object_get(model, "vocab")) || !json_is_array(json_object_get(model, "merges")))
+        if (json_truth(json_object_get(model, neutral[i])))
+            FAIL(ERR_FORMAT, "%s: the model sets %s", name, neutral[i]);
+    if (!json_is_object(json_object_get(model, "vocab")) ||
+        !json_is_array(json_object_get(model, "merges")))
         FAIL(ERR_FORMAT, "%s: vocab or merges are missing", name);
     return OK;
 }
@@ -189,7 +203,8 @@ static Status read_all(Tokenizer *t, const char *name) {
     const char *text;
     json_t *id;
     TRY(read_ids(t, vocab, added, name));
-    json_object_foreach(vocab, text, id) TRY(place_text(t, json_integer_value(id), slice_of(text), name));
+    json_object_foreach(vocab, text, id)
+        TRY(place_text(t, json_integer_value(id), slice_of(text), name));
     TRY(read_added(t, added, name));
     TRY(read_merges(t, json_object_get(model, "merges"), name));
     for (int b = 0; b < 256; b++) {
@@ -205,8 +220,9 @@ Status tokenizer_parse(Tokenizer **out, const char *json, size_t size, const cha
     Tokenizer *t = must_calloc(1, sizeof *t);
     json_error_t error;
     t->root = json_loadb(json, size, 0, &error);
-    Status status = t->root ? read_all(t, name)
-                            : status_fail(ERR_FORMAT, "%s:%d: no JSON: %s", name, error.line, error.text);
+    Status status =
+        t->root ? read_all(t, name)
+                : status_fail(ERR_FORMAT, "%s:%d: no JSON: %s", name, error.line, error.text);
     if (status != OK) {
         tokenizer_free(t);
         return status;
@@ -237,23 +253,34 @@ void tokenizer_free(Tokenizer *t) {
     free(t);
 }
 
-int64_t tokenizer_size(const Tokenizer *t) { return t->size; }
-const char *tokenizer_hash(const Tokenizer *t) { return t->hash; }
-int32_t tokenizer_find(const Tokenizer *t, const char *text) { return find_text(t, text, strlen(text)); }
-bool tokenizer_is_special(const Tokenizer *t, int32_t id) { return id >= 0 && id < t->size && t->special[id]; }
+int64_t tokenizer_size(const Tokenizer *t) {
+    return t->size;
+}
+const char *tokenizer_hash(const Tokenizer *t) {
+    return t->hash;
+}
+int32_t tokenizer_find(const Tokenizer *t, const char *text) {
+    return find_text(t, text, strlen(text));
+}
+bool tokenizer_is_special(const Tokenizer *t, int32_t id) {
+    return id >= 0 && id < t->size && t->special[id];
+}
 
 void tokens_add(Tokens *tokens, int32_t id) {
     if (tokens->count == tokens->capacity) {
         tokens->capacity = tokens->capacity ? 2 * tokens->capacity : 64;
         tokens->ids = must_realloc(tokens->ids, (size_t)tokens->capacity * sizeof *tokens->ids);
-        if (tokens->ends) tokens->ends = must_realloc(tokens->ends, (size_t)tokens->capacity * sizeof *tokens->ends);
+        if (tokens->ends)
+            tokens->ends =
+                must_realloc(tokens->ends, (size_t)tokens->capacity * sizeof *tokens->ends);
     }
     tokens->ids[tokens->count++] = id;
 }
 
 static void add_token(Tokens *tokens, int32_t id, bool ends, size_t end) {
     if (ends && !tokens->ends)
-        tokens->ends = must_malloc((size_t)(tokens->capacity ? tokens->capacity : 64) * sizeof *tokens->ends);
+        tokens->ends =
+            must_malloc((size_t)(tokens->capacity ? tokens->capacity : 64) * sizeof *tokens->ends);
     tokens_add(tokens, id);
     if (ends) tokens->ends[tokens->count - 1] = (uint32_t)end;
 }
@@ -289,7 +316,8 @@ static void heap_push(Heap *h, Candidate c) {
         h->items = must_realloc(h->items, h->capacity * sizeof *h->items);
     }
     size_t i = h->count++;
-    for (; i && before(&c, &h->items[(i - 1) / 2]); i = (i - 1) / 2) h->items[i] = h->items[(i - 1) / 2];
+    for (; i && before(&c, &h->items[(i - 1) / 2]); i = (i - 1) / 2)
+        h->items[i] = h->items[(i - 1) / 2];
     h->items[i] = c;
 }
 
@@ -313,27 +341,32 @@ static void consider(const Tokenizer *t, Heap *heap, const Symbol *symbols, int3
 }
 
 /* The word text[begin .. end), with no added token in it. */
-static void encode_word(const Tokenizer *t, Tokens *out, const char *text, size_t begin, size_t end, bool ends) {
+static void encode_word(const Tokenizer *t, Tokens *out, const char *text, size_t begin, size_t end,
+                        bool ends) {
     Symbol *symbols = must_malloc((end - begin) * sizeof *symbols);
     int32_t count = 0;
     for (size_t i = begin; i < end;) {
         uint32_t point;
         int step = utf8_next(text + i, end - i, &point);
         if (!step) step = 1; /* the caller promised UTF-8; a stray byte is still a byte token */
-        int32_t id = text[i] == ' ' ? find_text(t, SPACE_MARK, 3) : find_text(t, text + i, (size_t)step);
+        int32_t id =
+            text[i] == ' ' ? find_text(t, SPACE_MARK, 3) : find_text(t, text + i, (size_t)step);
         for (int b = 0; b < (id < 0 ? step : 1); b++)
-            symbols[count++] = (Symbol){id < 0 ? t->bytes[(uint8_t)text[i + (size_t)b]] : id, count - 1, count + 1,
-                                        (uint32_t)(i + (size_t)(id < 0 ? b + 1 : step))};
+            symbols[count++] =
+                (Symbol){id < 0 ? t->bytes[(uint8_t)text[i + (size_t)b]] : id, count - 1, count + 1,
+                         (uint32_t)(i + (size_t)(id < 0 ? b + 1 : step))};
         i += (size_t)step;
     }
     if (count) symbols[count - 1].next = -1;
-    for (int32_t i = 0; i < count; i++) symbols[i].previous = i - 1, symbols[i].next = i + 1 < count ? i + 1 : -1;
+    for (int32_t i = 0; i < count; i++)
+        symbols[i].previous = i - 1, symbols[i].next = i + 1 < count ? i + 1 : -1;
     Heap heap = {0};
     for (int32_t i = 0; i + 1 < count; i++) consider(t, &heap, symbols, i);
     while (heap.count) {
         Candidate c = heap_pop(&heap);
         Symbol *left = &symbols[c.place];
-        if (left->id != c.left || left->next < 0 || symbols[left->next].id != c.right) continue; /* stale */
+        if (left->id != c.left || left->next < 0 || symbols[left->next].id != c.right)
+            continue; /* stale */
         Symbol *right = &symbols[left->next];
         left->id = find_merge(t, c.left, c.right)->result;
         left->end = right->end;
@@ -343,7 +376,8 @@ static void encode_word(const Tokenizer *t, Tokens *out, const char *text, size_
         consider(t, &heap, symbols, c.place);
         consider(t, &heap, symbols, left->previous);
     }
-    for (int32_t i = 0; count && i >= 0; i = symbols[i].next) add_token(out, symbols[i].id, ends, symbols[i].end);
+    for (int32_t i = 0; count && i >= 0; i = symbols[i].next)
+        add_token(out, symbols[i].id, ends, symbols[i].end);
     free(heap.items);
     free(symbols);
 }
@@ -353,13 +387,14 @@ static int32_t added_at(const Tokenizer *t, const char *text, size_t size, size_
     if (!t->added_first[(uint8_t)text[i]]) return -1;
     for (int a = 0; a < t->added_count; a++) {
         Slice token = t->text[t->added[a]];
-        if (token.size <= size - i && !memcmp(token.bytes, text + i, token.size)) return t->added[a];
+        if (token.size <= size - i && !memcmp(token.bytes, text + i, token.size))
+            return t->added[a];
     }
     return -1;
 }
 
-void tokenizer_encode(const Tokenizer *t, Tokens *out, const char *text, size_t size, const Range *literal,
-                      int literals, bool ends) {
+void tokenizer_encode(const Tokenizer *t, Tokens *out, const char *text, size_t size,
+                      const Range *literal, int literals, bool ends) {
     size_t word = 0;
     int range = 0;
     for (size_t i = 0; i < size;) {
@@ -393,7 +428,8 @@ static void end_run(Text *out, Text *run) {
     run->size = 0;
 }
 
-void tokenizer_decode(const Tokenizer *t, Text *out, const int32_t *ids, int64_t count, bool skip_special) {
+void tokenizer_decode(const Tokenizer *t, Text *out, const int32_t *ids, int64_t count,
+                      bool skip_special) {
     Text run = {0};
     text_add(out, "", 0);
     for (int64_t i = 0; i < count; i++) {

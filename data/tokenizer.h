@@ -1,7 +1,8 @@
 /* tokenizer.h - byte-pair encoding read from a tokenizer.json of Gemma 4's structure.
  *
- * Added tokens are found first, leftmost and longest; a space becomes U+2581; what is left is one word of
- * code points (or byte tokens) merged by rank. Nothing is normalised, nothing is put in front. */
+ * Added tokens are found first, leftmost and longest; a space becomes U+2581; what is left is one
+ * word of code points (or byte tokens) merged by rank. Nothing is normalised, nothing is put in
+ * front. */
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 
@@ -35,14 +36,16 @@ const char *tokenizer_hash(const Tokenizer *t);
 int32_t tokenizer_find(const Tokenizer *t, const char *text);
 bool tokenizer_is_special(const Tokenizer *t, int32_t id);
 
-/* Appends the ids of valid UTF-8 text. `literal`: ascending ranges without added tokens. With `ends` the
- * byte after each token is kept too. */
-void tokenizer_encode(const Tokenizer *t, Tokens *out, const char *text, size_t size, const Range *literal,
-                      int literals, bool ends);
+/* Appends the ids of valid UTF-8 text. `literal`: ascending ranges without added tokens. With
+ * `ends` the byte after each token is kept too. */
+void tokenizer_encode(const Tokenizer *t, Tokens *out, const char *text, size_t size,
+                      const Range *literal, int literals, bool ends);
 void tokens_add(Tokens *tokens, int32_t id);
 void tokens_free(Tokens *tokens);
 
-/* Appends the text of ids; runs of byte tokens that are no UTF-8 become U+FFFD. Unknown ids are skipped. */
-void tokenizer_decode(const Tokenizer *t, Text *out, const int32_t *ids, int64_t count, bool skip_special);
+/* Appends the text of ids; runs of byte tokens that are no UTF-8 become U+FFFD. Unknown ids are
+ * skipped. */
+void tokenizer_decode(const Tokenizer *t, Text *out, const int32_t *ids, int64_t count,
+                      bool skip_special);
 
 #endif

@@ -40,7 +40,8 @@ static bool ends_in(const char *name, const char *end) {
 }
 
 /* The value of the first pattern that matches name as peft matches it: whole, or after a dot. */
-static Status pattern_value(double *value, const PatternValue *patterns, int count, bool *used, const char *name) {
+static Status pattern_value(double *value, const PatternValue *patterns, int count, bool *used,
+                            const char *name) {
     for (int i = 0; i < count; i++) {
         char *whole = must_format("(.*\\.)?(%s)", patterns[i].pattern);
         bool matches;
@@ -58,14 +59,17 @@ static Status pattern_value(double *value, const PatternValue *patterns, int cou
 static Status is_target(bool *target, const AdapterSpec *spec, const Linear *l, bool *used) {
     *target = false;
     const TextList *names = l->groups > 1 ? &spec->parameters : &spec->targets;
-    if (l->groups == 1 && spec->target_pattern) return pattern_matches(target, spec->target_pattern, l->name);
+    if (l->groups == 1 && spec->target_pattern)
+        return pattern_matches(target, spec->target_pattern, l->name);
     for (int i = 0; i < names->count; i++)
         if (ends_in(l->name, names->items[i])) *target = used[i] = true;
     return OK;
 }
 
-/* Params of an adapter are named after their linear: q_proj.lora_A, as the checkpoint would name them. */
-static Param *add_adapter_param(ParamList *params, const Linear *l, const char *part, int ndim, const int64_t *shape) {
+/* Params of an adapter are named after their linear: q_proj.lora_A, as the checkpoint would name
+ * them. */
+static Param *add_adapter_param(ParamList *params, const Linear *l, const char *part, int ndim,
+                                const int64_t *shape) {
     char path[PARAM_NAME_MAX], name[PARAM_NAME_MAX + 32];
     memcpy(path, params->path, sizeof path);
     params->path[0] = 0;
@@ -112,22 +116,27 @@ static Status attach_train_also(Gemma *g, const AdapterSpec *spec) {
                     FAIL(ERR_CONFIG, "lora.train_also: '%s' also carries an adapter", p->name);
             p->trainable = found = true;
         }
-        if (!found) FAIL(ERR_CONFIG, "lora.train_also: '%s' names nothing in this model", spec->train_also.items[i]);
+        if (!found)
+            FAIL(ERR_CONFIG, "lora.train_also: '%s' names nothing in this model",
+                 spec->train_also.items[i]);
     }
     return OK;
 }
 
-static Status check_used(const bool *used, int count, const char *what, char **names, size_t stride) {
+static Status check_used(const bool *used, int count, const char *what, char **names,
+                         size_t stride) {
     for (int i = 0; i < count; i++)
         if (!used[i])
-            FAIL(ERR_CONFIG, "%s '%s' matches nothing in this model", what, *(char **)((char *)names + (size_t)i * stride));
+            FAIL(ERR_CONFIG, "%s '%s' matches nothing in this model", what,
+                 *(char **)((char *)names + (size_t)i * stride));
     return OK;
 }
 
 Status adapter_attach(Gemma *g, const AdapterSpec *spec) {
     Status status = OK;
     int attached = 0;
-    size_t flags = (size_t)(spec->targets.count + spec->parameters.count + spec->rank_patterns + spec->alpha_patterns);
+    size_t flags = (size_t)(spec->targets.count + spec->parameters.count + spec->rank_patterns +
+                            spec->alpha_patterns);
     bool *used = must_calloc(flags + 1, sizeof *used), *parameters = used + spec->targets.count;
     bool *ranks = parameters + spec->parameters.count, *alphas = ranks + spec->rank_patterns;
     for (Linear *l = g->linears.first; l; l = l->next) {
@@ -138,18 +147,22 @@ Status adapter_attach(Gemma *g, const AdapterSpec *spec) {
         TRY_DONE(pattern_value(&rank, spec->rank_pattern, spec->rank_patterns, ranks, l->name));
         TRY_DONE(pattern_value(&alpha, spec->alpha_pattern, spec->alpha_patterns, alphas, l->name));
         if (l->groups > 1 && (spec->dora || spec->dropout > 0))
-            FAIL_DONE(ERR_CONFIG, "lora: '%s' is fused; experts take neither dora nor dropout", l->name);
+            FAIL_DONE(ERR_CONFIG, "lora: '%s' is fused; experts take neither dora nor dropout",
+                      l->name);
         attach(g, l, spec, (int64_t)rank, alpha);
         attached++;
     }
     if (spec->target_pattern && !attached)
-        FAIL_DONE(ERR_CONFIG, "target_modules '%s' matches no module of this model", spec->target_pattern);
-    TRY_DONE(check_used(used, spec->targets.count, "lora target", spec->targets.items, sizeof(char *)));
-    TRY_DONE(check_used(parameters, spec->parameters.count, "lora target parameter", spec->parameters.items,
-                        sizeof(char *)));
-    TRY_DONE(check_used(ranks, spec->rank_patterns, "rank_pattern", (char **)spec->rank_pattern, sizeof(PatternValue)));
+        FAIL_DONE(ERR_CONFIG, "target_modules '%s' matches no module of this model",
+                  spec->target_pattern);
     TRY_DONE(
-        check_used(alphas, spec->alpha_patterns, "alpha_pattern", (char **)spec->alpha_pattern, sizeof(PatternValue)));
+        check_used(used, spec->targets.count, "lora target", spec->targets.items, sizeof(char *)));
+    TRY_DONE(check_used(parameters, spec->parameters.count, "lora target parameter",
+                        spec->parameters.items, sizeof(char *)));
+    TRY_DONE(check_used(ranks, spec->rank_patterns, "rank_pattern", (char **)spec->rank_pattern,
+                        sizeof(PatternValue)));
+    TRY_DONE(check_used(alphas, spec->alpha_patterns, "alpha_pattern", (char **)spec->alpha_pattern,
+                        sizeof(PatternValue)));
     TRY_DONE(attach_train_also(g, spec));
 done:
     free(used);

@@ -10,13 +10,16 @@
 #include <string.h>
 
 #define SHARD_BYTES ((size_t)5 * 1000 * 1000 * 1000)
-#define CONFIG_MAX ((size_t)64 << 20)
+#define CONFIG_MAX  ((size_t)64 << 20)
 
-static bool starts_with(const char *text, const char *prefix) { return !strncmp(text, prefix, strlen(prefix)); }
+static bool starts_with(const char *text, const char *prefix) {
+    return !strncmp(text, prefix, strlen(prefix));
+}
 
 /* k_proj, v_proj, k_norm and v_norm of a layer that shares K and V. */
 static bool is_dead(const ModelConfig *c, const char *name) {
-    static const char *const parts[] = {"k_proj.weight", "v_proj.weight", "k_norm.weight", "v_norm.weight"};
+    static const char *const parts[] = {"k_proj.weight", "v_proj.weight", "k_norm.weight",
+                                        "v_norm.weight"};
     char pattern[128];
     const char *prefix = model_config_prefix(c);
     if (!starts_with(name, prefix)) return false;
@@ -29,15 +32,16 @@ static bool is_dead(const ModelConfig *c, const char *name) {
 }
 
 static bool is_tower(const char *name) {
-    static const char *const prefixes[] = {"model.vision_tower.", "model.audio_tower.", "model.embed_vision.",
-                                           "model.embed_audio."};
+    static const char *const prefixes[] = {"model.vision_tower.", "model.audio_tower.",
+                                           "model.embed_vision.", "model.embed_audio."};
     for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes; i++)
         if (starts_with(name, prefixes[i])) return true;
     return false;
 }
 
 static int by_name(const void *a, const void *b) {
-    return strcmp(((const CheckpointTensor *)a)->stored->name, ((const CheckpointTensor *)b)->stored->name);
+    return strcmp(((const CheckpointTensor *)a)->stored->name,
+                  ((const CheckpointTensor *)b)->stored->name);
 }
 
 static const CheckpointTensor *find_tensor(const Checkpoint *c, const char *name) {
@@ -70,12 +74,14 @@ static Status open_index(Checkpoint *c, const char *path) {
     json_t *file;
     json_object_foreach(map, name, file) {
         const char *shard = json_string_value(file);
-        if (!shard || strchr(shard, '/')) FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' names no file of the folder", path, name);
+        if (!shard || strchr(shard, '/'))
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' names no file of the folder", path, name);
         int i = 0;
         while (i < c->file_count && strcmp(strrchr(c->files[i].path, '/') + 1, shard)) i++;
         if (i == c->file_count) TRY_DONE(add_file(c, shard));
         if (!safetensors_find(&c->files[i], name))
-            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is missing, the index promises it", c->files[i].path, name);
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is missing, the index promises it",
+                      c->files[i].path, name);
     }
 done:
     json_decref(root);
@@ -91,7 +97,8 @@ static Status classify(Checkpoint *c) {
         CheckpointTensor *t = &c->tensors[i];
         const char *name = t->stored->name;
         if (i && !strcmp(name, c->tensors[i - 1].stored->name))
-            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is also in %s", t->stored->file, name, c->tensors[i - 1].stored->file);
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is also in %s", t->stored->file, name,
+                      c->tensors[i - 1].stored->file);
         if (params_find(&names.params, name))
             t->role = ROLE_PARAM;
         else if (is_dead(&c->config, name))
@@ -101,30 +108,33 @@ static Status classify(Checkpoint *c) {
         else if (!strcmp(name, "lm_head.weight"))
             t->role = ROLE_TIED;
         else
-            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is unknown to this model (%s)", t->stored->file, name,
-                      c->config.model_type);
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is unknown to this model (%s)", t->stored->file,
+                      name, c->config.model_type);
     }
     for (int i = 0; i < names.params.count; i++) {
         const Param *p = names.params.items[i];
         const CheckpointTensor *t = find_tensor(c, p->name);
         if (!t) FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is missing", c->dir, p->name);
         bool same = t->stored->ndim == p->value.ndim;
-        for (int d = 0; same && d < p->value.ndim; d++) same = t->stored->shape[d] == p->value.shape[d];
+        for (int d = 0; same && d < p->value.ndim; d++)
+            same = t->stored->shape[d] == p->value.shape[d];
         Tensor found = p->value;
         found.ndim = t->stored->ndim < 4 ? t->stored->ndim : 4;
         for (int d = 0; d < found.ndim; d++) found.shape[d] = t->stored->shape[d];
         if (!same)
-            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected %s", t->stored->file, p->name, tensor_text(found),
-                      tensor_text(p->value));
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected %s", t->stored->file, p->name,
+                      tensor_text(found), tensor_text(p->value));
         if (t->stored->dtype != F32 && t->stored->dtype != BF16 && t->stored->dtype != F16)
-            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32", t->stored->file, p->name,
-                      t->stored->dtype_text);
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32",
+                      t->stored->file, p->name, t->stored->dtype_text);
     }
     const CheckpointTensor *head = find_tensor(c, "lm_head.weight");
     if (head) {
         const StoredTensor *embedding = find_tensor(c, names.embed_tokens->name)->stored;
-        if (head->stored->size != embedding->size || memcmp(head->stored->bytes, embedding->bytes, embedding->size))
-            FAIL_DONE(ERR_FORMAT, "%s: lm_head.weight differs from the embedding it is tied to", head->stored->file);
+        if (head->stored->size != embedding->size ||
+            memcmp(head->stored->bytes, embedding->bytes, embedding->size))
+            FAIL_DONE(ERR_FORMAT, "%s: lm_head.weight differs from the embedding it is tied to",
+                      head->stored->file);
     }
 done:
     gemma_free(&names);
@@ -144,7 +154,8 @@ Status checkpoint_open(Checkpoint *c, const char *dir) {
     for (int i = 0; i < c->file_count; i++) c->count += c->files[i].count;
     c->tensors = must_calloc((size_t)c->count, sizeof *c->tensors);
     for (int i = 0, n = 0; i < c->file_count; i++)
-        for (int j = 0; j < c->files[i].count; j++) c->tensors[n++].stored = &c->files[i].tensors[j];
+        for (int j = 0; j < c->files[i].count; j++)
+            c->tensors[n++].stored = &c->files[i].tensors[j];
     qsort(c->tensors, (size_t)c->count, sizeof *c->tensors, by_name);
     TRY_DONE(classify(c));
 done:
@@ -193,7 +204,8 @@ typedef struct Item {
 
 static Status write_param(SafetensorsWriter *w, const Gemma *g, const Param *p, DType dtype) {
     int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
-    int64_t rows = cols ? tensor_count(p->value) / cols : 0, block = cols > (1 << 20) ? 1 : (1 << 20) / cols + 1;
+    int64_t rows = cols ? tensor_count(p->value) / cols : 0,
+            block = cols > (1 << 20) ? 1 : (1 << 20) / cols + 1;
     float *values = must_malloc((size_t)(block * cols) * sizeof *values);
     uint16_t *halves = must_malloc((size_t)(block * cols) * sizeof *halves);
     Status status = OK;
@@ -210,7 +222,8 @@ static Status write_param(SafetensorsWriter *w, const Gemma *g, const Param *p, 
     return status;
 }
 
-static Status write_shard(const Gemma *g, const Item *items, int count, DType dtype, const char *path) {
+static Status write_shard(const Gemma *g, const Item *items, int count, DType dtype,
+                          const char *path) {
     SafetensorsWriter *w = NULL;
     Status status = OK;
     TRY(safetensors_create(&w, path));
@@ -240,7 +253,8 @@ done:
 
 /* config.json as it was, but for the dtype of what is now beside it. */
 static Status write_config(const Checkpoint *source, DType dtype, const char *dir) {
-    char *from = path_join(source->dir, "config.json"), *to = path_join(dir, "config.json"), *bytes = NULL;
+    char *from = path_join(source->dir, "config.json"), *to = path_join(dir, "config.json"),
+         *bytes = NULL;
     size_t size;
     json_t *root = NULL;
     Status status = OK;
@@ -270,8 +284,9 @@ done:
 }
 
 static Status copy_companions(const Checkpoint *source, const char *dir) {
-    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                                        "chat_template.jinja", "generation_config.json", "processor_config.json",
+    static const char *const names[] = {"tokenizer.json",          "tokenizer_config.json",
+                                        "special_tokens_map.json", "chat_template.jinja",
+                                        "generation_config.json",  "processor_config.json",
                                         "preprocessor_config.json"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char *from = path_join(source->dir, names[i]), *to = path_join(dir, names[i]);
@@ -283,7 +298,8 @@ static Status copy_companions(const Checkpoint *source, const char *dir) {
     return OK;
 }
 
-static Status write_weights(const Gemma *g, const Item *items, int count, DType dtype, const char *dir) {
+static Status write_weights(const Gemma *g, const Item *items, int count, DType dtype,
+                            const char *dir) {
     int *begin = must_malloc((size_t)(count + 1) * sizeof *begin), shards = 0;
     size_t used = 0, total = 0;
     json_t *map = json_object();
@@ -304,11 +320,14 @@ static Status write_weights(const Gemma *g, const Item *items, int count, DType 
         status = write_shard(g, items + begin[s], begin[s + 1] - begin[s], dtype, path);
         free(path);
         for (int i = begin[s]; i < begin[s + 1]; i++)
-            json_object_set_new(map, items[i].param ? items[i].param->name : items[i].stored->name, json_string(name));
+            json_object_set_new(map, items[i].param ? items[i].param->name : items[i].stored->name,
+                                json_string(name));
     }
-    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
+    json_t *index =
+        json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
     if (status == OK && shards > 1) {
-        char *path = path_join(dir, "model.safetensors.index.json"), *text = json_dumps(index, JSON_INDENT(2));
+        char *path = path_join(dir, "model.safetensors.index.json"),
+             *text = json_dumps(index, JSON_INDENT(2));
         status = file_write(path, text, strlen(text));
         free(path);
         free(text);
@@ -326,11 +345,13 @@ Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, co
     for (int i = 0; i < g->params.count; i++) {
         const Param *p = g->params.items[i];
         if (!p->adapter)
-            items[count++] = (Item){.param = p, .size = (size_t)tensor_count(p->value) * dtype_size(dtype)};
+            items[count++] =
+                (Item){.param = p, .size = (size_t)tensor_count(p->value) * dtype_size(dtype)};
     }
     for (int i = 0; i < source->count; i++)
         if (source->tensors[i].role == ROLE_DEAD || source->tensors[i].role == ROLE_TOWER)
-            items[count++] = (Item){.stored = source->tensors[i].stored, .size = source->tensors[i].stored->size};
+            items[count++] = (Item){.stored = source->tensors[i].stored,
+                                    .size = source->tensors[i].stored->size};
     TRY_DONE(folder_begin(&temporary, dir));
     TRY_DONE(write_config(source, dtype, temporary));
     TRY_DONE(copy_companions(source, temporary));

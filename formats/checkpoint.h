@@ -6,10 +6,10 @@
 #include "model/gemma.h"
 
 typedef enum TensorRole {
-    ROLE_PARAM,  /* a parameter of the text model */
-    ROLE_DEAD,   /* k, v of a layer that shares: in released files, used by nobody */
-    ROLE_TOWER,  /* vision or audio: carried through unchanged */
-    ROLE_TIED,   /* an lm_head.weight, which must equal the embedding */
+    ROLE_PARAM, /* a parameter of the text model */
+    ROLE_DEAD,  /* k, v of a layer that shares: in released files, used by nobody */
+    ROLE_TOWER, /* vision or audio: carried through unchanged */
+    ROLE_TIED,  /* an lm_head.weight, which must equal the embedding */
 } TensorRole;
 
 typedef struct CheckpointTensor {
@@ -26,13 +26,13 @@ typedef struct Checkpoint {
     int count;
 } Checkpoint;
 
-/* Opens config.json and the weights (model.safetensors, or the shards its index names). A tensor that is
- * neither a parameter nor knowingly left alone is an error naming it. */
+/* Opens config.json and the weights (model.safetensors, or the shards its index names). A tensor
+ * that is neither a parameter nor knowingly left alone is an error naming it. */
 Status checkpoint_open(Checkpoint *c, const char *dir);
 void checkpoint_close(Checkpoint *c);
 
-/* Fills every parameter of a placed model; a missing tensor or a wrong shape is an error naming it. Mapped
- * parameters keep pointing into the open checkpoint. */
+/* Fills every parameter of a placed model; a missing tensor or a wrong shape is an error naming it.
+ * Mapped parameters keep pointing into the open checkpoint. */
 Status checkpoint_load(const Checkpoint *c, Gemma *g);
 
 /* Writes the model as a checkpoint folder: config, tokenizer, template and generation settings of

@@ -29,7 +29,8 @@ Status file_read(char **bytes, size_t *size, const char *path, size_t limit) {
     }
     if (!buffer) FAIL_DONE(ERR_IO, "%s: out of memory for %zu bytes", path, space);
     if (ferror(file)) FAIL_DONE(ERR_IO, "%s: cannot be read", path);
-    if (used > limit) FAIL_DONE(ERR_FORMAT, "%s: %zu bytes, expected at most %zu", path, used, limit);
+    if (used > limit)
+        FAIL_DONE(ERR_FORMAT, "%s: %zu bytes, expected at most %zu", path, used, limit);
     buffer[used] = 0;
     *size = used;
     *bytes = buffer;
@@ -50,7 +51,8 @@ char *path_join(const char *dir, const char *name) {
 }
 
 Status file_writer_open(FileWriter *w, const char *path) {
-    *w = (FileWriter){.path = must_strdup(path), .temporary = must_format("%s.tmp%d", path, (int)getpid())};
+    *w = (FileWriter){.path = must_strdup(path),
+                      .temporary = must_format("%s.tmp%d", path, (int)getpid())};
     w->stream = fopen(w->temporary, "wb");
     if (w->stream) return OK;
     status_fail(ERR_IO, "%s: cannot be written: %s", path, strerror(errno));
@@ -59,7 +61,8 @@ Status file_writer_open(FileWriter *w, const char *path) {
 }
 
 Status file_writer_write(FileWriter *w, const void *bytes, size_t size) {
-    if (fwrite(bytes, 1, size, w->stream) != size) FAIL(ERR_IO, "%s: cannot be written: %s", w->path, strerror(errno));
+    if (fwrite(bytes, 1, size, w->stream) != size)
+        FAIL(ERR_IO, "%s: cannot be written: %s", w->path, strerror(errno));
     return OK;
 }
 
@@ -82,7 +85,8 @@ Status file_writer_commit(FileWriter *w) {
     if (fclose(w->stream) && !failed) failed = true, saved = errno;
     w->stream = NULL;
     if (failed) FAIL_DONE(ERR_IO, "%s: cannot be written: %s", w->path, strerror(saved));
-    if (rename(w->temporary, w->path)) FAIL_DONE(ERR_IO, "%s: cannot be put in place: %s", w->path, strerror(errno));
+    if (rename(w->temporary, w->path))
+        FAIL_DONE(ERR_IO, "%s: cannot be put in place: %s", w->path, strerror(errno));
     sync_folder_of(w->path);
     free(w->temporary);
     w->temporary = NULL;
@@ -125,7 +129,8 @@ Status folder_make(const char *path) {
         char keep = *p;
         *p = 0;
         struct stat info;
-        bool failed = mkdir(copy, 0777) && (errno != EEXIST || stat(copy, &info) || !S_ISDIR(info.st_mode));
+        bool failed =
+            mkdir(copy, 0777) && (errno != EEXIST || stat(copy, &info) || !S_ISDIR(info.st_mode));
         if (failed) {
             status_fail(ERR_IO, "%s: cannot make the folder: %s", copy, strerror(errno));
             free(copy);
@@ -153,7 +158,8 @@ Status folder_begin(char **temporary, const char *path) {
 Status folder_commit(char *temporary, const char *path) {
     Status status = OK;
     sync_folder_of(path);
-    if (rename(temporary, path)) { /* something is there: exchange the two, then remove what it was */
+    if (rename(temporary,
+               path)) { /* something is there: exchange the two, then remove what it was */
         if (errno != ENOTEMPTY && errno != EEXIST && errno != ENOTDIR)
             FAIL_DONE(ERR_IO, "%s: cannot be put in place: %s", path, strerror(errno));
         if (renameat2(AT_FDCWD, temporary, AT_FDCWD, path, RENAME_EXCHANGE)) {
@@ -219,7 +225,8 @@ Status sha256_file(char out[65], const char *path) {
     struct sha256_ctx context;
     uint8_t digest[SHA256_DIGEST_SIZE], buffer[65536];
     sha256_init(&context);
-    for (size_t got; (got = fread(buffer, 1, sizeof buffer, file));) sha256_update(&context, got, buffer);
+    for (size_t got; (got = fread(buffer, 1, sizeof buffer, file));)
+        sha256_update(&context, got, buffer);
     bool failed = ferror(file);
     fclose(file);
     if (failed) FAIL(ERR_IO, "%s: cannot be read", path);

@@ -15,7 +15,8 @@ bool file_exists(const char *path);
 /* dir/name; caller frees. */
 char *path_join(const char *dir, const char *name);
 
-/* A file written under a temporary name beside its own; commit syncs and renames it, abandon removes it. */
+/* A file written under a temporary name beside its own; commit syncs and renames it, abandon
+ * removes it. */
 typedef struct FileWriter {
     FILE *stream;
     char *path, *temporary;
@@ -34,7 +35,8 @@ Status file_copy(const char *from, const char *to, bool optional);
 /* Creates a folder and its parents. */
 Status folder_make(const char *path);
 
-/* A folder filled under a temporary name beside its own; commit puts it in place of what was there. */
+/* A folder filled under a temporary name beside its own; commit puts it in place of what was there.
+ */
 Status folder_begin(char **temporary, const char *path);
 Status folder_commit(char *temporary, const char *path);
 void folder_abandon(char *temporary); /* removes it and frees the name; accepts NULL */

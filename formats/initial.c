@@ -9,15 +9,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SHARD_BYTES ((size_t)5 * 1000 * 1000 * 1000)
-#define BLOCK (1 << 22)
+#define SHARD_BYTES        ((size_t)5 * 1000 * 1000 * 1000)
+#define BLOCK              (1 << 22)
 #define STANDARD_DEVIATION 0.02f
 
 static bool is_one(const Param *p) {
     return p->buffer || !p->decay; /* norms, router scales and layer_scalar */
 }
 
-static void draw(float *values, const Param *p, const ModelConfig *c, uint64_t key, int64_t first, int64_t n) {
+static void draw(float *values, const Param *p, const ModelConfig *c, uint64_t key, int64_t first,
+                 int64_t n) {
     int64_t cols = tensor_cols(p->value);
     bool table = strstr(p->name, "embed_tokens") != NULL;
 #pragma omp parallel for schedule(static)
@@ -31,7 +32,8 @@ static void draw(float *values, const Param *p, const ModelConfig *c, uint64_t k
     }
 }
 
-static Status write_shard(const Gemma *g, int from, int to, uint64_t seed, DType dtype, const char *path) {
+static Status write_shard(const Gemma *g, int from, int to, uint64_t seed, DType dtype,
+                          const char *path) {
     SafetensorsWriter *w = NULL;
     float *values = must_malloc(BLOCK * sizeof *values);
     uint16_t *halves = must_malloc(BLOCK * sizeof *halves);
@@ -50,8 +52,10 @@ static Status write_shard(const Gemma *g, int from, int to, uint64_t seed, DType
         for (int64_t first = 0; first < count; first += BLOCK) {
             int64_t n = count - first < BLOCK ? count - first : BLOCK;
             draw(values, p, &g->config, key, first, n);
-            if (dtype == BF16) scale_copy(TENSOR(halves, BF16, n), SET, TENSOR(values, F32, n), 1.0f);
-            TRY_DONE(safetensors_write(w, dtype == BF16 ? (void *)halves : (void *)values, (size_t)n * dtype_size(dtype)));
+            if (dtype == BF16)
+                scale_copy(TENSOR(halves, BF16, n), SET, TENSOR(values, F32, n), 1.0f);
+            TRY_DONE(safetensors_write(w, dtype == BF16 ? (void *)halves : (void *)values,
+                                       (size_t)n * dtype_size(dtype)));
         }
     }
     status = safetensors_commit(w);
@@ -88,9 +92,11 @@ static Status write_weights(const Gemma *g, uint64_t seed, DType dtype, const ch
         for (int i = begins[s]; i < begins[s + 1]; i++)
             json_object_set_new(map, g->params.items[i]->name, json_string(name));
     }
-    json_t *index = json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
+    json_t *index =
+        json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
     if (status == OK && shards > 1) {
-        char *path = path_join(dir, "model.safetensors.index.json"), *text = json_dumps(index, JSON_INDENT(2));
+        char *path = path_join(dir, "model.safetensors.index.json"),
+             *text = json_dumps(index, JSON_INDENT(2));
         status = file_write(path, text, strlen(text));
         free(path);
         free(text);
@@ -100,8 +106,9 @@ static Status write_weights(const Gemma *g, uint64_t seed, DType dtype, const ch
 }
 
 static Status copy_tokenizer(const char *from_dir, const char *to_dir) {
-    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                                        "chat_template.jinja", "generation_config.json"};
+    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json",
+                                        "special_tokens_map.json", "chat_template.jinja",
+                                        "generation_config.json"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char *from = path_join(from_dir, names[i]), *to = path_join(to_dir, names[i]);
         Status status = file_copy(from, to, i > 0);
@@ -112,8 +119,8 @@ static Status copy_tokenizer(const char *from_dir, const char *to_dir) {
     return OK;
 }
 
-Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, uint64_t seed, DType dtype,
-                          const char *dir) {
+Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, uint64_t seed,
+                          DType dtype, const char *dir) {
     ModelConfig config;
     Gemma g = {0};
     char *temporary = NULL, *path = NULL;

@@ -4,10 +4,10 @@
 
 #include "kernels/tensor.h"
 
-/* Writes a checkpoint folder for a config.json text: linears, embeddings and experts N(0, 0.02), row
- * pad_token_id zero, norms and scales one. Streamed: holds one block of rows. `tokenizer_dir` (or NULL) lends its tokenizer, template
- * and generation files. */
-Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, uint64_t seed, DType dtype,
-                          const char *dir);
+/* Writes a checkpoint folder for a config.json text: linears, embeddings and experts N(0, 0.02),
+ * row pad_token_id zero, norms and scales one. Streamed: holds one block of rows. `tokenizer_dir`
+ * (or NULL) lends its tokenizer, template and generation files. */
+Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, uint64_t seed,
+                          DType dtype, const char *dir);
 
 #endif

@@ -7,12 +7,14 @@
 Status pattern_matches(bool *matches, const char *expression, const char *text) {
     int code;
     PCRE2_SIZE at;
-    pcre2_code *compiled = pcre2_compile((PCRE2_SPTR)expression, PCRE2_ZERO_TERMINATED,
-                                         PCRE2_ANCHORED | PCRE2_ENDANCHORED | PCRE2_UTF, &code, &at, NULL);
+    pcre2_code *compiled =
+        pcre2_compile((PCRE2_SPTR)expression, PCRE2_ZERO_TERMINATED,
+                      PCRE2_ANCHORED | PCRE2_ENDANCHORED | PCRE2_UTF, &code, &at, NULL);
     if (!compiled) {
         PCRE2_UCHAR reason[160];
         pcre2_get_error_message(code, reason, sizeof reason);
-        FAIL(ERR_CONFIG, "pattern '%s': %s at character %zu", expression, (char *)reason, (size_t)at);
+        FAIL(ERR_CONFIG, "pattern '%s': %s at character %zu", expression, (char *)reason,
+             (size_t)at);
     }
     pcre2_match_data *data = pcre2_match_data_create_from_pattern(compiled, NULL);
     pcre2_match_context *limits = pcre2_match_context_create(NULL);

@@ -1,8 +1,9 @@
 /* peft.c - the PEFT folder: adapter_config.json and adapter_model.safetensors.
  *
  * Keys are base_model.model.MODULE.lora_A.weight. Fused expert parameters are kept by peft as plain
- * linears over all experts, one wrapper around the other: A (E R, in) expert by expert, B (out, R E) with
- * the expert fastest; the inner wrapper's keys say base_layer. Which is which is told by the shapes. */
+ * linears over all experts, one wrapper around the other: A (E R, in) expert by expert, B (out, R
+ * E) with the expert fastest; the inner wrapper's keys say base_layer. Which is which is told by
+ * the shapes. */
 #include "formats/adapter.h"
 #include "formats/file.h"
 #include "formats/safetensors.h"
@@ -18,19 +19,30 @@
 
 /* Settings that change what an adapter computes, and the value that means "not used". */
 static bool is_neutral(const char *key, json_t *value) {
-    static const char *const refused[] = {"layers_to_transform", "exclude_modules", "layer_replication", "use_qalora",
-                                          "lora_bias",           "fan_in_fan_out",  "trainable_token_indices",
-                                          "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
-                                          "velora_config", "monteclora_config"};
+    static const char *const refused[] = {"layers_to_transform",
+                                          "exclude_modules",
+                                          "layer_replication",
+                                          "use_qalora",
+                                          "lora_bias",
+                                          "fan_in_fan_out",
+                                          "trainable_token_indices",
+                                          "alora_invocation_tokens",
+                                          "use_bdlora",
+                                          "arrow_config",
+                                          "kasa_config",
+                                          "velora_config",
+                                          "monteclora_config"};
     for (size_t i = 0; i < sizeof refused / sizeof *refused; i++)
         if (!strcmp(refused[i], key)) return !value || json_is_null(value) || json_is_false(value);
     return true;
 }
 
-static Status read_patterns(PatternValue **out, int *count, json_t *map, const char *path, const char *key) {
+static Status read_patterns(PatternValue **out, int *count, json_t *map, const char *path,
+                            const char *key) {
     const char *pattern;
     json_t *value;
-    if (map && !json_is_null(map) && !json_is_object(map)) FAIL(ERR_FORMAT, "%s: %s is not a map", path, key);
+    if (map && !json_is_null(map) && !json_is_object(map))
+        FAIL(ERR_FORMAT, "%s: %s is not a map", path, key);
     json_object_foreach(map, pattern, value) {
         if (!json_is_number(value) || json_number_value(value) <= 0)
             FAIL(ERR_FORMAT, "%s: %s of '%s' is not a positive number", path, key, pattern);
@@ -46,7 +58,8 @@ static Status read_names(TextList *list, json_t *value, const char *path, const 
     if (!value || json_is_null(value)) return OK;
     if (!json_is_array(value)) FAIL(ERR_FORMAT, "%s: %s is not a list", path, key);
     json_array_foreach(value, i, item) {
-        if (!json_is_string(item)) FAIL(ERR_FORMAT, "%s: %s holds something that is not a name", path, key);
+        if (!json_is_string(item))
+            FAIL(ERR_FORMAT, "%s: %s holds something that is not a name", path, key);
         text_list_add(list, json_string_value(item));
     }
     return OK;
@@ -55,11 +68,13 @@ static Status read_names(TextList *list, json_t *value, const char *path, const 
 static Status read_spec(AdapterSpec *spec, json_t *root, const char *path) {
     const char *type = json_string_value(json_object_get(root, "peft_type")), *key;
     json_t *value;
-    if (!type || strcmp(type, "LORA")) FAIL(ERR_FORMAT, "%s: peft_type is %s, expected LORA", path, type ? type : "absent");
+    if (!type || strcmp(type, "LORA"))
+        FAIL(ERR_FORMAT, "%s: peft_type is %s, expected LORA", path, type ? type : "absent");
     json_object_foreach(root, key, value) if (!is_neutral(key, value))
         FAIL(ERR_FORMAT, "%s: '%s' is set, which Lapidary does not apply", path, key);
     const char *bias = json_string_value(json_object_get(root, "bias"));
-    if (bias && strcmp(bias, "none")) FAIL(ERR_FORMAT, "%s: bias is '%s', expected none", path, bias);
+    if (bias && strcmp(bias, "none"))
+        FAIL(ERR_FORMAT, "%s: bias is '%s', expected none", path, bias);
     json_t *rank = json_object_get(root, "r"), *alpha = json_object_get(root, "lora_alpha");
     if (!json_is_integer(rank) || json_integer_value(rank) < 1 || json_integer_value(rank) > 65536)
         FAIL(ERR_FORMAT, "%s: r is not a rank", path);
@@ -67,23 +82,27 @@ static Status read_spec(AdapterSpec *spec, json_t *root, const char *path) {
     spec->rank = json_integer_value(rank);
     spec->alpha = json_number_value(alpha);
     spec->dropout = json_number_value(json_object_get(root, "lora_dropout"));
-    if (!(spec->dropout >= 0 && spec->dropout < 1)) FAIL(ERR_FORMAT, "%s: lora_dropout is not in [0, 1)", path);
+    if (!(spec->dropout >= 0 && spec->dropout < 1))
+        FAIL(ERR_FORMAT, "%s: lora_dropout is not in [0, 1)", path);
     spec->rslora = json_is_true(json_object_get(root, "use_rslora"));
     spec->dora = json_is_true(json_object_get(root, "use_dora"));
     json_t *targets = json_object_get(root, "target_modules");
     if (json_is_string(targets) && !strcmp(json_string_value(targets), "all-linear"))
-        spec->target_pattern = must_strdup(".*(_proj|per_layer_input_gate|per_layer_projection|router\\.proj|"
-                                           "per_layer_model_projection)");
+        spec->target_pattern =
+            must_strdup(".*(_proj|per_layer_input_gate|per_layer_projection|router\\.proj|"
+                        "per_layer_model_projection)");
     else if (json_is_string(targets))
         spec->target_pattern = must_strdup(json_string_value(targets));
     else
         TRY(read_names(&spec->targets, targets, path, "target_modules"));
-    TRY(read_names(&spec->parameters, json_object_get(root, "target_parameters"), path, "target_parameters"));
-    TRY(read_names(&spec->train_also, json_object_get(root, "modules_to_save"), path, "modules_to_save"));
-    TRY(read_patterns(&spec->rank_pattern, &spec->rank_patterns, json_object_get(root, "rank_pattern"), path,
-                      "rank_pattern"));
-    TRY(read_patterns(&spec->alpha_pattern, &spec->alpha_patterns, json_object_get(root, "alpha_pattern"), path,
-                      "alpha_pattern"));
+    TRY(read_names(&spec->parameters, json_object_get(root, "target_parameters"), path,
+                   "target_parameters"));
+    TRY(read_names(&spec->train_also, json_object_get(root, "modules_to_save"), path,
+                   "modules_to_save"));
+    TRY(read_patterns(&spec->rank_pattern, &spec->rank_patterns,
+                      json_object_get(root, "rank_pattern"), path, "rank_pattern"));
+    TRY(read_patterns(&spec->alpha_pattern, &spec->alpha_patterns,
+                      json_object_get(root, "alpha_pattern"), path, "alpha_pattern"));
     const char *base = json_string_value(json_object_get(root, "base_model_name_or_path"));
     if (base) spec->base_model = must_strdup(base);
     return OK;
@@ -98,7 +117,8 @@ Status peft_load_spec(AdapterSpec *spec, const char *dir) {
     Status status = OK;
     TRY_DONE(file_read(&bytes, &size, path, CONFIG_MAX));
     root = json_loadb(bytes, size, 0, &error);
-    if (!json_is_object(root)) FAIL_DONE(ERR_FORMAT, "%s:%d: is no JSON object: %s", path, error.line, error.text);
+    if (!json_is_object(root))
+        FAIL_DONE(ERR_FORMAT, "%s:%d: is no JSON object: %s", path, error.line, error.text);
     TRY_DONE(read_spec(spec, root, path));
 done:
     json_decref(root);
@@ -123,11 +143,12 @@ static void module_key(char *out, size_t size, const Linear *l, bool inner) {
     if (l->groups == 1)
         snprintf(out, size, KEY_PREFIX "%s", l->name);
     else
-        snprintf(out, size, KEY_PREFIX "%.*s%s", (int)(dot - l->name), l->name, inner ? ".base_layer" : "");
+        snprintf(out, size, KEY_PREFIX "%.*s%s", (int)(dot - l->name), l->name,
+                 inner ? ".base_layer" : "");
 }
 
-/* Lists what the file holds for this model. peft wraps gate_up_proj first, so it is the inner one where
- * both are adapted. */
+/* Lists what the file holds for this model. peft wraps gate_up_proj first, so it is the inner one
+ * where both are adapted. */
 static int list_entries(const Gemma *g, Entry *entries) {
     int count = 0;
     for (const Linear *l = g->linears.first; l; l = l->next) {
@@ -138,13 +159,15 @@ static int list_entries(const Gemma *g, Entry *entries) {
         char module[PARAM_NAME_MAX + 64];
         module_key(module, sizeof module, l, inner);
         Param *parts[] = {l->lora->A, l->lora->B, l->lora->magnitude};
-        static const char *const suffixes[] = {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"};
+        static const char *const suffixes[] = {"lora_A.weight", "lora_B.weight",
+                                               "lora_magnitude_vector"};
         int64_t E = l->groups, R = l->lora->rank;
         int64_t shapes[3][2] = {{E * R, l->in}, {l->out, E * R}, {l->out, 0}};
         for (int i = 0; i < 3; i++) {
             if (!parts[i]) continue;
             Entry *e = &entries[count++];
-            *e = (Entry){.param = parts[i], .ndim = i < 2 ? 2 : 1, .experts = i == 1 ? E : 1, .rank = R};
+            *e = (Entry){
+                .param = parts[i], .ndim = i < 2 ? 2 : 1, .experts = i == 1 ? E : 1, .rank = R};
             e->shape[0] = shapes[i][0];
             e->shape[1] = shapes[i][1];
             snprintf(e->key, sizeof e->key, "%s.%s", module, suffixes[i]);
@@ -181,8 +204,9 @@ static Status read_entry(const Entry *e, const Safetensors *file) {
     bool same = t->ndim == e->ndim;
     for (int d = 0; same && d < e->ndim; d++) same = t->shape[d] == e->shape[d];
     if (!same)
-        FAIL(ERR_FORMAT, "%s: tensor '%s' has another shape than this model's (%" PRId64 ", %" PRId64 ")", file->path,
-             e->key, e->shape[0], e->shape[1]);
+        FAIL(ERR_FORMAT,
+             "%s: tensor '%s' has another shape than this model's (%" PRId64 ", %" PRId64 ")",
+             file->path, e->key, e->shape[0], e->shape[1]);
     Tensor value = e->param->value;
     if (e->param->trainable) value = e->param->master;
     if (e->experts == 1) return stored_tensor_read(t, value);
@@ -207,7 +231,8 @@ Status peft_load(Gemma *g, const char *dir) {
         int j = 0;
         while (j < count && strcmp(entries[j].key, file.tensors[i].name)) j++;
         if (j == count)
-            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' belongs to nothing in this model", path, file.tensors[i].name);
+            FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' belongs to nothing in this model", path,
+                      file.tensors[i].name);
     }
     params_publish(&g->params);
 done:
@@ -217,8 +242,8 @@ done:
     return status;
 }
 
-/* An expression that matches exactly the adapted dense linears: for each place inside a layer the layers
- * it is adapted in, then the rest by name. */
+/* An expression that matches exactly the adapted dense linears: for each place inside a layer the
+ * layers it is adapted in, then the rest by name. */
 static char *exact_pattern(const Gemma *g) {
     char *pattern = must_strdup(""), places[64][PARAM_NAME_MAX];
     int count = 0;
@@ -235,19 +260,23 @@ static char *exact_pattern(const Gemma *g) {
         snprintf(places[count++], sizeof places[0], "%s", place);
         char *layers = must_strdup("");
         for (const Linear *m = l; layered && m; m = m->next) {
-            const char *other = strncmp(m->name + strlen(prefix), "layers.", 7) ? NULL : strchr(m->name + skip, '.');
+            const char *other = strncmp(m->name + strlen(prefix), "layers.", 7)
+                                    ? NULL
+                                    : strchr(m->name + skip, '.');
             if (!m->lora || !other || strcmp(other + 1, place)) continue;
             char *longer = must_format("%s%s%d", layers, *layers ? "|" : "", atoi(m->name + skip));
             free(layers);
             layers = longer;
         }
-        char *longer = layered ? must_format("%s%slayers.(%s).%s", pattern, *pattern ? "|" : "", layers, place)
-                               : must_format("%s%s%s", pattern, *pattern ? "|" : "", place + strlen(prefix));
+        char *longer =
+            layered ? must_format("%s%slayers.(%s).%s", pattern, *pattern ? "|" : "", layers, place)
+                    : must_format("%s%s%s", pattern, *pattern ? "|" : "", place + strlen(prefix));
         free(layers);
         free(pattern);
         pattern = longer;
     }
-    char *whole = must_format("%s(%s)", prefix, pattern), *escaped = must_malloc(2 * strlen(whole) + 1), *to = escaped;
+    char *whole = must_format("%s(%s)", prefix, pattern),
+         *escaped = must_malloc(2 * strlen(whole) + 1), *to = escaped;
     for (const char *from = whole; *from; from++) {
         if (*from == '.') *to++ = '\\';
         *to++ = *from;
@@ -265,27 +294,33 @@ static json_t *names_json(const TextList *list) {
     return array;
 }
 
-static json_t *number_json(double value) { return value == floor(value) ? json_integer((json_int_t)value) : json_real(value); }
+static json_t *number_json(double value) {
+    return value == floor(value) ? json_integer((json_int_t)value) : json_real(value);
+}
 
 static json_t *patterns_json(const PatternValue *patterns, int count) {
     json_t *map = json_object();
-    for (int i = 0; i < count; i++) json_object_set_new(map, patterns[i].pattern, number_json(patterns[i].value));
+    for (int i = 0; i < count; i++)
+        json_object_set_new(map, patterns[i].pattern, number_json(patterns[i].value));
     return map;
 }
 
 static Status write_config(const Gemma *g, const AdapterSpec *spec, const char *dir) {
     char *pattern = exact_pattern(g), *path = path_join(dir, "adapter_config.json");
     bool dense = !strstr(pattern, "()");
-    json_t *root = json_pack("{s:s, s:s, s:s?, s:b, s:b, s:I, s:o, s:f, s:s, s:b, s:b, s:b}", "peft_type", "LORA",
-                             "task_type", "CAUSAL_LM", "base_model_name_or_path", spec->base_model, "inference_mode", 1,
-                             "fan_in_fan_out", 0, "r", (json_int_t)spec->rank, "lora_alpha", number_json(spec->alpha),
-                             "lora_dropout", spec->dropout, "bias", "none", "use_rslora", spec->rslora, "use_dora",
-                             spec->dora, "init_lora_weights", 1);
+    json_t *root = json_pack(
+        "{s:s, s:s, s:s?, s:b, s:b, s:I, s:o, s:f, s:s, s:b, s:b, s:b}", "peft_type", "LORA",
+        "task_type", "CAUSAL_LM", "base_model_name_or_path", spec->base_model, "inference_mode", 1,
+        "fan_in_fan_out", 0, "r", (json_int_t)spec->rank, "lora_alpha", number_json(spec->alpha),
+        "lora_dropout", spec->dropout, "bias", "none", "use_rslora", spec->rslora, "use_dora",
+        spec->dora, "init_lora_weights", 1);
     json_object_set_new(root, "target_modules", dense ? json_string(pattern) : json_array());
     json_object_set_new(root, "target_parameters", names_json(&spec->parameters));
     json_object_set_new(root, "modules_to_save", names_json(&spec->train_also));
-    json_object_set_new(root, "rank_pattern", patterns_json(spec->rank_pattern, spec->rank_patterns));
-    json_object_set_new(root, "alpha_pattern", patterns_json(spec->alpha_pattern, spec->alpha_patterns));
+    json_object_set_new(root, "rank_pattern",
+                        patterns_json(spec->rank_pattern, spec->rank_patterns));
+    json_object_set_new(root, "alpha_pattern",
+                        patterns_json(spec->alpha_pattern, spec->alpha_patterns));
     char *text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
     Status status = file_write(path, text, strlen(text));
     json_decref(root);

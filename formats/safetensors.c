@@ -17,10 +17,21 @@ static const struct {
     const char *text;
     size_t size;
     DType dtype;
-} dtypes[] = {{"BF16", 2, BF16},       {"F32", 4, F32},         {"F16", 2, F16},         {"I32", 4, I32},
-              {"U8", 1, U8},           {"I8", 1, DTYPE_COUNT},  {"I16", 2, DTYPE_COUNT}, {"U16", 2, DTYPE_COUNT},
-              {"U32", 4, DTYPE_COUNT}, {"I64", 8, DTYPE_COUNT}, {"U64", 8, DTYPE_COUNT}, {"F64", 8, DTYPE_COUNT},
-              {"BOOL", 1, DTYPE_COUNT}, {"F8_E4M3", 1, DTYPE_COUNT}, {"F8_E5M2", 1, DTYPE_COUNT}};
+} dtypes[] = {{"BF16", 2, BF16},
+              {"F32", 4, F32},
+              {"F16", 2, F16},
+              {"I32", 4, I32},
+              {"U8", 1, U8},
+              {"I8", 1, DTYPE_COUNT},
+              {"I16", 2, DTYPE_COUNT},
+              {"U16", 2, DTYPE_COUNT},
+              {"U32", 4, DTYPE_COUNT},
+              {"I64", 8, DTYPE_COUNT},
+              {"U64", 8, DTYPE_COUNT},
+              {"F64", 8, DTYPE_COUNT},
+              {"BOOL", 1, DTYPE_COUNT},
+              {"F8_E4M3", 1, DTYPE_COUNT},
+              {"F8_E5M2", 1, DTYPE_COUNT}};
 
 const char *dtype_text(DType dtype) {
     for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)
@@ -28,34 +39,41 @@ const char *dtype_text(DType dtype) {
     return "?";
 }
 
-static Status read_entry(Safetensors *s, StoredTensor *t, const char *name, json_t *entry, size_t data, size_t space) {
+static Status read_entry(Safetensors *s, StoredTensor *t, const char *name, json_t *entry,
+                         size_t data, size_t space) {
     const char *type = json_string_value(json_object_get(entry, "dtype"));
-    json_t *shape = json_object_get(entry, "shape"), *offsets = json_object_get(entry, "data_offsets");
+    json_t *shape = json_object_get(entry, "shape"),
+           *offsets = json_object_get(entry, "data_offsets");
     if (!type || !json_is_array(shape) || !json_is_array(offsets) || json_array_size(offsets) != 2)
         FAIL(ERR_FORMAT, "%s: tensor '%s' lacks dtype, shape or data_offsets", s->path, name);
     size_t element = 0;
     t->dtype = DTYPE_COUNT;
     for (size_t i = 0; i < sizeof dtypes / sizeof *dtypes; i++)
         if (!strcmp(dtypes[i].text, type)) element = dtypes[i].size, t->dtype = dtypes[i].dtype;
-    if (!element) FAIL(ERR_FORMAT, "%s: tensor '%s' has the unknown dtype '%s'", s->path, name, type);
+    if (!element)
+        FAIL(ERR_FORMAT, "%s: tensor '%s' has the unknown dtype '%s'", s->path, name, type);
     snprintf(t->dtype_text, sizeof t->dtype_text, "%s", type);
-    if (json_array_size(shape) > 8) FAIL(ERR_FORMAT, "%s: tensor '%s' has more than 8 dimensions", s->path, name);
+    if (json_array_size(shape) > 8)
+        FAIL(ERR_FORMAT, "%s: tensor '%s' has more than 8 dimensions", s->path, name);
     t->ndim = (int)json_array_size(shape);
     size_t bytes = element;
     for (int i = 0; i < t->ndim; i++) {
         json_t *dim = json_array_get(shape, (size_t)i);
         t->shape[i] = json_integer_value(dim);
-        if (!json_is_integer(dim) || t->shape[i] < 0 || __builtin_mul_overflow(bytes, (size_t)t->shape[i], &bytes))
+        if (!json_is_integer(dim) || t->shape[i] < 0 ||
+            __builtin_mul_overflow(bytes, (size_t)t->shape[i], &bytes))
             FAIL(ERR_FORMAT, "%s: tensor '%s' has an impossible shape", s->path, name);
     }
     json_t *from = json_array_get(offsets, 0), *to = json_array_get(offsets, 1);
     json_int_t begin = json_integer_value(from), end = json_integer_value(to);
-    if (!json_is_integer(from) || !json_is_integer(to) || begin < 0 || end < begin || (size_t)end > space)
-        FAIL(ERR_FORMAT, "%s: tensor '%s' lies at bytes %" PRId64 " to %" PRId64 ", the file holds %zu", s->path, name,
-             (int64_t)begin, (int64_t)end, space);
+    if (!json_is_integer(from) || !json_is_integer(to) || begin < 0 || end < begin ||
+        (size_t)end > space)
+        FAIL(ERR_FORMAT,
+             "%s: tensor '%s' lies at bytes %" PRId64 " to %" PRId64 ", the file holds %zu",
+             s->path, name, (int64_t)begin, (int64_t)end, space);
     if ((size_t)(end - begin) != bytes)
-        FAIL(ERR_FORMAT, "%s: tensor '%s' has %" PRId64 " bytes, its shape and dtype make %zu", s->path, name,
-             (int64_t)(end - begin), bytes);
+        FAIL(ERR_FORMAT, "%s: tensor '%s' has %" PRId64 " bytes, its shape and dtype make %zu",
+             s->path, name, (int64_t)(end - begin), bytes);
     t->name = must_strdup(name);
     t->bytes = s->map + data + begin;
     t->size = bytes;
@@ -79,8 +97,8 @@ static Status check_overlap(const Safetensors *s) {
     qsort(order, (size_t)s->count, sizeof *order, by_place);
     for (int i = 1; i < s->count && status == OK; i++)
         if (order[i - 1]->bytes + order[i - 1]->size > order[i]->bytes && order[i]->size)
-            status = status_fail(ERR_FORMAT, "%s: tensors '%s' and '%s' overlap", s->path, order[i - 1]->name,
-                                 order[i]->name);
+            status = status_fail(ERR_FORMAT, "%s: tensors '%s' and '%s' overlap", s->path,
+                                 order[i - 1]->name, order[i]->name);
     free(order);
     return status;
 }
@@ -90,9 +108,11 @@ static Status read_header(Safetensors *s) {
     uint64_t length = 0;
     for (int i = 7; i >= 0; i--) length = length << 8 | s->map[i];
     if (length > s->size - 8 || length > (256u << 20))
-        FAIL(ERR_FORMAT, "%s: a header of %" PRIu64 " bytes exceeds the file of %zu", s->path, length, s->size);
+        FAIL(ERR_FORMAT, "%s: a header of %" PRIu64 " bytes exceeds the file of %zu", s->path,
+             length, s->size);
     json_error_t error;
-    json_t *root = json_loadb((const char *)s->map + 8, (size_t)length, JSON_REJECT_DUPLICATES, &error);
+    json_t *root =
+        json_loadb((const char *)s->map + 8, (size_t)length, JSON_REJECT_DUPLICATES, &error);
     if (!root) FAIL(ERR_FORMAT, "%s: the header is no JSON: %s", s->path, error.text);
     Status status = OK;
     if (!json_is_object(root)) FAIL_DONE(ERR_FORMAT, "%s: the header is not an object", s->path);
@@ -104,7 +124,8 @@ static Status read_header(Safetensors *s) {
             s->metadata = json_dumps(entry, JSON_COMPACT);
             continue;
         }
-        TRY_DONE(read_entry(s, &s->tensors[s->count], name, entry, 8 + (size_t)length, s->size - 8 - (size_t)length));
+        TRY_DONE(read_entry(s, &s->tensors[s->count], name, entry, 8 + (size_t)length,
+                            s->size - 8 - (size_t)length));
         s->count++;
     }
     qsort(s->tensors, (size_t)s->count, sizeof *s->tensors, by_name);
@@ -130,7 +151,9 @@ Status safetensors_open(Safetensors *s, const char *path) {
     if (fd < 0) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
     if (fstat(fd, &info)) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
     if (!S_ISREG(info.st_mode)) FAIL_DONE(ERR_IO, "%s: is not a file", path);
-    if (info.st_size < 8) FAIL_DONE(ERR_FORMAT, "%s: %zu bytes is too short for a header", path, (size_t)info.st_size);
+    if (info.st_size < 8)
+        FAIL_DONE(ERR_FORMAT, "%s: %zu bytes is too short for a header", path,
+                  (size_t)info.st_size);
     void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (map == MAP_FAILED) FAIL_DONE(ERR_IO, "%s: cannot be mapped: %s", path, strerror(errno));
     s->map = map;
@@ -158,7 +181,8 @@ const StoredTensor *safetensors_find(const Safetensors *s, const char *name) {
 
 Status stored_tensor_read(const StoredTensor *t, Tensor to) {
     if (t->dtype != F32 && t->dtype != BF16 && t->dtype != F16)
-        FAIL(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32", t->file, t->name, t->dtype_text);
+        FAIL(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32", t->file, t->name,
+             t->dtype_text);
     Tensor from = to;
     from.dtype = t->dtype;
     from.data = (void *)t->bytes;
@@ -178,7 +202,8 @@ Status stored_tensor_read(const StoredTensor *t, Tensor to) {
 }
 
 void stored_tensor_release(const StoredTensor *t) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = ((uintptr_t)t->bytes + page - 1) / page * page;
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE),
+              begin = ((uintptr_t)t->bytes + page - 1) / page * page;
     uintptr_t end = ((uintptr_t)t->bytes + t->size) / page * page;
     if (end > begin) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
@@ -201,13 +226,14 @@ Status safetensors_create(SafetensorsWriter **w, const char *path) {
     return OK;
 }
 
-void safetensors_declare(SafetensorsWriter *w, const char *name, const char *type, int ndim, const int64_t *shape,
-                         size_t size) {
+void safetensors_declare(SafetensorsWriter *w, const char *name, const char *type, int ndim,
+                         const int64_t *shape, size_t size) {
     json_t *dims = json_array();
     for (int i = 0; i < ndim; i++) json_array_append_new(dims, json_integer(shape[i]));
     json_object_set_new(w->header, name,
-                        json_pack("{s:s, s:o, s:[I,I]}", "dtype", type, "shape", dims, "data_offsets",
-                                  (json_int_t)w->declared, (json_int_t)(w->declared + size)));
+                        json_pack("{s:s, s:o, s:[I,I]}", "dtype", type, "shape", dims,
+                                  "data_offsets", (json_int_t)w->declared,
+                                  (json_int_t)(w->declared + size)));
     w->declared += size;
 }
 
@@ -229,7 +255,8 @@ Status safetensors_write(SafetensorsWriter *w, const void *bytes, size_t size) {
 }
 
 Status safetensors_commit(SafetensorsWriter *w) {
-    CHECK(w->written == w->declared, "%s: %zu bytes written, %zu declared", w->file.path, w->written, w->declared);
+    CHECK(w->written == w->declared, "%s: %zu bytes written, %zu declared", w->file.path,
+          w->written, w->declared);
     Status status = file_writer_commit(&w->file);
     json_decref(w->header);
     free(w);

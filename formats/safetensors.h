@@ -34,7 +34,8 @@ void safetensors_close(Safetensors *s);
 
 const StoredTensor *safetensors_find(const Safetensors *s, const char *name);
 
-/* Copies a stored tensor into `to`, converting f32, bf16 and f16; the caller has checked the shape. */
+/* Copies a stored tensor into `to`, converting f32, bf16 and f16; the caller has checked the shape.
+ */
 Status stored_tensor_read(const StoredTensor *t, Tensor to);
 
 /* Lets the kernel drop the pages of a tensor that was read. */

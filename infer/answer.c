@@ -7,12 +7,12 @@
 #include <string.h>
 #include <wctype.h>
 
-#define QUOTE "<|\"|>"
-#define CALL "<|tool_call>"
-#define CALL_END "<tool_call|>"
-#define THOUGHT "<|channel>thought"
+#define QUOTE       "<|\"|>"
+#define CALL        "<|tool_call>"
+#define CALL_END    "<tool_call|>"
+#define THOUGHT     "<|channel>thought"
 #define THOUGHT_END "<channel|>"
-#define DEPTH_MAX 64
+#define DEPTH_MAX   64
 
 static bool at(Slice s, size_t i, const char *mark) {
     size_t n = strlen(mark);
@@ -96,24 +96,28 @@ static json_t *cast_by_schema(Slice raw, const json_t *schema, int depth) {
     size_t i;
     if (!json_is_object(schema) || depth > DEPTH_MAX) return NULL;
     if (json_is_string(type)) result = cast_to(raw, json_string_value(type));
-    json_array_foreach(type, i, item) if (!result && json_is_string(item)) result = cast_to(raw, json_string_value(item));
+    json_array_foreach(type, i, item) if (!result && json_is_string(item)) result =
+        cast_to(raw, json_string_value(item));
     for (int u = 0; u < 2 && !result; u++)
-        json_array_foreach(json_object_get(schema, unions[u]), i, item) if (!result)
-            result = cast_by_schema(raw, item, depth + 1);
+        json_array_foreach(json_object_get(schema, unions[u]), i, item) if (!result) result =
+            cast_by_schema(raw, item, depth + 1);
     if (!result && json_truth(json_object_get(schema, "nullable"))) result = cast_to(raw, "null");
     return result;
 }
 
 static void cast_arguments(json_t *call, const json_t *tools) {
-    json_t *function = json_object_get(call, "function"), *arguments = json_object_get(function, "arguments");
+    json_t *function = json_object_get(call, "function"),
+           *arguments = json_object_get(function, "arguments");
     size_t i;
     json_t *tool, *value;
     const char *key;
     json_array_foreach(tools, i, tool) {
         const json_t *declared = json_object_get(tool, "function");
         if (!declared) declared = tool;
-        if (!json_equal(json_object_get(declared, "name"), json_object_get(function, "name"))) continue;
-        const json_t *properties = json_object_get(json_object_get(declared, "parameters"), "properties");
+        if (!json_equal(json_object_get(declared, "name"), json_object_get(function, "name")))
+            continue;
+        const json_t *properties =
+            json_object_get(json_object_get(declared, "parameters"), "properties");
         json_object_foreach(arguments, key, value) {
             const json_t *schema = json_object_get(properties, key);
             if (!json_is_string(value) || json_big_integer(value) || !schema) continue;
@@ -148,12 +152,16 @@ static json_t *read_string(Reader *r) {
     while (r->i < r->s.size && r->s.bytes[r->i] != '"') r->i += r->s.bytes[r->i] == '\\' ? 2 : 1;
     if (r->i >= r->s.size) return NULL;
     r->i++;
-    json_t *value = json_loadb(r->s.bytes + begin, r->i - begin, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
+    json_t *value =
+        json_loadb(r->s.bytes + begin, r->i - begin, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
     if (value) return value;
-    return json_stringn_nocheck(r->s.bytes + begin + 1, r->i - begin - 2); /* bad escapes: as it stands */
+    return json_stringn_nocheck(r->s.bytes + begin + 1,
+                                r->i - begin - 2); /* bad escapes: as it stands */
 }
 
-static bool is_quoted(Reader *r) { return at(r->s, r->i, QUOTE) || at(r->s, r->i, "\""); }
+static bool is_quoted(Reader *r) {
+    return at(r->s, r->i, QUOTE) || at(r->s, r->i, "\"");
+}
 
 /* Key bytes up to one of : , { } < */
 static bool read_key(Reader *r, Text *key) {
@@ -230,7 +238,8 @@ static json_t *read_bare(Reader *r) {
     if (slice_is(word, "false") || slice_is(word, "False")) return json_false();
     if (slice_is(word, "null") || slice_is(word, "None")) return json_null();
     json_t *value = NULL;
-    if (strchr("-0123456789", word.bytes[0]) && json_read(&value, word.bytes, word.size, "") == OK) return value;
+    if (strchr("-0123456789", word.bytes[0]) && json_read(&value, word.bytes, word.size, "") == OK)
+        return value;
     return json_stringn_nocheck(word.bytes, word.size);
 }
 
@@ -244,7 +253,8 @@ static json_t *read_value(Reader *r, int depth) {
 
 /* A call at s[*i] = "<|tool_call>call:"; NULL when it cannot be read, *i then unchanged. */
 static json_t *read_call(Slice s, size_t *i) {
-    static const char *const marks[] = {CALL, THOUGHT, THOUGHT_END, "<turn|>", "<eos>", "<|tool_response>"};
+    static const char *const marks[] = {CALL,      THOUGHT, THOUGHT_END,
+                                        "<turn|>", "<eos>", "<|tool_response>"};
     Reader r = {s, *i + strlen(CALL "call:")};
     size_t begin = r.i;
     while (r.i < s.size && !strchr("{<(", s.bytes[r.i])) r.i++;
@@ -254,7 +264,8 @@ static json_t *read_call(Slice s, size_t *i) {
     if (!arguments) return NULL;
     skip_space(&r);
     bool closed = at(s, r.i, CALL_END) || r.i >= s.size;
-    for (size_t m = 0; !closed && m < sizeof marks / sizeof *marks; m++) closed = at(s, r.i, marks[m]);
+    for (size_t m = 0; !closed && m < sizeof marks / sizeof *marks; m++)
+        closed = at(s, r.i, marks[m]);
     if (!closed) {
         json_decref(arguments);
         return NULL;
@@ -330,15 +341,18 @@ static size_t word_length(Slice s, size_t i) {
     while (i < s.size) {
         uint32_t point;
         int step = utf8_next(s.bytes + i, s.size - i, &point);
-        bool word = step && (point == '_' || (point < 0x80 ? (point >= '0' && point <= '9') || ((point | 32) >= 'a' && (point | 32) <= 'z')
-                                                           : iswalnum((wint_t)point)));
+        bool word = step && (point == '_' ||
+                             (point < 0x80 ? (point >= '0' && point <= '9') ||
+                                                 ((point | 32) >= 'a' && (point | 32) <= 'z')
+                                           : iswalnum((wint_t)point)));
         if (!word) break;
         i += (size_t)step;
     }
     return i - begin;
 }
 
-/* Body of a call in the JSON dialect: strings between quote tokens, bare words as keys right after { or ,. */
+/* Body of a call in the JSON dialect: strings between quote tokens, bare words as keys right after
+ * { or ,. */
 static Status read_dialect(json_t **value, Slice body) {
     Text out = {0};
     char before = 0;
@@ -349,7 +363,8 @@ static Status read_dialect(json_t **value, Slice body) {
             text_add_json_string(&out, (Slice){body.bytes + begin, end - begin});
             i = end + strlen(QUOTE);
             before = '"';
-        } else if ((before == '{' || before == ',') && (word = word_length(body, i)) && at(body, i + word, ":")) {
+        } else if ((before == '{' || before == ',') && (word = word_length(body, i)) &&
+                   at(body, i + word, ":")) {
             text_add_json_string(&out, (Slice){body.bytes + i, word});
             i += word;
             before = '"';

@@ -10,7 +10,8 @@ static void place_slots(Decoder *d, Arena *arena) {
     for (int l = 0; l < d->g->config.num_hidden_layers; l++) {
         const BlockConfig *c = &d->g->blocks[l].config;
         if (!c->owns_kv) continue;
-        d->slots[l].k = ARENA_TENSOR(arena, d->g->dtype, d->capacity[c->kind], c->num_key_value_heads, c->head_dim);
+        d->slots[l].k = ARENA_TENSOR(arena, d->g->dtype, d->capacity[c->kind],
+                                     c->num_key_value_heads, c->head_dim);
         d->slots[l].v = arena_like(arena, d->slots[l].k);
     }
 }
@@ -85,7 +86,8 @@ static void slide(Decoder *d, int64_t n) {
 static void fill_rows(Decoder *d, Stack *s) {
     int64_t W = d->g->config.sliding_window;
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-        int32_t *index = s->all.index[kind].data, *first = s->all.first[kind].data, *last = s->all.last[kind].data;
+        int32_t *index = s->all.index[kind].data, *first = s->all.first[kind].data,
+                *last = s->all.last[kind].data;
         for (int64_t i = 0; i < s->N; i++) {
             int64_t at = d->length[kind] + i;
             index[i] = last[i] = (int32_t)at;
@@ -111,7 +113,8 @@ void decoder_feed(Decoder *d, const int32_t *ids, int64_t n, float *logits) {
         for (int l = 0; l < d->g->config.num_hidden_layers; l++)
             d->slots[l].length = d->length[d->g->blocks[l].config.kind];
         memcpy(s.ids.data, ids + done, (size_t)part * sizeof *ids);
-        for (int64_t i = 0; i < part; i++) ((int32_t *)s.positions.data)[i] = (int32_t)(d->position + i);
+        for (int64_t i = 0; i < part; i++)
+            ((int32_t *)s.positions.data)[i] = (int32_t)(d->position + i);
         fill_rows(d, &s);
         stack_forward(&s);
         done += part;

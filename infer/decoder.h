@@ -1,7 +1,7 @@
 /* decoder.h - one sequence, token by token, with its keys and values kept.
  *
- * Full layers keep every key. Sliding layers keep a buffer of about two windows: when it is full its last
- * window moves to the front, so the keys a query sees always lie behind each other. */
+ * Full layers keep every key. Sliding layers keep a buffer of about two windows: when it is full
+ * its last window moves to the front, so the keys a query sees always lie behind each other. */
 #ifndef DECODER_H
 #define DECODER_H
 
@@ -10,10 +10,10 @@
 typedef struct Decoder {
     Gemma *g;
     KvSlot *slots;
-    int64_t length[ATTENTION_KINDS];   /* keys in the slots of a kind */
+    int64_t length[ATTENTION_KINDS]; /* keys in the slots of a kind */
     int64_t capacity[ATTENTION_KINDS];
-    int64_t position;                  /* of the next token */
-    int64_t chunk;                     /* most tokens fed at once */
+    int64_t position; /* of the next token */
+    int64_t chunk;    /* most tokens fed at once */
     Arena cache, activations, scratch;
 } Decoder;
 
@@ -21,8 +21,8 @@ typedef struct Decoder {
 Status decoder_init(Decoder *d, Gemma *g, int64_t max_tokens, int64_t chunk);
 void decoder_free(Decoder *d);
 
-/* Feeds n tokens and writes the logits (V, softcap included) after the last; n may exceed the chunk. Only
- * the last token goes through layers that own no K and V. */
+/* Feeds n tokens and writes the logits (V, softcap included) after the last; n may exceed the
+ * chunk. Only the last token goes through layers that own no K and V. */
 void decoder_feed(Decoder *d, const int32_t *ids, int64_t n, float *logits);
 
 #endif

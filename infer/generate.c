@@ -21,7 +21,8 @@ static void add_ids(int32_t *list, int *count, const json_t *value) {
     size_t i;
     json_t *item;
     if (json_is_integer(value)) add_id(list, count, json_integer_value(value));
-    json_array_foreach(value, i, item) if (json_is_integer(item)) add_id(list, count, json_integer_value(item));
+    json_array_foreach(value, i, item) if (json_is_integer(item))
+        add_id(list, count, json_integer_value(item));
 }
 
 Status sampling_load(Sampling *s, const Model *m) {
@@ -38,7 +39,8 @@ Status sampling_load(Sampling *s, const Model *m) {
     add_ids(s->stops, &s->stop_count, json_object_get(root, "eos_token_id"));
     add_ids(s->suppressed, &s->suppress_count, json_object_get(root, "suppress_tokens"));
     if (json_is_true(json_object_get(root, "do_sample"))) {
-        json_t *temperature = json_object_get(root, "temperature"), *top_p = json_object_get(root, "top_p");
+        json_t *temperature = json_object_get(root, "temperature"),
+               *top_p = json_object_get(root, "top_p");
         s->temperature = json_is_number(temperature) ? json_number_value(temperature) : 1;
         s->top_p = json_is_number(top_p) ? json_number_value(top_p) : 1;
         s->top_k = json_integer_value(json_object_get(root, "top_k"));
@@ -71,14 +73,16 @@ int32_t sample_token(const Sampling *s, float *logits, int64_t vocab, int64_t in
     if (s->temperature <= 0) return (int32_t)best;
     Choice *choices = must_malloc((size_t)vocab * sizeof *choices);
     int64_t count = vocab;
-    for (int64_t i = 0; i < vocab; i++) choices[i] = (Choice){logits[i] / (float)s->temperature, (int32_t)i};
+    for (int64_t i = 0; i < vocab; i++)
+        choices[i] = (Choice){logits[i] / (float)s->temperature, (int32_t)i};
     qsort(choices, (size_t)vocab, sizeof *choices, by_logit);
     if (s->top_k > 0 && s->top_k < count) count = s->top_k;
     double total = 0, sum = 0;
     for (int64_t i = 0; i < count; i++) total += exp((double)choices[i].logit - choices[0].logit);
     if (s->top_p < 1) { /* the fewest whose probabilities reach top_p */
         int64_t last = 0;
-        while (last < count && sum < s->top_p * total) sum += exp((double)choices[last++].logit - choices[0].logit);
+        while (last < count && sum < s->top_p * total)
+            sum += exp((double)choices[last++].logit - choices[0].logit);
         count = last > 0 ? last : 1;
         total = sum > 0 ? sum : 1;
     }
@@ -94,11 +98,13 @@ int32_t sample_token(const Sampling *s, float *logits, int64_t vocab, int64_t in
     return id;
 }
 
-Status generate(Model *m, const Tokens *prompt, const Sampling *s, Tokens *out, TokenFunction *show, void *context) {
+Status generate(Model *m, const Tokens *prompt, const Sampling *s, Tokens *out, TokenFunction *show,
+                void *context) {
     Decoder d;
     int64_t vocab = m->g.config.vocab_size, most = m->g.config.max_position_embeddings;
     if (prompt->count + 1 > most)
-        FAIL(ERR_CONFIG, "the prompt has %" PRId64 " tokens, the model takes %" PRId64, prompt->count, most);
+        FAIL(ERR_CONFIG, "the prompt has %" PRId64 " tokens, the model takes %" PRId64,
+             prompt->count, most);
     int64_t room = prompt->count + s->max_tokens < most ? prompt->count + s->max_tokens : most;
     TRY(decoder_init(&d, &m->g, room, PREFILL_CHUNK));
     float *logits = must_malloc((size_t)vocab * sizeof *logits);

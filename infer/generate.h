@@ -15,16 +15,17 @@ typedef struct Sampling {
     int stop_count, suppress_count;
 } Sampling;
 
-/* Defaults from generation_config.json (greedy without one); stops are the union of its eos_token_id and
- * that of config.json. */
+/* Defaults from generation_config.json (greedy without one); stops are the union of its
+ * eos_token_id and that of config.json. */
 Status sampling_load(Sampling *s, const Model *m);
 
 /* The next token; token number `index` of the answer keys the random number. logits are changed. */
 int32_t sample_token(const Sampling *s, float *logits, int64_t vocab, int64_t index);
 
-/* Generates after `prompt` until a stop token (kept) or max_tokens, adding ids to *out. `show`, if given,
- * is called with each token as it comes. */
+/* Generates after `prompt` until a stop token (kept) or max_tokens, adding ids to *out. `show`, if
+ * given, is called with each token as it comes. */
 typedef void TokenFunction(void *context, int32_t id);
-Status generate(Model *m, const Tokens *prompt, const Sampling *s, Tokens *out, TokenFunction *show, void *context);
+Status generate(Model *m, const Tokens *prompt, const Sampling *s, Tokens *out, TokenFunction *show,
+                void *context);
 
 #endif

@@ -5,12 +5,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-Status model_open(Model *m, const char *dir, const char *adapter, const char *device_name, const char *dtype) {
+Status model_open(Model *m, const char *dir, const char *adapter, const char *device_name,
+                  const char *dtype) {
     *m = (Model){.dir = must_strdup(dir)};
     Device *device;
     Arena measure = arena_measure(), scratch = {0};
     Status status = OK;
-    if (strcmp(dtype, "bf16") && strcmp(dtype, "f32")) FAIL_DONE(ERR_CONFIG, "dtype '%s', expected bf16 or f32", dtype);
+    if (strcmp(dtype, "bf16") && strcmp(dtype, "f32"))
+        FAIL_DONE(ERR_CONFIG, "dtype '%s', expected bf16 or f32", dtype);
     TRY_DONE(device_open(&device, device_name));
     TRY_DONE(checkpoint_open(&m->checkpoint, dir));
     TRY_DONE(tokenizer_load(&m->tokenizer, dir));

@@ -17,7 +17,8 @@ typedef struct Model {
 } Model;
 
 /* adapter may be NULL; device and dtype as in a run file. */
-Status model_open(Model *m, const char *dir, const char *adapter, const char *device, const char *dtype);
+Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
+                  const char *dtype);
 void model_close(Model *m);
 
 #endif

@@ -14,8 +14,10 @@ void gelu_mul_forward(Tensor y, Tensor gate, Tensor up) {
 
 void gelu_mul_backward(Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor up) {
     check_gate(dy, gate, up);
-    CHECK(tensor_count(dgate) == tensor_count(gate) && dgate.dtype == gate.dtype, "gelu_mul: dgate %s", tensor_text(dgate));
-    CHECK(!tensor_present(dup) || (tensor_count(dup) == tensor_count(gate) && dup.dtype == gate.dtype), "gelu_mul: dup %s",
-          tensor_text(dup));
+    CHECK(tensor_count(dgate) == tensor_count(gate) && dgate.dtype == gate.dtype,
+          "gelu_mul: dgate %s", tensor_text(dgate));
+    CHECK(!tensor_present(dup) ||
+              (tensor_count(dup) == tensor_count(gate) && dup.dtype == gate.dtype),
+          "gelu_mul: dup %s", tensor_text(dup));
     ON_DEVICE(dy, gelu_mul_backward)(dgate, dup, dy, gate, up);
 }

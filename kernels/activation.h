@@ -4,9 +4,9 @@
 
 #include "kernels/kernel.h"
 
-/* y = gelu(gate) * up, gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in f32; gelu is rounded
- * to the dtype before the product, as the reference does.
- *   y, gate, up  same shape and dtype, f32 | bf16; y may alias gate or up */
+/* y = gelu(gate) * up, gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in f32; gelu is
+ * rounded to the dtype before the product, as the reference does. y, gate, up  same shape and
+ * dtype, f32 | bf16; y may alias gate or up */
 KERNEL(gelu_mul_forward, Tensor y, Tensor gate, Tensor up);
 
 /* dgate = dy * up * gelu'(gate), dup = dy * gelu(gate).

@@ -1,15 +1,17 @@
 /* arena.c - placing tensors one behind the other. */
 #include "kernels/arena.h"
 
-Arena arena_measure(void) { return (Arena){.device = device_measure()}; }
+Arena arena_measure(void) {
+    return (Arena){.device = device_measure()};
+}
 
 Status arena_init(Arena *arena, Device *device, size_t bytes, const char *what) {
     *arena = (Arena){.device = device, .capacity = bytes};
     if (!bytes) return OK;
     arena->base = device_allocate(device, bytes);
     if (!arena->base)
-        FAIL(ERR_IO, "out of memory: %s needs %.2f GB, %.2f GB are available", what, (double)bytes / 1e9,
-             (double)device_available(device) / 1e9);
+        FAIL(ERR_IO, "out of memory: %s needs %.2f GB, %.2f GB are available", what,
+             (double)bytes / 1e9, (double)device_available(device) / 1e9);
     return OK;
 }
 
@@ -23,8 +25,8 @@ Tensor arena_tensor(Arena *arena, DType dtype, int ndim, const int64_t *shape) {
     t.device = arena->device;
     size_t bytes = (tensor_bytes(t) + 63) / 64 * 64;
     if (arena->device->kind != DEVICE_MEASURE) {
-        CHECK(arena->used + bytes <= arena->capacity, "arena of %zu bytes cannot place %s at %zu", arena->capacity,
-              tensor_text(t), arena->used);
+        CHECK(arena->used + bytes <= arena->capacity, "arena of %zu bytes cannot place %s at %zu",
+              arena->capacity, tensor_text(t), arena->used);
         t.data = arena->base + arena->used;
     }
     arena->used += bytes;
@@ -32,4 +34,6 @@ Tensor arena_tensor(Arena *arena, DType dtype, int ndim, const int64_t *shape) {
     return t;
 }
 
-Tensor arena_like(Arena *arena, Tensor t) { return arena_tensor(arena, t.dtype, t.ndim, t.shape); }
+Tensor arena_like(Arena *arena, Tensor t) {
+    return arena_tensor(arena, t.dtype, t.ndim, t.shape);
+}

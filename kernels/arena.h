@@ -1,7 +1,7 @@
 /* arena.h - memory with one owner: a block, and a place in it.
  *
- * An arena without a base only measures: code that places tensors runs once measuring and once placing,
- * so that the sum is known, exactly, before anything is taken. */
+ * An arena without a base only measures: code that places tensors runs once measuring and once
+ * placing, so that the sum is known, exactly, before anything is taken. */
 #ifndef ARENA_H
 #define ARENA_H
 
@@ -32,7 +32,11 @@ Tensor arena_tensor(Arena *arena, DType dtype, int ndim, const int64_t *shape);
 Tensor arena_like(Arena *arena, Tensor t);
 
 /* Temporaries live between a mark and its release, in one function. */
-static inline size_t arena_mark(const Arena *arena) { return arena->used; }
-static inline void arena_release(Arena *arena, size_t mark) { arena->used = mark; }
+static inline size_t arena_mark(const Arena *arena) {
+    return arena->used;
+}
+static inline void arena_release(Arena *arena, size_t mark) {
+    arena->used = mark;
+}
 
 #endif

@@ -1,8 +1,8 @@
 /* attention.h - softmax attention where each query sees one interval of keys.
  *
  * Causality, sliding windows, packed segments and bidirectional spans all leave every query an
- * interval first..last of the key axis, so two integers a query state any mask of this model family.
- * Scores are q.k with no scale (the q norm carries it). */
+ * interval first..last of the key axis, so two integers a query state any mask of this model
+ * family. Scores are q.k with no scale (the q norm carries it). */
 #ifndef ATTENTION_KERNEL_H
 #define ATTENTION_KERNEL_H
 
@@ -13,20 +13,22 @@
  *   k, v         (S, K, C)  dtype of q; query head h reads head h / (H / K)
  *   lse          (N, H)     f32: log of the sum of exponentials, kept for the backward pass
  *   first, last  (N)        i32, inclusive, first <= last
- *   index        (N)        i32, ascending: the place of each query on the key axis. Work is cut into
- *                           tiles by this place, so leaving queries out changes no bit of the others. */
-KERNEL(attention_forward, Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first,
-       Tensor last);
+ *   index        (N)        i32, ascending: the place of each query on the key axis. Work is cut
+ * into tiles by this place, so leaving queries out changes no bit of the others. */
+KERNEL(attention_forward, Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
+       Tensor first, Tensor last);
 
 /* dq from dy; dk and dv are added to.
  *   dq, dy, y   (N, H, C)  dtype of q
  *   dk, dv      (S, K, C)  f32
  *   partial     (G, 2, S, K, C) f32, G = attention_partials(K); scratch, absent when G is 1 */
-KERNEL(attention_backward, Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, Tensor q,
-       Tensor k, Tensor v, Tensor index, Tensor first, Tensor last, Tensor partial);
+KERNEL(attention_backward, Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
+       Tensor q, Tensor k, Tensor v, Tensor index, Tensor first, Tensor last, Tensor partial);
 
-/* How many partial sums of dk and dv the backward pass keeps: enough work items for few key heads. A
- * function of the shape alone, so results do not depend on the thread count. */
-static inline int64_t attention_partials(int64_t kv_heads) { return kv_heads >= 8 ? 1 : 8 / kv_heads; }
+/* How many partial sums of dk and dv the backward pass keeps: enough work items for few key heads.
+ * A function of the shape alone, so results do not depend on the thread count. */
+static inline int64_t attention_partials(int64_t kv_heads) {
+    return kv_heads >= 8 ? 1 : 8 / kv_heads;
+}
 
 #endif

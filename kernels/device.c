@@ -59,9 +59,13 @@ CpuLevel cpu_level(void) {
     return known;
 }
 
-const char *cpu_level_name(void) { return level_names[cpu_level()]; }
+const char *cpu_level_name(void) {
+    return level_names[cpu_level()];
+}
 
-bool cpu_has_bf16_products(void) { return cpu_level() == CPU_AVX512; }
+bool cpu_has_bf16_products(void) {
+    return cpu_level() == CPU_AVX512;
+}
 
 static const size_t HUGE_PAGE = 2u << 20;
 

@@ -38,8 +38,8 @@ const char *cpu_level_name(void);
 /* Whether the CPU multiplies bf16 natively well enough for dense products to stay in bf16. */
 bool cpu_has_bf16_products(void);
 
-/* Zeroed memory on the device, aligned to 2 MB and advised to huge pages when it is large; NULL when
- * there is not enough. */
+/* Zeroed memory on the device, aligned to 2 MB and advised to huge pages when it is large; NULL
+ * when there is not enough. */
 void *device_allocate(Device *device, size_t bytes);
 void device_release(Device *device, void *memory, size_t bytes);
 

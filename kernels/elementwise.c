@@ -12,38 +12,42 @@ void fill(Tensor y, float value) {
 }
 
 void add_scaled(Tensor y, Tensor a, Tensor b, float alpha) {
-    CHECK(tensor_count(y) == tensor_count(a) && tensor_count(y) == tensor_count(b) && y.dtype == a.dtype &&
-              y.dtype == b.dtype,
+    CHECK(tensor_count(y) == tensor_count(a) && tensor_count(y) == tensor_count(b) &&
+              y.dtype == a.dtype && y.dtype == b.dtype,
           "add: %s %s %s", tensor_text(y), tensor_text(a), tensor_text(b));
     ON_DEVICE(y, add_scaled)(y, a, b, alpha);
 }
 
 void gather_rows(Tensor y, Tensor x, Tensor rows) {
-    CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(y) == tensor_count(rows) && y.dtype == x.dtype,
+    CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(y) == tensor_count(rows) &&
+              y.dtype == x.dtype,
           "gather: %s from %s", tensor_text(y), tensor_text(x));
     ON_DEVICE(y, gather_rows)(y, x, rows);
 }
 
 void scatter_rows(Tensor y, Write write, Tensor x, Tensor rows) {
-    CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(x) == tensor_count(rows) && y.dtype == x.dtype,
+    CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(x) == tensor_count(rows) &&
+              y.dtype == x.dtype,
           "scatter: %s into %s", tensor_text(x), tensor_text(y));
     ON_DEVICE(y, scatter_rows)(y, write, x, rows);
 }
 
 void gather_add_rows(Tensor y, Tensor x, Tensor slot) {
-    CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(y) == tensor_rows(slot) && y.dtype == x.dtype,
+    CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(y) == tensor_rows(slot) &&
+              y.dtype == x.dtype,
           "gather_add: %s from %s", tensor_text(y), tensor_text(x));
     ON_DEVICE(y, gather_add_rows)(y, x, slot);
 }
 
 void dropout(Tensor y, Tensor x, float p, uint64_t key) {
-    CHECK(tensor_count(y) == tensor_count(x) && y.dtype == x.dtype && p >= 0 && p < 1, "dropout: %s from %s",
-          tensor_text(y), tensor_text(x));
+    CHECK(tensor_count(y) == tensor_count(x) && y.dtype == x.dtype && p >= 0 && p < 1,
+          "dropout: %s from %s", tensor_text(y), tensor_text(x));
     ON_DEVICE(y, dropout)(y, x, p, key);
 }
 
 void scale_columns(Tensor y, Write write, Tensor x, Tensor weight) {
-    CHECK(tensor_count(y) == tensor_count(x) && tensor_count(weight) == tensor_cols(x) && weight.dtype == F32,
+    CHECK(tensor_count(y) == tensor_count(x) && tensor_count(weight) == tensor_cols(x) &&
+              weight.dtype == F32,
           "scale_columns: %s by %s", tensor_text(x), tensor_text(weight));
     ON_DEVICE(y, scale_columns)(y, write, x, weight);
 }

@@ -17,11 +17,12 @@ KERNEL(add_scaled, Tensor y, Tensor a, Tensor b, float alpha);
 /* y[m] = x[rows[m]]; rows -1 gives zeros.   y (M, D), x (N, D) one dtype, rows (M) i32 */
 KERNEL(gather_rows, Tensor y, Tensor x, Tensor rows);
 
-/* y (=|+=) 0 except y[rows[m]] (=|+=) x[m]; rows are distinct, -1 is skipped. With SET rows not named
- * become zero.   y (N, D), x (M, D) one dtype */
+/* y (=|+=) 0 except y[rows[m]] (=|+=) x[m]; rows are distinct, -1 is skipped. With SET rows not
+ * named become zero.   y (N, D), x (M, D) one dtype */
 KERNEL(scatter_rows, Tensor y, Write write, Tensor x, Tensor rows);
 
-/* y[n] += sum over k of x[slot[n,k]], in order of k.   y (N, D), x (M, D) one dtype, slot (N, A) i32 */
+/* y[n] += sum over k of x[slot[n,k]], in order of k.   y (N, D), x (M, D) one dtype, slot (N, A)
+ * i32 */
 KERNEL(gather_add_rows, Tensor y, Tensor x, Tensor slot);
 
 /* y = x * mask / (1 - p), mask[i] = uniform(key, i) >= p.   y may alias x */

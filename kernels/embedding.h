@@ -14,6 +14,7 @@ KERNEL(embedding_forward, Tensor y, Tensor table, int64_t first_col, Tensor ids,
  * reference's padding row), -1 skips none.
  *   dtable  (V, W)  f32
  *   dy      (N, D)  f32 | bf16 */
-KERNEL(embedding_backward, Tensor dtable, int64_t first_col, Tensor dy, Tensor ids, float scale, int32_t skip);
+KERNEL(embedding_backward, Tensor dtable, int64_t first_col, Tensor dy, Tensor ids, float scale,
+       int32_t skip);
 
 #endif

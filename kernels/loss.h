@@ -16,6 +16,7 @@ KERNEL(softcap_forward, Tensor logits, float cap);
  *   logits   (R, V)  f32
  *   targets  (R)     i32
  *   weights  (R)     f32: the derivative of the loss by each nll; may be absent without dlogits */
-KERNEL(cross_entropy, Tensor nll, Tensor dlogits, Tensor logits, Tensor targets, Tensor weights, float cap);
+KERNEL(cross_entropy, Tensor nll, Tensor dlogits, Tensor logits, Tensor targets, Tensor weights,
+       float cap);
 
 #endif

@@ -6,10 +6,10 @@
 static void check_product(Layout layout, Tensor y, Tensor a, Tensor b) {
     int64_t M = tensor_rows(y), N = tensor_cols(y);
     int64_t K = layout == TN ? tensor_rows(a) : tensor_cols(a);
-    CHECK((layout == TN ? tensor_cols(a) : tensor_rows(a)) == M, "matmul: a %s against y %s", tensor_text(a),
-          tensor_text(y));
-    CHECK((layout == NT ? tensor_rows(b) : tensor_cols(b)) == N, "matmul: b %s against y %s", tensor_text(b),
-          tensor_text(y));
+    CHECK((layout == TN ? tensor_cols(a) : tensor_rows(a)) == M, "matmul: a %s against y %s",
+          tensor_text(a), tensor_text(y));
+    CHECK((layout == NT ? tensor_rows(b) : tensor_cols(b)) == N, "matmul: b %s against y %s",
+          tensor_text(b), tensor_text(y));
     CHECK((layout == NT ? tensor_cols(b) : tensor_rows(b)) == K, "matmul: a %s and b %s share no K",
           tensor_text(a), tensor_text(b));
     CHECK((a.dtype == F32 || a.dtype == BF16) && (b.dtype == F32 || b.dtype == BF16) &&
@@ -29,16 +29,19 @@ void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     ON_DEVICE(a, matmul_ordered)(layout, y, write, a, b, alpha);
 }
 
-void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, const int32_t *offsets,
-                    int64_t groups, float alpha) {
+void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
+                    const int32_t *offsets, int64_t groups, float alpha) {
     if (layout == TN) {
-        CHECK(write == ADD && y.ndim == 3 && y.shape[0] == groups, "grouped_matmul: TN adds to (G, P, Q)");
-        CHECK(tensor_rows(a) == tensor_rows(b) && tensor_cols(a) == y.shape[1] && tensor_cols(b) == y.shape[2],
+        CHECK(write == ADD && y.ndim == 3 && y.shape[0] == groups,
+              "grouped_matmul: TN adds to (G, P, Q)");
+        CHECK(tensor_rows(a) == tensor_rows(b) && tensor_cols(a) == y.shape[1] &&
+                  tensor_cols(b) == y.shape[2],
               "grouped_matmul: %s %s %s", tensor_text(y), tensor_text(a), tensor_text(b));
     } else {
-        CHECK(b.ndim == 3 && b.shape[0] == groups && tensor_rows(y) == tensor_rows(a), "grouped_matmul: %s %s %s",
-              tensor_text(y), tensor_text(a), tensor_text(b));
+        CHECK(b.ndim == 3 && b.shape[0] == groups && tensor_rows(y) == tensor_rows(a),
+              "grouped_matmul: %s %s %s", tensor_text(y), tensor_text(a), tensor_text(b));
     }
-    CHECK(a.device->kind == DEVICE_MEASURE || offsets[groups] <= tensor_rows(a), "grouped_matmul: offsets beyond the %" PRId64 " rows", tensor_rows(a));
+    CHECK(a.device->kind == DEVICE_MEASURE || offsets[groups] <= tensor_rows(a),
+          "grouped_matmul: offsets beyond the %" PRId64 " rows", tensor_rows(a));
     ON_DEVICE(a, grouped_matmul)(layout, y, write, a, b, offsets, groups, alpha);
 }

@@ -25,7 +25,7 @@ KERNEL(matmul_ordered, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
  *   NN  y (M, N) rows of g = a (M, K) rows of g times b[g] (K, N)
  *   TN  y[g] (P, Q) += (rows of g of a (M, P))^T (rows of g of b (M, Q)); write must be ADD
  *   offsets  (G + 1)  i32 on the host */
-KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, const int32_t *offsets,
-       int64_t groups, float alpha);
+KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
+       const int32_t *offsets, int64_t groups, float alpha);
 
 #endif

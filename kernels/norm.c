@@ -4,15 +4,19 @@
 #define NORM_COLS_MAX 32768
 
 static void check_norm(Tensor x, Tensor rstd, Tensor weight) {
-    CHECK(tensor_cols(x) > 0 && tensor_cols(x) <= NORM_COLS_MAX, "rmsnorm: %s has too long rows", tensor_text(x));
-    CHECK(!tensor_present(rstd) || tensor_count(rstd) == tensor_rows(x), "rmsnorm: rstd is not one a row");
-    CHECK(!tensor_present(weight) || tensor_count(weight) == tensor_cols(x), "rmsnorm: weight is not (D)");
+    CHECK(tensor_cols(x) > 0 && tensor_cols(x) <= NORM_COLS_MAX, "rmsnorm: %s has too long rows",
+          tensor_text(x));
+    CHECK(!tensor_present(rstd) || tensor_count(rstd) == tensor_rows(x),
+          "rmsnorm: rstd is not one a row");
+    CHECK(!tensor_present(weight) || tensor_count(weight) == tensor_cols(x),
+          "rmsnorm: weight is not (D)");
 }
 
 void rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual, float eps) {
     check_norm(x, rstd, weight);
     CHECK(tensor_count(y) == tensor_count(x) && y.dtype == x.dtype, "rmsnorm: y and x differ");
-    CHECK(!tensor_present(residual) || (tensor_count(residual) == tensor_count(x) && residual.dtype == x.dtype),
+    CHECK(!tensor_present(residual) ||
+              (tensor_count(residual) == tensor_count(x) && residual.dtype == x.dtype),
           "rmsnorm: residual and x differ");
     ON_DEVICE(x, rmsnorm_forward)(y, rstd, x, weight, residual, eps);
 }
@@ -24,12 +28,15 @@ void rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
     ON_DEVICE(x, rmsnorm_apply)(y, rstd, x, weight);
 }
 
-void rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd, Tensor weight) {
+void rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd,
+                      Tensor weight) {
     check_norm(x, rstd, weight);
     CHECK(tensor_present(rstd), "rmsnorm: rstd is needed");
     CHECK(tensor_count(dy) == tensor_count(x) && dy.dtype == x.dtype, "rmsnorm: dy and x differ");
-    CHECK(!tensor_present(dx) || (tensor_count(dx) == tensor_count(x) && dx.dtype == x.dtype), "rmsnorm: dx and x differ");
-    CHECK(!tensor_present(dweight) || (tensor_count(dweight) == tensor_cols(x) && dweight.dtype == F32),
+    CHECK(!tensor_present(dx) || (tensor_count(dx) == tensor_count(x) && dx.dtype == x.dtype),
+          "rmsnorm: dx and x differ");
+    CHECK(!tensor_present(dweight) ||
+              (tensor_count(dweight) == tensor_cols(x) && dweight.dtype == F32),
           "rmsnorm: dweight is not (D) f32");
     ON_DEVICE(x, rmsnorm_backward)(dx, write, dweight, dy, x, rstd, weight);
 }

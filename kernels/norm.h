@@ -16,10 +16,9 @@ KERNEL(rmsnorm_forward, Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor r
 /* y = x * rstd * weight again from the kept rstd: what rmsnorm_forward wrote, bit for bit. */
 KERNEL(rmsnorm_apply, Tensor y, Tensor rstd, Tensor x, Tensor weight);
 
-/* With g = dy * weight: dx (=|+=) rstd * (g - x * rstd^2 * mean(g * x)); dweight += sum over rows of
- * dy * x * rstd, in a fixed order.
- *   dx       (..., D)  dtype of dy; may alias dy; absent means not needed
- *   dweight  (D)       f32; absent means frozen */
+/* With g = dy * weight: dx (=|+=) rstd * (g - x * rstd^2 * mean(g * x)); dweight += sum over rows
+ * of dy * x * rstd, in a fixed order. dx       (..., D)  dtype of dy; may alias dy; absent means
+ * not needed dweight  (D)       f32; absent means frozen */
 KERNEL(rmsnorm_backward, Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd,
        Tensor weight);
 

@@ -9,7 +9,8 @@ uint64_t random_key_name(uint64_t seed, const char *name) {
     return random_key(seed, hash);
 }
 
-/* Index 2j is the cosine and 2j + 1 the sine of one pair of uniforms, so any range can be made alone. */
+/* Index 2j is the cosine and 2j + 1 the sine of one pair of uniforms, so any range can be made
+ * alone. */
 void random_normal(float *values, uint64_t key, uint64_t first, int64_t count) {
     int64_t i = 0;
     while (i < count) {

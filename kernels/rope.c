@@ -4,11 +4,13 @@
 static void check_rope(Tensor y, Tensor x, Tensor cos, Tensor sin) {
     CHECK(x.ndim == 3 && x.shape[2] % 2 == 0, "rope: x %s is not (N, heads, C)", tensor_text(x));
     CHECK(tensor_count(y) == tensor_count(x), "rope: y and x differ in size");
-    CHECK(tensor_count(cos) == x.shape[0] * x.shape[2] / 2 && tensor_count(sin) == tensor_count(cos),
+    CHECK(tensor_count(cos) == x.shape[0] * x.shape[2] / 2 &&
+              tensor_count(sin) == tensor_count(cos),
           "rope: tables are not (N, C/2)");
 }
 
-void rope_table(Tensor cos, Tensor sin, Tensor positions, float theta, int64_t rotated, float factor) {
+void rope_table(Tensor cos, Tensor sin, Tensor positions, float theta, int64_t rotated,
+                float factor) {
     CHECK(cos.dtype == F32 && sin.dtype == F32 && positions.dtype == I32, "rope: table dtypes");
     CHECK(tensor_rows(cos) == tensor_count(positions), "rope: one row a position");
     CHECK(rotated <= tensor_cols(cos), "rope: more rotated pairs than pairs");

@@ -7,7 +7,8 @@
 /* cos, sin of position * w_i, w_i = theta^(-2i/C) / factor for i < rotated and 0 beyond (identity).
  *   cos, sin   (N, C/2)  f32
  *   positions  (N)       i32 */
-KERNEL(rope_table, Tensor cos, Tensor sin, Tensor positions, float theta, int64_t rotated, float factor);
+KERNEL(rope_table, Tensor cos, Tensor sin, Tensor positions, float theta, int64_t rotated,
+       float factor);
 
 /* y_i = x_i cos - x_{i+C/2} sin;  y_{i+C/2} = x_{i+C/2} cos + x_i sin, in f32, rounded once.
  *   y, x      (N, heads, C)  f32 | bf16; y may alias x

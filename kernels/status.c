@@ -8,7 +8,9 @@
 
 static _Thread_local char message[2048];
 
-const char *status_message(void) { return message; }
+const char *status_message(void) {
+    return message;
+}
 
 Status status_fail(Status status, const char *format, ...) {
     va_list arguments;

@@ -1,8 +1,8 @@
 /* status.h - errors (the world's fault) and faults (ours).
  *
  * A function that touches files, configuration or memory limits returns a Status. FAIL records one
- * message for the calling thread, naming file, thing and expectation; TRY forwards it; main prints it
- * once. A broken promise inside the program is a fault: CHECK prints it and aborts. */
+ * message for the calling thread, naming file, thing and expectation; TRY forwards it; main prints
+ * it once. A broken promise inside the program is a fault: CHECK prints it and aborts. */
 #ifndef STATUS_H
 #define STATUS_H
 
@@ -59,8 +59,9 @@ _Noreturn void fault(const char *file, int line, const char *condition, const ch
         if (!(condition)) fault(__FILE__, __LINE__, #condition, __VA_ARGS__);                      \
     } while (0)
 
-/* malloc, calloc and realloc whose failure is a fault: for small things whose absence leaves nothing to
- * do. What depends on the size of a model or a file is allocated by Status-returning code. */
+/* malloc, calloc and realloc whose failure is a fault: for small things whose absence leaves
+ * nothing to do. What depends on the size of a model or a file is allocated by Status-returning
+ * code. */
 void *must_malloc(size_t bytes);
 void *must_calloc(size_t count, size_t size);
 void *must_realloc(void *old, size_t bytes);

@@ -21,15 +21,15 @@ Tensor tensor_reshape(Tensor t, int ndim, const int64_t *shape) {
     bool placed = t.device != NULL;
     t.ndim = ndim;
     for (int i = 0; i < ndim; i++) t.shape[i] = shape[i];
-    CHECK(!placed || tensor_count(t) == count, "reshape from %" PRId64 " to %" PRId64 " elements", count,
-          tensor_count(t));
+    CHECK(!placed || tensor_count(t) == count, "reshape from %" PRId64 " to %" PRId64 " elements",
+          count, tensor_count(t));
     return t;
 }
 
 Tensor tensor_slice(Tensor t, int64_t first, int64_t count) {
     if (!t.device) return t;
-    CHECK(first >= 0 && count >= 0 && first + count <= t.shape[0], "slice %" PRId64 "+%" PRId64 " of %s",
-          first, count, tensor_text(t));
+    CHECK(first >= 0 && count >= 0 && first + count <= t.shape[0],
+          "slice %" PRId64 "+%" PRId64 " of %s", first, count, tensor_text(t));
     size_t inner = t.shape[0] ? tensor_bytes(t) / (size_t)t.shape[0] : 0;
     if (t.data) t.data = (char *)t.data + (size_t)first * inner;
     t.shape[0] = count;
@@ -49,7 +49,8 @@ const char *tensor_text(Tensor t) {
     char *text = buffers[turn++ % 4];
     int used = snprintf(text, sizeof buffers[0], "(");
     for (int i = 0; i < t.ndim; i++)
-        used += snprintf(text + used, sizeof buffers[0] - (size_t)used, "%s%" PRId64, i ? ", " : "", t.shape[i]);
+        used += snprintf(text + used, sizeof buffers[0] - (size_t)used, "%s%" PRId64, i ? ", " : "",
+                         t.shape[i]);
     snprintf(text + used, sizeof buffers[0] - (size_t)used, ") %s", dtype_name(t.dtype));
     return text;
 }

@@ -1,4 +1,5 @@
-/* tensor.h - a Tensor is a small view of memory that someone else owns; copying it copies no data. */
+/* tensor.h - a Tensor is a small view of memory that someone else owns; copying it copies no data.
+ */
 #ifndef TENSOR_H
 #define TENSOR_H
 
@@ -33,16 +34,24 @@ static inline int64_t tensor_count(Tensor t) {
 }
 
 /* The last dimension, and how many rows of it there are. */
-static inline int64_t tensor_cols(Tensor t) { return t.ndim ? t.shape[t.ndim - 1] : 1; }
+static inline int64_t tensor_cols(Tensor t) {
+    return t.ndim ? t.shape[t.ndim - 1] : 1;
+}
 static inline int64_t tensor_rows(Tensor t) {
     int64_t rows = 1;
     for (int i = 0; i + 1 < t.ndim; i++) rows *= t.shape[i];
     return rows;
 }
-static inline size_t tensor_bytes(Tensor t) { return (size_t)tensor_count(t) * dtype_size(t.dtype); }
+static inline size_t tensor_bytes(Tensor t) {
+    return (size_t)tensor_count(t) * dtype_size(t.dtype);
+}
 
-static inline Tensor tensor_absent(void) { return (Tensor){0}; }
-static inline bool tensor_present(Tensor t) { return t.device != NULL; }
+static inline Tensor tensor_absent(void) {
+    return (Tensor){0};
+}
+static inline bool tensor_present(Tensor t) {
+    return t.device != NULL;
+}
 
 /* A view over memory the caller owns, on the CPU. */
 Tensor tensor_make(void *data, DType dtype, int ndim, const int64_t *shape);

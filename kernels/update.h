@@ -8,14 +8,14 @@
  *   value *= 1 - lr * decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
  *   value -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
  * g is grad * scale (the clipping factor).  value, grad, m, v (n) f32 */
-KERNEL(adamw_update, Tensor value, Tensor grad, Tensor m, Tensor v, float scale, float lr, float beta1, float beta2,
-       float eps, float decay, int64_t t);
+KERNEL(adamw_update, Tensor value, Tensor grad, Tensor m, Tensor v, float scale, float lr,
+       float beta1, float beta2, float eps, float decay, int64_t t);
 
 /* Stochastic gradient descent with momentum as torch.optim.SGD computes it:
- *   g = grad * scale + decay * value;  buffer = t == 1 ? g : momentum * buffer + g;  value -= lr * buffer
- *   buffer  (n) f32; absent when momentum is 0 */
-KERNEL(sgd_update, Tensor value, Tensor grad, Tensor buffer, float scale, float lr, float momentum, float decay,
-       int64_t t);
+ *   g = grad * scale + decay * value;  buffer = t == 1 ? g : momentum * buffer + g;  value -= lr *
+ * buffer buffer  (n) f32; absent when momentum is 0 */
+KERNEL(sgd_update, Tensor value, Tensor grad, Tensor buffer, float scale, float lr, float momentum,
+       float decay, int64_t t);
 
 /* *sum = sum of x^2 in f64, in an order that does not depend on the thread count.  x (n) f32 */
 KERNEL(sum_of_squares, double *sum, Tensor x);

@@ -1,7 +1,7 @@
 /* attention.c - q, k, v from x; heads normalised; q and k rotated; attended; o_proj.
  *
- * v is normalised without a weight and not rotated. Where V comes from K it is the raw k_proj output
- * under v's norm, so it differs from K. Scores have no scale. */
+ * v is normalised without a weight and not rotated. Where V comes from K it is the raw k_proj
+ * output under v's norm, so it differs from K. Scores have no scale. */
 #include "model/attention.h"
 #include "kernels/attention.h"
 #include "kernels/elementwise.h"
@@ -23,7 +23,8 @@ void attention_declare(Attention *a, ParamList *params, LinearList *list, const 
     params_leave(params);
 }
 
-void attention_reserve(AttentionSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N) {
+void attention_reserve(AttentionSaved *s, Arena *arena, const BlockConfig *c, DType dtype,
+                       int64_t N) {
     int64_t H = c->num_attention_heads, K = c->num_key_value_heads, C = c->head_dim;
     *s = (AttentionSaved){0};
     s->q_raw = ARENA_TENSOR(arena, dtype, N, H, C);
@@ -38,7 +39,9 @@ void attention_reserve(AttentionSaved *s, Arena *arena, const BlockConfig *c, DT
     s->v_rstd = ARENA_TENSOR(arena, F32, N, K);
 }
 
-static Tensor flat(Tensor heads) { return RESHAPE(heads, heads.shape[0], heads.shape[1] * heads.shape[2]); }
+static Tensor flat(Tensor heads) {
+    return RESHAPE(heads, heads.shape[0], heads.shape[1] * heads.shape[2]);
+}
 
 void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Tensor x, Pass *p) {
     const BlockConfig *c = &a->config;
@@ -50,20 +53,21 @@ void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Te
     norm_forward(&a->q_norm, s->q, s->q_rstd, s->q_raw, tensor_absent());
     rope_forward(s->q, s->q, cos, sin);
     if (c->owns_kv) {
-        Tensor k = tensor_slice(slot->k, slot->length, rows->count), v = tensor_slice(slot->v, slot->length, rows->count);
+        Tensor k = tensor_slice(slot->k, slot->length, rows->count),
+               v = tensor_slice(slot->v, slot->length, rows->count);
         linear_forward(&a->k_proj, flat(s->k_raw), x, p);
         if (!c->v_from_k) linear_forward(&a->v_proj, flat(s->v_raw), x, p);
         norm_forward(&a->k_norm, k, s->k_rstd, s->k_raw, tensor_absent());
         rope_forward(k, k, cos, sin);
         norm_forward(&a->v_norm, v, s->v_rstd, s->v_raw, tensor_absent());
     }
-    attention_forward(s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind], rows->first[c->kind],
-                      rows->last[c->kind]);
+    attention_forward(s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind],
+                      rows->first[c->kind], rows->last[c->kind]);
     linear_forward(&a->o_proj, y, flat(s->out), p);
 }
 
-void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tensor dx, Write write, Tensor dy, Tensor x,
-                              Pass *p) {
+void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tensor dx, Write write,
+                              Tensor dy, Tensor x, Pass *p) {
     const BlockConfig *c = &a->config;
     const Rows *rows = p->rows;
     KvSlot *slot = &p->slots[c->kv_layer];
@@ -73,10 +77,11 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
     Tensor dout = arena_like(p->scratch, s->out), dq = arena_like(p->scratch, s->q);
     int64_t G = attention_partials(c->num_key_value_heads);
     Tensor partial = G == 1 ? tensor_absent()
-                            : ARENA_TENSOR(p->scratch, F32, 2 * G, slot->k.shape[0], slot->k.shape[1], slot->k.shape[2]);
+                            : ARENA_TENSOR(p->scratch, F32, 2 * G, slot->k.shape[0],
+                                           slot->k.shape[1], slot->k.shape[2]);
     linear_backward(&a->o_proj, flat(dout), SET, dy, flat(s->out), p);
-    attention_backward(dq, slot->dk, slot->dv, dout, s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind],
-                       rows->first[c->kind], rows->last[c->kind], partial);
+    attention_backward(dq, slot->dk, slot->dv, dout, s->out, s->lse, s->q, slot->k, slot->v,
+                       rows->index[c->kind], rows->first[c->kind], rows->last[c->kind], partial);
     if (c->owns_kv) {
         Tensor dk = arena_like(p->scratch, s->k_raw), dv = arena_like(p->scratch, s->v_raw);
         rope_backward(dk, slot->dk, cos, sin);

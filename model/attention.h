@@ -1,8 +1,8 @@
 /* attention.h - grouped-query attention with normalised, rotated heads and shared K/V.
  *
  * K and V live in a slot of the pass, one for each layer that owns them; a layer that shares has no
- * k_proj and reads the slot of an earlier layer of its kind. In the backward pass every reader adds to
- * the slot's dk and dv; blocks run in reverse, so the owner finds them complete. */
+ * k_proj and reads the slot of an earlier layer of its kind. In the backward pass every reader adds
+ * to the slot's dk and dv; blocks run in reverse, so the owner finds them complete. */
 #ifndef MODEL_ATTENTION_H
 #define MODEL_ATTENTION_H
 
@@ -23,9 +23,10 @@ typedef struct AttentionSaved {
 } AttentionSaved;
 
 void attention_declare(Attention *a, ParamList *params, LinearList *list, const BlockConfig *c);
-void attention_reserve(AttentionSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N);
+void attention_reserve(AttentionSaved *s, Arena *arena, const BlockConfig *c, DType dtype,
+                       int64_t N);
 void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Tensor x, Pass *p);
-void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tensor dx, Write write, Tensor dy, Tensor x,
-                              Pass *p);
+void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tensor dx, Write write,
+                              Tensor dy, Tensor x, Pass *p);
 
 #endif

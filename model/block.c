@@ -2,7 +2,8 @@
  *           x3 = x2 + norm(projection(gelu(gate(x2)) * per_layer));  y = layer_scalar * x3.
  *
  * With experts the feed-forward is norm_1(mlp(norm(x1))) + norm_2'(experts(norm_2(x1))), the router
- * reading x1. Normalised inputs are not saved: from x and rstd they are one pass over memory away. */
+ * reading x1. Normalised inputs are not saved: from x and rstd they are one pass over memory away.
+ */
 #include "model/block.h"
 #include "kernels/activation.h"
 #include "kernels/elementwise.h"
@@ -19,13 +20,18 @@ void block_declare(Block *b, ParamList *params, LinearList *list, const BlockCon
     norm_declare(&b->post_feedforward_layernorm, params, "post_feedforward_layernorm", D, c->eps);
     if (c->num_experts) {
         moe_declare(&b->moe, params, list, c);
-        norm_declare(&b->post_feedforward_layernorm_1, params, "post_feedforward_layernorm_1", D, c->eps);
-        norm_declare(&b->pre_feedforward_layernorm_2, params, "pre_feedforward_layernorm_2", D, c->eps);
-        norm_declare(&b->post_feedforward_layernorm_2, params, "post_feedforward_layernorm_2", D, c->eps);
+        norm_declare(&b->post_feedforward_layernorm_1, params, "post_feedforward_layernorm_1", D,
+                     c->eps);
+        norm_declare(&b->pre_feedforward_layernorm_2, params, "pre_feedforward_layernorm_2", D,
+                     c->eps);
+        norm_declare(&b->post_feedforward_layernorm_2, params, "post_feedforward_layernorm_2", D,
+                     c->eps);
     }
     if (c->per_layer_input) {
-        linear_declare(&b->per_layer_input_gate, params, list, "per_layer_input_gate", c->per_layer_input, D);
-        linear_declare(&b->per_layer_projection, params, list, "per_layer_projection", D, c->per_layer_input);
+        linear_declare(&b->per_layer_input_gate, params, list, "per_layer_input_gate",
+                       c->per_layer_input, D);
+        linear_declare(&b->per_layer_projection, params, list, "per_layer_projection", D,
+                       c->per_layer_input);
         norm_declare(&b->post_per_layer_input_norm, params, "post_per_layer_input_norm", D, c->eps);
     }
     b->layer_scalar = PARAMS_ADD(params, "layer_scalar", 1);
@@ -77,7 +83,8 @@ static void feed_forward(const Block *b, BlockSaved *s, Pass *p) {
         mlp_forward(&b->mlp, &s->mlp, s->dense, h, p);
         norm_forward(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1, tensor_absent());
         moe_forward(&b->moe, &s->moe, s->routed, h, s->x1, p);
-        norm_forward(&b->post_feedforward_layernorm_1, s->fed, s->dense_rstd, s->dense, tensor_absent());
+        norm_forward(&b->post_feedforward_layernorm_1, s->fed, s->dense_rstd, s->dense,
+                     tensor_absent());
         norm_forward(&b->post_feedforward_layernorm_2, s->fed, s->routed_rstd, s->routed, s->fed);
     }
     arena_release(p->scratch, mark);
@@ -104,7 +111,8 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
 }
 
 /* dx1, which holds the gradient arriving by the residual, gets that of the feed-forward added. */
-static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx1, Tensor dfed, Pass *p) {
+static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx1, Tensor dfed,
+                                  Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor h = arena_like(p->scratch, s->x1), dh = arena_like(p->scratch, s->x1);
     norm_apply(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1);
@@ -113,10 +121,12 @@ static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx
         norm_backward(&b->pre_feedforward_layernorm, dx1, ADD, dh, s->x1, s->x1_rstd);
     } else {
         Tensor dbranch = arena_like(p->scratch, s->x1);
-        norm_backward(&b->post_feedforward_layernorm_1, dbranch, SET, dfed, s->dense, s->dense_rstd);
+        norm_backward(&b->post_feedforward_layernorm_1, dbranch, SET, dfed, s->dense,
+                      s->dense_rstd);
         mlp_backward(&b->mlp, &s->mlp, dh, SET, dbranch, h, p);
         norm_backward(&b->pre_feedforward_layernorm, dx1, ADD, dh, s->x1, s->x1_rstd);
-        norm_backward(&b->post_feedforward_layernorm_2, dbranch, SET, dfed, s->routed, s->routed_rstd);
+        norm_backward(&b->post_feedforward_layernorm_2, dbranch, SET, dfed, s->routed,
+                      s->routed_rstd);
         norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1);
         moe_backward(&b->moe, &s->moe, dh, dx1, dbranch, h, s->x1, p);
         norm_backward(&b->pre_feedforward_layernorm_2, dx1, ADD, dh, s->x1, s->x1_rstd_2);
@@ -124,15 +134,16 @@ static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx
     arena_release(p->scratch, mark);
 }
 
-void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_layer, Tensor dy, Tensor x,
-                    Tensor per_layer, Pass *p) {
+void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_layer, Tensor dy,
+                    Tensor x, Tensor per_layer, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor h = arena_like(p->scratch, x), dbranch = arena_like(p->scratch, x);
     scale_copy(dx, SET, dy, scalar_of(b)); /* dx carries the residual's gradient from here down */
     if (b->config.per_layer_input) {
         Tensor u = arena_like(p->scratch, s->gate), du = arena_like(p->scratch, s->gate);
         gelu_mul_forward(u, s->gate, per_layer);
-        norm_backward(&b->post_per_layer_input_norm, dbranch, SET, dx, s->projected, s->projected_rstd);
+        norm_backward(&b->post_per_layer_input_norm, dbranch, SET, dx, s->projected,
+                      s->projected_rstd);
         linear_backward(&b->per_layer_projection, du, SET, dbranch, u, p);
         gelu_mul_backward(u, dper_layer, du, s->gate, per_layer); /* u: dgate */
         linear_backward(&b->per_layer_input_gate, dx, ADD, u, s->x2, p);

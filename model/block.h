@@ -8,7 +8,8 @@
 
 typedef struct Block {
     BlockConfig config;
-    Norm input_layernorm, post_attention_layernorm, pre_feedforward_layernorm, post_feedforward_layernorm;
+    Norm input_layernorm, post_attention_layernorm, pre_feedforward_layernorm,
+        post_feedforward_layernorm;
     Attention self_attn;
     Mlp mlp;
     /* mixture of experts only */
@@ -24,25 +25,26 @@ typedef struct BlockSaved {
     AttentionSaved attention;
     MlpSaved mlp;
     MoeSaved moe;
-    Tensor attended;              /* (N, D) output of attention */
-    Tensor x1;                    /* (N, D) after the first residual */
-    Tensor fed;                   /* (N, D) output of the feed-forward, or the sum of both branches */
-    Tensor dense, routed;         /* (N, D) raw outputs of the two branches; experts only */
-    Tensor x2;                    /* (N, D) after the second residual; per-layer input only */
-    Tensor gate;                  /* (N, P) */
-    Tensor projected;             /* (N, D) */
-    Tensor input_rstd, attended_rstd, x1_rstd, fed_rstd, x1_rstd_2, dense_rstd, routed_rstd, projected_rstd; /* (N) */
+    Tensor attended;      /* (N, D) output of attention */
+    Tensor x1;            /* (N, D) after the first residual */
+    Tensor fed;           /* (N, D) output of the feed-forward, or the sum of both branches */
+    Tensor dense, routed; /* (N, D) raw outputs of the two branches; experts only */
+    Tensor x2;            /* (N, D) after the second residual; per-layer input only */
+    Tensor gate;          /* (N, P) */
+    Tensor projected;     /* (N, D) */
+    Tensor input_rstd, attended_rstd, x1_rstd, fed_rstd, x1_rstd_2, dense_rstd, routed_rstd,
+        projected_rstd; /* (N) */
 } BlockSaved;
 
 void block_declare(Block *b, ParamList *params, LinearList *list, const BlockConfig *c);
 void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N);
 
-/* y (N, D) from x (N, D) and this layer's per-layer input (N, P), absent where the model has none. y may
- * not alias x. */
+/* y (N, D) from x (N, D) and this layer's per-layer input (N, P), absent where the model has none.
+ * y may not alias x. */
 void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per_layer, Pass *p);
 
 /* dx is set from dy; dper_layer (N, P), when present, is set. dx may alias dy. */
-void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_layer, Tensor dy, Tensor x,
-                    Tensor per_layer, Pass *p);
+void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_layer, Tensor dy,
+                    Tensor x, Tensor per_layer, Pass *p);
 
 #endif

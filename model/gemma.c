@@ -12,7 +12,8 @@ void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *dev
     params_enter(&g->params, "embed_tokens");
     g->embed_tokens = PARAMS_ADD(&g->params, "weight", c->vocab_size, c->hidden_size);
     params_leave(&g->params);
-    if (c->hidden_size_per_layer_input) per_layer_input_declare(&g->per_layer_input, &g->params, &g->linears, c);
+    if (c->hidden_size_per_layer_input)
+        per_layer_input_declare(&g->per_layer_input, &g->params, &g->linears, c);
     g->blocks = must_calloc((size_t)c->num_hidden_layers, sizeof *g->blocks);
     for (int l = 0; l < c->num_hidden_layers; l++) {
         BlockConfig block = block_config(c, l);
@@ -43,5 +44,6 @@ Linear *gemma_find_linear(const Gemma *g, const char *name) {
 }
 
 bool gemma_trains_embedding(const Gemma *g) {
-    return g->embed_tokens->trainable || (g->per_layer_input.L && per_layer_input_trains(&g->per_layer_input));
+    return g->embed_tokens->trainable ||
+           (g->per_layer_input.L && per_layer_input_trains(&g->per_layer_input));
 }

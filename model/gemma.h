@@ -11,7 +11,7 @@ typedef struct Gemma {
     Device *device;
     ParamList params;
     LinearList linears;
-    Param *embed_tokens; /* (V, D), also the head */
+    Param *embed_tokens;           /* (V, D), also the head */
     PerLayerInput per_layer_input; /* L == 0: the model has none */
     Block *blocks;
     Norm norm;

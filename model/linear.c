@@ -14,19 +14,22 @@ static void list_append(LinearList *list, Linear *l) {
     list->end = &l->next;
 }
 
-void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t out, int64_t in) {
+void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t out,
+                    int64_t in) {
     *l = (Linear){.in = in, .out = out, .groups = 1};
-    CHECK(snprintf(l->name, sizeof l->name, "%s%s", params->path, name) < (int)sizeof l->name, "name too long: %s", name);
+    CHECK(snprintf(l->name, sizeof l->name, "%s%s", params->path, name) < (int)sizeof l->name,
+          "name too long: %s", name);
     params_enter(params, "%s", name);
     l->weight = PARAMS_ADD(params, "weight", out, in);
     params_leave(params);
     list_append(list, l);
 }
 
-void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t groups,
-                            int64_t out, int64_t in) {
+void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name,
+                            int64_t groups, int64_t out, int64_t in) {
     *l = (Linear){.in = in, .out = out, .groups = groups};
-    CHECK(snprintf(l->name, sizeof l->name, "%s%s", params->path, name) < (int)sizeof l->name, "name too long: %s", name);
+    CHECK(snprintf(l->name, sizeof l->name, "%s%s", params->path, name) < (int)sizeof l->name,
+          "name too long: %s", name);
     l->weight = PARAMS_ADD(params, name, groups, out, in);
     list_append(list, l);
 }
@@ -40,8 +43,8 @@ static Tensor adapter_input(const Linear *l, Tensor x, Pass *p) {
 }
 
 /* One product of the adapter, dense or grouped. */
-static void adapter_product(const Linear *l, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
-                            const int32_t *offsets, float alpha) {
+static void adapter_product(const Linear *l, Layout layout, Tensor y, Write write, Tensor a,
+                            Tensor b, const int32_t *offsets, float alpha) {
     if (l->groups == 1)
         matmul_ordered(layout, y, write, a, b, alpha);
     else
@@ -64,10 +67,12 @@ static void forward(const Linear *l, Tensor y, Tensor x, const int32_t *offsets,
     arena_release(p->scratch, mark);
 }
 
-static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, const int32_t *offsets, Pass *p) {
+static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
+                     const int32_t *offsets, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     const Lora *lora = l->lora;
-    if (lora && lora->magnitude) { /* y = factor * z: dm = sum dy z / |.|, and dz = factor * dy goes on */
+    if (lora &&
+        lora->magnitude) { /* y = factor * z: dm = sum dy z / |.|, and dz = factor * dy goes on */
         if (lora->magnitude->trainable) {
             Tensor z = arena_like(p->scratch, dy), sums = arena_like(p->scratch, lora->factor);
             forward(l, z, x, offsets, p); /* factor * z; divided by the magnitude below */
@@ -76,7 +81,8 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
             if (sums.data)
                 for (int64_t o = 0; o < l->out; o++) {
                     float m = ((float *)lora->magnitude->value.data)[o];
-                    ((float *)lora->magnitude->grad.data)[o] += m != 0 ? ((float *)sums.data)[o] / m : 0.0f;
+                    ((float *)lora->magnitude->grad.data)[o] +=
+                        m != 0 ? ((float *)sums.data)[o] / m : 0.0f;
                 }
         }
         Tensor dz = arena_like(p->scratch, dy);
@@ -96,7 +102,8 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
             grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, l->groups, 1.0f);
     }
     if (lora) {
-        Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank), du = arena_like(p->scratch, u);
+        Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank),
+               du = arena_like(p->scratch, u);
         Tensor input = adapter_input(l, x, p);
         adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
         if (lora->A->trainable) {
@@ -118,7 +125,9 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
     arena_release(p->scratch, mark);
 }
 
-void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) { forward(l, y, x, NULL, p); }
+void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
+    forward(l, y, x, NULL, p);
+}
 
 void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, const int32_t *offsets, Pass *p) {
     forward(l, y, x, offsets, p);
@@ -128,8 +137,8 @@ void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
     backward(l, dx, write, dy, x, NULL, p);
 }
 
-void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, const int32_t *offsets,
-                             Pass *p) {
+void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
+                             const int32_t *offsets, Pass *p) {
     backward(l, dx, write, dy, x, offsets, p);
 }
 
@@ -143,7 +152,8 @@ void linear_refresh(Linear *l, Arena *scratch) {
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
         scale_copy(part, SET, tensor_slice(l->weight->value, o, n), 1.0f);
-        matmul_ordered(NN, part, ADD, tensor_slice(l->lora->B->value, o, n), l->lora->A->value, l->lora->scale);
+        matmul_ordered(NN, part, ADD, tensor_slice(l->lora->B->value, o, n), l->lora->A->value,
+                       l->lora->scale);
         for (int64_t i = 0; i < n; i++) {
             const float *row = (const float *)part.data + i * l->in;
             double square = 0;

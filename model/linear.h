@@ -1,8 +1,8 @@
 /* linear.h - y = x W^T, with everything a training method may hang on it.
  *
- * Full training is a weight with a gradient; LoRA is `lora`; DoRA is a lora with a magnitude; a group
- * dimension makes it the matrices of all experts. Linear saves nothing: its input is its caller's, and
- * what the adapter needs is cheaper to compute again than to keep. */
+ * Full training is a weight with a gradient; LoRA is `lora`; DoRA is a lora with a magnitude; a
+ * group dimension makes it the matrices of all experts. Linear saves nothing: its input is its
+ * caller's, and what the adapter needs is cheaper to compute again than to keep. */
 #ifndef LINEAR_H
 #define LINEAR_H
 
@@ -23,11 +23,11 @@ typedef struct Lora {
 } Lora;
 
 typedef struct Linear {
-    int64_t in, out, groups; /* groups: experts; 1 for a dense layer */
-    Param *weight;           /* (out, in) or (groups, out, in) */
-    Lora *lora;              /* NULL: no adapter */
+    int64_t in, out, groups;   /* groups: experts; 1 for a dense layer */
+    Param *weight;             /* (out, in) or (groups, out, in) */
+    Lora *lora;                /* NULL: no adapter */
     char name[PARAM_NAME_MAX]; /* full name of the module, or of the parameter when grouped */
-    struct Linear *next;     /* the model's list of linears, in order of declaration */
+    struct Linear *next;       /* the model's list of linears, in order of declaration */
 } Linear;
 
 /* Collects the linears of a model as they are declared. */
@@ -36,23 +36,25 @@ typedef struct LinearList {
 } LinearList;
 
 /* Declares name.weight (out, in). */
-void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t out, int64_t in);
+void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t out,
+                    int64_t in);
 
 /* Declares name (groups, out, in), without the .weight suffix: fused experts. */
-void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t groups,
-                            int64_t out, int64_t in);
+void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name,
+                            int64_t groups, int64_t out, int64_t in);
 
-/* y (N, out) = x (N, in) W^T + adapter. offsets (groups + 1) i32 on the host for grouped linears: rows of
- * x sorted by group. */
+/* y (N, out) = x (N, in) W^T + adapter. offsets (groups + 1) i32 on the host for grouped linears:
+ * rows of x sorted by group. */
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p);
 void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, const int32_t *offsets, Pass *p);
 
 /* dx (=|+=) dy W + adapter, absent dx: not needed; gradients of weight and adapter are added to. */
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p);
-void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, const int32_t *offsets,
-                             Pass *p);
+void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
+                             const int32_t *offsets, Pass *p);
 
-/* Renews what depends on the adapter's values alone (DoRA's factor); once before the passes of a step. */
+/* Renews what depends on the adapter's values alone (DoRA's factor); once before the passes of a
+ * step. */
 void linear_refresh(Linear *l, Arena *scratch);
 
 #endif

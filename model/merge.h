@@ -4,9 +4,9 @@
 
 #include "model/gemma.h"
 
-/* Rows first .. first + count - 1 of a parameter seen as a matrix (all leading dimensions flattened; a
- * vector is one row) as f32 (count, cols), with the adapter of its linear, if any, merged in. A bf16
- * parameter under training gives its f32 master. */
+/* Rows first .. first + count - 1 of a parameter seen as a matrix (all leading dimensions
+ * flattened; a vector is one row) as f32 (count, cols), with the adapter of its linear, if any,
+ * merged in. A bf16 parameter under training gives its f32 master. */
 void merged_rows(const Gemma *g, const Param *p, int64_t first, int64_t count, float *out);
 
 #endif

@@ -28,7 +28,8 @@ void mlp_forward(const Mlp *m, MlpSaved *s, Tensor y, Tensor x, Pass *p) {
     arena_release(p->scratch, mark);
 }
 
-void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p) {
+void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tensor dy, Tensor x,
+                  Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor hidden = arena_like(p->scratch, s->gate), dhidden = arena_like(p->scratch, s->gate);
     gelu_mul_forward(hidden, s->gate, s->up);

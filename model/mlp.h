@@ -15,6 +15,7 @@ typedef struct MlpSaved { /* left by forward for backward */
 void mlp_declare(Mlp *m, ParamList *params, LinearList *list, const BlockConfig *c);
 void mlp_reserve(MlpSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N);
 void mlp_forward(const Mlp *m, MlpSaved *s, Tensor y, Tensor x, Pass *p);
-void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p);
+void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tensor dy, Tensor x,
+                  Pass *p);
 
 #endif

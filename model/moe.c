@@ -4,9 +4,9 @@
  *   share = the A largest of p, renormalised;  y = sum share * per_expert_scale * expert(h)
  *   expert(h) = (gelu(gate) * up) down^T, gate and up the two halves of gate_up_proj
  *
- * Rows are sorted by expert so that each expert is one product. The balancing loss is the Switch form
- * (Fedus et al. 2021) with all layers pooled, as the Mixtral recipe has it: E * sum_e f_e P_e, f constant
- * in the backward pass. */
+ * Rows are sorted by expert so that each expert is one product. The balancing loss is the Switch
+ * form (Fedus et al. 2021) with all layers pooled, as the Mixtral recipe has it: E * sum_e f_e P_e,
+ * f constant in the backward pass. */
 #include "model/moe.h"
 #include "kernels/activation.h"
 #include "kernels/elementwise.h"
@@ -62,8 +62,10 @@ static void split_halves(Tensor gate, Tensor up, Tensor both) {
     size_t half = (size_t)tensor_cols(gate) * dtype_size(gate.dtype);
 #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < tensor_rows(both); m++) {
-        memcpy((char *)gate.data + (size_t)m * half, (char *)both.data + 2 * (size_t)m * half, half);
-        memcpy((char *)up.data + (size_t)m * half, (char *)both.data + (2 * (size_t)m + 1) * half, half);
+        memcpy((char *)gate.data + (size_t)m * half, (char *)both.data + 2 * (size_t)m * half,
+               half);
+        memcpy((char *)up.data + (size_t)m * half, (char *)both.data + (2 * (size_t)m + 1) * half,
+               half);
     }
 }
 
@@ -72,8 +74,10 @@ static void join_halves(Tensor both, Tensor gate, Tensor up) {
     size_t half = (size_t)tensor_cols(gate) * dtype_size(gate.dtype);
 #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < tensor_rows(both); m++) {
-        memcpy((char *)both.data + 2 * (size_t)m * half, (char *)gate.data + (size_t)m * half, half);
-        memcpy((char *)both.data + (2 * (size_t)m + 1) * half, (char *)up.data + (size_t)m * half, half);
+        memcpy((char *)both.data + 2 * (size_t)m * half, (char *)gate.data + (size_t)m * half,
+               half);
+        memcpy((char *)both.data + (2 * (size_t)m + 1) * half, (char *)up.data + (size_t)m * half,
+               half);
     }
 }
 
@@ -92,7 +96,8 @@ static void count_load(const Moe *m, const MoeSaved *s, ExpertLoad *load) {
 double expert_load_loss(const ExpertLoad *load, int64_t num_experts) {
     double sum = 0, rows = (double)load->rows;
     if (!load->rows) return 0;
-    for (int64_t e = 0; e < num_experts; e++) sum += load->counts[e] / rows * (load->probs[e] / rows);
+    for (int64_t e = 0; e < num_experts; e++)
+        sum += load->counts[e] / rows * (load->probs[e] / rows);
     return (double)num_experts * sum;
 }
 
@@ -103,7 +108,8 @@ static Tensor load_gradient(const Moe *m, Pass *p) {
     Tensor balance = ARENA_TENSOR(p->scratch, F32, E);
     double rows = (double)p->load->rows;
     for (int64_t e = 0; e < E && balance.data; e++)
-        ((float *)balance.data)[e] = (float)(p->aux_scale * (double)E * p->load->counts[e] / rows / rows);
+        ((float *)balance.data)[e] =
+            (float)(p->aux_scale * (double)E * p->load->counts[e] / rows / rows);
     return balance;
 }
 
@@ -129,15 +135,17 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
     arena_release(p->scratch, mark);
 }
 
-void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h, Tensor x, Pass *p) {
+void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
+                  Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(h), E = m->config.num_experts, M = tensor_rows(s->gate_up);
     int64_t F = m->config.moe_intermediate_size, D = m->config.hidden_size;
     Tensor dout = arena_like(p->scratch, s->out), dshare = arena_like(p->scratch, s->share);
-    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->share, s->experts,
-                     m->per_expert_scale->value);
+    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->share,
+                     s->experts, m->per_expert_scale->value);
 
-    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D), dsorted = arena_like(p->scratch, sorted);
+    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D),
+           dsorted = arena_like(p->scratch, sorted);
     Tensor gate = ARENA_TENSOR(p->scratch, h.dtype, M, F), up = arena_like(p->scratch, gate);
     Tensor hidden = arena_like(p->scratch, gate), dhidden = arena_like(p->scratch, gate);
     Tensor dgate_up = arena_like(p->scratch, s->gate_up);
@@ -152,7 +160,8 @@ void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor 
     gather_add_rows(dh, dsorted, s->slot);
 
     Tensor balance = load_gradient(m, p);
-    Tensor dlogits = ARENA_TENSOR(p->scratch, h.dtype, N, E), r = router_input(m, s, p), dr = arena_like(p->scratch, r);
+    Tensor dlogits = ARENA_TENSOR(p->scratch, h.dtype, N, E), r = router_input(m, s, p),
+           dr = arena_like(p->scratch, r);
     router_backward(dlogits, dshare, s->probs, s->share, s->experts, balance);
     linear_backward(&m->router_proj, dr, SET, dlogits, r, p);
     scale_copy(dr, SET, dr, 1.0f / sqrtf((float)D));

@@ -6,25 +6,25 @@
 #include "model/norm.h"
 
 typedef struct Moe {
-    Linear router_proj;          /* router.proj (E, D) */
-    Param *router_scale;         /* router.scale (D) */
-    Param *per_expert_scale;     /* router.per_expert_scale (E) */
-    Linear gate_up_proj;         /* experts.gate_up_proj (E, 2 F, D): rows of gate, then of up */
-    Linear down_proj;            /* experts.down_proj (E, D, F) */
+    Linear router_proj;      /* router.proj (E, D) */
+    Param *router_scale;     /* router.scale (D) */
+    Param *per_expert_scale; /* router.per_expert_scale (E) */
+    Linear gate_up_proj;     /* experts.gate_up_proj (E, 2 F, D): rows of gate, then of up */
+    Linear down_proj;        /* experts.down_proj (E, D, F) */
     BlockConfig config;
 } Moe;
 
 typedef struct MoeSaved {
-    Tensor normed;         /* (N, D): x normalised without scale, the router's input before its scale */
-    Tensor router_rstd;    /* (N) f32 */
-    Tensor probs;          /* (N, E) f32 */
-    Tensor share;          /* (N, A) f32 */
-    Tensor experts, slot;  /* (N, A) i32 */
-    Tensor offsets;        /* (E + 1) i32 */
-    Tensor counts;         /* (E) i32 */
-    Tensor source;         /* (M) i32 */
-    Tensor gate_up;        /* (M, 2 F) in sorted order */
-    Tensor out;            /* (M, D) expert outputs in sorted order */
+    Tensor normed; /* (N, D): x normalised without scale, the router's input before its scale */
+    Tensor router_rstd;   /* (N) f32 */
+    Tensor probs;         /* (N, E) f32 */
+    Tensor share;         /* (N, A) f32 */
+    Tensor experts, slot; /* (N, A) i32 */
+    Tensor offsets;       /* (E + 1) i32 */
+    Tensor counts;        /* (E) i32 */
+    Tensor source;        /* (M) i32 */
+    Tensor gate_up;       /* (M, 2 F) in sorted order */
+    Tensor out;           /* (M, D) expert outputs in sorted order */
 } MoeSaved;
 
 void moe_declare(Moe *m, ParamList *params, LinearList *list, const BlockConfig *c);
@@ -34,10 +34,11 @@ void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *p);
 
 /* dh is set; dx, the residual's gradient, gets the router's part added. */
-void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h, Tensor x, Pass *p);
+void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
+                  Tensor x, Pass *p);
 
-/* The balancing loss of a pass: E * sum_e f_e P_e, f_e the assignments to e and P_e its mean probability
- * per pooled row (top_k when balanced). */
+/* The balancing loss of a pass: E * sum_e f_e P_e, f_e the assignments to e and P_e its mean
+ * probability per pooled row (top_k when balanced). */
 double expert_load_loss(const ExpertLoad *load, int64_t num_experts);
 
 #endif

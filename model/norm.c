@@ -10,14 +10,19 @@ void norm_declare(Norm *n, ParamList *params, const char *name, int64_t D, float
     params_leave(params);
 }
 
-static Tensor weight_of(const Norm *n) { return n->weight ? n->weight->value : tensor_absent(); }
+static Tensor weight_of(const Norm *n) {
+    return n->weight ? n->weight->value : tensor_absent();
+}
 
 void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual) {
     rmsnorm_forward(y, rstd, x, weight_of(n), residual, n->eps);
 }
 
-void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x) { rmsnorm_apply(y, rstd, x, weight_of(n)); }
+void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x) {
+    rmsnorm_apply(y, rstd, x, weight_of(n));
+}
 
 void norm_backward(const Norm *n, Tensor dx, Write write, Tensor dy, Tensor x, Tensor rstd) {
-    rmsnorm_backward(dx, write, n->weight ? n->weight->grad : tensor_absent(), dy, x, rstd, weight_of(n));
+    rmsnorm_backward(dx, write, n->weight ? n->weight->grad : tensor_absent(), dy, x, rstd,
+                     weight_of(n));
 }

@@ -26,7 +26,8 @@ void params_enter(ParamList *params, const char *format, ...) {
     va_start(arguments, format);
     int added = vsnprintf(params->path + length, sizeof params->path - length, format, arguments);
     va_end(arguments);
-    CHECK(added > 0 && length + (size_t)added + 2 < sizeof params->path, "name too long: %s", params->path);
+    CHECK(added > 0 && length + (size_t)added + 2 < sizeof params->path, "name too long: %s",
+          params->path);
     strcat(params->path, ".");
 }
 
@@ -44,7 +45,8 @@ void params_leave(ParamList *params) {
 Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *shape) {
     if (params->count == params->capacity) {
         params->capacity = params->capacity ? 2 * params->capacity : 256;
-        params->items = must_realloc(params->items, (size_t)params->capacity * sizeof *params->items);
+        params->items =
+            must_realloc(params->items, (size_t)params->capacity * sizeof *params->items);
     }
     Param *p = must_calloc(1, sizeof *p);
     int length = snprintf(p->name, sizeof p->name, "%s%s", params->path, name);
@@ -64,15 +66,20 @@ Param *params_find(const ParamList *params, const char *name) {
     return NULL;
 }
 
-static bool in_space(const Param *p) { return p->trainable && p->value.dtype == F32; }
+static bool in_space(const Param *p) {
+    return p->trainable && p->value.dtype == F32;
+}
 
-static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+static size_t aligned(size_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
 
 void params_measure(const ParamList *params, size_t *frozen, size_t *trained) {
     *frozen = *trained = 0;
     for (int i = 0; i < params->count; i++) {
         const Param *p = params->items[i];
-        if (!in_space(p) && !(p->mapped && !p->trainable)) *frozen += aligned(tensor_bytes(p->value));
+        if (!in_space(p) && !(p->mapped && !p->trainable))
+            *frozen += aligned(tensor_bytes(p->value));
         if (p->trainable) *trained += aligned((size_t)tensor_count(p->value) * 4);
     }
 }
@@ -81,7 +88,8 @@ Status params_place(ParamList *params, Device *device, bool gradients) {
     size_t frozen, trained;
     params_measure(params, &frozen, &trained);
     TRY(arena_init(&params->values, device, frozen, "the weights"));
-    TRY(arena_init(&params->trained, device, trained * (gradients ? 2 : 1), "the trained parameters"));
+    TRY(arena_init(&params->trained, device, trained * (gradients ? 2 : 1),
+                   "the trained parameters"));
     int64_t n = (int64_t)(trained / 4);
     params->space = ARENA_TENSOR(&params->trained, F32, n);
     if (gradients) params->grads = ARENA_TENSOR(&params->trained, F32, n);

@@ -1,9 +1,9 @@
 /* params.h - the registry of parameters, under the checkpoint's names.
  *
- * Layers declare parameters by shape; nothing is taken until params_place, which puts frozen values in
- * one arena in the working dtype and every trainable parameter in one flat f32 space (values, or master
- * copies when the working value is bf16; gradients beside it in the same order). Loading, saving,
- * counting, decay and adapter targets are loops over this list. */
+ * Layers declare parameters by shape; nothing is taken until params_place, which puts frozen values
+ * in one arena in the working dtype and every trainable parameter in one flat f32 space (values, or
+ * master copies when the working value is bf16; gradients beside it in the same order). Loading,
+ * saving, counting, decay and adapter targets are loops over this list. */
 #ifndef PARAMS_H
 #define PARAMS_H
 
@@ -17,10 +17,10 @@ typedef struct Param {
     Tensor grad;   /* f32, same shape; absent: frozen */
     Tensor master; /* f32 copy the optimizer updates; the value itself when that is f32 */
     bool trainable;
-    bool decay;    /* weight decay applies */
-    bool adapter;  /* part of an adapter, not of the checkpoint; always f32 */
-    bool buffer;   /* in the checkpoint but never trained (layer_scalar) */
-    bool mapped;   /* the value may stay in the mapped file when frozen (per-layer table) */
+    bool decay;     /* weight decay applies */
+    bool adapter;   /* part of an adapter, not of the checkpoint; always f32 */
+    bool buffer;    /* in the checkpoint but never trained (layer_scalar) */
+    bool mapped;    /* the value may stay in the mapped file when frozen (per-layer table) */
     int64_t offset; /* into the flat space, when trainable */
 } Param;
 
@@ -53,7 +53,8 @@ Param *params_find(const ParamList *params, const char *name);
 /* Bytes that params_place will take: frozen values, and the trainable space with gradients. */
 void params_measure(const ParamList *params, size_t *frozen, size_t *trained);
 
-/* Takes memory for everything declared. With `gradients` false trainable parameters get no gradient. */
+/* Takes memory for everything declared. With `gradients` false trainable parameters get no
+ * gradient. */
 Status params_place(ParamList *params, Device *device, bool gradients);
 
 /* master -> value for trainable parameters whose working dtype is not f32; run after an update. */

@@ -1,4 +1,5 @@
-/* pass.h - one call of forward or backward: which rows flow, what each may see, where temporaries go.
+/* pass.h - one call of forward or backward: which rows flow, what each may see, where temporaries
+ * go.
  *
  * A batch is one axis of N rows: sequences and packed segments lie behind each other, and what
  * separates them is only the interval of keys each row sees. */
@@ -11,11 +12,11 @@
 /* The rows flowing through some layers, and per attention kind the keys each sees. */
 typedef struct Rows {
     int64_t count;
-    Tensor source;                  /* (count) i32: their places among all rows; absent: all of them */
-    Tensor index[ATTENTION_KINDS];  /* (count) i32: each row's place on the key axis, ascending */
-    Tensor first[ATTENTION_KINDS];  /* (count) i32: the interval of keys it sees, inclusive */
+    Tensor source; /* (count) i32: their places among all rows; absent: all of them */
+    Tensor index[ATTENTION_KINDS]; /* (count) i32: each row's place on the key axis, ascending */
+    Tensor first[ATTENTION_KINDS]; /* (count) i32: the interval of keys it sees, inclusive */
     Tensor last[ATTENTION_KINDS];
-    Tensor cos[ATTENTION_KINDS];    /* (count, C/2) f32 */
+    Tensor cos[ATTENTION_KINDS]; /* (count, C/2) f32 */
     Tensor sin[ATTENTION_KINDS];
 } Rows;
 
@@ -26,14 +27,14 @@ typedef struct KvSlot {
     int64_t length; /* keys there before this pass; 0 in training */
 } KvSlot;
 
-/* Load of the experts over one pass, all layers pooled: what the balancing loss is made of. The first
- * forward of a layer adds to it (counting), the backward pass reads the finished sums. */
+/* Load of the experts over one pass, all layers pooled: what the balancing loss is made of. The
+ * first forward of a layer adds to it (counting), the backward pass reads the finished sums. */
 typedef struct ExpertLoad {
     bool counting;
-    int64_t rows;                /* rows times layers */
-    double counts[EXPERTS_MAX];  /* assignments to each expert */
-    double probs[EXPERTS_MAX];   /* sum of its probabilities */
-    float *by_layer;             /* (L, E) assignments, summed over passes; NULL: not wanted */
+    int64_t rows;               /* rows times layers */
+    double counts[EXPERTS_MAX]; /* assignments to each expert */
+    double probs[EXPERTS_MAX];  /* sum of its probabilities */
+    float *by_layer;            /* (L, E) assignments, summed over passes; NULL: not wanted */
 } ExpertLoad;
 
 typedef struct Pass {
@@ -41,9 +42,9 @@ typedef struct Pass {
     KvSlot *slots; /* one for each layer; valid where the layer owns K and V */
     Arena *scratch;
     bool training;
-    uint64_t key;  /* of this micro-batch's random numbers */
-    ExpertLoad *load;    /* NULL: nobody asks */
-    float aux_scale;     /* derivative of the whole loss by the balancing loss; 0: none */
+    uint64_t key;     /* of this micro-batch's random numbers */
+    ExpertLoad *load; /* NULL: nobody asks */
+    float aux_scale;  /* derivative of the whole loss by the balancing loss; 0: none */
 } Pass;
 
 #endif

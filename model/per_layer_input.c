@@ -1,4 +1,5 @@
-/* per_layer_input.c - projection of the embedding plus a looked-up row, one slice for each layer. */
+/* per_layer_input.c - projection of the embedding plus a looked-up row, one slice for each layer.
+ */
 #include "model/per_layer_input.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
@@ -6,20 +7,25 @@
 #include <math.h>
 #include <string.h>
 
-void per_layer_input_declare(PerLayerInput *m, ParamList *params, LinearList *list, const ModelConfig *c) {
+void per_layer_input_declare(PerLayerInput *m, ParamList *params, LinearList *list,
+                             const ModelConfig *c) {
     m->L = c->num_hidden_layers;
     m->P = c->hidden_size_per_layer_input;
     m->D = c->hidden_size;
     m->pad = (int32_t)c->pad_token_id;
     params_enter(params, "embed_tokens_per_layer");
-    m->embed_tokens_per_layer = PARAMS_ADD(params, "weight", c->vocab_size_per_layer_input, m->L * m->P);
+    m->embed_tokens_per_layer =
+        PARAMS_ADD(params, "weight", c->vocab_size_per_layer_input, m->L * m->P);
     m->embed_tokens_per_layer->mapped = true;
     params_leave(params);
-    linear_declare(&m->per_layer_model_projection, params, list, "per_layer_model_projection", m->L * m->P, m->D);
-    norm_declare(&m->per_layer_projection_norm, params, "per_layer_projection_norm", m->P, (float)c->rms_norm_eps);
+    linear_declare(&m->per_layer_model_projection, params, list, "per_layer_model_projection",
+                   m->L * m->P, m->D);
+    norm_declare(&m->per_layer_projection_norm, params, "per_layer_projection_norm", m->P,
+                 (float)c->rms_norm_eps);
 }
 
-void per_layer_input_reserve(PerLayerInputSaved *s, Arena *arena, const PerLayerInput *m, DType dtype, int64_t N) {
+void per_layer_input_reserve(PerLayerInputSaved *s, Arena *arena, const PerLayerInput *m,
+                             DType dtype, int64_t N) {
     s->projected = ARENA_TENSOR(arena, dtype, N, m->L * m->P);
     s->rstd = ARENA_TENSOR(arena, F32, N * m->L);
     s->out = ARENA_TENSOR(arena, dtype, m->L, N, m->P);
@@ -32,16 +38,18 @@ static void swap_outer(Tensor y, Tensor x, int64_t outer, int64_t inner, int64_t
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < outer; i++)
         for (int64_t j = 0; j < inner; j++)
-            memcpy((char *)y.data + (size_t)(j * outer + i) * bytes, (char *)x.data + (size_t)(i * inner + j) * bytes,
-                   bytes);
+            memcpy((char *)y.data + (size_t)(j * outer + i) * bytes,
+                   (char *)x.data + (size_t)(i * inner + j) * bytes, bytes);
 }
 
-void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tensor x0, Tensor ids, Pass *p) {
+void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tensor x0, Tensor ids,
+                             Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(x0);
     linear_forward(&m->per_layer_model_projection, s->projected, x0, p);
     scale_copy(s->projected, SET, s->projected, 1.0f / sqrtf((float)m->D));
-    Tensor table = arena_like(p->scratch, s->projected), context = arena_like(p->scratch, s->projected);
+    Tensor table = arena_like(p->scratch, s->projected),
+           context = arena_like(p->scratch, s->projected);
     embedding_forward(table, m->embed_tokens_per_layer->value, 0, ids, sqrtf((float)m->P));
     norm_forward(&m->per_layer_projection_norm, RESHAPE(context, N * m->L, m->P), s->rstd,
                  RESHAPE(s->projected, N * m->L, m->P), tensor_absent());
@@ -51,21 +59,23 @@ void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tens
 }
 
 bool per_layer_input_trains(const PerLayerInput *m) {
-    return m->embed_tokens_per_layer->trainable || m->per_layer_model_projection.weight->trainable ||
+    return m->embed_tokens_per_layer->trainable ||
+           m->per_layer_model_projection.weight->trainable ||
            m->per_layer_projection_norm.weight->trainable || m->per_layer_model_projection.lora;
 }
 
-void per_layer_input_backward(const PerLayerInput *m, const PerLayerInputSaved *s, Tensor dx0, Tensor dout, Tensor x0,
-                              Tensor ids, Pass *p) {
+void per_layer_input_backward(const PerLayerInput *m, const PerLayerInputSaved *s, Tensor dx0,
+                              Tensor dout, Tensor x0, Tensor ids, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(x0);
     Tensor dsum = arena_like(p->scratch, s->projected);
     swap_outer(dsum, dout, m->L, N, m->P);
     scale_copy(dsum, SET, dsum, sqrtf(0.5f));
     if (m->embed_tokens_per_layer->trainable)
-        embedding_backward(m->embed_tokens_per_layer->grad, 0, dsum, ids, sqrtf((float)m->P), m->pad);
-    norm_backward(&m->per_layer_projection_norm, RESHAPE(dsum, N * m->L, m->P), SET, RESHAPE(dsum, N * m->L, m->P),
-                  RESHAPE(s->projected, N * m->L, m->P), s->rstd);
+        embedding_backward(m->embed_tokens_per_layer->grad, 0, dsum, ids, sqrtf((float)m->P),
+                           m->pad);
+    norm_backward(&m->per_layer_projection_norm, RESHAPE(dsum, N * m->L, m->P), SET,
+                  RESHAPE(dsum, N * m->L, m->P), RESHAPE(s->projected, N * m->L, m->P), s->rstd);
     scale_copy(dsum, SET, dsum, 1.0f / sqrtf((float)m->D));
     linear_backward(&m->per_layer_model_projection, dx0, ADD, dsum, x0, p);
     arena_release(p->scratch, mark);

@@ -24,17 +24,20 @@ typedef struct PerLayerInputSaved {
     Tensor out;       /* (L, N, P) */
 } PerLayerInputSaved;
 
-void per_layer_input_declare(PerLayerInput *m, ParamList *params, LinearList *list, const ModelConfig *c);
-void per_layer_input_reserve(PerLayerInputSaved *s, Arena *arena, const PerLayerInput *m, DType dtype, int64_t N);
+void per_layer_input_declare(PerLayerInput *m, ParamList *params, LinearList *list,
+                             const ModelConfig *c);
+void per_layer_input_reserve(PerLayerInputSaved *s, Arena *arena, const PerLayerInput *m,
+                             DType dtype, int64_t N);
 
 /* s->out from the scaled embeddings x0 (N, D) and the token ids (N). */
-void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tensor x0, Tensor ids, Pass *p);
+void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tensor x0, Tensor ids,
+                             Pass *p);
 
 /* Whether anything here or below wants dout. */
 bool per_layer_input_trains(const PerLayerInput *m);
 
 /* dx0 gets the context path's part added (absent: not needed); dout is (L, N, P). */
-void per_layer_input_backward(const PerLayerInput *m, const PerLayerInputSaved *s, Tensor dx0, Tensor dout, Tensor x0,
-                              Tensor ids, Pass *p);
+void per_layer_input_backward(const PerLayerInput *m, const PerLayerInputSaved *s, Tensor dx0,
+                              Tensor dout, Tensor x0, Tensor ids, Pass *p);
 
 #endif

@@ -6,7 +6,8 @@
 
 #include <stdlib.h>
 
-void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvSlot *slots, Arena *scratch) {
+void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvSlot *slots,
+                Arena *scratch) {
     size_t L = (size_t)g->config.num_hidden_layers;
     *s = (Stack){.g = g, .mode = mode, .N = N, .kept = kept, .lent = slots != NULL};
     s->slots = slots ? slots : must_calloc(L, sizeof *s->slots);
@@ -24,7 +25,8 @@ void stack_close(Stack *s) {
 static void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, int64_t count) {
     *rows = (Rows){.count = count};
     int64_t width[ATTENTION_KINDS] = {0};
-    for (int l = 0; l < c->num_hidden_layers; l++) width[c->layer[l].kind] = c->layer[l].head_dim / 2;
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        width[c->layer[l].kind] = c->layer[l].head_dim / 2;
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
         rows->index[kind] = ARENA_TENSOR(arena, I32, count);
         rows->first[kind] = ARENA_TENSOR(arena, I32, count);
@@ -41,7 +43,8 @@ static void rows_rotate(Rows *rows, const ModelConfig *c, Tensor positions) {
         const RopeConfig *rope = &c->rope[kind];
         int64_t half = tensor_cols(rows->cos[kind]);
         int64_t rotated = (int64_t)(rope->partial_rotary_factor * (double)(2 * half)) / 2;
-        rope_table(rows->cos[kind], rows->sin[kind], positions, (float)rope->rope_theta, rotated, (float)rope->factor);
+        rope_table(rows->cos[kind], rows->sin[kind], positions, (float)rope->rope_theta, rotated,
+                   (float)rope->factor);
     }
 }
 
@@ -95,7 +98,8 @@ void stack_place(Stack *s, Arena *arena) {
         s->kept_input = ARENA_TENSOR(arena, g->dtype, s->kept, D);
     }
     if (!s->lent) reserve_slots(s, arena);
-    if (g->per_layer_input.L) per_layer_input_reserve(&s->per_layer, arena, &g->per_layer_input, g->dtype, s->N);
+    if (g->per_layer_input.L)
+        per_layer_input_reserve(&s->per_layer, arena, &g->per_layer_input, g->dtype, s->N);
     for (int l = 0; l <= L; l++) {
         bool reuse = !stack_trains(s) && l >= 2 && l != s->boundary + 1 && l != s->boundary + 2;
         int64_t n = l > s->boundary ? s->kept : s->N;
@@ -103,13 +107,15 @@ void stack_place(Stack *s, Arena *arena) {
     }
     for (int l = 0; l < L; l++) {
         if (s->mode != STACK_KEEP) break;
-        block_reserve(&s->saved[l], arena, &g->blocks[l].config, g->dtype, l >= s->boundary ? s->kept : s->N);
+        block_reserve(&s->saved[l], arena, &g->blocks[l].config, g->dtype,
+                      l >= s->boundary ? s->kept : s->N);
     }
     if (s->mode != STACK_KEEP) { /* one place for all: each lays itself out from its start */
         size_t start = arena->used, end = start;
         for (int l = 0; l < L; l++) {
             arena->used = start;
-            block_reserve(&s->saved[l], arena, &g->blocks[l].config, g->dtype, l >= s->boundary ? s->kept : s->N);
+            block_reserve(&s->saved[l], arena, &g->blocks[l].config, g->dtype,
+                          l >= s->boundary ? s->kept : s->N);
             if (arena->used > end) end = arena->used;
         }
         arena->used = end;
@@ -119,7 +125,9 @@ void stack_place(Stack *s, Arena *arena) {
 }
 
 /* The layer's input: after the boundary the rows that go on. */
-Tensor stack_input(const Stack *s, int l) { return l == s->boundary && s->kept < s->N ? s->kept_input : s->residual[l]; }
+Tensor stack_input(const Stack *s, int l) {
+    return l == s->boundary && s->kept < s->N ? s->kept_input : s->residual[l];
+}
 
 /* The layer's per-layer input for the rows that reach it. */
 Tensor stack_per_layer(Stack *s, int l) {
@@ -131,7 +139,9 @@ Tensor stack_per_layer(Stack *s, int l) {
     return mine;
 }
 
-void stack_enter(Stack *s, int l) { s->pass.rows = l < s->boundary ? &s->all : &s->some; }
+void stack_enter(Stack *s, int l) {
+    s->pass.rows = l < s->boundary ? &s->all : &s->some;
+}
 
 void stack_forward(Stack *s) {
     Gemma *g = s->g;
@@ -146,15 +156,18 @@ void stack_forward(Stack *s) {
             gather_rows(s->some.sin[kind], s->all.sin[kind], s->some.source);
         }
     embedding_forward(s->residual[0], g->embed_tokens->value, 0, s->ids, gemma_embedding_scale(g));
-    if (g->per_layer_input.L) per_layer_input_forward(&g->per_layer_input, &s->per_layer, s->residual[0], s->ids, p);
+    if (g->per_layer_input.L)
+        per_layer_input_forward(&g->per_layer_input, &s->per_layer, s->residual[0], s->ids, p);
     for (int l = 0; l < L; l++) {
         size_t mark = arena_mark(p->scratch);
-        if (l == s->boundary && s->kept < s->N) gather_rows(s->kept_input, s->residual[l], s->some.source);
+        if (l == s->boundary && s->kept < s->N)
+            gather_rows(s->kept_input, s->residual[l], s->some.source);
         stack_enter(s, l);
-        block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l), stack_per_layer(s, l), p);
+        block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l),
+                      stack_per_layer(s, l), p);
         arena_release(p->scratch, mark);
     }
-    if (s->boundary == L && s->kept < s->N) gather_rows(s->kept_input, s->residual[L], s->some.source);
+    if (s->boundary == L && s->kept < s->N)
+        gather_rows(s->kept_input, s->residual[L], s->some.source);
     norm_forward(&g->norm, s->final, s->final_rstd, stack_input(s, L), tensor_absent());
 }
-

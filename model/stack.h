@@ -1,4 +1,5 @@
-/* stack.h - the forward pass of all layers over one set of rows: what training, scoring and decoding share.
+/* stack.h - the forward pass of all layers over one set of rows: what training, scoring and
+ * decoding share.
  *
  * The exact shortcut lives here. Layers past the last one that owns K and V give nothing to other
  * tokens, so a token whose own logits nobody needs stops there: only the rows kept go on. In models
@@ -18,21 +19,23 @@ typedef struct Stack {
     Gemma *g;
     StackMode mode;
     int64_t N, kept; /* rows, and rows that go all the way */
-    Rows all, some;  /* `some`: the rows that go on after the boundary; `all` itself when every row does */
-    int boundary;    /* first layer that sees only `some` */
+    Rows all,
+        some; /* `some`: the rows that go on after the boundary; `all` itself when every row does */
+    int boundary; /* first layer that sees only `some` */
     Tensor ids, positions;
-    KvSlot *slots;      /* one a layer; the stack's own unless a decoder lends its cache */
+    KvSlot *slots; /* one a layer; the stack's own unless a decoder lends its cache */
     bool lent;
-    BlockSaved *saved;  /* one a layer */
-    Tensor *residual;   /* (N or kept, D): input of each layer, and of the final norm */
-    Tensor kept_input;  /* (kept, D): residual[boundary] of `some` */
+    BlockSaved *saved; /* one a layer */
+    Tensor *residual;  /* (N or kept, D): input of each layer, and of the final norm */
+    Tensor kept_input; /* (kept, D): residual[boundary] of `some` */
     PerLayerInputSaved per_layer;
     Tensor final, final_rstd; /* (kept, D), (kept) */
     Pass pass;
 } Stack;
 
 /* `slots`: a decoder's cache, or NULL to have K and V of this pass only. */
-void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvSlot *slots, Arena *scratch);
+void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvSlot *slots,
+                Arena *scratch);
 void stack_close(Stack *s);
 
 /* Places everything in `arena`; also run measuring. */
@@ -41,12 +44,14 @@ void stack_place(Stack *s, Arena *arena);
 /* From ids, positions and filled rows to s->final. */
 void stack_forward(Stack *s);
 
-/* What layer l reads: its rows' residual, and their per-layer input (temporary). stack_enter points the
- * pass at its rows. */
+/* What layer l reads: its rows' residual, and their per-layer input (temporary). stack_enter points
+ * the pass at its rows. */
 Tensor stack_input(const Stack *s, int l);
 Tensor stack_per_layer(Stack *s, int l);
 void stack_enter(Stack *s, int l);
 
-static inline bool stack_trains(const Stack *s) { return s->mode != STACK_SCORE; }
+static inline bool stack_trains(const Stack *s) {
+    return s->mode != STACK_SCORE;
+}
 
 #endif

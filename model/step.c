@@ -36,7 +36,8 @@ static void loss(Step *t) {
     Tensor dlogits = stack_trains(s) ? ARENA_TENSOR(scratch, g->dtype, rows, V) : tensor_absent();
     for (int64_t first = 0; first < s->kept && logits.data; first += rows) {
         int64_t n = s->kept - first < rows ? s->kept - first : rows;
-        Tensor h = tensor_slice(s->final, first, n), z = tensor_slice(logits, 0, n), dz = tensor_slice(dlogits, 0, n);
+        Tensor h = tensor_slice(s->final, first, n), z = tensor_slice(logits, 0, n),
+               dz = tensor_slice(dlogits, 0, n);
         matmul(NT, z, SET, h, g->embed_tokens->value, 1.0f);
         cross_entropy(tensor_slice(t->nll, first, n), dz, z, tensor_slice(t->targets, first, n),
                       tensor_slice(t->weights, first, n), (float)g->config.final_logit_softcapping);
@@ -58,7 +59,8 @@ static void backward(Step *t) {
     bool to_embedding = gemma_trains_embedding(g);
     bool to_per_layer = ple->L && to_embedding;
     Tensor dper_layer = to_per_layer ? arena_like(p->scratch, s->per_layer.out) : tensor_absent();
-    Tensor dfull = s->kept < s->N ? ARENA_TENSOR(p->scratch, g->dtype, s->N, g->config.hidden_size) : dx;
+    Tensor dfull =
+        s->kept < s->N ? ARENA_TENSOR(p->scratch, g->dtype, s->N, g->config.hidden_size) : dx;
 
     norm_backward(&g->norm, dx, SET, t->dfinal, stack_input(s, L), s->final_rstd);
     if (s->boundary == L && s->kept < s->N) scatter_rows(dfull, SET, dx, s->some.source);
@@ -83,7 +85,8 @@ static void backward(Step *t) {
     if (to_embedding) {
         p->rows = &s->all;
         if (to_per_layer)
-            per_layer_input_backward(ple, &s->per_layer, dfull, dper_layer, s->residual[0], s->ids, p);
+            per_layer_input_backward(ple, &s->per_layer, dfull, dper_layer, s->residual[0], s->ids,
+                                     p);
         if (g->embed_tokens->trainable)
             embedding_backward(g->embed_tokens->grad, 0, dfull, s->ids, gemma_embedding_scale(g),
                                (int32_t)g->config.pad_token_id);
@@ -91,7 +94,8 @@ static void backward(Step *t) {
     arena_release(p->scratch, mark);
 }
 
-static void step_open(Step *t, Gemma *g, const StepOptions *options, int64_t N, int64_t kept, Arena *scratch) {
+static void step_open(Step *t, Gemma *g, const StepOptions *options, int64_t N, int64_t kept,
+                      Arena *scratch) {
     *t = (Step){0};
     stack_open(&t->stack, g, options->mode, N, options->shortcut ? kept : N, NULL, scratch);
     t->stack.pass.key = options->key;
@@ -113,8 +117,8 @@ static void run(Step *t) {
     if (stack_trains(&t->stack)) backward(t);
 }
 
-void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options, size_t *activations,
-                  size_t *scratch) {
+void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
+                  size_t *activations, size_t *scratch) {
     Arena place = arena_measure(), temporary = arena_measure();
     Step t;
     step_open(&t, g, options, N, kept, &temporary);
@@ -126,7 +130,8 @@ void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
 }
 
 /* Keeping every row takes the most activations; leaving some out adds gathered copies. */
-void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations, size_t *scratch) {
+void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations,
+               size_t *scratch) {
     *activations = *scratch = 0;
     for (int64_t kept = N; kept >= N - 1 && kept > 0; kept--) {
         size_t a, t;
@@ -153,7 +158,8 @@ void step_free(StepMemory *m) {
 static void fill_rows(Stack *s, const Batch *batch) {
     int64_t W = s->g->config.sliding_window;
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-        int32_t *index = s->all.index[kind].data, *first = s->all.first[kind].data, *last = s->all.last[kind].data;
+        int32_t *index = s->all.index[kind].data, *first = s->all.first[kind].data,
+                *last = s->all.last[kind].data;
         for (int64_t n = 0; n < s->N; n++) {
             int64_t low = batch->starts[n], high = n;
             if (kind == SLIDING) {
@@ -174,13 +180,14 @@ static void fill_rows(Stack *s, const Batch *batch) {
     }
 }
 
-double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options, float *nll) {
+double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options,
+                float *nll) {
     Step t;
     Stack *s = &t.stack;
     int64_t N = batch->N, kept = 0;
     for (int64_t n = 0; n < N; n++) kept += batch->targets[n] >= 0;
-    /* Products of a few rows take another path than large ones: never fewer than 8 go on, so that a row's
-     * bits do not depend on how many others have a target. */
+    /* Products of a few rows take another path than large ones: never fewer than 8 go on, so that a
+     * row's bits do not depend on how many others have a target. */
     int64_t least = N < 8 ? N : 8, extra = kept < least ? least - kept : 0;
     step_open(&t, g, options, N, kept + extra, &m->scratch);
     m->activations.used = m->scratch.used = 0;

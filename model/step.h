@@ -10,16 +10,17 @@ typedef struct Batch {
     const int32_t *ids;       /* (N) */
     const int32_t *positions; /* (N) restart at each segment */
     const int32_t *starts;    /* (N) index of the first row of the row's segment */
-    const int32_t *span_ends; /* (N) last row of the bidirectional span a row is in, or -1; NULL: no spans */
-    const int32_t *targets;   /* (N) the next token where it is scored, else -1 */
-    const float *weights;     /* (N) derivative of the loss by each nll; NULL when only scoring */
+    const int32_t
+        *span_ends; /* (N) last row of the bidirectional span a row is in, or -1; NULL: no spans */
+    const int32_t *targets; /* (N) the next token where it is scored, else -1 */
+    const float *weights;   /* (N) derivative of the loss by each nll; NULL when only scoring */
 } Batch;
 
 typedef struct StepOptions {
     StackMode mode;
-    bool shortcut;      /* rows without a target stop after the last K/V owner */
-    uint64_t key;       /* of the random numbers of this batch */
-    ExpertLoad *load;   /* NULL: not wanted */
+    bool shortcut;    /* rows without a target stop after the last K/V owner */
+    uint64_t key;     /* of the random numbers of this batch */
+    ExpertLoad *load; /* NULL: not wanted */
     float aux_scale;
 } StepOptions;
 
@@ -29,19 +30,21 @@ typedef struct StepMemory {
 } StepMemory;
 
 /* Bytes a batch of N rows with `kept` targets takes: the same code, measuring. */
-void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options, size_t *activations,
-                  size_t *scratch);
+void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
+                  size_t *activations, size_t *scratch);
 
 /* The most that batches of up to N rows take: with every row scored, and with some left out. */
-void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations, size_t *scratch);
+void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations,
+               size_t *scratch);
 
 /* Memory for batches of up to N rows, all of them scored. */
 Status step_init(StepMemory *m, Gemma *g, int64_t N, const StepOptions *options);
 void step_free(StepMemory *m);
 
-/* Runs the batch. nll (N): the negative log-likelihood of each target, 0 where there is none. Gradients
- * of trainable parameters are added to, unless the mode is STACK_SCORE. Returns the sum of nll * weight
- * (of nll without weights). */
-double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options, float *nll);
+/* Runs the batch. nll (N): the negative log-likelihood of each target, 0 where there is none.
+ * Gradients of trainable parameters are added to, unless the mode is STACK_SCORE. Returns the sum
+ * of nll * weight (of nll without weights). */
+double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options,
+                float *nll);
 
 #endif

@@ -14,16 +14,18 @@ typedef struct OptimizerConfig {
 typedef struct Optimizer {
     OptimizerConfig config;
     Arena arena;
-    Tensor m, v;  /* (n) f32 over the space; SGD has only m, and that only with momentum */
-    int64_t t;    /* updates made */
+    Tensor m, v; /* (n) f32 over the space; SGD has only m, and that only with momentum */
+    int64_t t;   /* updates made */
 } Optimizer;
 
 /* Bytes of state for a trainable space of n values. */
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n);
-Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params, Device *device);
+Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
+                      Device *device);
 void optimizer_free(Optimizer *o);
 
-/* One update at rate `lr`, every gradient multiplied by `scale` first; then publishes bf16 values. */
+/* One update at rate `lr`, every gradient multiplied by `scale` first; then publishes bf16 values.
+ */
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
 
 /* The norm of all gradients together, in f64. */

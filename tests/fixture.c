@@ -2,13 +2,15 @@
 #include "tests/fixture.h"
 #include "formats/file.h"
 
-static void *read_all(const Fixture *f, const char *name, hid_t type, size_t element, int64_t *count) {
+static void *read_all(const Fixture *f, const char *name, hid_t type, size_t element,
+                      int64_t *count) {
     hid_t set = H5Dopen2(f->file, name, H5P_DEFAULT);
     if (set < 0) test_fail(__FILE__, __LINE__, "the fixture has no %s", name);
     hid_t space = H5Dget_space(set);
     *count = H5Sget_simple_extent_npoints(space);
     void *data = must_malloc((size_t)*count * element);
-    if (H5Dread(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0) test_fail(__FILE__, __LINE__, "%s unreadable", name);
+    if (H5Dread(set, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, data) < 0)
+        test_fail(__FILE__, __LINE__, "%s unreadable", name);
     H5Sclose(space);
     H5Dclose(set);
     return data;
@@ -31,7 +33,9 @@ void fixture_write(const Fixture *f, const char *name, const char *dir, const ch
     free(path);
 }
 
-bool fixture_has(const Fixture *f, const char *name) { return H5Lexists(f->file, name, H5P_DEFAULT) > 0; }
+bool fixture_has(const Fixture *f, const char *name) {
+    return H5Lexists(f->file, name, H5P_DEFAULT) > 0;
+}
 
 Fixture fixture_open(const char *name) {
     Fixture f;

@@ -2,8 +2,8 @@
 #ifndef FIXTURE_H
 #define FIXTURE_H
 
-#include "tests/test.h"
 #include "formats/checkpoint.h"
+#include "tests/test.h"
 
 #include <hdf5.h>
 

@@ -1,4 +1,5 @@
-/* test.c - the runner: every case in a child process, a line for what failed or was skipped, totals. */
+/* test.c - the runner: every case in a child process, a line for what failed or was skipped,
+ * totals. */
 #include "tests/test.h"
 #include "formats/file.h"
 #include "kernels/elementwise.h"
@@ -80,7 +81,9 @@ const char *test_folder(void) {
     return folder;
 }
 
-char *fixture_path(const char *name) { return path_join("tests/fixtures", name); }
+char *fixture_path(const char *name) {
+    return path_join("tests/fixtures", name);
+}
 
 char *shared_path(const char *name) {
     const char *base = getenv("LAPIDARY_SHARED");
@@ -126,7 +129,8 @@ static int run_case(TestCase *test, char *text, size_t size, double *seconds) {
     clock_gettime(CLOCK_MONOTONIC, &to);
     *seconds = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
     if (WIFSIGNALED(status)) {
-        snprintf(text + used, size - used, "ended by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
+        snprintf(text + used, size - used, "ended by signal %d (%s)", WTERMSIG(status),
+                 strsignal(WTERMSIG(status)));
         return 1;
     }
     return WEXITSTATUS(status);

@@ -1,7 +1,7 @@
 /* test.h - cases that register themselves; each runs in a process of its own.
  *
- * CASE(file, what_holds) { ... } fails on the first EXPECT that does not hold. A case that lacks what it
- * needs calls SKIP with the reason: that is neither passed nor failed. */
+ * CASE(file, what_holds) { ... } fails on the first EXPECT that does not hold. A case that lacks
+ * what it needs calls SKIP with the reason: that is neither passed nor failed. */
 #ifndef TEST_H
 #define TEST_H
 
@@ -18,7 +18,8 @@ typedef struct TestCase {
 } TestCase;
 
 void test_register(TestCase *test);
-_Noreturn void test_fail(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4)));
+_Noreturn void test_fail(const char *file, int line, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
 _Noreturn void test_skip(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 #define CASE(suite_name, case_name)                                                                \

@@ -12,16 +12,21 @@ static void adapt_full(Gemma *g, const RunConfig *config) {
 }
 
 static Status conflicts(const RunConfig *config, const char *key) {
-    FAIL(ERR_CONFIG, "lora.%s: differs from the adapter in lora.init (%s), which decides it", key, config->lora.init);
+    FAIL(ERR_CONFIG, "lora.%s: differs from the adapter in lora.init (%s), which decides it", key,
+         config->lora.init);
 }
 
 /* lora.init decides; a different value written in the run file is an error. */
 static Status check_init(const RunConfig *config, const AdapterSpec *spec) {
     Node *lora = node_find(config->tree, "lora");
-    if (node_find(lora, "rank") && config->lora.rank != spec->rank) return conflicts(config, "rank");
-    if (node_find(lora, "alpha") && config->lora.alpha != spec->alpha) return conflicts(config, "alpha");
-    if (node_find(lora, "rslora") && config->lora.rslora != spec->rslora) return conflicts(config, "rslora");
-    if (node_find(lora, "dora") && config->lora.dora != spec->dora) return conflicts(config, "dora");
+    if (node_find(lora, "rank") && config->lora.rank != spec->rank)
+        return conflicts(config, "rank");
+    if (node_find(lora, "alpha") && config->lora.alpha != spec->alpha)
+        return conflicts(config, "alpha");
+    if (node_find(lora, "rslora") && config->lora.rslora != spec->rslora)
+        return conflicts(config, "rslora");
+    if (node_find(lora, "dora") && config->lora.dora != spec->dora)
+        return conflicts(config, "dora");
     if (node_find(lora, "experts") && config->lora.experts != (spec->parameters.count > 0))
         return conflicts(config, "experts");
     if (config->lora.rank_pattern.count) return conflicts(config, "rank_pattern");
@@ -38,7 +43,8 @@ static Status check_init(const RunConfig *config, const AdapterSpec *spec) {
 
 static PatternValue *patterns_of(const NumberMap *map) {
     PatternValue *patterns = must_calloc((size_t)map->count + 1, sizeof *patterns);
-    for (int i = 0; i < map->count; i++) patterns[i] = (PatternValue){must_strdup(map->keys[i]), map->values[i]};
+    for (int i = 0; i < map->count; i++)
+        patterns[i] = (PatternValue){must_strdup(map->keys[i]), map->values[i]};
     return patterns;
 }
 
@@ -48,7 +54,8 @@ static void spec_of_run(AdapterSpec *spec, const RunConfig *config) {
     spec->dropout = config->lora.dropout;
     spec->rslora = config->lora.rslora;
     spec->dora = config->lora.dora;
-    for (int i = 0; i < config->lora.targets.count; i++) text_list_add(&spec->targets, config->lora.targets.items[i]);
+    for (int i = 0; i < config->lora.targets.count; i++)
+        text_list_add(&spec->targets, config->lora.targets.items[i]);
     if (config->lora.experts) {
         text_list_add(&spec->parameters, "experts.gate_up_proj");
         text_list_add(&spec->parameters, "experts.down_proj");
@@ -73,7 +80,8 @@ Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
         TRY_DONE(check_init(config, spec));
     } else {
         spec_of_run(spec, config);
-        if (config->train_router && g->config.num_experts) text_list_add(&spec->train_also, "router");
+        if (config->train_router && g->config.num_experts)
+            text_list_add(&spec->train_also, "router");
     }
     if (!spec->base_model) spec->base_model = must_strdup(config->model);
     TRY_DONE(adapter_attach(g, spec));

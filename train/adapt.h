@@ -5,8 +5,8 @@
 #include "configs/run_config.h"
 #include "formats/adapter.h"
 
-/* Marks what `config` trains and attaches adapters, before params_place. `spec` is filled for METHOD_LORA
- * (from the run file, or from lora.init) and must be freed. */
+/* Marks what `config` trains and attaches adapters, before params_place. `spec` is filled for
+ * METHOD_LORA (from the run file, or from lora.init) and must be freed. */
 Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec);
 
 /* Fills adapters of a placed, loaded model: from lora.init, or fresh. */

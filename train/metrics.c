@@ -12,7 +12,8 @@
 #include <unistd.h>
 
 #define HEADER                                                                                     \
-    "step,epoch,loss,aux_loss,lr,grad_norm,skipped,tokens,trained_tokens,tokens_per_s,memory_bytes,eval_loss\n"
+    "step,epoch,loss,aux_loss,lr,grad_norm,skipped,tokens,trained_tokens,tokens_per_s,memory_"     \
+    "bytes,eval_loss\n"
 
 static void put_number(char *line, size_t size, double value, const char *format) {
     size_t used = strlen(line);
@@ -29,7 +30,8 @@ static void format_row(char *line, size_t size, const Metrics *m) {
     put_number(line, size, m->lr, "%.9g");
     put_number(line, size, m->grad_norm, "%.9g");
     size_t used = strlen(line);
-    snprintf(line + used, size - used, "%d,%" PRId64 ",%" PRId64 ",", m->skipped, m->tokens, m->trained_tokens);
+    snprintf(line + used, size - used, "%d,%" PRId64 ",%" PRId64 ",", m->skipped, m->tokens,
+             m->trained_tokens);
     put_number(line, size, m->tokens_per_s, "%.6g");
     put_number(line, size, m->memory_bytes, "%.0f");
     put_number(line, size, m->eval_loss, "%.9g");
@@ -64,12 +66,14 @@ Status metrics_open(MetricsLog *log, const char *output, int64_t last_step) {
     *log = (MetricsLog){.csv_path = path_join(output, "metrics.csv")};
     Status status = OK;
     gethostname(host, sizeof host - 1);
-    snprintf(name, sizeof name, "events.out.tfevents.%lld.%s.%d", (long long)time(NULL), host, (int)getpid());
+    snprintf(name, sizeof name, "events.out.tfevents.%lld.%s.%d", (long long)time(NULL), host,
+             (int)getpid());
     char *events = path_join(output, name);
     TRY_DONE(keep_rows(log->csv_path, last_step));
     log->csv = fopen(log->csv_path, "a");
     log->events = fopen(events, "ab");
-    if (!log->csv || !log->events) FAIL_DONE(ERR_IO, "%s: cannot be written: %s", output, strerror(errno));
+    if (!log->csv || !log->events)
+        FAIL_DONE(ERR_IO, "%s: cannot be written: %s", output, strerror(errno));
     TRY_DONE(event_write_version(log->events));
 done:
     free(events);
@@ -101,7 +105,9 @@ void metrics_close(MetricsLog *log) {
     *log = (MetricsLog){0};
 }
 
-static double field_number(const char *text) { return *text ? strtod(text, NULL) : NAN; }
+static double field_number(const char *text) {
+    return *text ? strtod(text, NULL) : NAN;
+}
 
 Status metrics_read(Metrics **rows, int64_t *count, const char *path) {
     char *bytes;
@@ -110,14 +116,16 @@ Status metrics_read(Metrics **rows, int64_t *count, const char *path) {
     Metrics *list = NULL;
     int64_t n = 0, space = 0;
     Status status = OK;
-    if (strncmp(bytes, HEADER, strlen(HEADER))) FAIL_DONE(ERR_FORMAT, "%s: is no metrics.csv of Lapidary", path);
+    if (strncmp(bytes, HEADER, strlen(HEADER)))
+        FAIL_DONE(ERR_FORMAT, "%s: is no metrics.csv of Lapidary", path);
     for (char *line = bytes + strlen(HEADER), *end; (end = strchr(line, '\n')); line = end + 1) {
         char *fields[12], *at = line;
         int k = 0;
         *end = 0;
         while (k < 12 && (fields[k] = strsep(&at, ","))) k++;
         if (k != 12) break; /* a row cut short by a kill: what follows is gone too */
-        if (n == space) list = must_realloc(list, (size_t)(space = space ? 2 * space : 256) * sizeof *list);
+        if (n == space)
+            list = must_realloc(list, (size_t)(space = space ? 2 * space : 256) * sizeof *list);
         list[n++] = (Metrics){.step = atoll(fields[0]),
                               .epoch = field_number(fields[1]),
                               .loss = field_number(fields[2]),

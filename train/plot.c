@@ -11,12 +11,13 @@
 
 #define PANEL_W 520.0
 #define PANEL_H 250.0
-#define LEFT 64.0
-#define RIGHT 16.0
-#define TOP 34.0
-#define BOTTOM 34.0
+#define LEFT    64.0
+#define RIGHT   16.0
+#define TOP     34.0
+#define BOTTOM  34.0
 
-static const char *const colours[] = {"#2563eb", "#d97706", "#059669", "#7c3aed", "#dc2626", "#0891b2"};
+static const char *const colours[] = {"#2563eb", "#d97706", "#059669",
+                                      "#7c3aed", "#dc2626", "#0891b2"};
 
 typedef struct Run {
     const char *name;
@@ -26,12 +27,24 @@ typedef struct Run {
 
 typedef double Reading(const Metrics *m);
 
-static double read_loss(const Metrics *m) { return m->loss; }
-static double read_eval(const Metrics *m) { return m->eval_loss; }
-static double read_lr(const Metrics *m) { return m->lr; }
-static double read_norm(const Metrics *m) { return m->grad_norm; }
-static double read_speed(const Metrics *m) { return m->tokens_per_s; }
-static double read_aux(const Metrics *m) { return m->aux_loss; }
+static double read_loss(const Metrics *m) {
+    return m->loss;
+}
+static double read_eval(const Metrics *m) {
+    return m->eval_loss;
+}
+static double read_lr(const Metrics *m) {
+    return m->lr;
+}
+static double read_norm(const Metrics *m) {
+    return m->grad_norm;
+}
+static double read_speed(const Metrics *m) {
+    return m->tokens_per_s;
+}
+static double read_aux(const Metrics *m) {
+    return m->aux_loss;
+}
 
 typedef struct Panel {
     const char *title;
@@ -66,7 +79,8 @@ static double place_x(const Frame *f, double v) {
     return f->x + LEFT + (v - f->from_x) / (f->to_x - f->from_x) * (PANEL_W - LEFT - RIGHT);
 }
 static double place_y(const Frame *f, double v) {
-    return f->y + PANEL_H - BOTTOM - (v - f->from_y) / (f->to_y - f->from_y) * (PANEL_H - TOP - BOTTOM);
+    return f->y + PANEL_H - BOTTOM -
+           (v - f->from_y) / (f->to_y - f->from_y) * (PANEL_H - TOP - BOTTOM);
 }
 
 static void find_range(Frame *f, const Panel *p, const Run *runs, int count) {
@@ -80,7 +94,8 @@ static void find_range(Frame *f, const Panel *p, const Run *runs, int count) {
             double values[] = {p->line(m), p->points ? p->points(m) : NAN};
             f->to_x = fmax(f->to_x, (double)m->step);
             for (int k = 0; k < 2; k++)
-                if (isfinite(values[k])) f->from_y = fmin(f->from_y, values[k]), f->to_y = fmax(f->to_y, values[k]);
+                if (isfinite(values[k]))
+                    f->from_y = fmin(f->from_y, values[k]), f->to_y = fmax(f->to_y, values[k]);
         }
     if (f->from_y > 0 && f->from_y < 0.5 * f->to_y) f->from_y = 0;
     double margin = 0.06 * (f->to_y - f->from_y);
@@ -90,34 +105,43 @@ static void find_range(Frame *f, const Panel *p, const Run *runs, int count) {
 }
 
 static void draw_axes(Text *svg, const Frame *f, const Panel *p) {
-    text_addf(svg, "<text class=\"title\" x=\"%.1f\" y=\"%.1f\">%s</text>\n", f->x + LEFT, f->y + 20, p->title);
+    text_addf(svg, "<text class=\"title\" x=\"%.1f\" y=\"%.1f\">%s</text>\n", f->x + LEFT,
+              f->y + 20, p->title);
     double step = tick_step(f->to_y - f->from_y);
     for (double v = ceil(f->from_y / step) * step; v <= f->to_y; v += step) {
         double y = place_y(f, v);
-        text_addf(svg, "<line class=\"grid\" x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\"/>", f->x + LEFT, y,
-                  f->x + PANEL_W - RIGHT, y);
-        text_addf(svg, "<text class=\"tick\" text-anchor=\"end\" x=\"%.1f\" y=\"%.1f\">%.4g</text>\n", f->x + LEFT - 6,
-                  y + 4, fabs(v) < step * 1e-6 ? 0 : v);
+        text_addf(svg, "<line class=\"grid\" x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\"/>",
+                  f->x + LEFT, y, f->x + PANEL_W - RIGHT, y);
+        text_addf(svg,
+                  "<text class=\"tick\" text-anchor=\"end\" x=\"%.1f\" y=\"%.1f\">%.4g</text>\n",
+                  f->x + LEFT - 6, y + 4, fabs(v) < step * 1e-6 ? 0 : v);
     }
     step = fmax(1, tick_step(f->to_x - f->from_x));
     for (double v = ceil(f->from_x / step) * step; v <= f->to_x; v += step)
-        text_addf(svg, "<text class=\"tick\" text-anchor=\"middle\" x=\"%.1f\" y=\"%.1f\">%.4g</text>\n",
+        text_addf(svg,
+                  "<text class=\"tick\" text-anchor=\"middle\" x=\"%.1f\" y=\"%.1f\">%.4g</text>\n",
                   place_x(f, v), f->y + PANEL_H - BOTTOM + 18, v);
 }
 
-/* One run's line: raw values faint under a running mean when smoothed, at most about 2,000 points. */
-static void draw_line(Text *svg, const Frame *f, const Panel *p, const Run *run, const char *colour) {
+/* One run's line: raw values faint under a running mean when smoothed, at most about 2,000 points.
+ */
+static void draw_line(Text *svg, const Frame *f, const Panel *p, const Run *run,
+                      const char *colour) {
     for (int pass = p->smooth && run->count > 20 ? 0 : 1; pass < 2; pass++) {
-        double mean = NAN, keep = p->smooth && run->count > 20 ? 1 - 1 / fmin(50, (double)run->count / 10) : 0;
+        double mean = NAN,
+               keep = p->smooth && run->count > 20 ? 1 - 1 / fmin(50, (double)run->count / 10) : 0;
         int64_t stride = run->count / 2000 + 1;
-        text_addf(svg, "<polyline fill=\"none\" stroke=\"%s\" stroke-width=\"%s\" opacity=\"%s\" points=\"", colour,
-                  pass ? "1.8" : "1", pass ? "1" : "0.25");
+        text_addf(
+            svg,
+            "<polyline fill=\"none\" stroke=\"%s\" stroke-width=\"%s\" opacity=\"%s\" points=\"",
+            colour, pass ? "1.8" : "1", pass ? "1" : "0.25");
         for (int64_t i = 0; i < run->count; i++) {
             double v = p->line(&run->rows[i]);
             if (!isfinite(v)) continue;
             mean = pass && isfinite(mean) ? keep * mean + (1 - keep) * v : v;
             if (i % stride == 0 || i + 1 == run->count)
-                text_addf(svg, "%.1f,%.1f ", place_x(f, (double)run->rows[i].step), place_y(f, pass ? mean : v));
+                text_addf(svg, "%.1f,%.1f ", place_x(f, (double)run->rows[i].step),
+                          place_y(f, pass ? mean : v));
         }
         text_adds(svg, "\"/>\n");
     }
@@ -125,7 +149,9 @@ static void draw_line(Text *svg, const Frame *f, const Panel *p, const Run *run,
     for (int64_t i = 0; i < run->count; i++) {
         double v = p->points(&run->rows[i]);
         if (isfinite(v))
-            text_addf(svg, "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"white\" stroke=\"%s\" stroke-width=\"2\"/>\n",
+            text_addf(svg,
+                      "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"white\" stroke=\"%s\" "
+                      "stroke-width=\"2\"/>\n",
                       place_x(f, (double)run->rows[i].step), place_y(f, v), colour);
     }
 }
@@ -140,22 +166,29 @@ static void add_escaped(Text *svg, const char *text) {
 
 static void draw(Text *svg, const Run *runs, int count) {
     int shown = 0;
-    for (size_t i = 0; i < sizeof panels / sizeof *panels; i++) shown += has_values(&panels[i], runs, count);
+    for (size_t i = 0; i < sizeof panels / sizeof *panels; i++)
+        shown += has_values(&panels[i], runs, count);
     double width = 2 * PANEL_W, height = 30 + 20 * count + PANEL_H * ((shown + 1) / 2);
-    text_addf(svg,
-              "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" width=\"%.0f\" height=\"%.0f\">\n"
-              "<style>text{font-family:system-ui,sans-serif;fill:#1f2937}.title{font-size:15px;font-weight:600}"
-              ".tick{font-size:11px;fill:#6b7280}.grid{stroke:#e5e7eb}.name{font-size:12px}</style>\n"
-              "<rect width=\"100%%\" height=\"100%%\" fill=\"white\"/>\n",
-              width, height, width, height);
+    text_addf(
+        svg,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %.0f %.0f\" width=\"%.0f\" "
+        "height=\"%.0f\">\n"
+        "<style>text{font-family:system-ui,sans-serif;fill:#1f2937}.title{font-size:15px;font-"
+        "weight:600}"
+        ".tick{font-size:11px;fill:#6b7280}.grid{stroke:#e5e7eb}.name{font-size:12px}</style>\n"
+        "<rect width=\"100%%\" height=\"100%%\" fill=\"white\"/>\n",
+        width, height, width, height);
     for (int r = 0; r < count; r++) {
         const char *colour = colours[(size_t)r % (sizeof colours / sizeof *colours)];
         double y = 22 + 20 * r;
-        text_addf(svg, "<rect x=\"%.0f\" y=\"%.0f\" width=\"18\" height=\"4\" fill=\"%s\"/>", LEFT, y - 6, colour);
+        text_addf(svg, "<rect x=\"%.0f\" y=\"%.0f\" width=\"18\" height=\"4\" fill=\"%s\"/>", LEFT,
+                  y - 6, colour);
         text_addf(svg, "<text class=\"name\" x=\"%.0f\" y=\"%.0f\">", LEFT + 26, y);
         add_escaped(svg, runs[r].name);
         const Metrics *last = runs[r].count ? &runs[r].rows[runs[r].count - 1] : NULL;
-        if (last) text_addf(svg, " \xe2\x80\x94 %" PRId64 " steps, last loss %.4f", last->step, last->loss);
+        if (last)
+            text_addf(svg, " \xe2\x80\x94 %" PRId64 " steps, last loss %.4f", last->step,
+                      last->loss);
         text_adds(svg, ", circles: eval</text>\n");
     }
     int at = 0;
@@ -165,7 +198,8 @@ static void draw(Text *svg, const Run *runs, int count) {
         find_range(&f, &panels[i], runs, count);
         draw_axes(svg, &f, &panels[i]);
         for (int r = 0; r < count; r++)
-            draw_line(svg, &f, &panels[i], &runs[r], colours[(size_t)r % (sizeof colours / sizeof *colours)]);
+            draw_line(svg, &f, &panels[i], &runs[r],
+                      colours[(size_t)r % (sizeof colours / sizeof *colours)]);
         at++;
     }
     text_adds(svg, "</svg>\n");

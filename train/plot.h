@@ -4,8 +4,8 @@
 
 #include "kernels/status.h"
 
-/* Loss (train and eval), learning rate, gradient norm and throughput over steps, from each run folder's
- * metrics.csv; with experts also the balancing loss. */
+/* Loss (train and eval), learning rate, gradient norm and throughput over steps, from each run
+ * folder's metrics.csv; with experts also the balancing loss. */
 Status plot_runs(const char *path, const char *const *runs, int count);
 
 #endif

@@ -1,4 +1,5 @@
-/* progress.h - what a person sees of a run: a bar on a terminal, a plain line every few seconds otherwise. */
+/* progress.h - what a person sees of a run: a bar on a terminal, a plain line every few seconds
+ * otherwise. */
 #ifndef PROGRESS_H
 #define PROGRESS_H
 

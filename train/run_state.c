@@ -9,10 +9,13 @@
 #include <string.h>
 
 static Status write_tensor(H5File *f, const char *name, Tensor t) {
-    return tensor_present(t) ? h5_write(f, name, H5T_NATIVE_FLOAT, tensor_count(t), 0, false, t.data) : OK;
+    return tensor_present(t)
+               ? h5_write(f, name, H5T_NATIVE_FLOAT, tensor_count(t), 0, false, t.data)
+               : OK;
 }
 
-Status run_state_save(const RunState *state, const ParamList *params, const Optimizer *optimizer, const char *path) {
+Status run_state_save(const RunState *state, const ParamList *params, const Optimizer *optimizer,
+                      const char *path) {
     H5File f = {0};
     Status status = OK;
     TRY_DONE(h5_create(&f, path));
@@ -37,8 +40,8 @@ static Status read_tensor(H5File *f, const char *name, Tensor t) {
     if (!tensor_present(t)) return OK;
     TRY(h5_count(f, name, &count));
     if (count != tensor_count(t))
-        FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run trains %" PRId64, f->path, name, count,
-             tensor_count(t));
+        FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run trains %" PRId64, f->path,
+             name, count, tensor_count(t));
     return h5_read(f, name, H5T_NATIVE_FLOAT, 0, count, t.data);
 }
 

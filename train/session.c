@@ -17,15 +17,18 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
     DataConfig *c = &s->config.data;
     if (is_store(c->train.items[0])) {
         if (c->train.count > 1 || c->eval.count)
-            FAIL(ERR_CONFIG, "data.train: one .h5 file holds train and eval rows, expected no other file beside it");
+            FAIL(ERR_CONFIG, "data.train: one .h5 file holds train and eval rows, expected no "
+                             "other file beside it");
         TRY(store_open(&s->store, c->train.items[0], NULL, c, s->config.seed));
         char *hash;
         TRY(h5_read_text(&s->store.file, "/", "tokenizer_sha256", &hash));
         bool same = !strcmp(hash, tokenizer_hash(s->tokenizer));
         free(hash);
         if (!same)
-            FAIL(ERR_FORMAT, "%s: is stale: made with another tokenizer than the model's", c->train.items[0]);
-        for (int i = 0; i < s->store.source_count; i++) { /* its sources, where they are still there */
+            FAIL(ERR_FORMAT, "%s: is stale: made with another tokenizer than the model's",
+                 c->train.items[0]);
+        for (int i = 0; i < s->store.source_count;
+             i++) { /* its sources, where they are still there */
             char name[64], *was, now[65];
             snprintf(name, sizeof name, "source_%d_sha256", i);
             if (!file_exists(s->store.source_paths[i])) continue;
@@ -34,11 +37,13 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
             bool fresh = !strcmp(was, now);
             free(was);
             if (!fresh)
-                FAIL(ERR_FORMAT, "%s: is stale: %s has changed since", c->train.items[0], s->store.source_paths[i]);
+                FAIL(ERR_FORMAT, "%s: is stale: %s has changed since", c->train.items[0],
+                     s->store.source_paths[i]);
         }
         return OK;
     }
-    if (file_exists(store_path)) return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
+    if (file_exists(store_path))
+        return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
     TRY(store_build(store_path, &s->reader, c, s->config.seed, progress));
     return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
 }
@@ -72,12 +77,14 @@ static Status make_plan(Session *s) {
         p->total = base + p->activations + p->scratch;
         p->recompute = recompute;
         /* A tenth stays free for the page cache, the tokenizer and the rest of the machine. */
-        if (s->config.recompute == RECOMPUTE_OFF || (double)p->total < 0.9 * (double)p->available) break;
+        if (s->config.recompute == RECOMPUTE_OFF || (double)p->total < 0.9 * (double)p->available)
+            break;
     }
     return OK;
 }
 
-Status session_open(Session *s, RunConfig *config, const char *store_path, StoreProgress *progress) {
+Status session_open(Session *s, RunConfig *config, const char *store_path,
+                    StoreProgress *progress) {
     *s = (Session){.config = *config};
     *config = (RunConfig){0}; /* the session owns it now */
     const RunConfig *c = &s->config;
@@ -87,17 +94,18 @@ Status session_open(Session *s, RunConfig *config, const char *store_path, Store
     TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
     TRY_DONE(tokenizer_load(&s->tokenizer, c->model));
     if (tokenizer_size(s->tokenizer) > s->checkpoint.config.vocab_size)
-        FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, c->model,
-                  tokenizer_size(s->tokenizer), s->checkpoint.config.vocab_size);
+        FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64,
+                  c->model, tokenizer_size(s->tokenizer), s->checkpoint.config.vocab_size);
     TRY_DONE(row_reader_init(&s->reader, &s->config.data, s->tokenizer, c->model));
     gemma_declare(&s->g, &s->checkpoint.config, !strcmp(c->dtype, "bf16") ? BF16 : F32, device);
     TRY_DONE(adapt(&s->g, c, &s->spec));
     TRY_DONE(open_data(s, store_path, progress));
-    LoaderConfig loader = {c->sequences, c->accumulate, c->data.max_length, c->seed, c->data.shuffle, c->data.packing,
-                           c->steps,     c->epochs};
+    LoaderConfig loader = {c->sequences,    c->accumulate,   c->data.max_length, c->seed,
+                           c->data.shuffle, c->data.packing, c->steps,           c->epochs};
     TRY_DONE(loader_open(&s->loader, &s->store, &loader));
     const char *shortcut = getenv("LAPIDARY_SHORTCUT"); /* 0: for measuring what it saves */
-    s->options = (StepOptions){.shortcut = !shortcut || strcmp(shortcut, "0"), .aux_scale = (float)c->aux_loss};
+    s->options = (StepOptions){.shortcut = !shortcut || strcmp(shortcut, "0"),
+                               .aux_scale = (float)c->aux_loss};
     TRY_DONE(make_plan(s));
 done:
     if (status != OK) session_close(s);
@@ -106,7 +114,9 @@ done:
 
 Status session_place(Session *s) {
     if (s->plan.total > s->plan.available)
-        FAIL(ERR_IO, "the run needs %.2f GB, %.2f GB are available: lower data.max_length or batch.sequences",
+        FAIL(ERR_IO,
+             "the run needs %.2f GB, %.2f GB are available: lower data.max_length or "
+             "batch.sequences",
              (double)s->plan.total / 1e9, (double)s->plan.available / 1e9);
     TRY(params_place(&s->g.params, s->g.device, true));
     TRY(checkpoint_load(&s->checkpoint, &s->g));
@@ -133,12 +143,17 @@ void memory_plan_print(const MemoryPlan *p) {
     struct {
         const char *name;
         size_t bytes;
-    } lines[] = {{"weights", p->weights},         {"trained values", p->trained},
-                 {"gradients", p->trained},       {"optimizer states", p->optimizer},
+    } lines[] = {{"weights", p->weights},
+                 {"trained values", p->trained},
+                 {"gradients", p->trained},
+                 {"optimizer states", p->optimizer},
                  {p->recompute ? "activations (recomputed)" : "activations", p->activations},
-                 {"temporaries", p->scratch},     {"total", p->total}};
+                 {"temporaries", p->scratch},
+                 {"total", p->total}};
     fprintf(stderr, "memory plan for %" PRId64 " rows at a time:\n", p->rows);
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++)
         fprintf(stderr, "  %-26s %9.3f GB\n", lines[i].name, (double)lines[i].bytes / 1e9);
-    if (p->mapped) fprintf(stderr, "  %-26s %9.3f GB (stays in the file)\n", "per-layer table", (double)p->mapped / 1e9);
+    if (p->mapped)
+        fprintf(stderr, "  %-26s %9.3f GB (stays in the file)\n", "per-layer table",
+                (double)p->mapped / 1e9);
 }

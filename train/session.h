@@ -31,8 +31,9 @@ typedef struct Session {
     Loader *loader;
 } Session;
 
-/* Opens checkpoint, tokenizer and dataset, declares the model and makes the memory plan; takes no memory
- * for weights yet. Tokenises JSONL into `store_path` unless a fresh store is already there. */
+/* Opens checkpoint, tokenizer and dataset, declares the model and makes the memory plan; takes no
+ * memory for weights yet. Tokenises JSONL into `store_path` unless a fresh store is already there.
+ */
 Status session_open(Session *s, RunConfig *config, const char *store_path, StoreProgress *progress);
 
 /* Takes the memory, loads the weights, starts the optimizer. ERR_IO when the plan does not fit. */

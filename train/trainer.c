@@ -18,7 +18,7 @@
 #include <string.h>
 
 /* A gradient norm this many times the median of the last good ones is a spike. */
-#define SPIKE 50.0
+#define SPIKE         50.0
 #define SPIKE_HISTORY 20
 
 static volatile sig_atomic_t stop_requested;
@@ -48,7 +48,9 @@ static Status save_weights(Trainer *t, const char *path) {
     return checkpoint_save(&s->checkpoint, &s->g, s->g.dtype, path);
 }
 
-static const char *weights_name(const Trainer *t) { return t->s.config.method == METHOD_LORA ? "adapter" : "model"; }
+static const char *weights_name(const Trainer *t) {
+    return t->s.config.method == METHOD_LORA ? "adapter" : "model";
+}
 
 static int by_step(const void *a, const void *b) {
     int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
@@ -62,7 +64,8 @@ static void prune(const Trainer *t) {
     int64_t steps[4096];
     int count = 0;
     for (struct dirent *entry; dir && count < 4096 && (entry = readdir(dir));)
-        if (!strncmp(entry->d_name, "step-", 5) && strspn(entry->d_name + 5, "0123456789") == strlen(entry->d_name + 5))
+        if (!strncmp(entry->d_name, "step-", 5) &&
+            strspn(entry->d_name + 5, "0123456789") == strlen(entry->d_name + 5))
             steps[count++] = atoll(entry->d_name + 5);
     if (dir) closedir(dir);
     qsort(steps, (size_t)count, sizeof *steps, by_step);
@@ -75,7 +78,8 @@ static void prune(const Trainer *t) {
 }
 
 static Status save(Trainer *t) {
-    char *final = must_format("%s/checkpoints/step-%" PRId64, t->output, t->state.step), *temporary = NULL;
+    char *final = must_format("%s/checkpoints/step-%" PRId64, t->output, t->state.step),
+         *temporary = NULL;
     char *newest = path_join(t->output, weights_name(t)), *inner = NULL, *state = NULL;
     Status status = OK;
     TRY_DONE(folder_begin(&temporary, final));
@@ -167,7 +171,8 @@ static const char *worst_parameter(const ParamList *params) {
     return worst;
 }
 
-static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t count, double loss, double norm) {
+static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t count, double loss,
+                              double norm) {
     Session *s = &t->s;
     Text rows = {0};
     int listed = 0;
@@ -176,7 +181,9 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
             const int32_t *source = s->store.train.sources + 2 * batches[i].samples[k];
             if (listed++ < 8)
                 text_addf(&rows, "%s%s:%d", listed > 1 ? ", " : "",
-                          source[0] < s->store.source_count ? s->store.source_paths[source[0]] : "?", source[1]);
+                          source[0] < s->store.source_count ? s->store.source_paths[source[0]]
+                                                            : "?",
+                          source[1]);
         }
     if (listed > 8) text_addf(&rows, " and %d more", listed - 8);
     const char *what = isfinite(norm) && isfinite(loss) ? "gradient spike" : "not finite";
@@ -184,11 +191,12 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
     progress_clear(&t->progress);
     Status status = OK;
     if (s->config.stop_on_bad_step)
-        status = status_fail(ERR_FORMAT, "step %" PRId64 ": %s (loss %g, gradient norm %g), worst in %s; rows %s",
-                             t->state.step + 1, what, loss, norm, where, rows.bytes);
+        status = status_fail(
+            ERR_FORMAT, "step %" PRId64 ": %s (loss %g, gradient norm %g), worst in %s; rows %s",
+            t->state.step + 1, what, loss, norm, where, rows.bytes);
     else
-        note("step %" PRId64 " skipped: %s (loss %g, gradient norm %g), worst in %s; rows %s", t->state.step + 1, what,
-             loss, norm, where, rows.bytes);
+        note("step %" PRId64 " skipped: %s (loss %g, gradient norm %g), worst in %s; rows %s",
+             t->state.step + 1, what, loss, norm, where, rows.bytes);
     text_free(&rows);
     return status;
 }
@@ -198,11 +206,13 @@ static Status one_step(Trainer *t, Metrics *m) {
     MicroBatch *batches;
     int64_t count, trained;
     TRY(loader_next(s->loader, &batches, &count, &trained));
-    double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0, norm, scale = 1;
+    double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0, norm,
+           scale = 1;
     gradients_zero(&s->g.params);
     for (Linear *l = s->g.linears.first; l; l = l->next) linear_refresh(l, &s->memory.scratch);
     for (int64_t i = 0; i < count; i++) {
-        s->options.key = random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step), (uint64_t)i);
+        s->options.key =
+            random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step), (uint64_t)i);
         s->options.load = t->load;
         s->options.aux_scale = (float)(s->config.aux_loss / (double)count);
         loss += step_run(&s->g, &s->memory, &batches[i].batch, &s->options, t->nll);
@@ -210,8 +220,13 @@ static Status one_step(Trainer *t, Metrics *m) {
         m->tokens += batches[i].batch.N;
     }
     norm = gradients_norm(&s->g.params);
-    *m = (Metrics){.loss = loss, .aux_loss = t->load ? aux : NAN, .lr = lr, .grad_norm = norm, .tokens = m->tokens,
-                   .trained_tokens = trained, .eval_loss = NAN};
+    *m = (Metrics){.loss = loss,
+                   .aux_loss = t->load ? aux : NAN,
+                   .lr = lr,
+                   .grad_norm = norm,
+                   .tokens = m->tokens,
+                   .trained_tokens = trained,
+                   .eval_loss = NAN};
     m->skipped = !isfinite(loss) || !isfinite(norm) || is_spike(&t->state, norm);
     if (m->skipped) {
         TRY(report_bad_step(t, batches, count, loss, norm));
@@ -241,9 +256,11 @@ static Status log_expert_load(Trainer *t) {
         }
         char tag[64];
         snprintf(tag, sizeof tag, "experts/layer_%02d_most", l);
-        TRY(metrics_add_scalar(&t->log, t->state.step, tag, total > 0 ? most / total * (double)E : NAN));
+        TRY(metrics_add_scalar(&t->log, t->state.step, tag,
+                               total > 0 ? most / total * (double)E : NAN));
         snprintf(tag, sizeof tag, "experts/layer_%02d_least", l);
-        TRY(metrics_add_scalar(&t->log, t->state.step, tag, total > 0 ? least / total * (double)E : NAN));
+        TRY(metrics_add_scalar(&t->log, t->state.step, tag,
+                               total > 0 ? least / total * (double)E : NAN));
     }
     memset(t->load->by_layer, 0, (size_t)(t->s.g.config.num_hidden_layers * E) * sizeof(float));
     return OK;
@@ -280,8 +297,8 @@ static Status loop(Trainer *t) {
     progress_clear(&t->progress);
     if (saved != t->state.step || t->state.step == 0) TRY(save(t));
     if (stopped_early)
-        note("stopped at step %" PRId64 ": %" PRId64 " evaluations without a better loss", t->state.step,
-             t->state.evals_without_gain);
+        note("stopped at step %" PRId64 ": %" PRId64 " evaluations without a better loss",
+             t->state.step, t->state.evals_without_gain);
     return OK;
 }
 
@@ -297,7 +314,9 @@ static Status open_folder(const RunConfig *c, bool resume, int64_t *step) {
     Status status = OK;
     *step = 0;
     if (there && !resume)
-        FAIL_DONE(ERR_CONFIG, "%s: already holds a run; give --resume to continue it, or another output", c->output);
+        FAIL_DONE(ERR_CONFIG,
+                  "%s: already holds a run; give --resume to continue it, or another output",
+                  c->output);
     if (!there && resume) FAIL_DONE(ERR_CONFIG, "%s: holds no run to resume", c->output);
     TRY_DONE(folder_make(c->output));
     char *text = run_config_text(c), *old = NULL;
@@ -305,7 +324,9 @@ static Status open_folder(const RunConfig *c, bool resume, int64_t *step) {
     if (there) {
         status = file_read(&old, &size, run, (size_t)1 << 24);
         if (status == OK && strcmp(old, text))
-            note("the run file differs from the one %s was started with; the new one is used and kept", c->output);
+            note("the run file differs from the one %s was started with; the new one is used and "
+                 "kept",
+                 c->output);
         *step = run_state_newest(c->output);
     }
     if (status == OK) status = file_write(run, text, strlen(text));
@@ -319,10 +340,12 @@ done:
 static void report_data(const Store *store) {
     const StoreCounts *n = &store->counts;
     fprintf(stderr,
-            "data: %.0f rows -> %.0f samples (%.0f cut, %.0f dropped, %.0f bad rows), %.0f tokens, %.1f %% trained; "
+            "data: %.0f rows -> %.0f samples (%.0f cut, %.0f dropped, %.0f bad rows), %.0f tokens, "
+            "%.1f %% trained; "
             "%" PRId64 " train and %" PRId64 " eval samples\n",
-            n->rows, n->samples, n->cut, n->dropped, n->bad, n->tokens, n->tokens > 0 ? 100 * n->trained / n->tokens : 0,
-            store->train.count, store->eval.count);
+            n->rows, n->samples, n->cut, n->dropped, n->bad, n->tokens,
+            n->tokens > 0 ? 100 * n->trained / n->tokens : 0, store->train.count,
+            store->eval.count);
 }
 
 static Status start(Trainer *t, RunConfig *config, bool resume) {
@@ -351,8 +374,8 @@ static Status start(Trainer *t, RunConfig *config, bool resume) {
     t->nll = must_malloc((size_t)(s->plan.rows + 1) * sizeof *t->nll);
     if (s->g.config.num_experts) {
         t->load = must_calloc(1, sizeof *t->load);
-        t->load->by_layer =
-            must_calloc((size_t)(s->g.config.num_hidden_layers * s->g.config.num_experts), sizeof(float));
+        t->load->by_layer = must_calloc(
+            (size_t)(s->g.config.num_hidden_layers * s->g.config.num_experts), sizeof(float));
     }
     return metrics_open(&t->log, t->output, t->state.step);
 }
@@ -375,9 +398,12 @@ Status train_run(RunConfig *config, bool resume) {
     status = plot_runs(report, &t.output, 1);
     free(report);
     if (status == OK && stop_requested && t.state.step < t.steps)
-        FAIL_DONE(ERR_STOPPED, "stopped at step %" PRId64 " of %" PRId64 ", saved in %s", t.state.step, t.steps, t.output);
+        FAIL_DONE(ERR_STOPPED, "stopped at step %" PRId64 " of %" PRId64 ", saved in %s",
+                  t.state.step, t.steps, t.output);
     if (status == OK)
-        fprintf(stderr, "done: %" PRId64 " steps, %" PRId64 " skipped; weights in %s/%s, curve in %s/report.svg\n",
+        fprintf(stderr,
+                "done: %" PRId64 " steps, %" PRId64
+                " skipped; weights in %s/%s, curve in %s/report.svg\n",
                 t.state.step, t.state.skipped, t.output, weights_name(&t), t.output);
 done:
     metrics_close(&t.log);

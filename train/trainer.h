@@ -4,12 +4,13 @@
 
 #include "train/session.h"
 
-/* Trains as the run file says, into config->output; takes over the config. With `resume` continues the
- * run in that folder from its newest save. ERR_STOPPED after SIGTERM or SIGINT, everything saved. */
+/* Trains as the run file says, into config->output; takes over the config. With `resume` continues
+ * the run in that folder from its newest save. ERR_STOPPED after SIGTERM or SIGINT, everything
+ * saved. */
 Status train_run(RunConfig *config, bool resume);
 
-/* Mean negative log-likelihood over the trained tokens of the eval set (or, with `eval` false, the train
- * set), with memory of its own kept in *memory. */
+/* Mean negative log-likelihood over the trained tokens of the eval set (or, with `eval` false, the
+ * train set), with memory of its own kept in *memory. */
 Status evaluate(Session *s, StepMemory *memory, double *loss);
 
 #endif

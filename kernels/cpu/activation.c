@@ -3,7 +3,7 @@
 #include "kernels/cpu/cpu.h"
 
 #define GELU_FACTOR 0.7978845608028654f /* sqrt(2 / pi) */
-#define GELU_CUBE 0.044715f
+#define GELU_CUBE   0.044715f
 
 void CPU(gelu_mul_forward)(Tensor y, Tensor gate, Tensor up) {
     int64_t count = tensor_count(y);
@@ -35,8 +35,8 @@ void CPU(gelu_mul_backward)(Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Te
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
             float x = g[i], t = fast_tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
-            float slope = 0.5f * (1.0f + t) +
-                          0.5f * x * (1.0f - t * t) * GELU_FACTOR * (1.0f + 3.0f * GELU_CUBE * x * x);
+            float slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * GELU_FACTOR *
+                                                  (1.0f + 3.0f * GELU_CUBE * x * x);
             gate_out[i] = d[i] * u[i] * slope;
             up_out[i] = d[i] * (0.5f * x * (1.0f + t));
         }

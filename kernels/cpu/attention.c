@@ -1,17 +1,17 @@
 /* attention.c - tiled softmax attention over key intervals.
  *
- * A work item is one block of queries (by their place on the key axis) and one key head: the block's
- * rows of all query heads that read this key head form one (M, C) matrix, so a tile of keys is
- * converted once for all of them. Keys go in tiles at fixed places, with the running softmax of
+ * A work item is one block of queries (by their place on the key axis) and one key head: the
+ * block's rows of all query heads that read this key head form one (M, C) matrix, so a tile of keys
+ * is converted once for all of them. Keys go in tiles at fixed places, with the running softmax of
  * FlashAttention (Dao et al. 2022); all arithmetic is f32. */
 #include "kernels/attention.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
 
 #define BLOCK_ROWS 64 /* about as many matrix rows in a block of queries */
-#define TILE_KEYS 64
+#define TILE_KEYS  64
 
-typedef struct Block { /* queries begin .. end - 1, all of the same block of places */
+typedef struct Block {               /* queries begin .. end - 1, all of the same block of places */
     int64_t begin, end, first, last; /* keys any of them sees, first rounded down to a tile */
 } Block;
 
@@ -27,7 +27,8 @@ static Shape shape_of(Tensor q, Tensor k) {
 }
 
 /* The block of queries that starts at `begin`. */
-static Block block_at(const Shape *s, int64_t begin, const int32_t *index, const int32_t *first, const int32_t *last) {
+static Block block_at(const Shape *s, int64_t begin, const int32_t *index, const int32_t *first,
+                      const int32_t *last) {
     Block b = {.begin = begin, .end = begin, .first = first[begin], .last = last[begin]};
     int64_t place = index[begin] / s->rows;
     while (b.end < s->N && index[b.end] / s->rows == place) {
@@ -50,7 +51,8 @@ static int64_t list_blocks(int64_t *begins, const Shape *s, const int32_t *index
 static void load_block(float *out, Tensor x, const Shape *s, const Block *b, int64_t head) {
     for (int64_t n = b->begin, m = 0; n < b->end; n++)
         for (int64_t g = 0; g < s->group; g++, m++) {
-            const float *row = load_f32(out + m * s->C, x, (n * s->H + head * s->group + g) * s->C, s->C);
+            const float *row =
+                load_f32(out + m * s->C, x, (n * s->H + head * s->group + g) * s->C, s->C);
             if (row != out + m * s->C) memcpy(out + m * s->C, row, (size_t)s->C * sizeof *row);
         }
 }
@@ -61,9 +63,10 @@ static void store_block(Tensor y, const float *in, const Shape *s, const Block *
             store_f32(y, (n * s->H + head * s->group + g) * s->C, s->C, in + m * s->C);
 }
 
-/* Keys first .. first + count - 1 of one head: as they are (count, C), and transposed (C, TILE_KEYS). */
-static void load_keys(float *plain, float *transposed, Tensor k, const Shape *s, int64_t head, int64_t first,
-                      int64_t count) {
+/* Keys first .. first + count - 1 of one head: as they are (count, C), and transposed (C,
+ * TILE_KEYS). */
+static void load_keys(float *plain, float *transposed, Tensor k, const Shape *s, int64_t head,
+                      int64_t first, int64_t count) {
     float buffer[512];
     for (int64_t j = 0; j < count; j++) {
         const float *row = load_f32(buffer, k, ((first + j) * s->K + head) * s->C, s->C);
@@ -73,18 +76,20 @@ static void load_keys(float *plain, float *transposed, Tensor k, const Shape *s,
     }
     if (transposed && count < TILE_KEYS)
         for (int64_t c = 0; c < s->C; c++)
-            memset(transposed + c * TILE_KEYS + count, 0, (size_t)(TILE_KEYS - count) * sizeof *transposed);
+            memset(transposed + c * TILE_KEYS + count, 0,
+                   (size_t)(TILE_KEYS - count) * sizeof *transposed);
 }
 
-void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first,
-                            Tensor last) {
+void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
+                            Tensor first, Tensor last) {
     Shape s = shape_of(q, k);
     const int32_t *from = first.data, *to = last.data;
     int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
 #pragma omp parallel
     {
         float *memory = thread_scratch((size_t)(2 * M * s.C + 2 * TILE_KEYS * s.C + M * TILE_KEYS));
-        float *query = memory, *out = query + M * s.C, *keys = out + M * s.C, *values = keys + TILE_KEYS * s.C;
+        float *query = memory, *out = query + M * s.C, *keys = out + M * s.C,
+              *values = keys + TILE_KEYS * s.C;
         float *scores = values + TILE_KEYS * s.C, top[M], total[M];
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t block = 0; block < blocks; block++)
@@ -98,7 +103,8 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, 
                     int64_t count = s.S - key < TILE_KEYS ? s.S - key : TILE_KEYS;
                     load_keys(NULL, keys, k, &s, head, key, count);
                     load_keys(values, NULL, v, &s, head, key, count);
-                    tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys, TILE_KEYS, scores, TILE_KEYS, false);
+                    tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys, TILE_KEYS, scores,
+                                 TILE_KEYS, false);
                     for (int64_t m = 0; m < m_count; m++) {
                         int64_t n = b.begin + m / s.group;
                         int64_t low = from[n] > key ? from[n] - key : 0;
@@ -118,7 +124,8 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, 
                         total[m] = total[m] * fade + sum;
                         top[m] = best;
                     }
-                    tile_product(m_count, s.C, count, scores, TILE_KEYS, 1, values, s.C, out, s.C, true);
+                    tile_product(m_count, s.C, count, scores, TILE_KEYS, 1, values, s.C, out, s.C,
+                                 true);
                 }
                 for (int64_t m = 0; m < m_count; m++) {
                     int64_t n = b.begin + m / s.group, h = head * s.group + m % s.group;
@@ -131,8 +138,9 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, 
     }
 }
 
-void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, Tensor q, Tensor k,
-                             Tensor v, Tensor index, Tensor first, Tensor last, Tensor partial) {
+void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
+                             Tensor q, Tensor k, Tensor v, Tensor index, Tensor first, Tensor last,
+                             Tensor partial) {
     Shape s = shape_of(q, k);
     const int32_t *from = first.data, *to = last.data, *place = index.data;
     int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
@@ -140,15 +148,21 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor 
     float *partials = groups > 1 ? partial.data : NULL;
 #pragma omp parallel
     {
-        float *memory = thread_scratch((size_t)(4 * M * s.C + 3 * TILE_KEYS * s.C + 2 * M * TILE_KEYS));
-        float *query = memory, *dquery = query + M * s.C, *dout = dquery + M * s.C, *out = dout + M * s.C;
-        float *keys = out + M * s.C, *keys_t = keys + TILE_KEYS * s.C, *values_t = keys_t + TILE_KEYS * s.C;
-        float *prob = values_t + TILE_KEYS * s.C, *dscore = prob + M * TILE_KEYS, delta[M], log_sum[M];
+        float *memory =
+            thread_scratch((size_t)(4 * M * s.C + 3 * TILE_KEYS * s.C + 2 * M * TILE_KEYS));
+        float *query = memory, *dquery = query + M * s.C, *dout = dquery + M * s.C,
+              *out = dout + M * s.C;
+        float *keys = out + M * s.C, *keys_t = keys + TILE_KEYS * s.C,
+              *values_t = keys_t + TILE_KEYS * s.C;
+        float *prob = values_t + TILE_KEYS * s.C, *dscore = prob + M * TILE_KEYS, delta[M],
+              log_sum[M];
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t group = 0; group < groups; group++)
             for (int64_t head = 0; head < s.K; head++) {
-                float *dkey = (partials ? partials + 2 * group * size : (float *)dk.data) + head * s.C;
-                float *dvalue = (partials ? partials + (2 * group + 1) * size : (float *)dv.data) + head * s.C;
+                float *dkey =
+                    (partials ? partials + 2 * group * size : (float *)dk.data) + head * s.C;
+                float *dvalue =
+                    (partials ? partials + (2 * group + 1) * size : (float *)dv.data) + head * s.C;
                 if (partials)
                     for (int64_t j = 0; j < s.S; j++) {
                         memset(dkey + j * stride, 0, (size_t)s.C * sizeof *dkey);
@@ -165,32 +179,38 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor 
                     for (int64_t m = 0; m < m_count; m++) {
                         float sum = 0;
 #pragma omp simd reduction(+ : sum)
-                        for (int64_t c = 0; c < s.C; c++) sum += dout[m * s.C + c] * out[m * s.C + c];
+                        for (int64_t c = 0; c < s.C; c++)
+                            sum += dout[m * s.C + c] * out[m * s.C + c];
                         delta[m] = sum;
                         int64_t n = b.begin + m / s.group;
-                        log_sum[m] = ((const float *)lse.data)[n * s.H + head * s.group + m % s.group];
+                        log_sum[m] =
+                            ((const float *)lse.data)[n * s.H + head * s.group + m % s.group];
                     }
                     for (int64_t key = b.first; key <= b.last; key += TILE_KEYS) {
                         int64_t count = s.S - key < TILE_KEYS ? s.S - key : TILE_KEYS;
                         load_keys(keys, keys_t, k, &s, head, key, count);
                         load_keys(NULL, values_t, v, &s, head, key, count);
-                        tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys_t, TILE_KEYS, prob, TILE_KEYS, false);
-                        tile_product(m_count, TILE_KEYS, s.C, dout, s.C, 1, values_t, TILE_KEYS, dscore, TILE_KEYS,
-                                     false);
+                        tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys_t, TILE_KEYS,
+                                     prob, TILE_KEYS, false);
+                        tile_product(m_count, TILE_KEYS, s.C, dout, s.C, 1, values_t, TILE_KEYS,
+                                     dscore, TILE_KEYS, false);
                         for (int64_t m = 0; m < m_count; m++) {
                             int64_t n = b.begin + m / s.group;
                             int64_t low = from[n] - key, high = to[n] - key;
                             float *p = prob + m * TILE_KEYS, *ds = dscore + m * TILE_KEYS;
                             for (int64_t j = 0; j < TILE_KEYS; j++) {
-                                p[j] = j >= low && j <= high && j < count ? fast_exp(p[j] - log_sum[m]) : 0.0f;
+                                p[j] = j >= low && j <= high && j < count
+                                           ? fast_exp(p[j] - log_sum[m])
+                                           : 0.0f;
                                 ds[j] = p[j] * (ds[j] - delta[m]);
                             }
                         }
-                        tile_product(m_count, s.C, count, dscore, TILE_KEYS, 1, keys, s.C, dquery, s.C, true);
-                        tile_product(count, s.C, m_count, prob, 1, TILE_KEYS, dout, s.C, dvalue + key * stride, stride,
-                                     true);
-                        tile_product(count, s.C, m_count, dscore, 1, TILE_KEYS, query, s.C, dkey + key * stride,
-                                     stride, true);
+                        tile_product(m_count, s.C, count, dscore, TILE_KEYS, 1, keys, s.C, dquery,
+                                     s.C, true);
+                        tile_product(count, s.C, m_count, prob, 1, TILE_KEYS, dout, s.C,
+                                     dvalue + key * stride, stride, true);
+                        tile_product(count, s.C, m_count, dscore, 1, TILE_KEYS, query, s.C,
+                                     dkey + key * stride, stride, true);
                     }
                     store_block(dq, dquery, &s, &b, head);
                 }

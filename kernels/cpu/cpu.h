@@ -1,7 +1,7 @@
 /* cpu.h - what the CPU twins share: the level's vectors, converting rows, and fast exponentials.
  *
- * Every file here is compiled once per level (LEVEL is generic, avx2 or avx512, LANES the f32 lanes of a
- * register), except onednn.c, which has its own dispatch. */
+ * Every file here is compiled once per level (LEVEL is generic, avx2 or avx512, LANES the f32 lanes
+ * of a register), except onednn.c, which has its own dispatch. */
 #ifndef CPU_H
 #define CPU_H
 
@@ -11,9 +11,9 @@
 #include <omp.h>
 #include <string.h>
 
-#define CPU_PASTE(name, level) cpu_##name##_##level
+#define CPU_PASTE(name, level)  cpu_##name##_##level
 #define CPU_EXPAND(name, level) CPU_PASTE(name, level)
-#define CPU(name) CPU_EXPAND(name, LEVEL)
+#define CPU(name)               CPU_EXPAND(name, LEVEL)
 
 typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
@@ -28,7 +28,8 @@ static inline _Float16 f16_from_bits(uint16_t bits) {
     return value.f;
 }
 
-/* Elements first .. first + n - 1 of a tensor as f32: in place when they are f32, else through buffer. */
+/* Elements first .. first + n - 1 of a tensor as f32: in place when they are f32, else through
+ * buffer. */
 static inline const float *load_f32(float *buffer, Tensor t, int64_t first, int64_t n) {
     if (t.dtype == F32) return (const float *)t.data + first;
     const uint16_t *bits = (const uint16_t *)t.data + first;
@@ -59,8 +60,8 @@ static inline void round_to(DType dtype, float *values, int64_t n) {
     for (int64_t i = 0; i < n; i++) values[i] = bf16_to_f32(f32_to_bf16(values[i]));
 }
 
-/* exp to 2 ulp in straight-line code that vectorises: 2^k e^r with |r| <= ln2/2, a degree-6 series of
- * e^r (Cephes' coefficients); arguments clamp to [-87.3, 88.3]. */
+/* exp to 2 ulp in straight-line code that vectorises: 2^k e^r with |r| <= ln2/2, a degree-6 series
+ * of e^r (Cephes' coefficients); arguments clamp to [-87.3, 88.3]. */
 static inline float fast_exp(float x) {
     x = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
     float k = x * 1.44269504088896341f;
@@ -81,6 +82,8 @@ static inline float fast_exp(float x) {
 }
 
 /* tanh to 1e-7 absolute: 1 - 2 / (e^2x + 1). */
-static inline float fast_tanh(float x) { return 1.0f - 2.0f / (fast_exp(2.0f * x) + 1.0f); }
+static inline float fast_tanh(float x) {
+    return 1.0f - 2.0f / (fast_exp(2.0f * x) + 1.0f);
+}
 
 #endif

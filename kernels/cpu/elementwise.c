@@ -1,10 +1,11 @@
 /* elementwise.c - copies, sums, gathers and masks. */
 #include "kernels/elementwise.h"
-#include "kernels/random.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/random.h"
 
 #define FOR_CHUNKS(count)                                                                          \
-    for (int64_t first = 0, n = 0; n = count - first < CHUNK ? count - first : CHUNK, first < count; first += CHUNK)
+    for (int64_t first = 0, n = 0;                                                                 \
+         n = count - first < CHUNK ? count - first : CHUNK, first < count; first += CHUNK)
 
 void CPU(scale_copy)(Tensor y, Write write, Tensor x, float alpha) {
     int64_t count = tensor_count(y), blocks = (count + CHUNK - 1) / CHUNK;
@@ -12,7 +13,8 @@ void CPU(scale_copy)(Tensor y, Write write, Tensor x, float alpha) {
     for (int64_t block = 0; block < blocks; block++) {
         int64_t first = block * CHUNK, n = count - first < CHUNK ? count - first : CHUNK;
         float a[CHUNK], b[CHUNK];
-        const float *in = load_f32(a, x, first, n), *old = write == ADD ? load_f32(b, y, first, n) : NULL;
+        const float *in = load_f32(a, x, first, n),
+                    *old = write == ADD ? load_f32(b, y, first, n) : NULL;
         if (old) {
 #pragma omp simd
             for (int64_t i = 0; i < n; i++) b[i] = old[i] + alpha * in[i];
@@ -30,7 +32,8 @@ void CPU(fill)(Tensor y, float value) {
     for (int64_t i = 0; i < CHUNK; i++) line[i] = value;
 #pragma omp parallel for schedule(static)
     for (int64_t block = 0; block < blocks; block++)
-        store_f32(y, block * CHUNK, count - block * CHUNK < CHUNK ? count - block * CHUNK : CHUNK, line);
+        store_f32(y, block * CHUNK, count - block * CHUNK < CHUNK ? count - block * CHUNK : CHUNK,
+                  line);
 }
 
 void CPU(add_scaled)(Tensor y, Tensor a, Tensor b, float alpha) {
@@ -69,7 +72,8 @@ static void add_row(Tensor y, int64_t to, Tensor x, int64_t from) {
     int64_t D = tensor_cols(y);
     FOR_CHUNKS(D) {
         float a[CHUNK], b[CHUNK];
-        const float *old = load_f32(a, y, to * D + first, n), *in = load_f32(b, x, from * D + first, n);
+        const float *old = load_f32(a, y, to * D + first, n),
+                    *in = load_f32(b, x, from * D + first, n);
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) a[i] = old[i] + in[i];
         store_f32(y, to * D + first, n, a);
@@ -85,7 +89,8 @@ void CPU(scatter_rows)(Tensor y, Write write, Tensor x, Tensor rows) {
     for (int64_t m = 0; m < M; m++) {
         if (to[m] < 0) continue;
         if (write == SET)
-            memcpy((char *)y.data + (size_t)to[m] * bytes, (const char *)x.data + (size_t)m * bytes, bytes);
+            memcpy((char *)y.data + (size_t)to[m] * bytes, (const char *)x.data + (size_t)m * bytes,
+                   bytes);
         else
             add_row(y, to[m], x, m);
     }
@@ -117,8 +122,7 @@ void CPU(scale_columns)(Tensor y, Write write, Tensor x, Tensor weight) {
     int64_t N = tensor_rows(x), D = tensor_cols(x);
     const float *w = weight.data;
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < N; row++)
-        FOR_CHUNKS(D) {
+    for (int64_t row = 0; row < N; row++) FOR_CHUNKS(D) {
             float a[CHUNK], b[CHUNK];
             const float *in = load_f32(a, x, row * D + first, n);
             const float *old = write == ADD ? load_f32(b, y, row * D + first, n) : NULL;
@@ -135,7 +139,8 @@ void CPU(dot_columns)(Tensor y, Tensor a, Tensor b) {
         int64_t n = D - first < CHUNK ? D - first : CHUNK;
         float p[CHUNK], q[CHUNK];
         for (int64_t row = 0; row < N; row++) {
-            const float *u = load_f32(p, a, row * D + first, n), *v = load_f32(q, b, row * D + first, n);
+            const float *u = load_f32(p, a, row * D + first, n),
+                        *v = load_f32(q, b, row * D + first, n);
 #pragma omp simd
             for (int64_t i = 0; i < n; i++) out[first + i] += u[i] * v[i];
         }

@@ -18,7 +18,8 @@ void CPU(embedding_forward)(Tensor y, Tensor table, int64_t first_col, Tensor id
         }
 }
 
-void CPU(embedding_backward)(Tensor dtable, int64_t first_col, Tensor dy, Tensor ids, float scale, int32_t skip) {
+void CPU(embedding_backward)(Tensor dtable, int64_t first_col, Tensor dy, Tensor ids, float scale,
+                             int32_t skip) {
     int64_t N = tensor_rows(dy), D = tensor_cols(dy), W = tensor_cols(dtable);
     const int32_t *id = ids.data;
     float *table = dtable.data;

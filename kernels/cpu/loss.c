@@ -17,7 +17,8 @@ void CPU(softcap_forward)(Tensor logits, float cap) {
             cap_row((float *)logits.data + r * V + first, V - first < 8192 ? V - first : 8192, cap);
 }
 
-void CPU(cross_entropy)(Tensor nll, Tensor dlogits, Tensor logits, Tensor targets, Tensor weights, float cap) {
+void CPU(cross_entropy)(Tensor nll, Tensor dlogits, Tensor logits, Tensor targets, Tensor weights,
+                        float cap) {
     int64_t R = tensor_rows(logits), V = tensor_cols(logits);
     const int32_t *target = targets.data;
 #pragma omp parallel for schedule(dynamic)
@@ -52,7 +53,8 @@ void CPU(cross_entropy)(Tensor nll, Tensor dlogits, Tensor logits, Tensor target
                 float c = row[first + i];
                 out[i] = weight * fast_exp(c - lse) * (1.0f - c * c * slope_factor);
             }
-            if (counted && target[r] >= first && target[r] < first + n) out[target[r] - first] = hit;
+            if (counted && target[r] >= first && target[r] < first + n)
+                out[target[r] - first] = hit;
             store_f32(dlogits, r * V + first, n, out);
         }
     }

@@ -7,32 +7,34 @@
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
 
-
 #define PANEL_M 96
 #define PANEL_N 256
 #define PANEL_K 256
 
-/* a (m_count, k_count) panel at (m, k) of the left operand: f32, element (i, p) at i * *row + p * *col. */
-static const float *left_panel(float *buffer, Layout layout, Tensor a, int64_t m, int64_t m_count, int64_t k,
-                               int64_t k_count, int64_t *row, int64_t *col) {
+/* a (m_count, k_count) panel at (m, k) of the left operand: f32, element (i, p) at i * *row + p *
+ * *col. */
+static const float *left_panel(float *buffer, Layout layout, Tensor a, int64_t m, int64_t m_count,
+                               int64_t k, int64_t k_count, int64_t *row, int64_t *col) {
     int64_t width = tensor_cols(a);
     if (layout == TN) { /* stored (K, M) */
         *row = 1;
         *col = a.dtype == F32 ? width : m_count;
         if (a.dtype == F32) return (const float *)a.data + k * width + m;
-        for (int64_t p = 0; p < k_count; p++) load_f32(buffer + p * m_count, a, (k + p) * width + m, m_count);
+        for (int64_t p = 0; p < k_count; p++)
+            load_f32(buffer + p * m_count, a, (k + p) * width + m, m_count);
         return buffer;
     }
     *col = 1;
     *row = a.dtype == F32 ? width : k_count;
     if (a.dtype == F32) return (const float *)a.data + m * width + k;
-    for (int64_t i = 0; i < m_count; i++) load_f32(buffer + i * k_count, a, (m + i) * width + k, k_count);
+    for (int64_t i = 0; i < m_count; i++)
+        load_f32(buffer + i * k_count, a, (m + i) * width + k, k_count);
     return buffer;
 }
 
 /* A (k_count, n_count) panel at (k, n) of the right operand: f32, rows of *stride. */
-static const float *right_panel(float *buffer, Layout layout, Tensor b, int64_t n, int64_t n_count, int64_t k,
-                                int64_t k_count, int64_t *stride) {
+static const float *right_panel(float *buffer, Layout layout, Tensor b, int64_t n, int64_t n_count,
+                                int64_t k, int64_t k_count, int64_t *stride) {
     int64_t width = tensor_cols(b);
     if (layout == NT) { /* stored (N, K) */
         float line[PANEL_K];
@@ -45,12 +47,14 @@ static const float *right_panel(float *buffer, Layout layout, Tensor b, int64_t 
     }
     *stride = b.dtype == F32 ? width : n_count;
     if (b.dtype == F32) return (const float *)b.data + k * width + n;
-    for (int64_t p = 0; p < k_count; p++) load_f32(buffer + p * n_count, b, (k + p) * width + n, n_count);
+    for (int64_t p = 0; p < k_count; p++)
+        load_f32(buffer + p * n_count, b, (k + p) * width + n, n_count);
     return buffer;
 }
 
 void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    int64_t M = tensor_rows(y), N = tensor_cols(y), K = layout == TN ? tensor_rows(a) : tensor_cols(a);
+    int64_t M = tensor_rows(y), N = tensor_cols(y),
+            K = layout == TN ? tensor_rows(a) : tensor_cols(a);
     int64_t m_panels = (M + PANEL_M - 1) / PANEL_M, n_panels = (N + PANEL_N - 1) / PANEL_N;
 #pragma omp parallel if (M * N * K > 32768)
     {
@@ -62,26 +66,31 @@ void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor 
         for (int64_t mp = 0; mp < m_panels; mp++)
             for (int64_t np = 0; np < n_panels; np++) {
                 int64_t m = mp * PANEL_M, n = np * PANEL_N;
-                int64_t m_count = M - m < PANEL_M ? M - m : PANEL_M, n_count = N - n < PANEL_N ? N - n : PANEL_N;
+                int64_t m_count = M - m < PANEL_M ? M - m : PANEL_M,
+                        n_count = N - n < PANEL_N ? N - n : PANEL_N;
                 if (!K) memset(sum, 0, (size_t)(m_count * n_count) * sizeof *sum);
                 for (int64_t k = 0; k < K; k += PANEL_K) {
                     int64_t k_count = K - k < PANEL_K ? K - k : PANEL_K, row, col, stride;
-                    const float *l = left_panel(left, layout, a, m, m_count, k, k_count, &row, &col);
+                    const float *l =
+                        left_panel(left, layout, a, m, m_count, k, k_count, &row, &col);
                     const float *r = right_panel(right, layout, b, n, n_count, k, k_count, &stride);
-                    tile_product(m_count, n_count, k_count, l, row, col, r, stride, sum, n_count, k > 0);
+                    tile_product(m_count, n_count, k_count, l, row, col, r, stride, sum, n_count,
+                                 k > 0);
                 }
                 for (int64_t i = 0; i < m_count; i++) {
                     float *row = sum + i * n_count;
                     int64_t first = (m + i) * N + n;
                     const float *old = write == ADD ? load_f32(line, y, first, n_count) : NULL;
-                    for (int64_t j = 0; j < n_count; j++) row[j] = alpha * row[j] + (old ? old[j] : 0.0f);
+                    for (int64_t j = 0; j < n_count; j++)
+                        row[j] = alpha * row[j] + (old ? old[j] : 0.0f);
                     store_f32(y, first, n_count, row);
                 }
             }
     }
 }
 
-/* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K. */
+/* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K.
+ */
 static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {
     int64_t M = tensor_rows(y), N = tensor_cols(y), K = tensor_cols(a);
     float *rows = thread_scratch((size_t)(M * K));
@@ -160,15 +169,18 @@ void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float
         onednn_product(layout, y, write, a, b);
 }
 
-void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, const int32_t *offsets,
-                         int64_t groups, float alpha) {
+void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
+                         const int32_t *offsets, int64_t groups, float alpha) {
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = offsets[g], count = offsets[g + 1] - first;
         if (!count) continue;
         if (layout == TN)
-            CPU(matmul)(TN, tensor_at(y, g), ADD, tensor_slice(a, first, count), tensor_slice(b, first, count), alpha);
+            CPU(matmul)
+            (TN, tensor_at(y, g), ADD, tensor_slice(a, first, count), tensor_slice(b, first, count),
+             alpha);
         else
-            CPU(matmul)(layout, tensor_slice(y, first, count), write, tensor_slice(a, first, count), tensor_at(b, g),
-                        alpha);
+            CPU(matmul)
+            (layout, tensor_slice(y, first, count), write, tensor_slice(a, first, count),
+             tensor_at(b, g), alpha);
     }
 }

@@ -21,7 +21,8 @@ static void scale_row(float *out, const float *x, float rstd, const float *weigh
     }
 }
 
-void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual, float eps) {
+void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual,
+                          float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
 #pragma omp parallel if (N * D > 16384)
     {
@@ -59,7 +60,8 @@ void CPU(rmsnorm_apply)(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
     }
 }
 
-void CPU(rmsnorm_backward)(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd, Tensor weight) {
+void CPU(rmsnorm_backward)(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd,
+                           Tensor weight) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     const float *r = rstd.data;
     /* dweight first: it reads dy, which dx may overwrite. Columns are split, rows go in order. */

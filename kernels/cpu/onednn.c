@@ -1,8 +1,9 @@
 /* onednn.c - a table of matmul primitives by shape, dtype and layout.
  *
- * Making a primitive costs up to a millisecond, finding it again a few nanoseconds; the memory objects
- * live beside it and only their pointers change. Batches of ever new sizes would fill memory with
- * generated code (about 140 KB a shape), so a full table starts over, and oneDNN's own cache is off. */
+ * Making a primitive costs up to a millisecond, finding it again a few nanoseconds; the memory
+ * objects live beside it and only their pointers change. Batches of ever new sizes would fill
+ * memory with generated code (about 140 KB a shape), so a full table starts over, and oneDNN's own
+ * cache is off. */
 #include "kernels/cpu/onednn.h"
 
 #include <dnnl.h>
@@ -21,7 +22,7 @@ typedef struct Product {
 
 static dnnl_engine_t engine;
 static dnnl_stream_t stream;
-#define TABLE_SIZE 2048 /* a power of two; half of it is filled */
+#define TABLE_SIZE 2048           /* a power of two; half of it is filled */
 static Product table[TABLE_SIZE]; /* open addressing */
 static size_t table_used;
 
@@ -56,7 +57,8 @@ static void table_clear(void) {
 static dnnl_memory_desc_t describe(int64_t rows, int64_t cols, bool transposed, DType dtype) {
     dnnl_memory_desc_t desc;
     dnnl_dims_t dims = {rows, cols}, strides = {transposed ? 1 : cols, transposed ? rows : 1};
-    DNNL_CHECK(dnnl_memory_desc_init_by_strides(&desc, 2, dims, dtype == BF16 ? dnnl_bf16 : dnnl_f32, strides));
+    DNNL_CHECK(dnnl_memory_desc_init_by_strides(&desc, 2, dims,
+                                                dtype == BF16 ? dnnl_bf16 : dnnl_f32, strides));
     return desc;
 }
 
@@ -106,7 +108,8 @@ void onednn_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
     dnnl_memory_set_data_handle_v2(p->a, a.data, stream);
     dnnl_memory_set_data_handle_v2(p->b, b.data, stream);
     dnnl_memory_set_data_handle_v2(p->y, y.data, stream);
-    dnnl_exec_arg_t arguments[] = {{DNNL_ARG_SRC, p->a}, {DNNL_ARG_WEIGHTS, p->b}, {DNNL_ARG_DST, p->y}};
+    dnnl_exec_arg_t arguments[] = {
+        {DNNL_ARG_SRC, p->a}, {DNNL_ARG_WEIGHTS, p->b}, {DNNL_ARG_DST, p->y}};
     DNNL_CHECK(dnnl_primitive_execute(p->primitive, stream, 3, arguments));
     DNNL_CHECK(dnnl_stream_wait(stream));
 }

@@ -2,7 +2,8 @@
 #include "kernels/rope.h"
 #include "kernels/cpu/cpu.h"
 
-void CPU(rope_table)(Tensor cos_table, Tensor sin_table, Tensor positions, float theta, int64_t rotated, float factor) {
+void CPU(rope_table)(Tensor cos_table, Tensor sin_table, Tensor positions, float theta,
+                     int64_t rotated, float factor) {
     int64_t half = tensor_cols(cos_table), N = tensor_count(positions);
     const int32_t *position = positions.data;
     float *c = cos_table.data, *s = sin_table.data, frequency[half];
@@ -23,7 +24,8 @@ static void rotate(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table, float
     int64_t N = x.shape[0], heads = x.shape[1], C = x.shape[2], half = C / 2;
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++) {
-        const float *c = (const float *)cos_table.data + n * half, *s = (const float *)sin_table.data + n * half;
+        const float *c = (const float *)cos_table.data + n * half,
+                    *s = (const float *)sin_table.data + n * half;
         float buffer[C], out[C];
         for (int64_t h = 0; h < heads; h++) {
             int64_t first = (n * heads + h) * C;
@@ -39,7 +41,9 @@ static void rotate(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table, float
     }
 }
 
-void CPU(rope_forward)(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table) { rotate(y, x, cos_table, sin_table, 1); }
+void CPU(rope_forward)(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table) {
+    rotate(y, x, cos_table, sin_table, 1);
+}
 
 void CPU(rope_backward)(Tensor dx, Tensor dy, Tensor cos_table, Tensor sin_table) {
     rotate(dx, dy, cos_table, sin_table, -1);

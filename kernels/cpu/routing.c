@@ -27,7 +27,8 @@ void CPU(router_forward)(Tensor probs, Tensor share, Tensor experts, Tensor logi
     }
 }
 
-void CPU(router_backward)(Tensor dlogits, Tensor dshare, Tensor probs, Tensor share, Tensor experts, Tensor balance) {
+void CPU(router_backward)(Tensor dlogits, Tensor dshare, Tensor probs, Tensor share, Tensor experts,
+                          Tensor balance) {
     int64_t N = tensor_rows(probs), E = tensor_cols(probs), A = tensor_cols(share);
     const float *a_e = balance.data;
 #pragma omp parallel for schedule(static)
@@ -47,7 +48,8 @@ void CPU(router_backward)(Tensor dlogits, Tensor dshare, Tensor probs, Tensor sh
     }
 }
 
-void CPU(combine_forward)(Tensor y, Tensor rows, Tensor slot, Tensor share, Tensor experts, Tensor scale) {
+void CPU(combine_forward)(Tensor y, Tensor rows, Tensor slot, Tensor share, Tensor experts,
+                          Tensor scale) {
     int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++)
@@ -56,9 +58,10 @@ void CPU(combine_forward)(Tensor y, Tensor rows, Tensor slot, Tensor share, Tens
             float out[CHUNK] = {0}, buffer[CHUNK], one;
             for (int64_t a = 0; a < A; a++) {
                 int32_t expert = ((const int32_t *)experts.data)[n * A + a];
-                float weight = ((const float *)share.data)[n * A + a] * *load_f32(&one, scale, expert, 1);
-                const float *row =
-                    load_f32(buffer, rows, ((const int32_t *)slot.data)[n * A + a] * D + first, count);
+                float weight =
+                    ((const float *)share.data)[n * A + a] * *load_f32(&one, scale, expert, 1);
+                const float *row = load_f32(
+                    buffer, rows, ((const int32_t *)slot.data)[n * A + a] * D + first, count);
 #pragma omp simd
                 for (int64_t i = 0; i < count; i++) out[i] += weight * row[i];
             }
@@ -66,8 +69,8 @@ void CPU(combine_forward)(Tensor y, Tensor rows, Tensor slot, Tensor share, Tens
         }
 }
 
-void CPU(combine_backward)(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows, Tensor slot,
-                           Tensor share, Tensor experts, Tensor scale) {
+void CPU(combine_backward)(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows,
+                           Tensor slot, Tensor share, Tensor experts, Tensor scale) {
     int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot);
     memset(drows.data, 0, tensor_bytes(drows));
 #pragma omp parallel for schedule(static)

@@ -1,5 +1,5 @@
-/* scratch.c - one growing buffer a thread. Taking and returning megabytes on every call cost a tenth of a
- * training step in page faults. */
+/* scratch.c - one growing buffer a thread. Taking and returning megabytes on every call cost a
+ * tenth of a training step in page faults. */
 #include "kernels/cpu/scratch.h"
 #include "kernels/status.h"
 

@@ -4,8 +4,8 @@
 
 #include <stddef.h>
 
-/* `count` floats of this thread, 64-byte aligned, with whatever they held before; valid until the thread
- * asks again, so a kernel asks once. */
+/* `count` floats of this thread, 64-byte aligned, with whatever they held before; valid until the
+ * thread asks again, so a kernel asks once. */
 float *thread_scratch(size_t count);
 
 #endif

@@ -4,8 +4,8 @@
 
 #define SUM_BLOCK 65536
 
-void CPU(adamw_update)(Tensor value, Tensor grad, Tensor m, Tensor v, float scale, float lr, float beta1, float beta2,
-                       float eps, float decay, int64_t t) {
+void CPU(adamw_update)(Tensor value, Tensor grad, Tensor m, Tensor v, float scale, float lr,
+                       float beta1, float beta2, float eps, float decay, int64_t t) {
     int64_t n = tensor_count(value);
     float *w = value.data, *first = m.data, *second = v.data;
     const float *g = grad.data;
@@ -20,15 +20,16 @@ void CPU(adamw_update)(Tensor value, Tensor grad, Tensor m, Tensor v, float scal
     }
 }
 
-void CPU(sgd_update)(Tensor value, Tensor grad, Tensor buffer, float scale, float lr, float momentum, float decay,
-                     int64_t t) {
+void CPU(sgd_update)(Tensor value, Tensor grad, Tensor buffer, float scale, float lr,
+                     float momentum, float decay, int64_t t) {
     int64_t n = tensor_count(value);
     float *w = value.data, *velocity = buffer.data;
     const float *g = grad.data;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < n; i++) {
         float gradient = g[i] * scale + decay * w[i];
-        if (momentum != 0) velocity[i] = gradient = t == 1 ? gradient : momentum * velocity[i] + gradient;
+        if (momentum != 0)
+            velocity[i] = gradient = t == 1 ? gradient : momentum * velocity[i] + gradient;
         w[i] -= lr * gradient;
     }
 }
@@ -42,7 +43,8 @@ void CPU(sum_of_squares)(double *sum, Tensor x) {
         int64_t count = blocks - group < 256 ? blocks - group : 256;
 #pragma omp parallel for schedule(static)
         for (int64_t b = 0; b < count; b++) {
-            int64_t first = (group + b) * SUM_BLOCK, last = first + SUM_BLOCK < n ? first + SUM_BLOCK : n;
+            int64_t first = (group + b) * SUM_BLOCK,
+                    last = first + SUM_BLOCK < n ? first + SUM_BLOCK : n;
             double block = 0;
 #pragma omp simd reduction(+ : block)
             for (int64_t i = first; i < last; i++) block += (double)value[i] * value[i];

@@ -16,7 +16,8 @@ static int run(const char *format, ...) {
     va_start(list, format);
     vsnprintf(arguments, sizeof arguments, format, list);
     va_end(list);
-    snprintf(line, sizeof line, "%s %s >%s/all 2>&1", program ? program : "./lapidary", arguments, test_folder());
+    snprintf(line, sizeof line, "%s %s >%s/all 2>&1", program ? program : "./lapidary", arguments,
+             test_folder());
     int status = system(line);
     char *path = path_join(test_folder(), "all");
     FILE *file = fopen(path, "rb");
@@ -45,9 +46,11 @@ CASE(cli, a_wrong_command_line_exits_2) {
 }
 
 CASE(cli, every_command_has_help) {
-    static const char *const names[] = {"init", "inspect", "prepare", "doctor", "train", "score", "generate", "tokenize",
-                                        "parse", "export", "plot"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) EXPECT_EXIT(0, "usage: lapidary", "%s --help", names[i]);
+    static const char *const names[] = {"init",  "inspect", "prepare",  "doctor",
+                                        "train", "score",   "generate", "tokenize",
+                                        "parse", "export",  "plot"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        EXPECT_EXIT(0, "usage: lapidary", "%s --help", names[i]);
 }
 
 CASE(cli, wrong_files_exit_1_with_their_name) {
@@ -64,14 +67,16 @@ CASE(cli, wrong_files_exit_1_with_their_name) {
     EXPECT_EXIT(0, "", "init tiny %s/m --tokenizer demo/tokenizer --layers 2", f);
     EXPECT_EXIT(1, "is already there", "init tiny %s/m --tokenizer demo/tokenizer --layers 2", f);
     EXPECT_EXIT(1, "no chat template; give --chat-format", "generate --model %s/m hello", f);
-    EXPECT_EXIT(1, "cannot make the folder", "train %s model=%s/m data.train=demo/gems.jsonl output=/proc/no/way", yaml, f);
+    EXPECT_EXIT(1, "cannot make the folder",
+                "train %s model=%s/m data.train=demo/gems.jsonl output=/proc/no/way", yaml, f);
     free(yaml);
 }
 
 CASE(cli, row_commands_answer_every_row_in_order) {
     const char *f = test_folder();
     char *rows = path_join(f, "rows.jsonl");
-    const char *text = "{\"text\": \"Milk\"}\n\n{\"txt\": 1}\nnonsense\n{\"text\": \"is white\", \"more\": null}\n";
+    const char *text = "{\"text\": \"Milk\"}\n\n{\"txt\": 1}\nnonsense\n{\"text\": \"is white\", "
+                       "\"more\": null}\n";
     EXPECT_OK(file_write(rows, text, strlen(text)));
     EXPECT_EXIT(0, "{\"error\": ", "tokenize --model demo/tokenizer --data %s", rows);
     int lines = 0, errors = 0;

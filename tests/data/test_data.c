@@ -20,7 +20,8 @@ static void take(void *context, const Sample *s) {
     Tokens masked = {0};
     for (int64_t i = 0; i < s->count; i++)
         if (s->mask[i]) tokens_add(&masked, s->ids[i]);
-    tokenizer_decode(taken->tokenizer, &taken->trained[taken->count], masked.ids, masked.count, false);
+    tokenizer_decode(taken->tokenizer, &taken->trained[taken->count], masked.ids, masked.count,
+                     false);
     tokenizer_decode(taken->tokenizer, &taken->whole[taken->count], s->ids, s->count, false);
     taken->count++;
     tokens_free(&masked);
@@ -49,20 +50,27 @@ static DataConfig small_config(const char *format) {
 CASE(rows, each_kind_trains_what_it_should) {
     DataConfig c = small_config("small");
     Taken *t = convert(&c, "{\"text\": \"Milk is white.\"}");
-    EXPECT(t->count == 1 && !strcmp(t->whole[0].bytes, "<bos>Milk is white.<eos>") && !strcmp(t->trained[0].bytes, "Milk is white.<eos>"));
+    EXPECT(t->count == 1 && !strcmp(t->whole[0].bytes, "<bos>Milk is white.<eos>") &&
+           !strcmp(t->trained[0].bytes, "Milk is white.<eos>"));
     t = convert(&c, "{\"prompt\": \"A \", \"completion\": \"hen.\"}");
-    EXPECT(t->count == 1 && !strcmp(t->whole[0].bytes, "<bos>A hen.<eos>") && !strcmp(t->trained[0].bytes, "hen.<eos>"));
-    t = convert(&c, "{\"conversations\": [{\"from\": \"human\", \"value\": \"q\"}, {\"from\": \"gpt\", \"value\": \"a\"}]}");
-    EXPECT(!strcmp(t->whole[0].bytes, "<bos><|turn>user\nq<turn|>\n<|turn>model\na<turn|>\n") && !strcmp(t->trained[0].bytes, "a<turn|>"));
+    EXPECT(t->count == 1 && !strcmp(t->whole[0].bytes, "<bos>A hen.<eos>") &&
+           !strcmp(t->trained[0].bytes, "hen.<eos>"));
+    t = convert(&c, "{\"conversations\": [{\"from\": \"human\", \"value\": \"q\"}, {\"from\": "
+                    "\"gpt\", \"value\": \"a\"}]}");
+    EXPECT(!strcmp(t->whole[0].bytes, "<bos><|turn>user\nq<turn|>\n<|turn>model\na<turn|>\n") &&
+           !strcmp(t->trained[0].bytes, "a<turn|>"));
     t = convert(&c, "{\"instruction\": \"do\", \"input\": \"it\", \"output\": \"done\"}");
-    EXPECT(!strcmp(t->whole[0].bytes, "<bos><|turn>user\ndo\n\nit<turn|>\n<|turn>model\ndone<turn|>\n"), "%s", t->whole[0].bytes);
+    EXPECT(!strcmp(t->whole[0].bytes,
+                   "<bos><|turn>user\ndo\n\nit<turn|>\n<|turn>model\ndone<turn|>\n"),
+           "%s", t->whole[0].bytes);
     c.loss_on = LOSS_ALL;
     t = convert(&c, "{\"prompt\": \"A \", \"completion\": \"hen.\"}");
     EXPECT(!strcmp(t->trained[0].bytes, "A hen.<eos>"));
 }
 
 #define CHAT                                                                                       \
-    "{\"messages\": [{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"},"   \
+    "{\"messages\": "                                                                              \
+    "[{\"role\":\"user\",\"content\":\"a\"},{\"role\":\"assistant\",\"content\":\"b\"},"           \
     "{\"role\":\"user\",\"content\":\"c\"},{\"role\":\"assistant\",\"content\":\"d\"}]}"
 
 CASE(rows, turns_are_trained_whole_or_one_by_one) {
@@ -72,29 +80,41 @@ CASE(rows, turns_are_trained_whole_or_one_by_one) {
     c.loss_on = LOSS_COMPLETION;
     t = convert(&c, CHAT);
     EXPECT(t->count == 1 && !strcmp(t->trained[0].bytes, "d<turn|>"));
-    c = small_config("large"); /* large models: one sample a turn, an untrained empty thought before the answer */
+    c = small_config("large"); /* large models: one sample a turn, an untrained empty thought before
+                                  the answer */
     t = convert(&c, CHAT);
-    EXPECT(t->count == 2 && !strcmp(t->trained[0].bytes, "b<turn|>") && !strcmp(t->trained[1].bytes, "d<turn|>"));
-    EXPECT(!strcmp(t->whole[0].bytes, "<bos><|turn>user\na<turn|>\n<|turn>model\n<|channel>thought\n<channel|>b<turn|>\n"), "%s",
-           t->whole[0].bytes);
+    EXPECT(t->count == 2 && !strcmp(t->trained[0].bytes, "b<turn|>") &&
+           !strcmp(t->trained[1].bytes, "d<turn|>"));
+    EXPECT(!strcmp(
+               t->whole[0].bytes,
+               "<bos><|turn>user\na<turn|>\n<|turn>model\n<|channel>thought\n<channel|>b<turn|>\n"),
+           "%s", t->whole[0].bytes);
     EXPECT(!strstr(strstr(t->whole[1].bytes, "model"), "model\n<|channel>thought\n<channel|>b"));
 }
 
 CASE(rows, inline_thoughts_and_string_arguments_are_repaired) {
     DataConfig c = small_config("small");
-    Taken *t = convert(&c, "{\"messages\": [{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"content\":"
-                           "\"<|channel>thought\\nhm<channel|>yes\"}]}");
-    EXPECT(t->count == 1 && !strcmp(t->trained[0].bytes, "<|channel>thought\nhm\n<channel|>yes<turn|>"), "%s", t->trained[0].bytes);
+    Taken *t = convert(
+        &c,
+        "{\"messages\": [{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"content\":"
+        "\"<|channel>thought\\nhm<channel|>yes\"}]}");
+    EXPECT(t->count == 1 &&
+               !strcmp(t->trained[0].bytes, "<|channel>thought\nhm\n<channel|>yes<turn|>"),
+           "%s", t->trained[0].bytes);
     EXPECT(strstr(t->whole[0].bytes, "<|think|>"));
-    t = convert(&c, "{\"messages\": [{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"tool_calls\":[{\"function\":"
+    t = convert(&c, "{\"messages\": "
+                    "[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"assistant\",\"tool_calls\":"
+                    "[{\"function\":"
                     "{\"name\":\"f\",\"arguments\":\"{\\\"x\\\": 1}\"}}]}]}");
-    EXPECT(!strcmp(t->trained[0].bytes, "<|tool_call>call:f{x:1}<tool_call|><|tool_response>"), "%s", t->trained[0].bytes);
+    EXPECT(!strcmp(t->trained[0].bytes, "<|tool_call>call:f{x:1}<tool_call|><|tool_response>"),
+           "%s", t->trained[0].bytes);
 }
 
 CASE(rows, literal_text_makes_no_control_tokens) {
     DataConfig c = small_config("small");
     c.literal = true;
-    Taken *t = convert(&c, "{\"messages\": [{\"role\":\"user\",\"content\":\"say <turn|>\"},{\"role\":\"assistant\",\"content\":\"no\"}]}");
+    Taken *t = convert(&c, "{\"messages\": [{\"role\":\"user\",\"content\":\"say "
+                           "<turn|>\"},{\"role\":\"assistant\",\"content\":\"no\"}]}");
     EXPECT(strstr(t->whole[0].bytes, "say <turn|><turn|>"));
     int stops = 0;
     Tokens ids = {0};
@@ -104,7 +124,8 @@ CASE(rows, literal_text_makes_no_control_tokens) {
     json_t *list = json_pack("[{s:s, s:s}]", "role", "user", "content", "say <turn|>");
     EXPECT_OK(chat_render(&r, list, NULL, &options));
     chat_encode(t->tokenizer, &r, true, &ids, &mask);
-    for (int64_t i = 0; i < ids.count; i++) stops += ids.ids[i] == tokenizer_find(t->tokenizer, "<turn|>");
+    for (int64_t i = 0; i < ids.count; i++)
+        stops += ids.ids[i] == tokenizer_find(t->tokenizer, "<turn|>");
     EXPECT(stops == 1, "%d control tokens", stops);
 }
 
@@ -115,20 +136,24 @@ CASE(rows, long_chats_are_dropped_or_cut_at_a_whole_turn) {
     EXPECT(t->count == 0);
     c.cut_long = true;
     t = convert(&c, CHAT);
-    EXPECT(t->count == 1 && !strcmp(t->trained[0].bytes, "b<turn|>"), "%s", t->count ? t->trained[0].bytes : "nothing");
+    EXPECT(t->count == 1 && !strcmp(t->trained[0].bytes, "b<turn|>"), "%s",
+           t->count ? t->trained[0].bytes : "nothing");
 }
 
 CASE(rows, long_documents_are_cut_into_pieces_that_begin_with_bos) {
     DataConfig c = small_config("small");
     c.max_length = 8;
-    Taken *t = convert(&c, "{\"text\": \"Anna and Ben went to the quarry on Monday. Anna carried a lens.\"}");
+    Taken *t = convert(
+        &c, "{\"text\": \"Anna and Ben went to the quarry on Monday. Anna carried a lens.\"}");
     EXPECT(t->count > 2);
     Text joined = {0};
     for (int i = 0; i < t->count; i++) {
         EXPECT(!strncmp(t->whole[i].bytes, "<bos>", 5));
         text_adds(&joined, t->trained[i].bytes);
     }
-    EXPECT(!strcmp(joined.bytes, "Anna and Ben went to the quarry on Monday. Anna carried a lens.<eos>"), "%s", joined.bytes);
+    EXPECT(!strcmp(joined.bytes,
+                   "Anna and Ben went to the quarry on Monday. Anna carried a lens.<eos>"),
+           "%s", joined.bytes);
 }
 
 /* ---- store and loader ---- */
@@ -155,13 +180,19 @@ CASE(store, bad_rows_are_named_or_skipped_and_counted) {
     Store s;
     char h5[400];
     snprintf(h5, sizeof h5, "%s/data.h5", test_folder());
-    EXPECT_ERROR(build(&s, write_rows("a.jsonl", "{\"text\": \"one\"}\n{\"text\": \n"), &c, &r, h5), "a.jsonl:2");
+    EXPECT_ERROR(build(&s, write_rows("a.jsonl", "{\"text\": \"one\"}\n{\"text\": \n"), &c, &r, h5),
+                 "a.jsonl:2");
     EXPECT(!file_exists(h5));
-    EXPECT_ERROR(build(&s, write_rows("b.jsonl", "{\"text\": \"one\"}\n\n{\"txet\": 3}\n"), &c, &r, h5), "b.jsonl:3");
-    EXPECT_ERROR(build(&s, write_rows("c.jsonl", "{\"text\": \"\xff\"}\n"), &c, &r, h5), "is not UTF-8");
+    EXPECT_ERROR(
+        build(&s, write_rows("b.jsonl", "{\"text\": \"one\"}\n\n{\"txet\": 3}\n"), &c, &r, h5),
+        "b.jsonl:3");
+    EXPECT_ERROR(build(&s, write_rows("c.jsonl", "{\"text\": \"\xff\"}\n"), &c, &r, h5),
+                 "is not UTF-8");
     EXPECT_ERROR(build(&s, write_rows("d.jsonl", ""), &c, &r, h5), "no row gave a training sample");
     c.skip_bad = true;
-    EXPECT_OK(build(&s, write_rows("e.jsonl", "{\"text\": \"one\"}\nnonsense\n{\"text\": \"two\"}\n"), &c, &r, h5));
+    EXPECT_OK(build(&s,
+                    write_rows("e.jsonl", "{\"text\": \"one\"}\nnonsense\n{\"text\": \"two\"}\n"),
+                    &c, &r, h5));
     EXPECT(s.counts.rows == 3 && s.counts.bad == 1 && s.train.count == 2);
     EXPECT(s.train.sources[3] == 3, "the second sample came from line %d", s.train.sources[3]);
     store_close(&s);
@@ -260,7 +291,8 @@ CASE(loader, starting_late_gives_the_same_batches) {
         EXPECT_OK(loader_next(late, &b, &b_count, &b_trained));
         EXPECT(a_count == b_count && a_trained == b_trained);
         for (int64_t i = 0; i < a_count; i++)
-            EXPECT(a[i].batch.N == b[i].batch.N && !memcmp(a[i].ids, b[i].ids, (size_t)a[i].batch.N * 4));
+            EXPECT(a[i].batch.N == b[i].batch.N &&
+                   !memcmp(a[i].ids, b[i].ids, (size_t)a[i].batch.N * 4));
         loader_close(late);
     }
     loader_close(whole);
@@ -271,8 +303,16 @@ CASE(text, floats_print_as_python_prints_them) {
     static const struct {
         double value;
         const char *text;
-    } rows[] = {{18, "18.0"}, {1e-7, "1e-07"}, {1e22, "1e+22"}, {-0.0, "-0.0"}, {0.1, "0.1"}, {1e16, "1e+16"},
-                {123456789012345680.0, "1.2345678901234568e+17"}, {0.0001, "0.0001"}, {0.00001, "1e-05"}, {1.5, "1.5"}};
+    } rows[] = {{18, "18.0"},
+                {1e-7, "1e-07"},
+                {1e22, "1e+22"},
+                {-0.0, "-0.0"},
+                {0.1, "0.1"},
+                {1e16, "1e+16"},
+                {123456789012345680.0, "1.2345678901234568e+17"},
+                {0.0001, "0.0001"},
+                {0.00001, "1e-05"},
+                {1.5, "1.5"}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         Text t = {0};
         text_add_real(&t, rows[i].value);
@@ -283,7 +323,8 @@ CASE(text, floats_print_as_python_prints_them) {
 
 CASE(json, integers_beyond_64_bits_keep_their_digits) {
     json_t *v;
-    const char *s = "{\"a\": 123456789012345678901234567890, \"b\": -9223372036854775808, \"c\": \"12345678901234567890123\"}";
+    const char *s = "{\"a\": 123456789012345678901234567890, \"b\": -9223372036854775808, \"c\": "
+                    "\"12345678901234567890123\"}";
     EXPECT_OK(json_read(&v, s, strlen(s), "x"));
     Text t = {0};
     text_add_json(&t, v);

@@ -1,4 +1,5 @@
-/* test_safetensors.c - files that lie are refused by name; what is carried through stays as it was. */
+/* test_safetensors.c - files that lie are refused by name; what is carried through stays as it was.
+ */
 #include "formats/adapter.h"
 #include "formats/checkpoint.h"
 #include "formats/file.h"
@@ -20,15 +21,23 @@ static Status parse(const char *header, size_t data) {
 
 CASE(safetensors, a_header_that_lies_is_refused) {
     EXPECT_OK(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8));
-    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 4), "lies at bytes");
-    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", 8), "its shape and dtype make 12");
-    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", 8), "impossible shape");
-    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4294967296],\"data_offsets\":[0,8]}}", 8),
+    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 4),
+                 "lies at bytes");
+    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[3],\"data_offsets\":[0,8]}}", 8),
+                 "its shape and dtype make 12");
+    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", 8),
                  "impossible shape");
-    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"Q9\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8), "unknown dtype");
+    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296,4294967296],"
+                       "\"data_offsets\":[0,8]}}",
+                       8),
+                 "impossible shape");
+    EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"Q9\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8),
+                 "unknown dtype");
     EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[2]}}", 8), "lacks dtype");
     EXPECT_ERROR(parse("{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},"
-                       "\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}", 8), "overlap");
+                       "\"b\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[4,8]}}",
+                       8),
+                 "overlap");
     EXPECT_ERROR(parse("[1]", 0), "not an object");
     EXPECT_ERROR(parse("{\"a\":", 0), "no JSON");
     uint8_t huge[16] = {255, 255, 255, 255, 255, 255, 255, 127};
@@ -38,7 +47,8 @@ CASE(safetensors, a_header_that_lies_is_refused) {
 }
 
 /* Rewrites a checkpoint's file with some tensors left out, renamed or added. */
-static void rewrite(const char *dir, const char *drop, const char *add, int64_t add_rows, const char *dtype) {
+static void rewrite(const char *dir, const char *drop, const char *add, int64_t add_rows,
+                    const char *dtype) {
     char path[400];
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
     Safetensors s;
@@ -50,11 +60,13 @@ static void rewrite(const char *dir, const char *drop, const char *add, int64_t 
     EXPECT_OK(safetensors_create(&w, path));
     for (int i = 0; i < s.count; i++)
         if (!drop || strcmp(drop, s.tensors[i].name))
-            safetensors_declare(w, s.tensors[i].name, s.tensors[i].dtype_text, s.tensors[i].ndim, s.tensors[i].shape, s.tensors[i].size);
+            safetensors_declare(w, s.tensors[i].name, s.tensors[i].dtype_text, s.tensors[i].ndim,
+                                s.tensors[i].shape, s.tensors[i].size);
     if (add) safetensors_declare(w, add, dtype, 2, shape, extra);
     EXPECT_OK(safetensors_begin(w));
     for (int i = 0; i < s.count; i++)
-        if (!drop || strcmp(drop, s.tensors[i].name)) EXPECT_OK(safetensors_write(w, s.tensors[i].bytes, s.tensors[i].size));
+        if (!drop || strcmp(drop, s.tensors[i].name))
+            EXPECT_OK(safetensors_write(w, s.tensors[i].bytes, s.tensors[i].size));
     if (add) EXPECT_OK(safetensors_write(w, data, extra));
     EXPECT_OK(safetensors_commit(w));
     safetensors_close(&s);
@@ -86,7 +98,8 @@ CASE(safetensors, unknown_missing_and_misshapen_tensors_are_named) {
     EXPECT_ERROR(try_open(f.dir), "lies at bytes");
     free(bytes);
     snprintf(path, sizeof path, "%s/model.safetensors.index.json", f.dir);
-    const char *index = "{\"weight_map\": {\"model.norm.weight\": \"model-00002-of-00002.safetensors\"}}";
+    const char *index =
+        "{\"weight_map\": {\"model.norm.weight\": \"model-00002-of-00002.safetensors\"}}";
     EXPECT_OK(file_write(path, index, strlen(index)));
     EXPECT_ERROR(try_open(f.dir), "model-00002-of-00002.safetensors");
 }
@@ -95,7 +108,8 @@ CASE(safetensors, towers_and_dead_tensors_are_carried_through_and_none_invented)
     Fixture f = fixture_open("model_e2b.h5");
     char out[400];
     rewrite(f.dir, NULL, "model.vision_tower.patch.weight", 4, "BF16");
-    rewrite(f.dir, NULL, "model.layers.5.self_attn.k_proj.weight", 3, "F32"); /* layer 5 shares K and V */
+    rewrite(f.dir, NULL, "model.layers.5.self_attn.k_proj.weight", 3,
+            "F32"); /* layer 5 shares K and V */
     snprintf(out, sizeof out, "%s/out", test_folder());
     Checkpoint c, again;
     Gemma g;
@@ -110,8 +124,10 @@ CASE(safetensors, towers_and_dead_tensors_are_carried_through_and_none_invented)
     for (int i = 0; i < c.count; i++) {
         if (c.tensors[i].role == ROLE_PARAM) continue;
         carried++;
-        EXPECT(again.tensors[i].role == c.tensors[i].role && again.tensors[i].stored->size == c.tensors[i].stored->size &&
-               !memcmp(again.tensors[i].stored->bytes, c.tensors[i].stored->bytes, c.tensors[i].stored->size));
+        EXPECT(again.tensors[i].role == c.tensors[i].role &&
+               again.tensors[i].stored->size == c.tensors[i].stored->size &&
+               !memcmp(again.tensors[i].stored->bytes, c.tensors[i].stored->bytes,
+                       c.tensors[i].stored->size));
     }
     EXPECT(carried == 2);
     checkpoint_close(&again);
@@ -135,7 +151,8 @@ CASE(adapter, one_for_another_model_is_refused_by_name) {
     EXPECT_OK(peft_load_spec(&spec, dir));
     EXPECT_OK(adapter_attach(&g, &spec));
     EXPECT_OK(params_place(&g.params, device_cpu(), false));
-    EXPECT_ERROR(peft_load(&g, dir), "adapter_model.safetensors: tensor 'base_model.model.model.layers.");
+    EXPECT_ERROR(peft_load(&g, dir),
+                 "adapter_model.safetensors: tensor 'base_model.model.model.layers.");
     adapter_spec_free(&spec);
     gemma_free(&g);
     AdapterSpec wrong = {.rank = 2, .alpha = 2};

@@ -1,7 +1,9 @@
-/* test_fuzz.c - every parser of outside bytes on mutated input, under whatever sanitizer is built in.
+/* test_fuzz.c - every parser of outside bytes on mutated input, under whatever sanitizer is built
+ * in.
  *
- * Each target runs for LAPIDARY_FUZZ_SECONDS (0.2). Inputs are seeds with bytes flipped, spans copied,
- * cut or repeated; the stream of mutations is keyed, so a finding repeats with the same count. */
+ * Each target runs for LAPIDARY_FUZZ_SECONDS (0.2). Inputs are seeds with bytes flipped, spans
+ * copied, cut or repeated; the stream of mutations is keyed, so a finding repeats with the same
+ * count. */
 #include "configs/model_config.h"
 #include "configs/run_config.h"
 #include "data/rows.h"
@@ -24,9 +26,36 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static const char *const words[] = {"{", "}", "[", "]", "\"", ":", ",", "null", "-1", "9223372036854775808", "1e999", "<|\"|>",
-                                    "<|tool_call>call:", "<tool_call|>", "<|channel>thought\n", "<channel|>", "<turn|>", "\\u0000",
-                                    "\xff", "data_offsets", "shape", "0", "4294967296", "\n", "  ", "- ", "&a", "*a", "type", "object"};
+static const char *const words[] = {"{",
+                                    "}",
+                                    "[",
+                                    "]",
+                                    "\"",
+                                    ":",
+                                    ",",
+                                    "null",
+                                    "-1",
+                                    "9223372036854775808",
+                                    "1e999",
+                                    "<|\"|>",
+                                    "<|tool_call>call:",
+                                    "<tool_call|>",
+                                    "<|channel>thought\n",
+                                    "<channel|>",
+                                    "<turn|>",
+                                    "\\u0000",
+                                    "\xff",
+                                    "data_offsets",
+                                    "shape",
+                                    "0",
+                                    "4294967296",
+                                    "\n",
+                                    "  ",
+                                    "- ",
+                                    "&a",
+                                    "*a",
+                                    "type",
+                                    "object"};
 
 static void fuzz(const char *const *seeds, const size_t *sizes, int count, Target *target) {
     const char *text = getenv("LAPIDARY_FUZZ_SECONDS");
@@ -96,7 +125,8 @@ static void on_safetensors(const char *bytes, size_t size) {
 
 CASE(fuzz, safetensors) {
     char seed[400] = {0};
-    const char *header = "{\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]},\"b\":{\"dtype\":\"BF16\",\"shape\":[3],\"data_offsets\":[16,22]}}";
+    const char *header = "{\"a\":{\"dtype\":\"F32\",\"shape\":[2,2],\"data_offsets\":[0,16]},\"b\":"
+                         "{\"dtype\":\"BF16\",\"shape\":[3],\"data_offsets\":[16,22]}}";
     seed[0] = (char)strlen(header);
     memcpy(seed + 8, header, strlen(header));
     const char *seeds[] = {seed};
@@ -128,8 +158,9 @@ static void on_run_config(const char *bytes, size_t size) {
 }
 
 CASE(fuzz, run_config) {
-    FUZZ_TEXTS(on_run_config, "model: m\noutput: o\nlora: {rank: 4, targets: [a, b], rank_pattern: {x: 3}}\n"
-                              "data: {train: [a, b], eval: 0.1, fields: {prompt: q}}\nclip: null\n");
+    FUZZ_TEXTS(on_run_config,
+               "model: m\noutput: o\nlora: {rank: 4, targets: [a, b], rank_pattern: {x: 3}}\n"
+               "data: {train: [a, b], eval: 0.1, fields: {prompt: q}}\nclip: null\n");
 }
 
 static void on_tokenizer(const char *bytes, size_t size) {
@@ -144,7 +175,9 @@ static void on_tokenizer(const char *bytes, size_t size) {
     tokenizer_free(t);
 }
 
-CASE(fuzz, tokenizer) { fuzz_file("demo/tokenizer/tokenizer.json", on_tokenizer); }
+CASE(fuzz, tokenizer) {
+    fuzz_file("demo/tokenizer/tokenizer.json", on_tokenizer);
+}
 
 static RowReader reader;
 static DataConfig config;
@@ -168,27 +201,37 @@ CASE(fuzz, rows_and_chat_templates) {
     config.chat_format = "large";
     EXPECT_OK(row_reader_init(&reader, &config, t, "demo/tokenizer"));
     FUZZ_TEXTS(on_row,
-               "{\"messages\": [{\"role\": \"system\", \"content\": [{\"type\": \"text\", \"text\": \"s\"}]}, {\"role\": \"user\", \"content\": \"q\"},"
-               "{\"role\": \"assistant\", \"reasoning\": \"r\", \"content\": \"<|channel>thought\\nx<channel|>y\", \"tool_calls\": [{\"id\": \"1\","
-               "\"function\": {\"name\": \"f\", \"arguments\": {\"a\": [1, 2.5, {\"b\": null}]}}}]}, {\"role\": \"tool\", \"tool_call_id\": \"1\","
-               "\"content\": \"ok\"}, {\"role\": \"assistant\", \"content\": \"done\"}], \"tools\": [{\"type\": \"function\", \"function\": {\"name\": \"f\","
-               "\"description\": \"d\", \"parameters\": {\"type\": \"object\", \"properties\": {\"a\": {\"type\": \"array\", \"items\": {\"type\":"
-               "[\"integer\", \"null\"], \"properties\": {\"z\": {\"type\": \"object\"}}}}}, \"required\": [\"a\"]}}}]}",
-               "{\"conversations\": [{\"from\": \"human\", \"value\": \"q\"}, {\"from\": \"gpt\", \"value\": \"a\"}]}",
+               "{\"messages\": [{\"role\": \"system\", \"content\": [{\"type\": \"text\", "
+               "\"text\": \"s\"}]}, {\"role\": \"user\", \"content\": \"q\"},"
+               "{\"role\": \"assistant\", \"reasoning\": \"r\", \"content\": "
+               "\"<|channel>thought\\nx<channel|>y\", \"tool_calls\": [{\"id\": \"1\","
+               "\"function\": {\"name\": \"f\", \"arguments\": {\"a\": [1, 2.5, {\"b\": "
+               "null}]}}}]}, {\"role\": \"tool\", \"tool_call_id\": \"1\","
+               "\"content\": \"ok\"}, {\"role\": \"assistant\", \"content\": \"done\"}], "
+               "\"tools\": [{\"type\": \"function\", \"function\": {\"name\": \"f\","
+               "\"description\": \"d\", \"parameters\": {\"type\": \"object\", \"properties\": "
+               "{\"a\": {\"type\": \"array\", \"items\": {\"type\":"
+               "[\"integer\", \"null\"], \"properties\": {\"z\": {\"type\": \"object\"}}}}}, "
+               "\"required\": [\"a\"]}}}]}",
+               "{\"conversations\": [{\"from\": \"human\", \"value\": \"q\"}, {\"from\": \"gpt\", "
+               "\"value\": \"a\"}]}",
                "{\"prompt\": \"a\", \"completion\": \"b\"}", "{\"text\": \"some text\"}");
     tokenizer_free(t);
 }
 
 static void on_answer(const char *bytes, size_t size) {
-    json_t *message, *tools = json_pack("[{s:{s:s, s:{s:{s:{s:s}}}}}]", "function", "name", "f", "parameters", "properties", "a",
-                                        "type", "integer");
+    json_t *message, *tools = json_pack("[{s:{s:s, s:{s:{s:{s:s}}}}}]", "function", "name", "f",
+                                        "parameters", "properties", "a", "type", "integer");
     json_decref(answer_parse((Slice){"<|turn>model\n", 13}, (Slice){bytes, size}, tools));
-    if (answer_parse_strict(&message, (Slice){"", 0}, (Slice){bytes, size}, tools) == OK) json_decref(message);
+    if (answer_parse_strict(&message, (Slice){"", 0}, (Slice){bytes, size}, tools) == OK)
+        json_decref(message);
     json_decref(tools);
 }
 
 CASE(fuzz, answers) {
-    FUZZ_TEXTS(on_answer, "<|channel>thought\nhm<channel|>text<|tool_call>call:f{a:<|\"|>3<|\"|>,b:[1,{c:null}]}<tool_call|><|tool_response>",
+    FUZZ_TEXTS(on_answer,
+               "<|channel>thought\nhm<channel|>text<|tool_call>call:f{a:<|\"|>3<|\"|>,b:[1,{c:null}"
+               "]}<tool_call|><|tool_response>",
                "<|tool_call>call:f{\"a\": 1, 'b': tru}<turn|>", "plain<turn|>");
 }
 
@@ -205,7 +248,9 @@ static void on_adapter_config(const char *bytes, size_t size) {
 }
 
 CASE(fuzz, adapter_config) {
-    FUZZ_TEXTS(on_adapter_config, "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"target_modules\": [\"q_proj\"], \"rank_pattern\": {\"a\": 3}}");
+    FUZZ_TEXTS(on_adapter_config,
+               "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"target_modules\": "
+               "[\"q_proj\"], \"rank_pattern\": {\"a\": 3}}");
 }
 
 static void on_store(const char *bytes, size_t size) {
@@ -219,7 +264,8 @@ static void on_store(const char *bytes, size_t size) {
 CASE(fuzz, datasets) {
     Tokenizer *t;
     DataConfig c = data_config_default();
-    char *rows = path_join(test_folder(), "rows.jsonl"), *path = path_join(test_folder(), "seed.h5");
+    char *rows = path_join(test_folder(), "rows.jsonl"),
+         *path = path_join(test_folder(), "seed.h5");
     const char *files[] = {rows};
     EXPECT_OK(tokenizer_load(&t, "demo/tokenizer"));
     const char *text = "{\"text\": \"one\"}\n{\"text\": \"two words\"}\n";
@@ -242,6 +288,8 @@ static void on_metrics(const char *bytes, size_t size) {
 }
 
 CASE(fuzz, metrics) {
-    FUZZ_TEXTS(on_metrics, "step,epoch,loss,aux_loss,lr,grad_norm,skipped,tokens,trained_tokens,tokens_per_s,memory_bytes,eval_loss\n"
-                           "1,0.1,2.5,,0.1,3,0,10,9,100,1000,\n2,0.2,2.4,,0.1,3,0,10,9,100,1000,2.2\n");
+    FUZZ_TEXTS(on_metrics,
+               "step,epoch,loss,aux_loss,lr,grad_norm,skipped,tokens,trained_tokens,tokens_per_s,"
+               "memory_bytes,eval_loss\n"
+               "1,0.1,2.5,,0.1,3,0,10,9,100,1000,\n2,0.2,2.4,,0.1,3,0,10,9,100,1000,2.2\n");
 }

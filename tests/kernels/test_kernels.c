@@ -1,5 +1,5 @@
-/* test_kernels.c - each kernel against a plain loop in double precision, at the level in use; gradients
- * against finite differences; contracts that must refuse. */
+/* test_kernels.c - each kernel against a plain loop in double precision, at the level in use;
+ * gradients against finite differences; contracts that must refuse. */
 #include "kernels/activation.h"
 #include "kernels/attention.h"
 #include "kernels/elementwise.h"
@@ -25,7 +25,8 @@ static float at(Tensor t, int64_t i) {
 /* A scalar function of x, and its gradient by central differences. */
 typedef double Function(Tensor x, void *context);
 
-static void expect_gradient(Function *f, Tensor x, Tensor dx, void *context, double tolerance, const char *what) {
+static void expect_gradient(Function *f, Tensor x, Tensor dx, void *context, double tolerance,
+                            const char *what) {
     float *values = x.data, worst = 0, scale = 0;
     for (int64_t i = 0; i < tensor_count(x); i++) {
         float keep = values[i], step = 1e-2f;
@@ -38,12 +39,14 @@ static void expect_gradient(Function *f, Tensor x, Tensor dx, void *context, dou
         worst = fmaxf(worst, fabsf(slope - ((float *)dx.data)[i]));
         scale = fmaxf(scale, fabsf(slope));
     }
-    EXPECT(worst <= tolerance * fmaxf(1, scale), "%s: gradient off by %g at scale %g", what, worst, scale);
+    EXPECT(worst <= tolerance * fmaxf(1, scale), "%s: gradient off by %g at scale %g", what, worst,
+           scale);
 }
 
 /* ---- matmul ---- */
 
-static void plain_matmul(Layout layout, int64_t M, int64_t N, int64_t K, Tensor a, Tensor b, double *y) {
+static void plain_matmul(Layout layout, int64_t M, int64_t N, int64_t K, Tensor a, Tensor b,
+                         double *y) {
     for (int64_t m = 0; m < M; m++)
         for (int64_t n = 0; n < N; n++) {
             double sum = 0;
@@ -55,27 +58,35 @@ static void plain_matmul(Layout layout, int64_t M, int64_t N, int64_t K, Tensor 
 }
 
 CASE(kernel_matmul, every_layout_dtype_and_size_equals_a_plain_loop) {
-    static const int64_t sizes[][3] = {{1, 7, 5}, {3, 64, 33}, {4, 130, 300}, {17, 19, 23}, {100, 300, 17}, {130, 16, 520}};
-    static const DType types[][3] = {{F32, F32, F32}, {BF16, BF16, BF16}, {BF16, BF16, F32}, {BF16, F32, F32},
-                                     {F32, F32, BF16}, {BF16, F32, BF16}}; /* a, b, y */
+    static const int64_t sizes[][3] = {{1, 7, 5},    {3, 64, 33},    {4, 130, 300},
+                                       {17, 19, 23}, {100, 300, 17}, {130, 16, 520}};
+    static const DType types[][3] = {{F32, F32, F32},   {BF16, BF16, BF16},
+                                     {BF16, BF16, F32}, {BF16, F32, F32},
+                                     {F32, F32, BF16},  {BF16, F32, BF16}}; /* a, b, y */
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
         for (size_t d = 0; d < sizeof types / sizeof *types; d++)
             for (int layout = NT; layout <= TN; layout++)
                 for (int write = SET; write <= ADD; write++) {
                     int64_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2];
-                    Tensor a = layout == TN ? RANDOM_TENSOR(types[d][0], 1, K, M) : RANDOM_TENSOR(types[d][0], 1, M, K);
-                    Tensor b = layout == NT ? RANDOM_TENSOR(types[d][1], 2, N, K) : RANDOM_TENSOR(types[d][1], 2, K, N);
-                    Tensor y = RANDOM_TENSOR(types[d][2], 3, M, N), old = RANDOM_TENSOR(types[d][2], 3, M, N);
+                    Tensor a = layout == TN ? RANDOM_TENSOR(types[d][0], 1, K, M)
+                                            : RANDOM_TENSOR(types[d][0], 1, M, K);
+                    Tensor b = layout == NT ? RANDOM_TENSOR(types[d][1], 2, N, K)
+                                            : RANDOM_TENSOR(types[d][1], 2, K, N);
+                    Tensor y = RANDOM_TENSOR(types[d][2], 3, M, N),
+                           old = RANDOM_TENSOR(types[d][2], 3, M, N);
                     double *expected = must_malloc((size_t)(M * N) * sizeof *expected);
                     plain_matmul((Layout)layout, M, N, K, a, b, expected);
                     matmul((Layout)layout, y, (Write)write, a, b, 1.0f);
-                    /* bf16 outputs round to 8 bits; f32 sums of K terms of size one stray by sqrt(K) ulp. */
+                    /* bf16 outputs round to 8 bits; f32 sums of K terms of size one stray by
+                     * sqrt(K) ulp. */
                     double tolerance = types[d][2] == BF16 ? 0.01 : 2e-6;
                     for (int64_t i = 0; i < M * N; i++) {
                         double want = expected[i] + (write == ADD ? at(old, i) : 0);
-                        EXPECT(fabs(at(y, i) - want) <= tolerance * (sqrt((double)K) * 4 + fabs(want)),
-                               "layout %d sizes %d %d %d dtypes %s %s %s: %g, expected %g", layout, (int)M, (int)N, (int)K,
-                               dtype_name(types[d][0]), dtype_name(types[d][1]), dtype_name(types[d][2]), at(y, i), want);
+                        EXPECT(fabs(at(y, i) - want) <=
+                                   tolerance * (sqrt((double)K) * 4 + fabs(want)),
+                               "layout %d sizes %d %d %d dtypes %s %s %s: %g, expected %g", layout,
+                               (int)M, (int)N, (int)K, dtype_name(types[d][0]),
+                               dtype_name(types[d][1]), dtype_name(types[d][2]), at(y, i), want);
                     }
                     free(expected);
                     free(a.data), free(b.data), free(y.data), free(old.data);
@@ -84,7 +95,8 @@ CASE(kernel_matmul, every_layout_dtype_and_size_equals_a_plain_loop) {
 
 CASE(kernel_matmul, ordered_products_do_not_change_when_zero_terms_are_added) {
     int64_t M = 40, N = 70, K = 100;
-    Tensor a = RANDOM_TENSOR(F32, 1, K, M), b = RANDOM_TENSOR(BF16, 2, K, N), y = zeros(F32, M, N), z = zeros(F32, M, N);
+    Tensor a = RANDOM_TENSOR(F32, 1, K, M), b = RANDOM_TENSOR(BF16, 2, K, N), y = zeros(F32, M, N),
+           z = zeros(F32, M, N);
     Tensor wide_a = zeros(F32, 3 * K, M), wide_b = RANDOM_TENSOR(BF16, 5, 3 * K, N);
     for (int64_t k = 0; k < K; k++) { /* every third row is a real one */
         memcpy((float *)wide_a.data + 3 * k * M, (float *)a.data + k * M, (size_t)M * 4);
@@ -98,8 +110,14 @@ CASE(kernel_matmul, ordered_products_do_not_change_when_zero_terms_are_added) {
 static void multiply_mismatched(void) {
     matmul(NT, zeros(F32, 2, 3), SET, zeros(F32, 2, 4), zeros(F32, 3, 5), 1.0f);
 }
-static void norm_mismatched(void) { rmsnorm_forward(zeros(F32, 2, 4), tensor_absent(), zeros(F32, 2, 4), zeros(F32, 1, 3), tensor_absent(), 1e-6f); }
-static void gather_mismatched(void) { embedding_forward(zeros(F32, 2, 9), zeros(F32, 4, 8), 0, TENSOR(must_calloc(2, 4), I32, 2), 1.0f); }
+static void norm_mismatched(void) {
+    rmsnorm_forward(zeros(F32, 2, 4), tensor_absent(), zeros(F32, 2, 4), zeros(F32, 1, 3),
+                    tensor_absent(), 1e-6f);
+}
+static void gather_mismatched(void) {
+    embedding_forward(zeros(F32, 2, 9), zeros(F32, 4, 8), 0, TENSOR(must_calloc(2, 4), I32, 2),
+                      1.0f);
+}
 
 CASE(kernel_contracts, wrong_shapes_are_refused) {
     EXPECT(test_faults(multiply_mismatched));
@@ -121,12 +139,20 @@ static double norm_value(NormContext *c) {
     free(y.data);
     return sum;
 }
-static double norm_of_x(Tensor x, void *context) { ((NormContext *)context)->x = x; return norm_value(context); }
-static double norm_of_weight(Tensor w, void *context) { ((NormContext *)context)->weight = w; return norm_value(context); }
+static double norm_of_x(Tensor x, void *context) {
+    ((NormContext *)context)->x = x;
+    return norm_value(context);
+}
+static double norm_of_weight(Tensor w, void *context) {
+    ((NormContext *)context)->weight = w;
+    return norm_value(context);
+}
 
 CASE(kernel_norm, gradients_match_finite_differences) {
-    NormContext c = {RANDOM_TENSOR(F32, 1, 3, 20), RANDOM_TENSOR(F32, 2, 20), RANDOM_TENSOR(F32, 3, 3, 20)};
-    Tensor y = zeros(F32, 3, 20), rstd = zeros(F32, 3, 1), dx = zeros(F32, 3, 20), dw = zeros(F32, 1, 20);
+    NormContext c = {RANDOM_TENSOR(F32, 1, 3, 20), RANDOM_TENSOR(F32, 2, 20),
+                     RANDOM_TENSOR(F32, 3, 3, 20)};
+    Tensor y = zeros(F32, 3, 20), rstd = zeros(F32, 3, 1), dx = zeros(F32, 3, 20),
+           dw = zeros(F32, 1, 20);
     rmsnorm_forward(y, rstd, c.x, c.weight, tensor_absent(), 1e-6f);
     rmsnorm_backward(dx, SET, dw, c.dy, c.x, rstd, c.weight);
     expect_gradient(norm_of_x, c.x, dx, &c, 1e-3, "x");
@@ -134,7 +160,8 @@ CASE(kernel_norm, gradients_match_finite_differences) {
 }
 
 CASE(kernel_norm, apply_repeats_forward_bit_for_bit) {
-    Tensor x = RANDOM_TENSOR(BF16, 1, 9, 77), w = RANDOM_TENSOR(BF16, 2, 77), y = zeros(BF16, 9, 77), z = zeros(BF16, 9, 77);
+    Tensor x = RANDOM_TENSOR(BF16, 1, 9, 77), w = RANDOM_TENSOR(BF16, 2, 77),
+           y = zeros(BF16, 9, 77), z = zeros(BF16, 9, 77);
     Tensor rstd = zeros(F32, 9, 1);
     rmsnorm_forward(y, rstd, x, w, tensor_absent(), 1e-6f);
     rmsnorm_apply(z, rstd, x, w);
@@ -144,7 +171,8 @@ CASE(kernel_norm, apply_repeats_forward_bit_for_bit) {
 /* ---- rope ---- */
 
 CASE(kernel_rope, rotation_is_undone_by_its_backward_and_leaves_unrotated_pairs) {
-    Tensor x = RANDOM_TENSOR(F32, 1, 6, 2, 16), y = RANDOM_TENSOR(F32, 2, 6, 2, 16), z = RANDOM_TENSOR(F32, 3, 6, 2, 16);
+    Tensor x = RANDOM_TENSOR(F32, 1, 6, 2, 16), y = RANDOM_TENSOR(F32, 2, 6, 2, 16),
+           z = RANDOM_TENSOR(F32, 3, 6, 2, 16);
     int32_t positions[] = {0, 1, 2, 100, 1000, 50000};
     Tensor cos = zeros(F32, 6, 8), sin = zeros(F32, 6, 8);
     rope_table(cos, sin, TENSOR(positions, I32, 6), 10000.0f, 2, 1.0f);
@@ -171,11 +199,18 @@ static double gate_value(GateContext *c) {
     free(y.data);
     return sum;
 }
-static double gate_of_gate(Tensor x, void *context) { ((GateContext *)context)->gate = x; return gate_value(context); }
-static double gate_of_up(Tensor x, void *context) { ((GateContext *)context)->up = x; return gate_value(context); }
+static double gate_of_gate(Tensor x, void *context) {
+    ((GateContext *)context)->gate = x;
+    return gate_value(context);
+}
+static double gate_of_up(Tensor x, void *context) {
+    ((GateContext *)context)->up = x;
+    return gate_value(context);
+}
 
 CASE(kernel_gelu, values_and_gradients_are_right) {
-    GateContext c = {RANDOM_TENSOR(F32, 1, 600), RANDOM_TENSOR(F32, 2, 600), RANDOM_TENSOR(F32, 3, 600)};
+    GateContext c = {RANDOM_TENSOR(F32, 1, 600), RANDOM_TENSOR(F32, 2, 600),
+                     RANDOM_TENSOR(F32, 3, 600)};
     Tensor y = zeros(F32, 1, 600), dgate = zeros(F32, 1, 600), dup = zeros(F32, 1, 600);
     gelu_mul_forward(y, c.gate, c.up);
     for (int64_t i = 0; i < 600; i++) {
@@ -196,7 +231,8 @@ typedef struct AttentionContext {
 
 static AttentionContext attention_context(int64_t N, int64_t H, int64_t S, int64_t K, int64_t C) {
     AttentionContext c = {.N = N, .H = H, .S = S, .K = K, .C = C};
-    c.q = RANDOM_TENSOR(F32, 1, N, H, C), c.k = RANDOM_TENSOR(F32, 2, S, K, C), c.v = RANDOM_TENSOR(F32, 3, S, K, C);
+    c.q = RANDOM_TENSOR(F32, 1, N, H, C), c.k = RANDOM_TENSOR(F32, 2, S, K, C),
+    c.v = RANDOM_TENSOR(F32, 3, S, K, C);
     c.dy = RANDOM_TENSOR(F32, 4, N, H, C);
     for (int64_t i = 0; i < N * H * C; i++) ((float *)c.q.data)[i] *= 0.4f;
     c.index = TENSOR(must_calloc((size_t)N, 4), I32, N);
@@ -215,17 +251,20 @@ static double attention_plain(const AttentionContext *c, double *out) {
     double total = 0;
     for (int64_t n = 0; n < c->N; n++)
         for (int64_t h = 0; h < c->H; h++) {
-            int64_t g = h / (c->H / c->K), low = ((int32_t *)c->first.data)[n], high = ((int32_t *)c->last.data)[n];
+            int64_t g = h / (c->H / c->K), low = ((int32_t *)c->first.data)[n],
+                    high = ((int32_t *)c->last.data)[n];
             double sum = 0, top = -1e300, *p = must_calloc((size_t)c->S, sizeof *p);
             for (int64_t j = low; j <= high; j++) {
                 for (int64_t i = 0; i < c->C; i++)
-                    p[j] += (double)at(c->q, (n * c->H + h) * c->C + i) * at(c->k, (j * c->K + g) * c->C + i);
+                    p[j] += (double)at(c->q, (n * c->H + h) * c->C + i) *
+                            at(c->k, (j * c->K + g) * c->C + i);
                 top = fmax(top, p[j]);
             }
             for (int64_t j = low; j <= high; j++) sum += p[j] = exp(p[j] - top);
             for (int64_t i = 0; i < c->C; i++) {
                 double y = 0;
-                for (int64_t j = low; j <= high; j++) y += p[j] / sum * at(c->v, (j * c->K + g) * c->C + i);
+                for (int64_t j = low; j <= high; j++)
+                    y += p[j] / sum * at(c->v, (j * c->K + g) * c->C + i);
                 if (out) out[(n * c->H + h) * c->C + i] = y;
                 total += y * at(c->dy, (n * c->H + h) * c->C + i);
             }
@@ -234,25 +273,38 @@ static double attention_plain(const AttentionContext *c, double *out) {
     return total;
 }
 
-static double attention_of_q(Tensor x, void *context) { ((AttentionContext *)context)->q = x; return attention_plain(context, NULL); }
-static double attention_of_k(Tensor x, void *context) { ((AttentionContext *)context)->k = x; return attention_plain(context, NULL); }
-static double attention_of_v(Tensor x, void *context) { ((AttentionContext *)context)->v = x; return attention_plain(context, NULL); }
+static double attention_of_q(Tensor x, void *context) {
+    ((AttentionContext *)context)->q = x;
+    return attention_plain(context, NULL);
+}
+static double attention_of_k(Tensor x, void *context) {
+    ((AttentionContext *)context)->k = x;
+    return attention_plain(context, NULL);
+}
+static double attention_of_v(Tensor x, void *context) {
+    ((AttentionContext *)context)->v = x;
+    return attention_plain(context, NULL);
+}
 
 CASE(kernel_attention, values_and_gradients_equal_a_plain_loop) {
     static const int64_t shapes[][5] = {{14, 4, 14, 1, 8}, {9, 4, 20, 2, 16}, {70, 8, 70, 8, 4}};
     for (int s = 0; s < 3; s++) {
-        AttentionContext c = attention_context(shapes[s][0], shapes[s][1], shapes[s][2], shapes[s][3], shapes[s][4]);
-        Tensor y = RANDOM_TENSOR(F32, 5, c.N, c.H, c.C), dq = RANDOM_TENSOR(F32, 6, c.N, c.H, c.C), lse = zeros(F32, c.N, c.H);
+        AttentionContext c =
+            attention_context(shapes[s][0], shapes[s][1], shapes[s][2], shapes[s][3], shapes[s][4]);
+        Tensor y = RANDOM_TENSOR(F32, 5, c.N, c.H, c.C), dq = RANDOM_TENSOR(F32, 6, c.N, c.H, c.C),
+               lse = zeros(F32, c.N, c.H);
         double *expected = must_malloc((size_t)tensor_count(y) * sizeof *expected);
         int64_t G = attention_partials(c.K);
         Tensor dk = TENSOR(must_calloc((size_t)tensor_count(c.k), 4), F32, c.S, c.K, c.C), dv = dk;
         dv.data = must_calloc((size_t)tensor_count(c.k), 4);
-        Tensor partial = G > 1 ? TENSOR(must_calloc((size_t)(2 * G * tensor_count(c.k)), 4), F32, 2 * G, c.S, c.K, c.C)
+        Tensor partial = G > 1 ? TENSOR(must_calloc((size_t)(2 * G * tensor_count(c.k)), 4), F32,
+                                        2 * G, c.S, c.K, c.C)
                                : tensor_absent();
         attention_forward(y, lse, c.q, c.k, c.v, c.index, c.first, c.last);
         attention_plain(&c, expected);
         for (int64_t i = 0; i < tensor_count(y); i++) EXPECT_CLOSE(at(y, i), expected[i], 2e-6);
-        attention_backward(dq, dk, dv, c.dy, y, lse, c.q, c.k, c.v, c.index, c.first, c.last, partial);
+        attention_backward(dq, dk, dv, c.dy, y, lse, c.q, c.k, c.v, c.index, c.first, c.last,
+                           partial);
         if (c.N > 20) continue; /* differences of the larger shape would take minutes */
         expect_gradient(attention_of_q, c.q, dq, &c, 2e-3, "q");
         expect_gradient(attention_of_k, c.k, dk, &c, 2e-3, "k");
@@ -276,10 +328,12 @@ static double loss_of_logits(Tensor x, void *context) {
 }
 
 CASE(kernel_loss, value_and_gradient_match_double_precision) {
-    Tensor x = RANDOM_TENSOR(F32, 1, 4, 50), work = RANDOM_TENSOR(F32, 1, 4, 50), dx = zeros(F32, 4, 50);
+    Tensor x = RANDOM_TENSOR(F32, 1, 4, 50), work = RANDOM_TENSOR(F32, 1, 4, 50),
+           dx = zeros(F32, 4, 50);
     int32_t targets[] = {3, -1, 49, 0};
     float nll[4], weights[] = {0.5f, 0.5f, 0.5f, 0.5f};
-    cross_entropy(TENSOR(nll, F32, 4), dx, work, TENSOR(targets, I32, 4), TENSOR(weights, F32, 4), 30.0f);
+    cross_entropy(TENSOR(nll, F32, 4), dx, work, TENSOR(targets, I32, 4), TENSOR(weights, F32, 4),
+                  30.0f);
     EXPECT_CLOSE(0.5 * (nll[0] + nll[1] + nll[2] + nll[3]), loss_of_logits(x, targets), 1e-5);
     EXPECT(nll[1] == 0);
     for (int64_t i = 0; i < 50; i++) EXPECT(at(dx, 50 + i) == 0);
@@ -290,15 +344,19 @@ CASE(kernel_loss, value_and_gradient_match_double_precision) {
 
 CASE(kernel_routing, sorted_rows_return_to_their_tokens) {
     int64_t N = 20, E = 6, A = 2, M = routing_rows(N, A, E), D = 5;
-    Tensor logits = RANDOM_TENSOR(F32, 1, N, E), probs = zeros(F32, N, E), share = zeros(F32, N, A), experts = zeros(I32, N, A);
-    Tensor slot = zeros(I32, N, A), offsets = TENSOR(must_calloc(7, 4), I32, E + 1), counts = TENSOR(must_calloc(6, 4), I32, E);
-    Tensor source = TENSOR(must_calloc((size_t)M, 4), I32, M), x = RANDOM_TENSOR(F32, 2, N, D), rows = zeros(F32, M, D);
+    Tensor logits = RANDOM_TENSOR(F32, 1, N, E), probs = zeros(F32, N, E), share = zeros(F32, N, A),
+           experts = zeros(I32, N, A);
+    Tensor slot = zeros(I32, N, A), offsets = TENSOR(must_calloc(7, 4), I32, E + 1),
+           counts = TENSOR(must_calloc(6, 4), I32, E);
+    Tensor source = TENSOR(must_calloc((size_t)M, 4), I32, M), x = RANDOM_TENSOR(F32, 2, N, D),
+           rows = zeros(F32, M, D);
     Tensor scale = zeros(F32, 1, E), y = zeros(F32, N, D);
     fill(scale, 1.0f);
     router_forward(probs, share, experts, logits);
     routing_sort(offsets, counts, slot, source, experts);
     gather_rows(rows, x, source);
-    combine_forward(y, rows, slot, share, experts, scale); /* shares sum to one: the rows come back */
+    combine_forward(y, rows, slot, share, experts,
+                    scale); /* shares sum to one: the rows come back */
     EXPECT(relative_error(y.data, x.data, N * D) < 1e-6);
     int total = 0;
     for (int64_t e = 0; e < E; e++) {
@@ -309,7 +367,8 @@ CASE(kernel_routing, sorted_rows_return_to_their_tokens) {
 }
 
 CASE(kernel_routing, ties_go_to_the_lowest_expert) {
-    Tensor logits = zeros(BF16, 1, 8), probs = zeros(F32, 1, 8), share = zeros(F32, 1, 3), experts = zeros(I32, 1, 3);
+    Tensor logits = zeros(BF16, 1, 8), probs = zeros(F32, 1, 8), share = zeros(F32, 1, 3),
+           experts = zeros(I32, 1, 3);
     router_forward(probs, share, experts, logits);
     for (int i = 0; i < 3; i++) EXPECT(((int32_t *)experts.data)[i] == i);
 }
@@ -342,20 +401,25 @@ CASE(kernel_dropout, mask_has_its_rate_and_repeats_by_key) {
 CASE(kernel_update, adamw_takes_the_step_of_the_formula) {
     float w[] = {1, -2}, g[] = {0.5f, -0.1f}, m[] = {0.1f, 0}, v[] = {0.01f, 0};
     Tensor value = TENSOR(w, F32, 2), grad = TENSOR(g, F32, 2);
-    adamw_update(value, grad, TENSOR(m, F32, 2), TENSOR(v, F32, 2), 2.0f, 0.1f, 0.9f, 0.99f, 1e-8f, 0.01f, 3);
+    adamw_update(value, grad, TENSOR(m, F32, 2), TENSOR(v, F32, 2), 2.0f, 0.1f, 0.9f, 0.99f, 1e-8f,
+                 0.01f, 3);
     double m0 = 0.9 * 0.1 + 0.1 * 1.0, v0 = 0.99 * 0.01 + 0.01 * 1.0;
-    double expected = 1 * (1 - 0.1 * 0.01) - 0.1 / (1 - 0.729) * m0 / (sqrt(v0 / (1 - 0.970299)) + 1e-8);
+    double expected =
+        1 * (1 - 0.1 * 0.01) - 0.1 / (1 - 0.729) * m0 / (sqrt(v0 / (1 - 0.970299)) + 1e-8);
     EXPECT_CLOSE(w[0], expected, 1e-5);
 }
 
 CASE(kernel_levels, every_instruction_level_gives_the_same_norms_and_products) {
-    Tensor x = RANDOM_TENSOR(BF16, 1, 5, 300), w = RANDOM_TENSOR(F32, 2, 300), a = zeros(BF16, 5, 300), b = zeros(BF16, 5, 300);
+    Tensor x = RANDOM_TENSOR(BF16, 1, 5, 300), w = RANDOM_TENSOR(F32, 2, 300),
+           a = zeros(BF16, 5, 300), b = zeros(BF16, 5, 300);
     Tensor big = RANDOM_TENSOR(F32, 3, 40, 300), p = zeros(F32, 5, 40), q = zeros(F32, 5, 40);
     cpu_rmsnorm_forward_generic(a, tensor_absent(), x, w, tensor_absent(), 1e-6f);
     cpu_matmul_ordered_generic(NT, p, SET, x, big, 1.0f);
     for (int level = CPU_AVX2; level <= (int)cpu_level(); level++) {
-        (level == CPU_AVX2 ? cpu_rmsnorm_forward_avx2 : cpu_rmsnorm_forward_avx512)(b, tensor_absent(), x, w, tensor_absent(), 1e-6f);
-        (level == CPU_AVX2 ? cpu_matmul_ordered_avx2 : cpu_matmul_ordered_avx512)(NT, q, SET, x, big, 1.0f);
+        (level == CPU_AVX2 ? cpu_rmsnorm_forward_avx2 : cpu_rmsnorm_forward_avx512)(
+            b, tensor_absent(), x, w, tensor_absent(), 1e-6f);
+        (level == CPU_AVX2 ? cpu_matmul_ordered_avx2 : cpu_matmul_ordered_avx512)(NT, q, SET, x,
+                                                                                  big, 1.0f);
         int different = 0; /* sums of another order may round the last bf16 bit the other way */
         for (int64_t i = 0; i < 1500; i++) {
             different += at(a, i) != at(b, i);

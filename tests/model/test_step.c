@@ -1,4 +1,5 @@
-/* test_step.c - the whole model against the reference: losses, every gradient, adapters, invariants. */
+/* test_step.c - the whole model against the reference: losses, every gradient, adapters,
+ * invariants. */
 #include "formats/adapter.h"
 #include "formats/file.h"
 #include "infer/decoder.h"
@@ -49,10 +50,12 @@ typedef struct Run {
     StepOptions options;
 } Run;
 
-static void run_open(Run *r, const char *dir, DType dtype, bool full, const AdapterSpec *spec, StackMode mode) {
+static void run_open(Run *r, const char *dir, DType dtype, bool full, const AdapterSpec *spec,
+                     StackMode mode) {
     EXPECT_OK(checkpoint_open(&r->checkpoint, dir));
     gemma_declare(&r->g, &r->checkpoint.config, dtype, device_cpu());
-    for (int i = 0; full && i < r->g.params.count; i++) r->g.params.items[i]->trainable = !r->g.params.items[i]->buffer;
+    for (int i = 0; full && i < r->g.params.count; i++)
+        r->g.params.items[i]->trainable = !r->g.params.items[i]->buffer;
     if (spec) EXPECT_OK(adapter_attach(&r->g, spec));
     EXPECT_OK(params_place(&r->g.params, device_cpu(), true));
     EXPECT_OK(checkpoint_load(&r->checkpoint, &r->g));
@@ -66,16 +69,19 @@ static void run_close(Run *r) {
     checkpoint_close(&r->checkpoint);
 }
 
-static void compare_nll(const Packed *p, const float *expected, double tolerance, const char *kind) {
+static void compare_nll(const Packed *p, const float *expected, double tolerance,
+                        const char *kind) {
     for (int64_t n = 0, i = 0; n < p->batch.N; n++) {
         if (p->targets[n] < 0) continue;
         double error = fabs(p->nll[n] - expected[i]) / fmax(1.0, fabs(expected[i]));
-        EXPECT(error < tolerance, "%s: nll of row %d is %.6f, expected %.6f", kind, (int)n, p->nll[n], expected[i]);
+        EXPECT(error < tolerance, "%s: nll of row %d is %.6f, expected %.6f", kind, (int)n,
+               p->nll[n], expected[i]);
         i++;
     }
 }
 
-static void compare_grads(const Fixture *f, const Gemma *g, const char *group, const char *kind, double tolerance) {
+static void compare_grads(const Fixture *f, const Gemma *g, const char *group, const char *kind,
+                          double tolerance) {
     int compared = 0;
     for (int i = 0; i < g->params.count; i++) {
         const Param *p = g->params.items[i];
@@ -124,7 +130,8 @@ CASE(step, bf16_losses_follow_the_reference_within_bf16_noise) {
         run_open(&r, f.dir, BF16, false, NULL, STACK_SCORE);
         step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
         int64_t count;
-        float *half = fixture_floats(&f, "nll_bf16", &count), *exact = fixture_floats(&f, "nll", &count);
+        float *half = fixture_floats(&f, "nll_bf16", &count),
+              *exact = fixture_floats(&f, "nll", &count);
         double ours = 0, theirs = 0;
         for (int64_t n = 0, i = 0; n < p->batch.N; n++) {
             if (p->targets[n] < 0) continue;
@@ -132,9 +139,11 @@ CASE(step, bf16_losses_follow_the_reference_within_bf16_noise) {
             theirs += fabs(half[i] - exact[i]);
             i++;
         }
-        /* Neither is the truth: ours may stray from f32 as far as the reference's bf16 does, and half again. */
-        EXPECT(ours < 1.5 * theirs + 1e-3 * (double)count, "%s: bf16 strays %.4f from f32, the reference %.4f", kinds[k],
-               ours / (double)count, theirs / (double)count);
+        /* Neither is the truth: ours may stray from f32 as far as the reference's bf16 does, and
+         * half again. */
+        EXPECT(ours < 1.5 * theirs + 1e-3 * (double)count,
+               "%s: bf16 strays %.4f from f32, the reference %.4f", kinds[k], ours / (double)count,
+               theirs / (double)count);
         free(half);
         free(exact);
         run_close(&r);
@@ -147,7 +156,8 @@ CASE(step, balancing_loss_and_its_gradients_match_the_reference) {
     Packed *p = pack(&f, -1);
     Run r;
     int64_t count;
-    float *coefficient = fixture_floats(&f, "aux/coefficient", &count), *loss = fixture_floats(&f, "aux/loss", &count);
+    float *coefficient = fixture_floats(&f, "aux/coefficient", &count),
+          *loss = fixture_floats(&f, "aux/loss", &count);
     run_open(&r, f.dir, F32, true, NULL, STACK_RECOMPUTE);
     ExpertLoad *load = must_calloc(1, sizeof *load);
     r.options.load = load;
@@ -214,8 +224,8 @@ static void follow_peft(const char *kind, const char *variant) {
         for (Linear *l = r.g.linears.first; l; l = l->next) linear_refresh(l, &r.memory.scratch);
         gradients_zero(&r.g.params);
         double loss = step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
-        EXPECT(fabs(loss - losses[step]) < 1e-4 * losses[step], "%s %s: loss %d is %.6f, expected %.6f", kind, variant,
-               step, loss, losses[step]);
+        EXPECT(fabs(loss - losses[step]) < 1e-4 * losses[step],
+               "%s %s: loss %d is %.6f, expected %.6f", kind, variant, step, loss, losses[step]);
         optimizer_step(&optimizer, &r.g.params, config.lr, 1.0);
     }
     /* What peft saved after its steps loads into a second model; the two must agree. */
@@ -263,8 +273,8 @@ static void score_second_halves(Packed *p) {
 }
 
 /* Every gradient of a run over p, concatenated; caller frees. */
-static float *gradients_of(const char *dir, DType dtype, bool full, const AdapterSpec *spec, StackMode mode, bool shortcut,
-                           Packed *p, int64_t *count) {
+static float *gradients_of(const char *dir, DType dtype, bool full, const AdapterSpec *spec,
+                           StackMode mode, bool shortcut, Packed *p, int64_t *count) {
     Run r;
     run_open(&r, dir, dtype, full, spec, mode);
     if (spec) {
@@ -283,9 +293,11 @@ static float *gradients_of(const char *dir, DType dtype, bool full, const Adapte
 }
 
 static AdapterSpec usual_adapter(void) {
-    static const char *const names[] = {"q_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "k_proj"};
+    static const char *const names[] = {"q_proj",  "o_proj",    "gate_proj",
+                                        "up_proj", "down_proj", "k_proj"};
     AdapterSpec spec = {.rank = 4, .alpha = 8};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) text_list_add(&spec.targets, names[i]);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        text_list_add(&spec.targets, names[i]);
     return spec;
 }
 
@@ -297,9 +309,12 @@ CASE(invariant, recompute_on_equals_off_bit_for_bit) {
             snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
             Fixture f = fixture_open(name);
             Packed *p = pack(&f, -1);
-            float *keep = gradients_of(f.dir, (DType)dtype, true, NULL, STACK_KEEP, true, p, &count);
-            float *again = gradients_of(f.dir, (DType)dtype, true, NULL, STACK_RECOMPUTE, true, p, &count);
-            EXPECT(!memcmp(keep, again, (size_t)count * 4), "%s %s", kinds[k], dtype_name((DType)dtype));
+            float *keep =
+                gradients_of(f.dir, (DType)dtype, true, NULL, STACK_KEEP, true, p, &count);
+            float *again =
+                gradients_of(f.dir, (DType)dtype, true, NULL, STACK_RECOMPUTE, true, p, &count);
+            EXPECT(!memcmp(keep, again, (size_t)count * 4), "%s %s", kinds[k],
+                   dtype_name((DType)dtype));
             free(keep), free(again), free(p);
         }
 }
@@ -316,17 +331,22 @@ CASE(invariant, shortcut_on_equals_off_bit_for_bit) {
                 Fixture f = fixture_open(name);
                 Packed *p = pack(&f, -1);
                 score_second_halves(p);
-                float *on = gradients_of(f.dir, (DType)dtype, false, &spec, (StackMode)mode, true, p, &count);
+                float *on = gradients_of(f.dir, (DType)dtype, false, &spec, (StackMode)mode, true,
+                                         p, &count);
                 memcpy(on_nll, p->nll, sizeof on_nll);
-                float *off = gradients_of(f.dir, (DType)dtype, false, &spec, (StackMode)mode, false, p, &count);
-                EXPECT(!memcmp(on_nll, p->nll, (size_t)p->batch.N * 4), "%s %s: losses", kinds[k], dtype_name((DType)dtype));
-                EXPECT(!memcmp(on, off, (size_t)count * 4), "%s %s: gradients", kinds[k], dtype_name((DType)dtype));
+                float *off = gradients_of(f.dir, (DType)dtype, false, &spec, (StackMode)mode, false,
+                                          p, &count);
+                EXPECT(!memcmp(on_nll, p->nll, (size_t)p->batch.N * 4), "%s %s: losses", kinds[k],
+                       dtype_name((DType)dtype));
+                EXPECT(!memcmp(on, off, (size_t)count * 4), "%s %s: gradients", kinds[k],
+                       dtype_name((DType)dtype));
                 free(on), free(off), free(p);
             }
     adapter_spec_free(&spec);
 }
 
-/* Sequences one by one, gradients added up, against both packed in one batch. The sums have another order. */
+/* Sequences one by one, gradients added up, against both packed in one batch. The sums have another
+ * order. */
 CASE(invariant, packed_equals_separate_and_accumulated_equals_one_batch) {
     for (size_t k = 0; k < KINDS; k++) {
         char name[64];
@@ -402,14 +422,16 @@ static void merge_like_unmerged(const char *kind, const char *variant) {
     run_open(&second, f.dir, F32, false, &exact, STACK_SCORE);
     EXPECT_OK(peft_load(&second.g, dir));
     EXPECT(tensor_count(second.g.params.space) == tensor_count(r.g.params.space));
-    EXPECT(!memcmp(second.g.params.space.data, r.g.params.space.data, tensor_bytes(r.g.params.space)), "%s %s", kind, variant);
+    EXPECT(
+        !memcmp(second.g.params.space.data, r.g.params.space.data, tensor_bytes(r.g.params.space)),
+        "%s %s", kind, variant);
     run_close(&second);
     run_close(&r);
     run_open(&r, out, F32, false, NULL, STACK_SCORE);
     step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
     for (int64_t n = 0; n < p->batch.N; n++)
-        EXPECT(fabs(unmerged[n] - p->nll[n]) < 1e-4, "%s %s: row %d: %g merged, %g not", kind, variant, (int)n, p->nll[n],
-               unmerged[n]);
+        EXPECT(fabs(unmerged[n] - p->nll[n]) < 1e-4, "%s %s: row %d: %g merged, %g not", kind,
+               variant, (int)n, p->nll[n], unmerged[n]);
     run_close(&r);
     adapter_spec_free(&spec);
     adapter_spec_free(&exact);
@@ -440,7 +462,8 @@ CASE(invariant, a_saved_checkpoint_holds_the_same_bits) {
         for (int i = 0; i < again.count; i++) {
             EXPECT(!strcmp(again.tensors[i].stored->name, r.checkpoint.tensors[i].stored->name));
             EXPECT(again.tensors[i].stored->size == r.checkpoint.tensors[i].stored->size);
-            EXPECT(!memcmp(again.tensors[i].stored->bytes, r.checkpoint.tensors[i].stored->bytes, again.tensors[i].stored->size),
+            EXPECT(!memcmp(again.tensors[i].stored->bytes, r.checkpoint.tensors[i].stored->bytes,
+                           again.tensors[i].stored->size),
                    "%s", again.tensors[i].stored->name);
         }
         snprintf(from, sizeof from, "%s/config.json", f.dir);
@@ -454,7 +477,8 @@ CASE(invariant, a_saved_checkpoint_holds_the_same_bits) {
     }
 }
 
-/* The likelihood of every token, decoded after a prefill of `prefill` tokens in chunks of `chunk`. */
+/* The likelihood of every token, decoded after a prefill of `prefill` tokens in chunks of `chunk`.
+ */
 CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
     static const int64_t plans[][2] = {{1, 1}, {5, 2}, {9, 9}, {16, 4}};
     for (size_t k = 0; k < KINDS; k++) {
@@ -474,8 +498,9 @@ CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
             for (int64_t n = plans[i][0] - 1; n + 1 < p->batch.N; n++) {
                 double sum = 0;
                 for (int64_t v = 0; v < V; v++) sum += exp(logits[v]);
-                EXPECT(fabs(log(sum) - logits[p->ids[n + 1]] - p->nll[n]) < 2e-4, "%s: row %d: %g, expected %g", kinds[k],
-                       (int)n, log(sum) - logits[p->ids[n + 1]], p->nll[n]);
+                EXPECT(fabs(log(sum) - logits[p->ids[n + 1]] - p->nll[n]) < 2e-4,
+                       "%s: row %d: %g, expected %g", kinds[k], (int)n,
+                       log(sum) - logits[p->ids[n + 1]], p->nll[n]);
                 decoder_feed(&d, &p->ids[n + 1], 1, logits);
             }
             decoder_free(&d);
@@ -486,7 +511,8 @@ CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
     }
 }
 
-/* The plan says what a step takes before anything is taken; a run that needed more would stop at a fault. */
+/* The plan says what a step takes before anything is taken; a run that needed more would stop at a
+ * fault. */
 CASE(invariant, the_memory_plan_is_what_a_step_takes) {
     Fixture f = fixture_open("model_26b-a4b.h5");
     Packed *p = pack(&f, -1);
@@ -496,10 +522,12 @@ CASE(invariant, the_memory_plan_is_what_a_step_takes) {
     step_measure(&r.g, p->batch.N, p->batch.N, &r.options, &activations, &scratch);
     r.options.shortcut = false;
     step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
-    EXPECT(r.memory.activations.used == activations, "%zu bytes placed, %zu planned", r.memory.activations.used, activations);
+    EXPECT(r.memory.activations.used == activations, "%zu bytes placed, %zu planned",
+           r.memory.activations.used, activations);
     r.memory.scratch.peak = 0;
     step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
-    EXPECT(r.memory.scratch.peak == scratch, "%zu bytes of scratch, %zu planned", r.memory.scratch.peak, scratch);
+    EXPECT(r.memory.scratch.peak == scratch, "%zu bytes of scratch, %zu planned",
+           r.memory.scratch.peak, scratch);
     run_close(&r);
     free(p);
 }

@@ -1,4 +1,5 @@
-/* test_train.c - whole runs of the tiny model through the program: resumed, killed, stopped, refused. */
+/* test_train.c - whole runs of the tiny model through the program: resumed, killed, stopped,
+ * refused. */
 #include "formats/file.h"
 #include "tests/test.h"
 #include "train/metrics.h"
@@ -11,7 +12,8 @@
 
 static char program[512];
 
-/* Runs the program with a shell line of arguments; its exit status, standard error in folder/err. */
+/* Runs the program with a shell line of arguments; its exit status, standard error in folder/err.
+ */
 static int run(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static int run(const char *format, ...) {
     char arguments[2048], line[3072];
@@ -21,7 +23,8 @@ static int run(const char *format, ...) {
     va_start(list, format);
     vsnprintf(arguments, sizeof arguments, format, list);
     va_end(list);
-    snprintf(line, sizeof line, "%s %s >%s/out 2>%s/err", program, arguments, test_folder(), test_folder());
+    snprintf(line, sizeof line, "%s %s >%s/out 2>%s/err", program, arguments, test_folder(),
+             test_folder());
     int status = system(line);
     return WIFEXITED(status) ? WEXITSTATUS(status) : 256 + WTERMSIG(status);
 }
@@ -43,11 +46,14 @@ static char *read_text(const char *name) {
 /* A tiny model and a run file in the test's folder; `more` are further lines. */
 static void prepare(const char *more) {
     char *path = path_join(test_folder(), "run.yaml"), *text;
-    EXPECT_RUN(0, "init tiny %s/model --tokenizer demo/tokenizer --dtype f32 --layers 4", test_folder());
-    text = must_format("model: %s/model\noutput: %s/out1\ndtype: f32\n"
-                       "data: {train: demo/gems.jsonl, eval: 0.05, max_length: 96, chat_format: small}\n"
-                       "batch: {sequences: 2, accumulate: 2}\nsteps: 24\neval_every: 8\nsave: {every: 3, keep: 2}\n%s",
-                       test_folder(), test_folder(), more);
+    EXPECT_RUN(0, "init tiny %s/model --tokenizer demo/tokenizer --dtype f32 --layers 4",
+               test_folder());
+    text = must_format(
+        "model: %s/model\noutput: %s/out1\ndtype: f32\n"
+        "data: {train: demo/gems.jsonl, eval: 0.05, max_length: 96, chat_format: small}\n"
+        "batch: {sequences: 2, accumulate: 2}\nsteps: 24\neval_every: 8\nsave: {every: 3, keep: "
+        "2}\n%s",
+        test_folder(), test_folder(), more);
     EXPECT_OK(file_write(path, text, strlen(text)));
     free(path), free(text);
 }
@@ -69,8 +75,9 @@ static void expect_same_curve(const char *a, const char *b, int64_t steps) {
     EXPECT_OK(metrics_read(&y, &n, q));
     EXPECT(m == steps && n == steps, "%d and %d rows", (int)m, (int)n);
     for (int64_t i = 0; i < m; i++)
-        EXPECT(x[i].step == i + 1 && y[i].step == i + 1 && x[i].loss == y[i].loss && x[i].lr == y[i].lr &&
-                   x[i].grad_norm == y[i].grad_norm && (x[i].eval_loss == y[i].eval_loss || isnan(x[i].eval_loss)),
+        EXPECT(x[i].step == i + 1 && y[i].step == i + 1 && x[i].loss == y[i].loss &&
+                   x[i].lr == y[i].lr && x[i].grad_norm == y[i].grad_norm &&
+                   (x[i].eval_loss == y[i].eval_loss || isnan(x[i].eval_loss)),
                "step %d", (int)i + 1);
     free(x), free(y), free(p), free(q);
 }
@@ -80,7 +87,8 @@ static void resumed_equals_uninterrupted(const char *more, const char *dtype, co
     prepare(more);
     EXPECT_RUN(0, "train %s/run.yaml --dtype %s", f, dtype);
     /* The same run, killed hard after its first save and resumed. */
-    char *save = must_format("%s/out2/checkpoints/step-3/state.h5", f), *yaml = must_format("%s/run.yaml", f);
+    char *save = must_format("%s/out2/checkpoints/step-3/state.h5", f),
+         *yaml = must_format("%s/run.yaml", f);
     char *output = must_format("output=%s/out2", f);
     pid_t child = fork();
     if (child == 0) {
@@ -102,15 +110,18 @@ static void resumed_equals_uninterrupted(const char *more, const char *dtype, co
 }
 
 CASE(train, a_killed_and_resumed_lora_run_equals_an_uninterrupted_one) {
-    resumed_equals_uninterrupted("method: lora\nlora: {rank: 4, dropout: 0.1}\n", "f32", "adapter/adapter_model.safetensors");
+    resumed_equals_uninterrupted("method: lora\nlora: {rank: 4, dropout: 0.1}\n", "f32",
+                                 "adapter/adapter_model.safetensors");
 }
 
 CASE(train, a_killed_and_resumed_full_run_equals_an_uninterrupted_one) {
-    resumed_equals_uninterrupted("method: full\noptimizer: {lr: 1.0e-3, weight_decay: 0.1}\n", "f32", "model/model.safetensors");
+    resumed_equals_uninterrupted("method: full\noptimizer: {lr: 1.0e-3, weight_decay: 0.1}\n",
+                                 "f32", "model/model.safetensors");
 }
 
 CASE(train, bf16_full_training_resumes_from_f32_masters) {
-    resumed_equals_uninterrupted("method: full\nrecompute: on\n", "bf16", "model/model.safetensors");
+    resumed_equals_uninterrupted("method: full\nrecompute: on\n", "bf16",
+                                 "model/model.safetensors");
 }
 
 CASE(train, sigterm_saves_and_exits_143) {
@@ -133,7 +144,8 @@ CASE(train, sigterm_saves_and_exits_143) {
     kill(child, SIGTERM);
     int status;
     waitpid(child, &status, 0);
-    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 143, "status %x: %s", status, read_text("stopped"));
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 143, "status %x: %s", status,
+           read_text("stopped"));
     EXPECT_OK(metrics_read(&rows, &count, csv));
     char *save = must_format("%s/out1/checkpoints/step-%d/state.h5", f, (int)count);
     EXPECT(file_exists(save), "%s is missing", save);
@@ -141,20 +153,23 @@ CASE(train, sigterm_saves_and_exits_143) {
 }
 
 CASE(train, the_loss_falls_for_every_method) {
-    static const char *const methods[] = {"method: full\noptimizer: {lr: 3.0e-3}\n",
-                                          "method: full\noptimizer: {name: sgd, lr: 0.3, momentum: 0.9}\n",
-                                          "method: lora\nlora: {rank: 16}\noptimizer: {lr: 1.0e-2}\n",
-                                          "method: lora\nlora: {rank: 8, dora: true, train_also: [norm]}\noptimizer: {lr: 1.0e-2}\n"};
+    static const char *const methods[] = {
+        "method: full\noptimizer: {lr: 3.0e-3}\n",
+        "method: full\noptimizer: {name: sgd, lr: 0.3, momentum: 0.9}\n",
+        "method: lora\nlora: {rank: 16}\noptimizer: {lr: 1.0e-2}\n",
+        "method: lora\nlora: {rank: 8, dora: true, train_also: [norm]}\noptimizer: {lr: 1.0e-2}\n"};
     for (size_t i = 0; i < sizeof methods / sizeof *methods; i++) {
         Metrics *rows;
         int64_t count;
         char *text = must_format("schedule: {name: constant, warmup: 0}\n%s", methods[i]);
         if (i) tree_remove(path_join(test_folder(), "model"));
         prepare(text);
-        EXPECT_RUN(0, "train %s/run.yaml steps=40 output=%s/m%d data.eval=null", test_folder(), test_folder(), (int)i);
+        EXPECT_RUN(0, "train %s/run.yaml steps=40 output=%s/m%d data.eval=null", test_folder(),
+                   test_folder(), (int)i);
         char *csv = must_format("%s/m%d/metrics.csv", test_folder(), (int)i);
         EXPECT_OK(metrics_read(&rows, &count, csv));
-        EXPECT(count == 40 && rows[39].loss < rows[0].loss - 0.2, "%s: from %g to %g", methods[i], rows[0].loss, rows[39].loss);
+        EXPECT(count == 40 && rows[39].loss < rows[0].loss - 0.2, "%s: from %g to %g", methods[i],
+               rows[0].loss, rows[39].loss);
         free(rows), free(csv), free(text);
     }
 }
@@ -172,8 +187,13 @@ CASE(train, outputs_load_everywhere_they_are_named) {
     EXPECT_RUN(0, "train %s/run.yaml", f);
     EXPECT_RUN(1, "train %s/run.yaml", f);
     EXPECT(strstr(read_text("err"), "already holds a run"));
-    static const char *const left[] = {"adapter/adapter_config.json", "best/adapter_model.safetensors", "run.yaml",
-                                       "data.h5", "metrics.csv", "report.svg", "checkpoints/step-24/state.h5",
+    static const char *const left[] = {"adapter/adapter_config.json",
+                                       "best/adapter_model.safetensors",
+                                       "run.yaml",
+                                       "data.h5",
+                                       "metrics.csv",
+                                       "report.svg",
+                                       "checkpoints/step-24/state.h5",
                                        "checkpoints/step-21/adapter/adapter_model.safetensors"};
     for (size_t i = 0; i < sizeof left / sizeof *left; i++) {
         char *path = must_format("%s/out1/%s", f, left[i]);
@@ -187,14 +207,23 @@ CASE(train, outputs_load_everywhere_they_are_named) {
     EXPECT_RUN(0, "doctor %s/run.yaml", f);
     EXPECT(strstr(read_text("out"), "checks:"));
     EXPECT_RUN(0, "plot %s/out1 --out %s/plot.svg", f, f);
-    EXPECT_RUN(0, "generate --model %s/model --adapter %s/out1/adapter --dtype f32 --chat-format small --max-tokens 4 --json hi", f, f);
+    EXPECT_RUN(0,
+               "generate --model %s/model --adapter %s/out1/adapter --dtype f32 --chat-format "
+               "small --max-tokens 4 --json hi",
+               f, f);
     EXPECT(strstr(read_text("out"), "\"message\": {"));
-    EXPECT_RUN(0, "export --model %s/model --adapter %s/out1/adapter --to safetensors --dtype f32 %s/merged", f, f, f);
+    EXPECT_RUN(
+        0,
+        "export --model %s/model --adapter %s/out1/adapter --to safetensors --dtype f32 %s/merged",
+        f, f, f);
     EXPECT_RUN(0, "export --model %s/model --adapter %s/out1/adapter --to peft %s/again", f, f, f);
     expect_same_file("out1/adapter/adapter_model.safetensors", "again/adapter_model.safetensors");
     EXPECT_RUN(0, "score --model %s/merged --dtype f32 \"Topaz has a hardness of 8.\"", f);
     char *merged = read_text("out");
-    EXPECT_RUN(0, "score --model %s/model --adapter %s/out1/adapter --dtype f32 \"Topaz has a hardness of 8.\"", f, f);
+    EXPECT_RUN(0,
+               "score --model %s/model --adapter %s/out1/adapter --dtype f32 \"Topaz has a "
+               "hardness of 8.\"",
+               f, f);
     char *apart = read_text("out");
     double merged_nll = 0, apart_nll = 1;
     EXPECT(sscanf(merged, "{\"tokens\": %*d, \"nll\": %lf", &merged_nll) == 1, "%s", merged);
