@@ -1,6 +1,7 @@
 /* checkpoint.c - stored names to parameters, and back. */
 #include "formats/checkpoint.h"
 #include "formats/file.h"
+#include "formats/shards.h"
 #include "kernels/elementwise.h"
 #include "model/merge.h"
 
@@ -9,8 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SHARD_BYTES ((size_t)5 * 1000 * 1000 * 1000)
-#define CONFIG_MAX  ((size_t)64 << 20)
+#define CONFIG_MAX ((size_t)64 << 20)
 
 static bool starts_with(const char *text, const char *prefix) {
     return !strncmp(text, prefix, strlen(prefix));
@@ -195,60 +195,43 @@ Status checkpoint_load(const Checkpoint *c, Gemma *g) {
     return OK;
 }
 
-/* What goes into the folder, in order: parameters, then what is carried through. */
-typedef struct Item {
-    const Param *param; /* NULL: carried through */
-    const StoredTensor *stored;
-    size_t size;
-} Item;
+/* What goes into the folder: parameters, then what is carried through. */
+typedef struct Saving {
+    const Gemma *g;
+    DType dtype;
+} Saving;
 
-static Status write_param(SafetensorsWriter *w, const Gemma *g, const Param *p, DType dtype) {
+static Status write_param(SafetensorsWriter *w, const ShardItem *item, void *context) {
+    const Saving *saving = context;
+    const Param *p = item->what;
     int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
-    int64_t rows = cols ? tensor_count(p->value) / cols : 0,
-            block = cols > (1 << 20) ? 1 : (1 << 20) / cols + 1;
+    int64_t rows = cols ? tensor_count(p->value) / cols : 0;
+    int64_t block = cols > (1 << 20) ? 1 : (1 << 20) / cols + 1;
     float *values = must_malloc((size_t)(block * cols) * sizeof *values);
     uint16_t *halves = must_malloc((size_t)(block * cols) * sizeof *halves);
     Status status = OK;
     for (int64_t first = 0; first < rows && status == OK; first += block) {
         int64_t n = rows - first < block ? rows - first : block;
-        merged_rows(g, p, first, n, values);
-        if (dtype == BF16)
+        bool half = saving->dtype == BF16;
+        merged_rows(saving->g, p, first, n, values);
+        if (half)
             scale_copy(TENSOR(halves, BF16, n * cols), SET, TENSOR(values, F32, n * cols), 1.0f);
-        status = safetensors_write(w, dtype == BF16 ? (void *)halves : (void *)values,
-                                   (size_t)(n * cols) * dtype_size(dtype));
+        status = safetensors_write(w, half ? (void *)halves : (void *)values,
+                                   (size_t)(n * cols) * dtype_size(saving->dtype));
     }
     free(values);
     free(halves);
     return status;
 }
 
-static Status write_shard(const Gemma *g, const Item *items, int count, DType dtype,
-                          const char *path) {
-    SafetensorsWriter *w = NULL;
-    Status status = OK;
-    TRY(safetensors_create(&w, path));
-    for (int i = 0; i < count; i++) {
-        const Item *item = &items[i];
-        if (item->param)
-            safetensors_declare(w, item->param->name, dtype_text(dtype), item->param->value.ndim,
-                                item->param->value.shape, item->size);
-        else
-            safetensors_declare(w, item->stored->name, item->stored->dtype_text, item->stored->ndim,
-                                item->stored->shape, item->size);
-    }
-    TRY_DONE(safetensors_begin(w));
-    for (int i = 0; i < count; i++) {
-        if (items[i].param) {
-            TRY_DONE(write_param(w, g, items[i].param, dtype));
-        } else {
-            TRY_DONE(safetensors_write(w, items[i].stored->bytes, items[i].size));
-            stored_tensor_release(items[i].stored);
-        }
-    }
-    return safetensors_commit(w);
-done:
-    safetensors_abandon(w);
-    return status;
+/* A parameter is written merged; a tensor carried through, which has no parameter, as it is. */
+static Status write_item(SafetensorsWriter *w, const ShardItem *item, void *context) {
+    const Saving *saving = context;
+    if (params_find(&saving->g->params, item->name)) return write_param(w, item, context);
+    const StoredTensor *stored = item->what;
+    TRY(safetensors_write(w, stored->bytes, stored->size));
+    stored_tensor_release(stored);
+    return OK;
 }
 
 /* config.json as it was, but for the dtype of what is now beside it. */
@@ -298,64 +281,31 @@ static Status copy_companions(const Checkpoint *source, const char *dir) {
     return OK;
 }
 
-static Status write_weights(const Gemma *g, const Item *items, int count, DType dtype,
-                            const char *dir) {
-    int *begin = must_malloc((size_t)(count + 1) * sizeof *begin), shards = 0;
-    size_t used = 0, total = 0;
-    json_t *map = json_object();
-    Status status = OK;
-    for (int i = 0; i < count; i++) {
-        if (!i || used + items[i].size > SHARD_BYTES) begin[shards++] = i, used = 0;
-        used += items[i].size;
-        total += items[i].size;
-    }
-    begin[shards] = count;
-    for (int s = 0; s < shards && status == OK; s++) {
-        char name[64];
-        if (shards == 1)
-            snprintf(name, sizeof name, "model.safetensors");
-        else
-            snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, shards);
-        char *path = path_join(dir, name);
-        status = write_shard(g, items + begin[s], begin[s + 1] - begin[s], dtype, path);
-        free(path);
-        for (int i = begin[s]; i < begin[s + 1]; i++)
-            json_object_set_new(map, items[i].param ? items[i].param->name : items[i].stored->name,
-                                json_string(name));
-    }
-    json_t *index =
-        json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
-    if (status == OK && shards > 1) {
-        char *path = path_join(dir, "model.safetensors.index.json"),
-             *text = json_dumps(index, JSON_INDENT(2));
-        status = file_write(path, text, strlen(text));
-        free(path);
-        free(text);
-    }
-    json_decref(index);
-    free(begin);
-    return status;
-}
-
 Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, const char *dir) {
     char *temporary = NULL;
     Status status = OK;
     int count = 0;
-    Item *items = must_calloc((size_t)(g->params.count + source->count), sizeof *items);
+    Saving saving = {g, dtype};
+    ShardItem *items = must_calloc((size_t)(g->params.count + source->count), sizeof *items);
     for (int i = 0; i < g->params.count; i++) {
         const Param *p = g->params.items[i];
         if (!p->adapter)
-            items[count++] =
-                (Item){.param = p, .size = (size_t)tensor_count(p->value) * dtype_size(dtype)};
+            items[count++] = (ShardItem){p->name,
+                                         dtype_text(dtype),
+                                         p->value.ndim,
+                                         p->value.shape,
+                                         (size_t)tensor_count(p->value) * dtype_size(dtype),
+                                         p};
     }
-    for (int i = 0; i < source->count; i++)
+    for (int i = 0; i < source->count; i++) {
+        const StoredTensor *t = source->tensors[i].stored;
         if (source->tensors[i].role == ROLE_DEAD || source->tensors[i].role == ROLE_TOWER)
-            items[count++] = (Item){.stored = source->tensors[i].stored,
-                                    .size = source->tensors[i].stored->size};
+            items[count++] = (ShardItem){t->name, t->dtype_text, t->ndim, t->shape, t->size, t};
+    }
     TRY_DONE(folder_begin(&temporary, dir));
     TRY_DONE(write_config(source, dtype, temporary));
     TRY_DONE(copy_companions(source, temporary));
-    TRY_DONE(write_weights(g, items, count, dtype, temporary));
+    TRY_DONE(shards_write(temporary, items, count, write_item, &saving));
     status = folder_commit(temporary, dir);
     temporary = NULL;
 done:

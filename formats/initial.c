@@ -2,10 +2,10 @@
 #include "formats/initial.h"
 #include "formats/checkpoint.h"
 #include "formats/file.h"
+#include "formats/shards.h"
 #include "kernels/elementwise.h"
 #include "kernels/random.h"
 
-#include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -32,76 +32,47 @@ static void draw(float *values, const Param *p, const ModelConfig *c, uint64_t k
     }
 }
 
-static Status write_shard(const Gemma *g, int from, int to, uint64_t seed, DType dtype,
-                          const char *path) {
-    SafetensorsWriter *w = NULL;
-    float *values = must_malloc(BLOCK * sizeof *values);
-    uint16_t *halves = must_malloc(BLOCK * sizeof *halves);
-    Status status = OK;
-    TRY_DONE(safetensors_create(&w, path));
-    for (int i = from; i < to; i++) {
-        const Param *p = g->params.items[i];
-        safetensors_declare(w, p->name, dtype_text(dtype), p->value.ndim, p->value.shape,
-                            (size_t)tensor_count(p->value) * dtype_size(dtype));
+typedef struct Drawing {
+    const ModelConfig *config;
+    uint64_t seed;
+    DType dtype;
+    float *values;    /* (BLOCK) */
+    uint16_t *halves; /* (BLOCK) */
+} Drawing;
+
+static Status write_drawn(SafetensorsWriter *w, const ShardItem *item, void *context) {
+    const Drawing *d = context;
+    const Param *p = item->what;
+    uint64_t key = random_key_name(d->seed, p->name);
+    int64_t count = tensor_count(p->value);
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        int64_t n = count - first < BLOCK ? count - first : BLOCK;
+        draw(d->values, p, d->config, key, first, n);
+        if (d->dtype == BF16)
+            scale_copy(TENSOR(d->halves, BF16, n), SET, TENSOR(d->values, F32, n), 1.0f);
+        TRY(safetensors_write(w, d->dtype == BF16 ? (void *)d->halves : (void *)d->values,
+                              (size_t)n * dtype_size(d->dtype)));
     }
-    TRY_DONE(safetensors_begin(w));
-    for (int i = from; i < to; i++) {
-        const Param *p = g->params.items[i];
-        uint64_t key = random_key_name(seed, p->name);
-        int64_t count = tensor_count(p->value);
-        for (int64_t first = 0; first < count; first += BLOCK) {
-            int64_t n = count - first < BLOCK ? count - first : BLOCK;
-            draw(values, p, &g->config, key, first, n);
-            if (dtype == BF16)
-                scale_copy(TENSOR(halves, BF16, n), SET, TENSOR(values, F32, n), 1.0f);
-            TRY_DONE(safetensors_write(w, dtype == BF16 ? (void *)halves : (void *)values,
-                                       (size_t)n * dtype_size(dtype)));
-        }
-    }
-    status = safetensors_commit(w);
-    w = NULL;
-done:
-    safetensors_abandon(w);
-    free(values);
-    free(halves);
-    return status;
+    return OK;
 }
 
 static Status write_weights(const Gemma *g, uint64_t seed, DType dtype, const char *dir) {
-    int begins[64], shards = 0, count = g->params.count;
-    size_t used = 0, total = 0;
-    Status status = OK;
-    for (int i = 0; i < count; i++) {
-        size_t size = (size_t)tensor_count(g->params.items[i]->value) * dtype_size(dtype);
-        if (!i || used + size > SHARD_BYTES) begins[shards++] = i, used = 0;
-        CHECK(shards < 63, "a model of more than 300 GB");
-        used += size;
-        total += size;
+    Drawing d = {&g->config, seed, dtype, must_malloc(BLOCK * sizeof(float)),
+                 must_malloc(BLOCK * sizeof(uint16_t))};
+    ShardItem *items = must_calloc((size_t)g->params.count, sizeof *items);
+    for (int i = 0; i < g->params.count; i++) {
+        const Param *p = g->params.items[i];
+        items[i] = (ShardItem){p->name,
+                               dtype_text(dtype),
+                               p->value.ndim,
+                               p->value.shape,
+                               (size_t)tensor_count(p->value) * dtype_size(dtype),
+                               p};
     }
-    begins[shards] = count;
-    json_t *map = json_object();
-    for (int s = 0; s < shards && status == OK; s++) {
-        char name[64];
-        if (shards == 1)
-            snprintf(name, sizeof name, "model.safetensors");
-        else
-            snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", s + 1, shards);
-        char *path = path_join(dir, name);
-        status = write_shard(g, begins[s], begins[s + 1], seed, dtype, path);
-        free(path);
-        for (int i = begins[s]; i < begins[s + 1]; i++)
-            json_object_set_new(map, g->params.items[i]->name, json_string(name));
-    }
-    json_t *index =
-        json_pack("{s:{s:I}, s:o}", "metadata", "total_size", (json_int_t)total, "weight_map", map);
-    if (status == OK && shards > 1) {
-        char *path = path_join(dir, "model.safetensors.index.json"),
-             *text = json_dumps(index, JSON_INDENT(2));
-        status = file_write(path, text, strlen(text));
-        free(path);
-        free(text);
-    }
-    json_decref(index);
+    Status status = shards_write(dir, items, g->params.count, write_drawn, &d);
+    free(items);
+    free(d.values);
+    free(d.halves);
     return status;
 }
 
