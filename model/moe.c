@@ -106,8 +106,9 @@ static Tensor load_gradient(const Moe *m, Pass *p) {
     int64_t E = m->config.num_experts;
     if (p->aux_scale == 0) return tensor_absent();
     Tensor balance = ARENA_TENSOR(p->scratch, F32, E);
+    if (!balance.data) return balance; /* measuring */
     double rows = (double)p->load->rows;
-    for (int64_t e = 0; e < E && balance.data; e++)
+    for (int64_t e = 0; e < E; e++)
         ((float *)balance.data)[e] =
             (float)(p->aux_scale * (double)E * p->load->counts[e] / rows / rows);
     return balance;

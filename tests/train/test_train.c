@@ -1,7 +1,7 @@
 /* test_train.c - whole runs of the tiny model through the program: resumed, killed, stopped,
  * refused. */
 #include "formats/file.h"
-#include "tests/test.h"
+#include "tests/fixture.h"
 #include "train/metrics.h"
 
 #include <math.h>
@@ -172,6 +172,36 @@ CASE(train, the_loss_falls_for_every_method) {
                rows[0].loss, rows[39].loss);
         free(rows), free(csv), free(text);
     }
+}
+
+/* A model with experts, from the reference's own config.json. */
+CASE(train, experts_train_with_and_without_adapters_on_them) {
+    const char *f = test_folder();
+    Fixture fixture = fixture_open("model_26b-a4b.h5");
+    char *path = must_format("%s/config.json", fixture.dir), *text, *vocab;
+    size_t size;
+    EXPECT_OK(file_read(&text, &size, path, 1 << 20));
+    while ((vocab = strstr(text, ": 80")))
+        memcpy(vocab, ":2e3", 4); /* room for the small tokenizer */
+    EXPECT_OK(file_write(path, text, size));
+    EXPECT_RUN(0, "init %s %s/moe --tokenizer demo/tokenizer --dtype f32", path, f);
+    static const char *const methods[] = {"method=lora lora.experts=true moe.train_router=true",
+                                          "method=full"};
+    prepare("optimizer: {lr: 1.0e-2}\nschedule: {name: constant, warmup: 0}\n");
+    for (int i = 0; i < 2; i++) {
+        Metrics *rows;
+        int64_t count;
+        EXPECT_RUN(0, "train %s/run.yaml model=%s/moe output=%s/moe%d moe.aux_loss=0.01 %s", f, f,
+                   f, i, methods[i]);
+        char *csv = must_format("%s/moe%d/metrics.csv", f, i);
+        EXPECT_OK(metrics_read(&rows, &count, csv));
+        EXPECT(rows[count - 1].loss < rows[0].loss - 0.1 && rows[0].aux_loss >= 2.9,
+               "loss %g to %g, balancing loss %g", rows[0].loss, rows[count - 1].loss,
+               rows[0].aux_loss);
+        free(rows), free(csv);
+    }
+    EXPECT_RUN(0, "score --model %s/moe --adapter %s/moe0/adapter --dtype f32 hello", f, f);
+    free(path), free(text);
 }
 
 CASE(train, folders_with_a_run_and_folders_without_are_told_apart) {
