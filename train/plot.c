@@ -113,35 +113,45 @@ static void draw_axes(Text *svg, const Frame *f, const Panel *p) {
         text_addf(svg, "<line class=\"grid\" x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\"/>",
                   f->x + LEFT, y, f->x + PANEL_W - RIGHT, y);
         text_addf(svg,
-                  "<text class=\"tick\" text-anchor=\"end\" x=\"%.1f\" y=\"%.1f\">%.4g</text>\n",
+                  "<text class=\"tick\" text-anchor=\"end\" x=\"%.1f\" y=\"%.1f\">%.6g</text>\n",
                   f->x + LEFT - 6, y + 4, fabs(v) < step * 1e-6 ? 0 : v);
     }
     step = fmax(1, tick_step(f->to_x - f->from_x));
     for (double v = ceil(f->from_x / step) * step; v <= f->to_x; v += step)
         text_addf(svg,
-                  "<text class=\"tick\" text-anchor=\"middle\" x=\"%.1f\" y=\"%.1f\">%.4g</text>\n",
+                  "<text class=\"tick\" text-anchor=\"middle\" x=\"%.1f\" y=\"%.1f\">%.6g</text>\n",
                   place_x(f, v), f->y + PANEL_H - BOTTOM + 18, v);
 }
 
-/* One run's line: raw values faint under a running mean when smoothed, at most about 2,000 points.
- */
+/* The mean of the finite readings within `reach` rows of row i, on both sides alike, so that it
+ * does not lag behind the raw values. */
+static double centred_mean(const Panel *p, const Run *run, int64_t i, int64_t reach) {
+    double sum = 0;
+    int64_t count = 0;
+    if (reach > i) reach = i;
+    if (reach > run->count - 1 - i) reach = run->count - 1 - i;
+    for (int64_t k = i - reach; k <= i + reach; k++) {
+        double v = p->line(&run->rows[k]);
+        if (isfinite(v)) sum += v, count++;
+    }
+    return count ? sum / (double)count : NAN;
+}
+
+/* One run's line: raw values faint under their mean when smoothed, at most about 2,000 points. */
 static void draw_line(Text *svg, const Frame *f, const Panel *p, const Run *run,
                       const char *colour) {
-    for (int pass = p->smooth && run->count > 20 ? 0 : 1; pass < 2; pass++) {
-        double mean = NAN,
-               keep = p->smooth && run->count > 20 ? 1 - 1 / fmin(50, (double)run->count / 10) : 0;
-        int64_t stride = run->count / 2000 + 1;
+    bool smooth = p->smooth && run->count > 20;
+    int64_t stride = run->count / 2000 + 1, reach = run->count / 50 < 50 ? run->count / 50 : 50;
+    for (int pass = smooth ? 0 : 1; pass < 2; pass++) {
         text_addf(
             svg,
             "<polyline fill=\"none\" stroke=\"%s\" stroke-width=\"%s\" opacity=\"%s\" points=\"",
             colour, pass ? "1.8" : "1", pass ? "1" : "0.25");
         for (int64_t i = 0; i < run->count; i++) {
-            double v = p->line(&run->rows[i]);
-            if (!isfinite(v)) continue;
-            mean = pass && isfinite(mean) ? keep * mean + (1 - keep) * v : v;
-            if (i % stride == 0 || i + 1 == run->count)
-                text_addf(svg, "%.1f,%.1f ", place_x(f, (double)run->rows[i].step),
-                          place_y(f, pass ? mean : v));
+            if (i % stride && i + 1 != run->count) continue;
+            double v = smooth && pass ? centred_mean(p, run, i, reach) : p->line(&run->rows[i]);
+            if (isfinite(v))
+                text_addf(svg, "%.1f,%.1f ", place_x(f, (double)run->rows[i].step), place_y(f, v));
         }
         text_adds(svg, "\"/>\n");
     }
