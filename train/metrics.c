@@ -61,15 +61,80 @@ static Status keep_rows(const char *path, int64_t last_step) {
     return status;
 }
 
+#define EXPERTS_HEADER "step,layer,most,least\n"
+
+static Status keep_expert_shares(const char *path, int64_t last_step) {
+    ExpertShare *shares = NULL;
+    int64_t count = 0;
+    FileWriter w;
+    if (!file_exists(path)) return OK;
+    TRY(expert_shares_read(&shares, &count, path));
+    Status status = file_writer_open(&w, path);
+    if (status == OK) {
+        fputs(EXPERTS_HEADER, w.stream);
+        for (int64_t i = 0; i < count && shares[i].step <= last_step; i++)
+            fprintf(w.stream, "%" PRId64 ",%" PRId64 ",%.6g,%.6g\n", shares[i].step,
+                    shares[i].layer, shares[i].most, shares[i].least);
+        status = file_writer_commit(&w);
+    }
+    free(shares);
+    return status;
+}
+
+static Status add_scalar(MetricsLog *log, int64_t step, const char *tag, double value) {
+    return isfinite(value) ? event_write_scalar(log->events, step, tag, (float)value) : OK;
+}
+
+Status metrics_add_expert_share(MetricsLog *log, const ExpertShare *share) {
+    char tag[64];
+    if (!log->experts) {
+        bool there = file_exists(log->experts_path);
+        log->experts = fopen(log->experts_path, "a");
+        if (!log->experts || (!there && fputs(EXPERTS_HEADER, log->experts) < 0))
+            FAIL(ERR_IO, "%s: cannot be written: %s", log->experts_path, strerror(errno));
+    }
+    if (fprintf(log->experts, "%" PRId64 ",%" PRId64 ",%.6g,%.6g\n", share->step, share->layer,
+                share->most, share->least) < 0 ||
+        fflush(log->experts))
+        FAIL(ERR_IO, "%s: cannot be written: %s", log->experts_path, strerror(errno));
+    snprintf(tag, sizeof tag, "experts/layer_%02d_most", (int)share->layer);
+    TRY(add_scalar(log, share->step, tag, share->most));
+    snprintf(tag, sizeof tag, "experts/layer_%02d_least", (int)share->layer);
+    return add_scalar(log, share->step, tag, share->least);
+}
+
+Status expert_shares_read(ExpertShare **shares, int64_t *count, const char *path) {
+    char *bytes;
+    size_t size;
+    *shares = NULL;
+    *count = 0;
+    if (!file_exists(path)) return OK;
+    TRY(file_read(&bytes, &size, path, (size_t)4 << 30));
+    int64_t space = 0;
+    for (char *line = strchr(bytes, '\n'); line; line = strchr(line + 1, '\n')) {
+        ExpertShare e;
+        if (sscanf(line + 1, "%" SCNd64 ",%" SCNd64 ",%lf,%lf", &e.step, &e.layer, &e.most,
+                   &e.least) != 4)
+            break;
+        if (*count == space)
+            *shares = must_realloc(*shares, (size_t)(space = space ? 2 * space : 256) * sizeof e);
+        (*shares)[(*count)++] = e;
+    }
+    free(bytes);
+    return OK;
+}
+
 Status metrics_open(MetricsLog *log, const char *output, int64_t last_step) {
     char host[64] = "host", name[160];
-    *log = (MetricsLog){.csv_path = path_join(output, "metrics.csv")};
+    *log = (MetricsLog){.csv_path = path_join(output, "metrics.csv"),
+                        .experts_path = path_join(output, "experts.csv")};
     Status status = OK;
     gethostname(host, sizeof host - 1);
     snprintf(name, sizeof name, "events.out.tfevents.%lld.%s.%d", (long long)time(NULL), host,
              (int)getpid());
     char *events = path_join(output, name);
     TRY_DONE(keep_rows(log->csv_path, last_step));
+    TRY_DONE(keep_expert_shares(log->experts_path, last_step));
     log->csv = fopen(log->csv_path, "a");
     log->events = fopen(events, "ab");
     if (!log->csv || !log->events)
@@ -81,27 +146,25 @@ done:
     return status;
 }
 
-Status metrics_add_scalar(MetricsLog *log, int64_t step, const char *tag, double value) {
-    return isfinite(value) ? event_write_scalar(log->events, step, tag, (float)value) : OK;
-}
-
 Status metrics_add(MetricsLog *log, const Metrics *m) {
     char line[512];
     format_row(line, sizeof line, m);
     if (fputs(line, log->csv) < 0 || fflush(log->csv))
         FAIL(ERR_IO, "%s: cannot be written: %s", log->csv_path, strerror(errno));
-    TRY(metrics_add_scalar(log, m->step, "train/loss", m->loss));
-    TRY(metrics_add_scalar(log, m->step, "train/aux_loss", m->aux_loss));
-    TRY(metrics_add_scalar(log, m->step, "train/lr", m->lr));
-    TRY(metrics_add_scalar(log, m->step, "train/grad_norm", m->grad_norm));
-    TRY(metrics_add_scalar(log, m->step, "speed/tokens_per_s", m->tokens_per_s));
-    return metrics_add_scalar(log, m->step, "eval/loss", m->eval_loss);
+    TRY(add_scalar(log, m->step, "train/loss", m->loss));
+    TRY(add_scalar(log, m->step, "train/aux_loss", m->aux_loss));
+    TRY(add_scalar(log, m->step, "train/lr", m->lr));
+    TRY(add_scalar(log, m->step, "train/grad_norm", m->grad_norm));
+    TRY(add_scalar(log, m->step, "speed/tokens_per_s", m->tokens_per_s));
+    return add_scalar(log, m->step, "eval/loss", m->eval_loss);
 }
 
 void metrics_close(MetricsLog *log) {
     if (log->csv) fclose(log->csv);
     if (log->events) fclose(log->events);
+    if (log->experts) fclose(log->experts);
     free(log->csv_path);
+    free(log->experts_path);
     *log = (MetricsLog){0};
 }
 

@@ -15,9 +15,16 @@ typedef struct Metrics { /* of one update; NAN: not measured */
     double tokens_per_s, memory_bytes, eval_loss;
 } Metrics;
 
+/* How the assignments of one layer spread over its experts: the most and the least used one, as
+ * multiples of a fair share (1 when balanced). */
+typedef struct ExpertShare {
+    int64_t step, layer;
+    double most, least;
+} ExpertShare;
+
 typedef struct MetricsLog {
-    FILE *csv, *events;
-    char *csv_path;
+    FILE *csv, *events, *experts; /* experts: experts.csv, opened with the first share */
+    char *csv_path, *experts_path;
 } MetricsLog;
 
 /* Opens OUTPUT/metrics.csv and a TensorBoard event file. Rows after `last_step` (of a run that was
@@ -25,11 +32,13 @@ typedef struct MetricsLog {
 Status metrics_open(MetricsLog *log, const char *output, int64_t last_step);
 Status metrics_add(MetricsLog *log, const Metrics *m);
 
-/* A series of one number a layer or expert, for TensorBoard only. */
-Status metrics_add_scalar(MetricsLog *log, int64_t step, const char *tag, double value);
+Status metrics_add_expert_share(MetricsLog *log, const ExpertShare *share);
 void metrics_close(MetricsLog *log);
 
 /* Reads metrics.csv; caller frees *rows. */
 Status metrics_read(Metrics **rows, int64_t *count, const char *path);
+
+/* Reads experts.csv; a run without experts has none: count 0. */
+Status expert_shares_read(ExpertShare **shares, int64_t *count, const char *path);
 
 #endif

@@ -19,31 +19,40 @@
 static const char *const colours[] = {"#2563eb", "#d97706", "#059669",
                                       "#7c3aed", "#dc2626", "#0891b2"};
 
+/* A row of metrics.csv, and of experts.csv the busiest expert of any layer at that step. */
+typedef struct Row {
+    Metrics metrics;
+    double busiest; /* NAN: no experts */
+} Row;
+
 typedef struct Run {
     const char *name;
-    Metrics *rows;
+    Row *rows;
     int64_t count;
 } Run;
 
-typedef double Reading(const Metrics *m);
+typedef double Reading(const Row *row);
 
-static double read_loss(const Metrics *m) {
-    return m->loss;
+static double read_loss(const Row *r) {
+    return r->metrics.loss;
 }
-static double read_eval(const Metrics *m) {
-    return m->eval_loss;
+static double read_eval(const Row *r) {
+    return r->metrics.eval_loss;
 }
-static double read_lr(const Metrics *m) {
-    return m->lr;
+static double read_lr(const Row *r) {
+    return r->metrics.lr;
 }
-static double read_norm(const Metrics *m) {
-    return m->grad_norm;
+static double read_norm(const Row *r) {
+    return r->metrics.grad_norm;
 }
-static double read_speed(const Metrics *m) {
-    return m->tokens_per_s;
+static double read_speed(const Row *r) {
+    return r->metrics.tokens_per_s;
 }
-static double read_aux(const Metrics *m) {
-    return m->aux_loss;
+static double read_aux(const Row *r) {
+    return r->metrics.aux_loss;
+}
+static double read_busiest(const Row *r) {
+    return r->busiest;
 }
 
 typedef struct Panel {
@@ -56,7 +65,8 @@ static const Panel panels[] = {{"loss", read_loss, read_eval, true},
                                {"learning rate", read_lr, NULL, false},
                                {"gradient norm", read_norm, NULL, true},
                                {"tokens per second", read_speed, NULL, true},
-                               {"balancing loss", read_aux, NULL, true}};
+                               {"balancing loss", read_aux, NULL, true},
+                               {"busiest expert, times its fair share", read_busiest, NULL, true}};
 
 static bool has_values(const Panel *p, const Run *runs, int count) {
     for (int r = 0; r < count; r++)
@@ -90,9 +100,9 @@ static void find_range(Frame *f, const Panel *p, const Run *runs, int count) {
     f->to_y = -INFINITY;
     for (int r = 0; r < count; r++)
         for (int64_t i = 0; i < runs[r].count; i++) {
-            const Metrics *m = &runs[r].rows[i];
+            const Row *m = &runs[r].rows[i];
             double values[] = {p->line(m), p->points ? p->points(m) : NAN};
-            f->to_x = fmax(f->to_x, (double)m->step);
+            f->to_x = fmax(f->to_x, (double)m->metrics.step);
             for (int k = 0; k < 2; k++)
                 if (isfinite(values[k]))
                     f->from_y = fmin(f->from_y, values[k]), f->to_y = fmax(f->to_y, values[k]);
@@ -151,7 +161,8 @@ static void draw_line(Text *svg, const Frame *f, const Panel *p, const Run *run,
             if (i % stride && i + 1 != run->count) continue;
             double v = smooth && pass ? centred_mean(p, run, i, reach) : p->line(&run->rows[i]);
             if (isfinite(v))
-                text_addf(svg, "%.1f,%.1f ", place_x(f, (double)run->rows[i].step), place_y(f, v));
+                text_addf(svg, "%.1f,%.1f ", place_x(f, (double)run->rows[i].metrics.step),
+                          place_y(f, v));
         }
         text_adds(svg, "\"/>\n");
     }
@@ -162,7 +173,7 @@ static void draw_line(Text *svg, const Frame *f, const Panel *p, const Run *run,
             text_addf(svg,
                       "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"white\" stroke=\"%s\" "
                       "stroke-width=\"2\"/>\n",
-                      place_x(f, (double)run->rows[i].step), place_y(f, v), colour);
+                      place_x(f, (double)run->rows[i].metrics.step), place_y(f, v), colour);
     }
 }
 
@@ -195,7 +206,7 @@ static void draw(Text *svg, const Run *runs, int count) {
                   y - 6, colour);
         text_addf(svg, "<text class=\"name\" x=\"%.0f\" y=\"%.0f\">", LEFT + 26, y);
         add_escaped(svg, runs[r].name);
-        const Metrics *last = runs[r].count ? &runs[r].rows[runs[r].count - 1] : NULL;
+        const Metrics *last = runs[r].count ? &runs[r].rows[runs[r].count - 1].metrics : NULL;
         if (last)
             text_addf(svg, " \xe2\x80\x94 %" PRId64 " steps, last loss %.4f", last->step,
                       last->loss);
@@ -215,17 +226,35 @@ static void draw(Text *svg, const Run *runs, int count) {
     text_adds(svg, "</svg>\n");
 }
 
+static Status load_run(Run *run, const char *folder) {
+    char *csv = path_join(folder, "metrics.csv"), *experts = path_join(folder, "experts.csv");
+    Metrics *metrics = NULL;
+    ExpertShare *shares = NULL;
+    int64_t share_count;
+    Status status = OK;
+    run->name = folder;
+    TRY_DONE(metrics_read(&metrics, &run->count, csv));
+    TRY_DONE(expert_shares_read(&shares, &share_count, experts));
+    run->rows = must_calloc((size_t)run->count + 1, sizeof *run->rows);
+    for (int64_t i = 0, k = 0; i < run->count; i++) {
+        run->rows[i] = (Row){metrics[i], NAN};
+        for (; k < share_count && shares[k].step <= metrics[i].step; k++)
+            if (shares[k].step == metrics[i].step)
+                run->rows[i].busiest = fmax(run->rows[i].busiest, shares[k].most);
+    }
+done:
+    free(metrics);
+    free(shares);
+    free(csv);
+    free(experts);
+    return status;
+}
+
 Status plot_runs(const char *path, const char *const *names, int count) {
     Run *runs = must_calloc((size_t)count + 1, sizeof *runs);
     Text svg = {0};
     Status status = OK;
-    for (int r = 0; r < count; r++) {
-        char *csv = path_join(names[r], "metrics.csv");
-        runs[r].name = names[r];
-        status = metrics_read(&runs[r].rows, &runs[r].count, csv);
-        free(csv);
-        if (status != OK) goto done;
-    }
+    for (int r = 0; r < count; r++) TRY_DONE(load_run(&runs[r], names[r]));
     draw(&svg, runs, count);
     TRY_DONE(file_write(path, svg.bytes, svg.size));
 done:

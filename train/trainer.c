@@ -242,27 +242,24 @@ static Status one_step(Trainer *t, Metrics *m) {
     return OK;
 }
 
-/* Share of assignments of the most and least used expert of each layer, to TensorBoard. */
+/* The most and least used expert of each layer. */
 static Status log_expert_load(Trainer *t) {
     if (!t->load) return OK;
     int64_t E = t->s.g.config.num_experts;
     for (int l = 0; l < t->s.g.config.num_hidden_layers; l++) {
-        const float *counts = t->load->by_layer + l * E;
+        float *counts = t->load->by_layer + l * E;
         double total = 0, most = 0, least = INFINITY;
         for (int64_t e = 0; e < E; e++) {
             total += counts[e];
             most = fmax(most, counts[e]);
             least = fmin(least, counts[e]);
+            counts[e] = 0;
         }
-        char tag[64];
-        snprintf(tag, sizeof tag, "experts/layer_%02d_most", l);
-        TRY(metrics_add_scalar(&t->log, t->state.step, tag,
-                               total > 0 ? most / total * (double)E : NAN));
-        snprintf(tag, sizeof tag, "experts/layer_%02d_least", l);
-        TRY(metrics_add_scalar(&t->log, t->state.step, tag,
-                               total > 0 ? least / total * (double)E : NAN));
+        if (total <= 0) continue;
+        double fair = total / (double)E;
+        TRY(metrics_add_expert_share(&t->log,
+                                     &(ExpertShare){t->state.step, l, most / fair, least / fair}));
     }
-    memset(t->load->by_layer, 0, (size_t)(t->s.g.config.num_hidden_layers * E) * sizeof(float));
     return OK;
 }
 

@@ -332,3 +332,17 @@ CASE(json, integers_beyond_64_bits_keep_their_digits) {
     text_free(&t);
     json_decref(v);
 }
+
+CASE(chat_format, unknown_and_missing_templates_name_the_flag) {
+    ChatFormat format;
+    char path[400];
+    EXPECT_ERROR(chat_format_find(&format, test_folder(), "auto"),
+                 "give --chat-format large or small");
+    EXPECT_OK(chat_format_find(&format, test_folder(), "small"));
+    EXPECT(format == CHAT_SMALL);
+    snprintf(path, sizeof path, "%s/chat_template.jinja", test_folder());
+    EXPECT_OK(file_write(path, "{{ bos_token }}", 15));
+    EXPECT_ERROR(chat_format_find(&format, test_folder(), "auto"), "an unknown chat template");
+    EXPECT_ERROR(chat_format_find(&format, test_folder(), "medium"),
+                 "expected auto, large or small");
+}

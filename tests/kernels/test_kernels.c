@@ -430,3 +430,12 @@ CASE(kernel_levels, every_instruction_level_gives_the_same_norms_and_products) {
     }
     if (cpu_level() == CPU_GENERIC) SKIP("this CPU has only the generic level");
 }
+
+CASE(kernel_copy, half_precision_files_convert) {
+    uint16_t bits[] = {0x3c00, 0xc000, 0x0001, 0x7bff,
+                       0x0000}; /* 1, -2, the smallest, the largest, 0 */
+    float expected[] = {1, -2, 0x1p-24f, 65504, 0}, out[5];
+    scale_copy(TENSOR(out, F32, 5), SET, TENSOR(bits, F16, 5), 1.0f);
+    for (int i = 0; i < 5; i++)
+        EXPECT(out[i] == expected[i], "%g, expected %g", out[i], expected[i]);
+}

@@ -200,6 +200,13 @@ CASE(train, experts_train_with_and_without_adapters_on_them) {
                rows[0].aux_loss);
         free(rows), free(csv);
     }
+    ExpertShare *shares;
+    int64_t share_count;
+    char *experts = must_format("%s/moe0/experts.csv", f);
+    EXPECT_OK(expert_shares_read(&shares, &share_count, experts));
+    EXPECT(share_count == 24 * 4 && shares[0].most >= 1 && shares[0].least <= 1, "%d shares",
+           (int)share_count);
+    free(shares), free(experts);
     EXPECT_RUN(0, "score --model %s/moe --adapter %s/moe0/adapter --dtype f32 hello", f, f);
     free(path), free(text);
 }
