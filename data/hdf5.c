@@ -2,8 +2,8 @@
 #include "data/hdf5.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
+#include <nettle/sha2.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,18 +22,51 @@ static Status unlock(Status status) {
     return status;
 }
 
+#define SEAL_SIZE 512
+#define SEAL_TEXT "Lapidary HDF5, sha256 of what follows this block: "
+
+/* The seal that belongs in front of an open file's contents. */
+static bool make_seal(char seal[SEAL_SIZE], FILE *file) {
+    struct sha256_ctx context;
+    uint8_t digest[SHA256_DIGEST_SIZE], buffer[65536];
+    sha256_init(&context);
+    if (fseeko(file, SEAL_SIZE, SEEK_SET)) return false;
+    for (size_t got; (got = fread(buffer, 1, sizeof buffer, file));)
+        sha256_update(&context, got, buffer);
+    if (ferror(file)) return false;
+    sha256_digest(&context, sizeof digest, digest);
+    memset(seal, 0, SEAL_SIZE);
+    int used = snprintf(seal, SEAL_SIZE, "%s", SEAL_TEXT);
+    for (int i = 0; i < SHA256_DIGEST_SIZE; i++)
+        used += snprintf(seal + used, (size_t)(SEAL_SIZE - used), "%02x", digest[i]);
+    seal[used] = '\n';
+    return true;
+}
+
+static Status check_seal(const char *path) {
+    char found[SEAL_SIZE] = "", expected[SEAL_SIZE];
+    FILE *file = fopen(path, "rb");
+    if (!file) FAIL(ERR_IO, "%s: %s", path, strerror(errno));
+    bool whole = fread(found, 1, SEAL_SIZE, file) == SEAL_SIZE && make_seal(expected, file);
+    fclose(file);
+    if (strncmp(found, SEAL_TEXT, strlen(SEAL_TEXT)))
+        FAIL(ERR_FORMAT, "%s: is no HDF5 file that Lapidary wrote", path);
+    if (!whole || memcmp(found, expected, SEAL_SIZE))
+        FAIL(ERR_FORMAT, "%s: is no readable HDF5 file: damaged or cut short", path);
+    return OK;
+}
+
 Status h5_open(H5File *f, const char *path) {
     *f = (H5File){.id = -1, .path = must_strdup(path)};
-    lock();
-    f->id = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
-    unlock(OK);
-    if (f->id >= 0) return OK;
-    bool there = access(path, R_OK) == 0;
-    status_fail(there ? ERR_FORMAT : ERR_IO,
-                there ? "%s: is no readable HDF5 file (cut short, or another format)" : "%s: %s",
-                path, strerror(errno));
-    h5_close(f);
-    return there ? ERR_FORMAT : ERR_IO;
+    Status status = check_seal(path);
+    if (status == OK) {
+        lock();
+        f->id = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
+        unlock(OK);
+        if (f->id < 0) status = status_fail(ERR_FORMAT, "%s: is no readable HDF5 file", path);
+    }
+    if (status != OK) h5_close(f);
+    return status;
 }
 
 Status h5_create(H5File *f, const char *path) {
@@ -41,7 +74,10 @@ Status h5_create(H5File *f, const char *path) {
                   .path = must_strdup(path),
                   .temporary = must_format("%s.tmp%d", path, (int)getpid())};
     lock();
-    f->id = H5Fcreate(f->temporary, H5F_ACC_TRUNC, H5P_DEFAULT, H5P_DEFAULT);
+    hid_t plist = H5Pcreate(H5P_FILE_CREATE);
+    H5Pset_userblock(plist, SEAL_SIZE);
+    f->id = H5Fcreate(f->temporary, H5F_ACC_TRUNC, plist, H5P_DEFAULT);
+    H5Pclose(plist);
     unlock(OK);
     if (f->id >= 0) return OK;
     status_fail(ERR_IO, "%s: cannot be written", path);
@@ -56,10 +92,12 @@ Status h5_commit(H5File *f) {
     good = H5Fclose(f->id) >= 0 && good;
     f->id = -1;
     unlock(OK);
-    int fd = good ? open(f->temporary, O_RDWR) : -1;
-    if (fd < 0 || fsync(fd))
-        status = status_fail(ERR_IO, "%s: cannot be written: %s", f->path, strerror(errno));
-    if (fd >= 0) close(fd);
+    char seal[SEAL_SIZE];
+    FILE *file = good ? fopen(f->temporary, "rb+") : NULL;
+    good = file && make_seal(seal, file) && !fseeko(file, 0, SEEK_SET) &&
+           fwrite(seal, 1, SEAL_SIZE, file) == SEAL_SIZE && !fflush(file) && !fsync(fileno(file));
+    if (!good) status = status_fail(ERR_IO, "%s: cannot be written: %s", f->path, strerror(errno));
+    if (file) fclose(file);
     if (status == OK && rename(f->temporary, f->path))
         status = status_fail(ERR_IO, "%s: cannot be put in place: %s", f->path, strerror(errno));
     if (status == OK) {

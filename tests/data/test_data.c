@@ -219,6 +219,9 @@ CASE(store, stale_and_cut_files_are_refused) {
     EXPECT_OK(file_read(&bytes, &size, h5, 1 << 24));
     EXPECT_OK(file_write(h5, bytes, size / 2));
     EXPECT_ERROR(store_open(&s, h5, NULL, NULL, 0), "no readable HDF5 file");
+    bytes[size - 9] ^= 1;
+    EXPECT_OK(file_write(h5, bytes, size));
+    EXPECT_ERROR(store_open(&s, h5, NULL, NULL, 0), "damaged");
     free(bytes);
 }
 
