@@ -70,6 +70,20 @@ Status arguments_parse(Arguments *a, int argc, char **argv) {
     return OK;
 }
 
+Status run_arguments_load(RunConfig *config, const Arguments *a, const RunOptions *options) {
+    const char *const keys[] = {"device", "dtype", "data.chat_format"};
+    const char *const values[] = {options->device, options->dtype, options->chat_format};
+    char **overrides = must_calloc((size_t)a->count + 3, sizeof *overrides), *made[3] = {0};
+    int count = 0;
+    for (int i = 1; i < a->count; i++) overrides[count++] = a->positional[i];
+    for (int i = 0; i < 3; i++)
+        if (values[i]) overrides[count++] = made[i] = must_format("%s=%s", keys[i], values[i]);
+    Status status = run_config_load(config, a->positional[0], overrides, count);
+    for (int i = 0; i < 3; i++) free(made[i]);
+    free(overrides);
+    return status;
+}
+
 json_t *row_get(const json_t *row, const char *key) {
     json_t *value = json_object_get(row, key);
     return json_is_null(value) ? NULL : value;

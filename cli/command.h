@@ -2,6 +2,7 @@
 #ifndef COMMAND_H
 #define COMMAND_H
 
+#include "configs/run_config.h"
 #include "data/json.h"
 
 typedef enum OptionKind {
@@ -35,6 +36,21 @@ typedef struct Arguments {
 
 /* Sorts the command line into options and positional arguments; ERR_USAGE names what is wrong. */
 Status arguments_parse(Arguments *a, int argc, char **argv);
+
+/* The options that stand for keys of a run file, wherever one is read. */
+typedef struct RunOptions {
+    const char *device, *dtype, *chat_format;
+} RunOptions;
+
+#define RUN_OPTIONS(run)                                                                           \
+    {"--device", OPTION_TEXT, &(run).device, "auto|cpu|cuda[:n]  instead of the run file's"},      \
+        {"--dtype", OPTION_TEXT, &(run).dtype, "bf16|f32  instead of the run file's"}, {           \
+        "--chat-format", OPTION_TEXT, &(run).chat_format,                                          \
+            "auto|large|small  instead of the run file's"                                          \
+    }
+
+/* Loads the run file of the first positional argument with the overrides of the others. */
+Status run_arguments_load(RunConfig *config, const Arguments *a, const RunOptions *options);
 
 /* Calls `handle` with every non-empty line of a JSONL file, or with the one row built from TEXT.
  * The handler adds one line to `out`; without `strict` an error of one row becomes {"error": ...}.

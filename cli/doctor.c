@@ -156,7 +156,9 @@ static Status examine(Session *s, bool weights) {
 
 Status command_doctor(int argc, char **argv) {
     bool fast = false;
+    RunOptions run = {0};
     Option options[] = {{"--no-weights", OPTION_FLAG, &fast, "look at data and memory only"},
+                        RUN_OPTIONS(run),
                         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "doctor RUN.yaml [key.path=value ...]",
                    .about = "Shows samples with their loss mask and checks stop tokens, template, "
@@ -169,7 +171,7 @@ Status command_doctor(int argc, char **argv) {
     if (a.helped) return OK;
     RunConfig config;
     Session s;
-    TRY(run_config_load(&config, a.positional[0], a.positional + 1, a.count - 1));
+    TRY(run_arguments_load(&config, &a, &run));
     char *store = must_format("/tmp/lapidary-doctor-%d.h5", (int)getpid());
     Status status = session_open(&s, &config, store, NULL);
     run_config_free(&config);

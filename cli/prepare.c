@@ -34,7 +34,8 @@ static Status prepare(const DataConfig *data, const char *model, int64_t seed, c
 }
 
 Status command_prepare(int argc, char **argv) {
-    const char *model = NULL, *file = NULL, *out = NULL, *format = "auto";
+    const char *model = NULL, *file = NULL, *out = NULL;
+    RunOptions run = {0};
     int64_t max_length = 2048;
     Option options[] = {
         {"--model", OPTION_TEXT, &model, "DIR  whose tokenizer and template are used"},
@@ -42,7 +43,7 @@ Status command_prepare(int argc, char **argv) {
         {"--out", OPTION_TEXT, &out, "FILE.h5  (with a run file: OUTPUT/data.h5)"},
         {"--max-length", OPTION_INT, &max_length,
          "N  tokens of a sample (2048; with a run file: its own)"},
-        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
+        RUN_OPTIONS(run),
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {
         .usage =
@@ -55,7 +56,7 @@ Status command_prepare(int argc, char **argv) {
     if (a.helped) return OK;
     if (a.count) {
         RunConfig config;
-        TRY(run_config_load(&config, a.positional[0], a.positional + 1, a.count - 1));
+        TRY(run_arguments_load(&config, &a, &run));
         char *path = out ? must_strdup(out) : path_join(config.output, "data.h5");
         Status status = out ? OK : folder_make(config.output);
         if (status == OK) status = prepare(&config.data, config.model, config.seed, path);
@@ -69,6 +70,6 @@ Status command_prepare(int argc, char **argv) {
     DataConfig data = data_config_default();
     data.train = (NameList){&file, 1};
     data.max_length = max_length;
-    data.chat_format = format;
+    if (run.chat_format) data.chat_format = run.chat_format;
     return prepare(&data, model, 42, out);
 }
