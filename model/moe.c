@@ -81,6 +81,13 @@ static void join_halves(Tensor both, Tensor gate, Tensor up) {
     }
 }
 
+/* Rows in sorted order, padding included: known once they are sorted, before that the most there
+ * can be. */
+static int64_t routed_rows(const MoeSaved *s) {
+    const int32_t *offsets = s->offsets.data;
+    return offsets ? offsets[tensor_count(s->offsets) - 1] : tensor_rows(s->gate_up);
+}
+
 static void count_load(const Moe *m, const MoeSaved *s, ExpertLoad *load) {
     int64_t E = m->config.num_experts, N = tensor_rows(s->probs);
     const int32_t *counts = s->counts.data;
@@ -116,7 +123,7 @@ static Tensor load_gradient(const Moe *m, Pass *p) {
 
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    int64_t N = tensor_rows(h), E = m->config.num_experts, M = tensor_rows(s->gate_up);
+    int64_t N = tensor_rows(h), E = m->config.num_experts;
     int64_t F = m->config.moe_intermediate_size, D = m->config.hidden_size;
     rmsnorm_forward(s->normed, s->router_rstd, x, tensor_absent(), tensor_absent(), m->config.eps);
     Tensor r = router_input(m, s, p), logits = ARENA_TENSOR(p->scratch, h.dtype, N, E);
@@ -125,13 +132,15 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
     routing_sort(s->offsets, s->counts, s->slot, s->source, s->experts);
     if (s->probs.data && p->load && p->load->counting) count_load(m, s, p->load);
 
+    int64_t M = routed_rows(s);
+    Tensor gate_up = tensor_slice(s->gate_up, 0, M), out = tensor_slice(s->out, 0, M);
     Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D);
     Tensor gate = ARENA_TENSOR(p->scratch, h.dtype, M, F), up = arena_like(p->scratch, gate);
-    gather_rows(sorted, h, s->source);
-    linear_forward_grouped(&m->gate_up_proj, s->gate_up, sorted, s->offsets.data, p);
-    split_halves(gate, up, s->gate_up);
+    gather_rows(sorted, h, tensor_slice(s->source, 0, M));
+    linear_forward_grouped(&m->gate_up_proj, gate_up, sorted, s->offsets.data, p);
+    split_halves(gate, up, gate_up);
     gelu_mul_forward(gate, gate, up);
-    linear_forward_grouped(&m->down_proj, s->out, gate, s->offsets.data, p);
+    linear_forward_grouped(&m->down_proj, out, gate, s->offsets.data, p);
     combine_forward(y, s->out, s->slot, s->share, s->experts, m->per_expert_scale->value);
     arena_release(p->scratch, mark);
 }
@@ -139,19 +148,20 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
 void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
                   Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    int64_t N = tensor_rows(h), E = m->config.num_experts, M = tensor_rows(s->gate_up);
+    int64_t N = tensor_rows(h), E = m->config.num_experts, M = routed_rows(s);
     int64_t F = m->config.moe_intermediate_size, D = m->config.hidden_size;
-    Tensor dout = arena_like(p->scratch, s->out), dshare = arena_like(p->scratch, s->share);
-    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->share,
+    Tensor gate_up = tensor_slice(s->gate_up, 0, M), out = tensor_slice(s->out, 0, M);
+    Tensor dout = arena_like(p->scratch, out), dshare = arena_like(p->scratch, s->share);
+    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, out, s->slot, s->share,
                      s->experts, m->per_expert_scale->value);
 
     Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D),
            dsorted = arena_like(p->scratch, sorted);
     Tensor gate = ARENA_TENSOR(p->scratch, h.dtype, M, F), up = arena_like(p->scratch, gate);
     Tensor hidden = arena_like(p->scratch, gate), dhidden = arena_like(p->scratch, gate);
-    Tensor dgate_up = arena_like(p->scratch, s->gate_up);
-    gather_rows(sorted, h, s->source);
-    split_halves(gate, up, s->gate_up);
+    Tensor dgate_up = arena_like(p->scratch, gate_up);
+    gather_rows(sorted, h, tensor_slice(s->source, 0, M));
+    split_halves(gate, up, gate_up);
     gelu_mul_forward(hidden, gate, up);
     linear_backward_grouped(&m->down_proj, dhidden, SET, dout, hidden, s->offsets.data, p);
     gelu_mul_backward(gate, dhidden, dhidden, gate, up); /* gate: dgate, dhidden: dup */

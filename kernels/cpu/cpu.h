@@ -75,9 +75,9 @@ static inline float fast_exp(float x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     union {
-        int32_t i;
+        uint32_t u;
         float f;
-    } two = {((int32_t)k + 127) << 23};
+    } two = {(uint32_t)((int32_t)k + 127) << 23};
     return p * two.f;
 }
 

@@ -511,23 +511,28 @@ CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
     }
 }
 
-/* The plan says what a step takes before anything is taken; a run that needed more would stop at a
- * fault. */
+/* The plan says what a step takes before anything is taken. How many padded rows experts need
+ * depends on the routing, so with experts the plan for temporaries is the most it can be. */
 CASE(invariant, the_memory_plan_is_what_a_step_takes) {
-    Fixture f = fixture_open("model_26b-a4b.h5");
-    Packed *p = pack(&f, -1);
-    Run r;
-    run_open(&r, f.dir, F32, true, NULL, STACK_KEEP);
-    size_t activations, scratch;
-    step_measure(&r.g, p->batch.N, p->batch.N, &r.options, &activations, &scratch);
-    r.options.shortcut = false;
-    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
-    EXPECT(r.memory.activations.used == activations, "%zu bytes placed, %zu planned",
-           r.memory.activations.used, activations);
-    r.memory.scratch.peak = 0;
-    step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
-    EXPECT(r.memory.scratch.peak == scratch, "%zu bytes of scratch, %zu planned",
-           r.memory.scratch.peak, scratch);
-    run_close(&r);
-    free(p);
+    for (size_t k = 0; k < KINDS; k++) {
+        char name[64];
+        size_t activations, scratch;
+        snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
+        Fixture f = fixture_open(name);
+        Packed *p = pack(&f, -1);
+        Run r;
+        run_open(&r, f.dir, F32, true, NULL, STACK_KEEP);
+        step_measure(&r.g, p->batch.N, p->batch.N, &r.options, &activations, &scratch);
+        r.options.shortcut = false;
+        step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+        EXPECT(r.memory.activations.used == activations, "%s: %zu bytes placed, %zu planned",
+               kinds[k], r.memory.activations.used, activations);
+        r.memory.scratch.peak = 0;
+        step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
+        bool exact = !r.g.config.num_experts;
+        EXPECT(exact ? r.memory.scratch.peak == scratch : r.memory.scratch.peak <= scratch,
+               "%s: %zu bytes of scratch, %zu planned", kinds[k], r.memory.scratch.peak, scratch);
+        run_close(&r);
+        free(p);
+    }
 }
