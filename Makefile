@@ -90,6 +90,14 @@ deps:
 	    $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
 	fi
 
+# Libraries of optional features; none so far.
+deps-all: deps
+
+# By hand: every instruction level, and a minute for each fuzz target under sanitizers.
+check-all: check
+	@for level in generic avx2; do echo "LAPIDARY_CPU=$$level"; LAPIDARY_CPU=$$level tests/run.sh | tail -2; done
+	@LAPIDARY_FUZZ_SECONDS=60 SANITIZE=asan tests/run.sh fuzz.
+
 # Format, then the suite under sanitizers.
 check:
 	@clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
@@ -103,5 +111,5 @@ PREFIX   ?= /usr/local
 clean:
 	rm -rf build lapidary
 
-.PHONY: all runner test demo deps check install clean
+.PHONY: all runner test demo deps deps-all check check-all install clean
 -include $(shell find build -name '*.d' 2>/dev/null)
