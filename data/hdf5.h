@@ -14,8 +14,9 @@ typedef struct H5File {
     char *path, *temporary; /* temporary: while writing */
 } H5File;
 
-/* Opens a file that h5_commit wrote. Its first 512 bytes, HDF5's user block, hold the SHA-256 of the rest,
- * which is checked first: the library is not made for damaged files and can read beyond its buffers. */
+/* Opens a file that h5_commit wrote. Its first 512 bytes, HDF5's user block, hold the SHA-256 of
+ * the rest, which is checked first: the library is not made for damaged files and can read beyond
+ * its buffers. */
 Status h5_open(H5File *f, const char *path);
 
 /* A new file under a temporary name; commit syncs and renames it. */

@@ -15,7 +15,9 @@ typedef struct ShardItem {
 /* Writes the bytes of one item, in as many safetensors_write as it likes. */
 typedef Status ShardWrite(SafetensorsWriter *w, const ShardItem *item, void *context);
 
-/* Writes dir/model.safetensors, or model-0000N-of-0000M.safetensors and model.safetensors.index.json. */
-Status shards_write(const char *dir, const ShardItem *items, int count, ShardWrite *write, void *context);
+/* Writes dir/model.safetensors, or model-0000N-of-0000M.safetensors and
+ * model.safetensors.index.json. */
+Status shards_write(const char *dir, const ShardItem *items, int count, ShardWrite *write,
+                    void *context);
 
 #endif

@@ -157,7 +157,7 @@ static void convert_and_multiply(Layout layout, Tensor y, Write write, Tensor a,
     }
 }
 
-void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     bool dense = a.dtype == b.dtype && alpha == 1.0f && (y.dtype == a.dtype || y.dtype == F32);
     if (!dense || LANES == 4)
         CPU(matmul_ordered)(layout, y, write, a, b, alpha);
@@ -169,18 +169,19 @@ void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float
         onednn_product(layout, y, write, a, b);
 }
 
+void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    product(layout, y, write, a, b, alpha);
+}
+
 void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
                          const int32_t *offsets, int64_t groups, float alpha) {
     for (int64_t g = 0; g < groups; g++) {
         int64_t first = offsets[g], count = offsets[g + 1] - first;
         if (!count) continue;
+        Tensor rows = tensor_slice(a, first, count);
         if (layout == TN)
-            CPU(matmul)
-            (TN, tensor_at(y, g), ADD, tensor_slice(a, first, count), tensor_slice(b, first, count),
-             alpha);
+            product(TN, tensor_at(y, g), ADD, rows, tensor_slice(b, first, count), alpha);
         else
-            CPU(matmul)
-            (layout, tensor_slice(y, first, count), write, tensor_slice(a, first, count),
-             tensor_at(b, g), alpha);
+            product(layout, tensor_slice(y, first, count), write, rows, tensor_at(b, g), alpha);
     }
 }
