@@ -21,15 +21,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 def run(command, env=None):
-    pid = os.fork()
-    if pid == 0:
-        out = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(out, 2)
-        os.dup2(os.open("/tmp/bench-out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.execvpe(command[0], command, {**os.environ, **(env or {})})
-    _, status, usage = os.wait4(pid, 0)
-    assert status == 0, (command, status)
-    return open("/tmp/bench-out").read(), usage.ru_maxrss * 1024
+    """Standard output of a command, and its peak resident bytes."""
+    with tempfile.TemporaryFile("w+") as out:
+        child = subprocess.Popen(command, env={**os.environ, **(env or {})}, stdout=out, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = status
+        assert status == 0, (command, status)
+        out.seek(0)
+        return out.read(), usage.ru_maxrss * 1024
 
 
 def main():
