@@ -104,7 +104,6 @@ static Status check_gradients(Session *s) {
     TRY(loader_next(s->loader, &batches, &count, &trained));
     float *nll = must_malloc((size_t)(s->plan.rows + 1) * sizeof *nll);
     gradients_zero(&s->g.params);
-    for (Linear *l = s->g.linears.first; l; l = l->next) linear_refresh(l, &s->memory.scratch);
     double begin = progress_now(),
            loss = step_run(&s->g, &s->memory, &batches[0].batch, &s->options, nll);
     double seconds = progress_now() - begin, norm = gradients_norm(&s->g.params);

@@ -28,9 +28,9 @@ Status model_open(Model *m, const char *dir, const char *adapter, const char *de
     TRY_DONE(params_place(&m->g.params, device, false));
     TRY_DONE(checkpoint_load(&m->checkpoint, &m->g));
     if (adapter) TRY_DONE(peft_load(&m->g, adapter));
-    for (Linear *l = m->g.linears.first; l; l = l->next) linear_refresh(l, &measure);
+    gemma_refresh(&m->g, &measure);
     TRY_DONE(arena_init(&scratch, device, measure.peak, "temporaries"));
-    for (Linear *l = m->g.linears.first; l; l = l->next) linear_refresh(l, &scratch);
+    gemma_refresh(&m->g, &scratch);
 done:
     arena_free(&scratch);
     if (status != OK) model_close(m);

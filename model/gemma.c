@@ -43,6 +43,10 @@ Linear *gemma_find_linear(const Gemma *g, const char *name) {
     return NULL;
 }
 
+void gemma_refresh(Gemma *g, Arena *scratch) {
+    for (Linear *l = g->linears.first; l; l = l->next) linear_refresh(l, scratch);
+}
+
 bool gemma_trains_embedding(const Gemma *g) {
     return g->embed_tokens->trainable ||
            (g->per_layer_input.L && per_layer_input_trains(&g->per_layer_input));

@@ -27,6 +27,10 @@ float gemma_embedding_scale(const Gemma *g);
 /* The linear of that full module (or fused parameter) name; NULL when there is none. */
 Linear *gemma_find_linear(const Gemma *g, const char *name);
 
+/* Renews what adapters derive from their values (linear_refresh of every linear): after loading
+ * them and after every update, before anything is computed with them. */
+void gemma_refresh(Gemma *g, Arena *scratch);
+
 /* Whether the gradient of the scaled embeddings is wanted by anything. */
 bool gemma_trains_embedding(const Gemma *g);
 

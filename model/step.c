@@ -123,6 +123,7 @@ void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
     Step t;
     step_open(&t, g, options, N, kept, &temporary);
     step_place(&t, &place);
+    gemma_refresh(g, &temporary);
     run(&t);
     *activations = place.peak;
     *scratch = temporary.peak;

@@ -122,6 +122,7 @@ Status session_place(Session *s) {
     TRY(checkpoint_load(&s->checkpoint, &s->g));
     TRY(adapt_init(&s->g, &s->config));
     TRY(step_init(&s->memory, &s->g, s->plan.rows, &s->options));
+    gemma_refresh(&s->g, &s->memory.scratch);
     OptimizerConfig config = s->optimizer.config;
     return optimizer_init(&s->optimizer, &config, &s->g.params, s->g.device);
 }

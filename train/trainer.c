@@ -209,7 +209,6 @@ static Status one_step(Trainer *t, Metrics *m) {
     double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0, norm,
            scale = 1;
     gradients_zero(&s->g.params);
-    for (Linear *l = s->g.linears.first; l; l = l->next) linear_refresh(l, &s->memory.scratch);
     for (int64_t i = 0; i < count; i++) {
         s->options.key =
             random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step), (uint64_t)i);
@@ -235,6 +234,7 @@ static Status one_step(Trainer *t, Metrics *m) {
         t->state.norms[t->state.norm_count++ % NORM_HISTORY] = (float)norm;
         if (s->config.clip > 0 && norm > s->config.clip) scale = s->config.clip / (norm + 1e-6);
         optimizer_step(&s->optimizer, &s->g.params, lr, scale);
+        gemma_refresh(&s->g, &s->memory.scratch);
     }
     t->state.step++;
     m->step = t->state.step;
@@ -364,6 +364,7 @@ static Status start(Trainer *t, RunConfig *config, bool resume) {
         status = run_state_load(&t->state, &s->g.params, &s->optimizer, path);
         free(path);
         TRY(status);
+        gemma_refresh(&s->g, &s->memory.scratch);
         fprintf(stderr, "resuming at step %" PRId64 "\n", t->state.step);
     }
     t->steps = loader_steps(s->loader);

@@ -9,8 +9,8 @@
  * saved. */
 Status train_run(RunConfig *config, bool resume);
 
-/* Mean negative log-likelihood over the trained tokens of the eval set (or, with `eval` false, the
- * train set), with memory of its own kept in *memory. */
+/* Mean negative log-likelihood over the trained tokens of the eval set, with memory of its own kept
+ * in *memory. */
 Status evaluate(Session *s, StepMemory *memory, double *loss);
 
 #endif

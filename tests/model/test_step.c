@@ -221,7 +221,7 @@ static void follow_peft(const char *kind, const char *variant) {
     snprintf(name, sizeof name, "%s/losses", variant);
     float *losses = fixture_floats(&f, name, &count);
     for (int step = 0; step < 4; step++) {
-        for (Linear *l = r.g.linears.first; l; l = l->next) linear_refresh(l, &r.memory.scratch);
+        gemma_refresh(&r.g, &r.memory.scratch);
         gradients_zero(&r.g.params);
         double loss = step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
         EXPECT(fabs(loss - losses[step]) < 1e-4 * losses[step],
@@ -409,7 +409,7 @@ static void merge_like_unmerged(const char *kind, const char *variant) {
     Run r;
     run_open(&r, f.dir, F32, false, &spec, STACK_SCORE);
     EXPECT_OK(peft_load(&r.g, dir));
-    for (Linear *l = r.g.linears.first; l; l = l->next) linear_refresh(l, &r.memory.scratch);
+    gemma_refresh(&r.g, &r.memory.scratch);
     step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
     memcpy(unmerged, p->nll, sizeof unmerged);
     EXPECT_OK(checkpoint_save(&r.checkpoint, &r.g, F32, out));

@@ -211,6 +211,31 @@ CASE(train, experts_train_with_and_without_adapters_on_them) {
     free(path), free(text);
 }
 
+static double eval_before_training(void) {
+    double loss = -1;
+    char *line = strstr(read_text("err"), "eval loss before training: ");
+    EXPECT(line && sscanf(line, "eval loss before training: %lf", &loss) == 1);
+    return loss;
+}
+
+/* DoRA computes with a factor that follows its values: evaluations must see the newest. */
+CASE(train, evaluations_use_the_newest_adapter) {
+    const char *f = test_folder();
+    Metrics *rows;
+    int64_t count;
+    prepare("optimizer: {lr: 3.0e-2}\nschedule: {name: constant, warmup: 0}\n");
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/lora steps=1", f, f);
+    double base = eval_before_training();
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/dora steps=4 eval_every=4 lora.dora=true", f, f);
+    EXPECT_CLOSE(eval_before_training(), base, 1e-3);
+    char *csv = must_format("%s/dora/metrics.csv", f);
+    EXPECT_OK(metrics_read(&rows, &count, csv));
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/more steps=1 lora.init=%s/dora/adapter", f, f, f);
+    EXPECT_CLOSE(eval_before_training(), rows[3].eval_loss, 1e-3);
+    EXPECT(fabs(rows[3].eval_loss - base) > 0.05, "%g, %g before", rows[3].eval_loss, base);
+    free(rows), free(csv);
+}
+
 CASE(train, folders_with_a_run_and_folders_without_are_told_apart) {
     const char *f = test_folder();
     prepare("method: lora\n");
