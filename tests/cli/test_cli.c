@@ -1,38 +1,18 @@
 /* test_cli.c - exit statuses and messages of the program on input that is wrong. */
 #include "formats/file.h"
-#include "tests/test.h"
+#include "tests/program.h"
 
-#include <stdarg.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-static char output[1 << 16];
-
-static int run(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static int run(const char *format, ...) {
-    char arguments[2048], line[3072];
-    va_list list;
-    const char *program = getenv("LAPIDARY_PROGRAM");
-    va_start(list, format);
-    vsnprintf(arguments, sizeof arguments, format, list);
-    va_end(list);
-    snprintf(line, sizeof line, "%s %s >%s/all 2>&1", program ? program : "./lapidary", arguments,
-             test_folder());
-    int status = system(line);
-    char *path = path_join(test_folder(), "all");
-    FILE *file = fopen(path, "rb");
-    EXPECT(file, "%s cannot be read", path);
-    output[fread(output, 1, sizeof output - 1, file)] = 0;
-    fclose(file);
-    free(path);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 256 + WTERMSIG(status);
+/* Results and messages of the last run together. */
+static const char *output(void) {
+    static char both[sizeof program_out + sizeof program_err];
+    snprintf(both, sizeof both, "%s%s", program_out, program_err);
+    return both;
 }
 
 #define EXPECT_EXIT(code, part, ...)                                                               \
     do {                                                                                           \
-        int run_status = run(__VA_ARGS__);                                                         \
-        EXPECT(run_status == (code), "exit status %d: %s", run_status, output);                    \
-        EXPECT(strstr(output, part), "'%s' lacks '%s'", output, part);                             \
+        EXPECT_RUN(code, __VA_ARGS__);                                                             \
+        EXPECT(strstr(output(), part), "'%s' lacks '%s'", output(), part);                         \
     } while (0)
 
 CASE(cli, a_wrong_command_line_exits_2) {
@@ -80,8 +60,8 @@ CASE(cli, row_commands_answer_every_row_in_order) {
     EXPECT_OK(file_write(rows, text, strlen(text)));
     EXPECT_EXIT(0, "{\"error\": ", "tokenize --model demo/tokenizer --data %s", rows);
     int lines = 0, errors = 0;
-    for (char *p = output; (p = strchr(p, '\n')); p++) lines++;
-    for (char *p = output; (p = strstr(p, "\"error\"")); p++) errors++;
+    for (char *p = program_out; (p = strchr(p, '\n')); p++) lines++;
+    for (char *p = program_out; (p = strstr(p, "\"error\"")); p++) errors++;
     EXPECT(lines == 4 && errors == 2, "%d lines, %d errors", lines, errors);
     EXPECT_EXIT(0, "", "init tiny %s/m --tokenizer demo/tokenizer --layers 2", f);
     EXPECT_EXIT(1, "rows.jsonl:3", "score --model %s/m --data %s", f, rows);
@@ -96,9 +76,9 @@ CASE(cli, a_full_disk_is_an_error_and_leaves_nothing) {
     EXPECT_OK(folder_make(mount));
     snprintf(line, sizeof line, "mount -t tmpfs -o size=1m tmpfs %s 2>/dev/null", mount);
     if (system(line)) SKIP("a tmpfs cannot be mounted here");
-    int code = run("init tiny %s/m --tokenizer demo/tokenizer", mount);
+    int code = program_run("init tiny %s/m --tokenizer demo/tokenizer", mount);
     char copy[512];
-    snprintf(copy, sizeof copy, "%.500s", output);
+    snprintf(copy, sizeof copy, "%.500s", output());
     snprintf(line, sizeof line, "ls -A %s | wc -l > %s/left", mount, test_folder());
     int listed = system(line);
     snprintf(line, sizeof line, "umount %s", mount);

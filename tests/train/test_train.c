@@ -2,46 +2,13 @@
  * refused. */
 #include "formats/file.h"
 #include "tests/fixture.h"
+#include "tests/program.h"
 #include "train/metrics.h"
 
 #include <math.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-static char program[512];
-
-/* Runs the program with a shell line of arguments; its exit status, standard error in folder/err.
- */
-static int run(const char *format, ...) __attribute__((format(printf, 1, 2)));
-static int run(const char *format, ...) {
-    char arguments[2048], line[3072];
-    va_list list;
-    const char *path = getenv("LAPIDARY_PROGRAM");
-    snprintf(program, sizeof program, "%s", path ? path : "./lapidary");
-    va_start(list, format);
-    vsnprintf(arguments, sizeof arguments, format, list);
-    va_end(list);
-    snprintf(line, sizeof line, "%s %s >%s/out 2>%s/err", program, arguments, test_folder(),
-             test_folder());
-    int status = system(line);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 256 + WTERMSIG(status);
-}
-
-static char *read_text(const char *name) {
-    char *path = path_join(test_folder(), name), *bytes = NULL;
-    size_t size;
-    EXPECT_OK(file_read(&bytes, &size, path, 1 << 26));
-    free(path);
-    return bytes;
-}
-
-#define EXPECT_RUN(code, ...)                                                                      \
-    do {                                                                                           \
-        int run_status = run(__VA_ARGS__);                                                         \
-        EXPECT(run_status == (code), "exit status %d: %s", run_status, read_text("err"));          \
-    } while (0)
 
 /* A tiny model and a run file in the test's folder; `more` are further lines. */
 static void prepare(const char *more) {
@@ -94,7 +61,8 @@ static void resumed_equals_uninterrupted(const char *more, const char *dtype, co
     if (child == 0) {
         char *null = must_format("%s/killed", f);
         if (!freopen(null, "w", stderr)) _exit(1);
-        execl(program, program, "train", yaml, output, "--dtype", dtype, (char *)NULL);
+        execl(program_path(), program_path(), "train", yaml, output, "--dtype", dtype,
+              (char *)NULL);
         _exit(1);
     }
     for (int i = 0; i < 3000 && !file_exists(save); i++) usleep(10000);
@@ -132,7 +100,8 @@ CASE(train, sigterm_saves_and_exits_143) {
     if (child == 0) {
         char *null = must_format("%s/stopped", f);
         if (!freopen(null, "w", stderr)) _exit(1);
-        execl(program, program, "train", yaml, "steps=100000", "save.every=100000", (char *)NULL);
+        execl(program_path(), program_path(), "train", yaml, "steps=100000", "save.every=100000",
+              (char *)NULL);
         _exit(1);
     }
     Metrics *rows = NULL;
@@ -144,8 +113,7 @@ CASE(train, sigterm_saves_and_exits_143) {
     kill(child, SIGTERM);
     int status;
     waitpid(child, &status, 0);
-    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 143, "status %x: %s", status,
-           read_text("stopped"));
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 143, "status %x", status);
     EXPECT_OK(metrics_read(&rows, &count, csv));
     char *save = must_format("%s/out1/checkpoints/step-%d/state.h5", f, (int)count);
     EXPECT(file_exists(save), "%s is missing", save);
@@ -213,7 +181,7 @@ CASE(train, experts_train_with_and_without_adapters_on_them) {
 
 static double eval_before_training(void) {
     double loss = -1;
-    char *line = strstr(read_text("err"), "eval loss before training: ");
+    char *line = strstr(program_err, "eval loss before training: ");
     EXPECT(line && sscanf(line, "eval loss before training: %lf", &loss) == 1);
     return loss;
 }
@@ -240,7 +208,7 @@ CASE(train, folders_with_a_run_and_folders_without_are_told_apart) {
     const char *f = test_folder();
     prepare("method: lora\n");
     EXPECT_RUN(1, "train %s/run.yaml --resume", f);
-    EXPECT(strstr(read_text("err"), "holds no run to resume"));
+    EXPECT(strstr(program_err, "holds no run to resume"));
 }
 
 CASE(train, outputs_load_everywhere_they_are_named) {
@@ -248,7 +216,7 @@ CASE(train, outputs_load_everywhere_they_are_named) {
     prepare("method: lora\nlora: {rank: 4}\n");
     EXPECT_RUN(0, "train %s/run.yaml", f);
     EXPECT_RUN(1, "train %s/run.yaml", f);
-    EXPECT(strstr(read_text("err"), "already holds a run"));
+    EXPECT(strstr(program_err, "already holds a run"));
     static const char *const left[] = {"adapter/adapter_config.json",
                                        "best/adapter_model.safetensors",
                                        "run.yaml",
@@ -267,13 +235,13 @@ CASE(train, outputs_load_everywhere_they_are_named) {
     EXPECT_RUN(0, "inspect %s/out1/data.h5", f);
     EXPECT_RUN(0, "inspect %s/model", f);
     EXPECT_RUN(0, "doctor %s/run.yaml", f);
-    EXPECT(strstr(read_text("out"), "checks:"));
+    EXPECT(strstr(program_out, "checks:"));
     EXPECT_RUN(0, "plot %s/out1 --out %s/plot.svg", f, f);
     EXPECT_RUN(0,
                "generate --model %s/model --adapter %s/out1/adapter --dtype f32 --chat-format "
                "small --max-tokens 4 --json hi",
                f, f);
-    EXPECT(strstr(read_text("out"), "\"message\": {"));
+    EXPECT(strstr(program_out, "\"message\": {"));
     EXPECT_RUN(
         0,
         "export --model %s/model --adapter %s/out1/adapter --to safetensors --dtype f32 %s/merged",
@@ -281,15 +249,14 @@ CASE(train, outputs_load_everywhere_they_are_named) {
     EXPECT_RUN(0, "export --model %s/model --adapter %s/out1/adapter --to peft %s/again", f, f, f);
     expect_same_file("out1/adapter/adapter_model.safetensors", "again/adapter_model.safetensors");
     EXPECT_RUN(0, "score --model %s/merged --dtype f32 \"Topaz has a hardness of 8.\"", f);
-    char *merged = read_text("out");
+    double merged_nll = 0, apart_nll = 1;
+    EXPECT(sscanf(program_out, "{\"tokens\": %*d, \"nll\": %lf", &merged_nll) == 1, "%s",
+           program_out);
     EXPECT_RUN(0,
                "score --model %s/model --adapter %s/out1/adapter --dtype f32 \"Topaz has a "
                "hardness of 8.\"",
                f, f);
-    char *apart = read_text("out");
-    double merged_nll = 0, apart_nll = 1;
-    EXPECT(sscanf(merged, "{\"tokens\": %*d, \"nll\": %lf", &merged_nll) == 1, "%s", merged);
-    EXPECT(sscanf(apart, "{\"tokens\": %*d, \"nll\": %lf", &apart_nll) == 1, "%s", apart);
+    EXPECT(sscanf(program_out, "{\"tokens\": %*d, \"nll\": %lf", &apart_nll) == 1, "%s",
+           program_out);
     EXPECT_CLOSE(merged_nll, apart_nll, 1e-3);
-    free(merged), free(apart);
 }
