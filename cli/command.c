@@ -84,6 +84,19 @@ Status run_arguments_load(RunConfig *config, const Arguments *a, const RunOption
     return status;
 }
 
+void text_add_ids(Text *out, const Tokens *ids) {
+    text_adds(out, "[");
+    for (int64_t i = 0; i < ids->count; i++) text_addf(out, "%s%d", i ? ", " : "", ids->ids[i]);
+    text_adds(out, "]");
+}
+
+ChatOptions row_chat_options(const json_t *row, ChatFormat format) {
+    return (ChatOptions){.format = format,
+                         .add_generation_prompt = json_truth(row_get(row, "add_generation_prompt")),
+                         .enable_thinking = json_truth(row_get(row, "enable_thinking")),
+                         .preserve_thinking = json_truth(row_get(row, "preserve_thinking"))};
+}
+
 json_t *row_get(const json_t *row, const char *key) {
     json_t *value = json_object_get(row, key);
     return json_is_null(value) ? NULL : value;

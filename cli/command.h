@@ -3,7 +3,7 @@
 #define COMMAND_H
 
 #include "configs/run_config.h"
-#include "data/json.h"
+#include "data/chat.h"
 
 typedef enum OptionKind {
     OPTION_FLAG,
@@ -57,6 +57,12 @@ Status run_arguments_load(RunConfig *config, const Arguments *a, const RunOption
  */
 typedef Status RowHandler(void *context, const json_t *row, Text *out);
 Status rows_run(const char *path, const char *text, bool strict, RowHandler *handle, void *context);
+
+/* [1, 2, 3] */
+void text_add_ids(Text *out, const Tokens *ids);
+
+/* The template's switches as a row gives them. */
+ChatOptions row_chat_options(const json_t *row, ChatFormat format);
 
 /* Dataset rows may spell nothing as null. */
 json_t *row_get(const json_t *row, const char *key);

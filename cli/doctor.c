@@ -32,11 +32,11 @@ static Status show_sample(Session *s, int64_t sample, bool colour) {
     int32_t *ids = must_malloc((size_t)n * sizeof *ids);
     uint8_t *mask = must_malloc((size_t)n);
     Status status = store_read(&s->store, false, sample, ids, mask);
-    const int32_t *source = s->store.train.sources + 2 * sample;
+    int line;
+    const char *path = store_source(&s->store, false, sample, &line);
     if (status == OK)
         printf("\nsample %" PRId64 " (%s:%d), %" PRId64 " tokens, %" PRId64 " trained:\n", sample,
-               source[0] < s->store.source_count ? s->store.source_paths[source[0]] : "?",
-               source[1], n, s->store.train.trained[sample]);
+               path, line, n, s->store.train.trained[sample]);
     for (int64_t i = 0; status == OK && i < n;) {
         int64_t end = i;
         Text text = {0};

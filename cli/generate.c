@@ -86,9 +86,9 @@ static void print_json(Model *m, const Tokens *out, const Sampling *s, const Pro
             break;
         }
     tokenizer_decode(m->tokenizer, &text, out->ids, count, false);
-    text_adds(&line, "{\"ids\": [");
-    for (int64_t i = 0; i < out->count; i++) text_addf(&line, "%s%d", i ? ", " : "", out->ids[i]);
-    text_adds(&line, "], \"text\": ");
+    text_adds(&line, "{\"ids\": ");
+    text_add_ids(&line, out);
+    text_adds(&line, ", \"text\": ");
     text_add_json_string(&line, (Slice){text.bytes, text.size});
     if (!raw) {
         json_t *message = answer_parse((Slice){prompt->text.bytes, prompt->text.size},

@@ -8,17 +8,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static void show(const char *path, int64_t rows, double share) {
-    progress_line("preparing %s: %" PRId64 " rows, %.0f %%", path, rows, 100 * share);
-}
-
 static Status prepare(const DataConfig *data, const char *model, int64_t seed, const char *out) {
     Tokenizer *tokenizer;
     RowReader reader;
     Store store;
     TRY(tokenizer_load(&tokenizer, model));
     Status status = row_reader_init(&reader, data, tokenizer, model);
-    if (status == OK) status = store_build(out, &reader, data, seed, show);
+    if (status == OK) status = store_build(out, &reader, data, seed, progress_rows);
     if (status == OK) status = store_open(&store, out, &reader, data, seed);
     if (status == OK) {
         const StoreCounts *n = &store.counts;

@@ -28,11 +28,7 @@ static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *fi
             TRY(chat_format_find(&c->reader.format, c->model.dir, c->format));
             c->reader.has_format = true;
         }
-        ChatOptions options = {.format = c->reader.format,
-                               .add_generation_prompt =
-                                   json_truth(row_get(row, "add_generation_prompt")),
-                               .enable_thinking = json_truth(row_get(row, "enable_thinking")),
-                               .preserve_thinking = json_truth(row_get(row, "preserve_thinking"))};
+        ChatOptions options = row_chat_options(row, c->reader.format);
         Rendered rendered;
         uint8_t *mask;
         TRY(chat_render(&rendered, messages, row_get(row, "tools"), &options));

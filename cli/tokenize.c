@@ -1,6 +1,5 @@
 /* tokenize.c - lapidary tokenize: text to ids, ids to text, chats to ids and mask. */
 #include "cli/command.h"
-#include "data/chat.h"
 
 #include <stdlib.h>
 
@@ -8,12 +7,6 @@ typedef struct Context {
     Tokenizer *tokenizer;
     ChatFormat format;
 } Context;
-
-static void add_ids(Text *out, const Tokens *ids) {
-    text_adds(out, "[");
-    for (int64_t i = 0; i < ids->count; i++) text_addf(out, "%s%d", i ? ", " : "", ids->ids[i]);
-    text_adds(out, "]");
-}
 
 static Status encode_row(void *context, const json_t *row, Text *out) {
     const Context *c = context;
@@ -23,7 +16,7 @@ static Status encode_row(void *context, const json_t *row, Text *out) {
     Tokens ids = {0};
     tokenizer_encode(c->tokenizer, &ids, s.bytes, s.size, NULL, 0, false);
     text_adds(out, "{\"ids\": ");
-    add_ids(out, &ids);
+    text_add_ids(out, &ids);
     text_adds(out, ", \"text\": ");
     text_add_json_string(out, s);
     text_adds(out, "}");
@@ -47,7 +40,7 @@ static Status decode_row(void *context, const json_t *row, Text *out) {
     }
     tokenizer_decode(c->tokenizer, &text, ids.ids, ids.count, false);
     text_adds(out, "{\"ids\": ");
-    add_ids(out, &ids);
+    text_add_ids(out, &ids);
     text_adds(out, ", \"text\": ");
     text_add_json_string(out, (Slice){text.bytes, text.size});
     text_adds(out, "}");
@@ -59,18 +52,14 @@ done:
 
 static Status chat_row(void *context, const json_t *row, Text *out) {
     const Context *c = context;
-    ChatOptions options = {.format = c->format,
-                           .add_generation_prompt =
-                               json_truth(row_get(row, "add_generation_prompt")),
-                           .enable_thinking = json_truth(row_get(row, "enable_thinking")),
-                           .preserve_thinking = json_truth(row_get(row, "preserve_thinking"))};
+    ChatOptions options = row_chat_options(row, c->format);
     Rendered rendered;
     Tokens ids = {0};
     uint8_t *mask;
     TRY(chat_render(&rendered, row_get(row, "messages"), row_get(row, "tools"), &options));
     chat_encode(c->tokenizer, &rendered, false, &ids, &mask);
     text_adds(out, "{\"ids\": ");
-    add_ids(out, &ids);
+    text_add_ids(out, &ids);
     text_adds(out, ", \"text\": ");
     text_add_json_string(out, (Slice){rendered.text.bytes, rendered.text.size});
     text_adds(out, ", \"trained\": [");

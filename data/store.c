@@ -115,7 +115,7 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
 }
 
 /* Everything that changes what rows become, as text: equal texts make equal samples. */
-static char *settings_text(const RowReader *r, const DataConfig *c, int64_t seed) {
+static char *settings_text(const DataConfig *c, int64_t seed) {
     Text text = {0};
     text_addf(&text,
               "max_length=%" PRId64
@@ -128,7 +128,6 @@ static char *settings_text(const RowReader *r, const DataConfig *c, int64_t seed
               c->chat_format, c->eval_share, c->eval_share > 0 ? seed : 0);
     for (int i = 0; i < c->field_names.count; i++)
         text_addf(&text, "%s:%s,", c->field_names.items[i], c->field_values.items[i]);
-    (void)r;
     return text.bytes;
 }
 
@@ -155,7 +154,7 @@ static Status write_store(const char *path, const Builder *b, const RowReader *r
     const double *counts = &b->counts.rows;
     H5File f = {0};
     Status status = OK;
-    char *settings = settings_text(reader, config, seed);
+    char *settings = settings_text(config, seed);
     TRY_DONE(h5_create(&f, path));
     TRY_DONE(h5_write_number(&f, "/", "lapidary_store", STORE_VERSION));
     TRY_DONE(h5_write_text(&f, "/", "tokenizer_sha256", tokenizer_hash(reader->tokenizer)));
@@ -240,35 +239,37 @@ static Status read_set(H5File *f, const char *name, SampleSet *set) {
     return status;
 }
 
-static Status check_fresh(Store *s, RowReader *reader, const DataConfig *config, int64_t seed) {
-    char *text = NULL, *settings = settings_text(reader, config, seed), name[64];
+Status store_check_origin(Store *s, const Tokenizer *tokenizer) {
+    char *text = NULL;
     Status status = OK;
     const char *path = s->file.path;
     TRY_DONE(h5_read_text(&s->file, "/", "tokenizer_sha256", &text));
-    if (strcmp(text, tokenizer_hash(reader->tokenizer)))
+    if (strcmp(text, tokenizer_hash(tokenizer)))
         FAIL_DONE(ERR_FORMAT,
                   "%s: is stale: made with another tokenizer (%.12s..., the model's is %.12s...)",
-                  path, text, tokenizer_hash(reader->tokenizer));
-    free(text);
-    text = NULL;
-    TRY_DONE(h5_read_text(&s->file, "/", "settings", &text));
-    if (strcmp(text, settings))
-        FAIL_DONE(ERR_FORMAT, "%s: is stale: made with other data settings (%s; now %s)", path,
-                  text, settings);
-    for (int i = 0; i < s->source_count; i++) {
-        char now[65];
+                  path, text, tokenizer_hash(tokenizer));
+    for (int i = 0; i < s->source_count; i++) { /* the sources, where they are still there */
+        char now[65], name[64];
+        if (!file_exists(s->source_paths[i])) continue;
         free(text);
         text = NULL;
         snprintf(name, sizeof name, "source_%d_sha256", i);
         TRY_DONE(h5_read_text(&s->file, "/", name, &text));
-        if (file_exists(s->source_paths[i])) {
-            TRY_DONE(sha256_file(now, s->source_paths[i]));
-            if (strcmp(now, text))
-                FAIL_DONE(ERR_FORMAT, "%s: is stale: %s has changed since", path,
-                          s->source_paths[i]);
-        }
+        TRY_DONE(sha256_file(now, s->source_paths[i]));
+        if (strcmp(now, text))
+            FAIL_DONE(ERR_FORMAT, "%s: is stale: %s has changed since", path, s->source_paths[i]);
     }
 done:
+    free(text);
+    return status;
+}
+
+static Status check_settings(Store *s, const DataConfig *config, int64_t seed) {
+    char *text = NULL, *settings = settings_text(config, seed);
+    Status status = h5_read_text(&s->file, "/", "settings", &text);
+    if (status == OK && strcmp(text, settings))
+        status = status_fail(ERR_FORMAT, "%s: is stale: made with other data settings (%s; now %s)",
+                             s->file.path, text, settings);
     free(text);
     free(settings);
     return status;
@@ -297,10 +298,19 @@ Status store_open(Store *s, const char *path, RowReader *reader, const DataConfi
     }
     TRY_DONE(read_set(&s->file, "train", &s->train));
     TRY_DONE(read_set(&s->file, "eval", &s->eval));
-    if (reader) TRY_DONE(check_fresh(s, reader, config, seed));
+    if (reader) {
+        TRY_DONE(check_settings(s, config, seed));
+        TRY_DONE(store_check_origin(s, reader->tokenizer));
+    }
 done:
     if (status != OK) store_close(s);
     return status;
+}
+
+const char *store_source(const Store *s, bool eval, int64_t sample, int *line) {
+    const int32_t *source = (eval ? &s->eval : &s->train)->sources + 2 * sample;
+    *line = source[1];
+    return source[0] >= 0 && source[0] < s->source_count ? s->source_paths[source[0]] : "?";
 }
 
 void store_close(Store *s) {

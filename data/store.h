@@ -39,6 +39,13 @@ Status store_open(Store *s, const char *path, RowReader *reader, const DataConfi
                   int64_t seed);
 void store_close(Store *s);
 
+/* That a store fits this tokenizer and that its sources, where they are still there, have not
+ * changed. */
+Status store_check_origin(Store *s, const Tokenizer *tokenizer);
+
+/* The source file of a sample, and its line (1-based). */
+const char *store_source(const Store *s, bool eval, int64_t sample, int *line);
+
 /* Tokens and mask of one sample. */
 Status store_read(Store *s, bool eval, int64_t sample, int32_t *ids, uint8_t *mask);
 

@@ -144,7 +144,7 @@ done:
 Status checkpoint_open(Checkpoint *c, const char *dir) {
     *c = (Checkpoint){.dir = must_strdup(dir)};
     Status status = OK;
-    char *config = path_join(dir, "config.json"), *single = path_join(dir, "model.safetensors");
+    char *config = path_join(dir, "config.json");
     char *index = path_join(dir, "model.safetensors.index.json");
     TRY_DONE(model_config_load(&c->config, config));
     if (file_exists(index))
@@ -160,7 +160,6 @@ Status checkpoint_open(Checkpoint *c, const char *dir) {
     TRY_DONE(classify(c));
 done:
     free(config);
-    free(single);
     free(index);
     if (status != OK) checkpoint_close(c);
     return status;

@@ -89,3 +89,7 @@ void progress_line(const char *format, ...) {
     fflush(stderr);
     va_end(arguments);
 }
+
+void progress_rows(const char *path, int64_t rows, double share) {
+    progress_line("preparing %s: %" PRId64 " rows, %.0f %%", path, rows, 100 * share);
+}

@@ -21,6 +21,9 @@ void progress_clear(Progress *p);
 /* A line that the next one overwrites on a terminal; nothing elsewhere. */
 void progress_line(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
+/* Rows of a file prepared so far: a StoreProgress. */
+void progress_rows(const char *path, int64_t rows, double share);
+
 double progress_now(void);    /* seconds, monotonic */
 double progress_memory(void); /* resident bytes of this process */
 

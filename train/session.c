@@ -20,27 +20,7 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
             FAIL(ERR_CONFIG, "data.train: one .h5 file holds train and eval rows, expected no "
                              "other file beside it");
         TRY(store_open(&s->store, c->train.items[0], NULL, c, s->config.seed));
-        char *hash;
-        TRY(h5_read_text(&s->store.file, "/", "tokenizer_sha256", &hash));
-        bool same = !strcmp(hash, tokenizer_hash(s->tokenizer));
-        free(hash);
-        if (!same)
-            FAIL(ERR_FORMAT, "%s: is stale: made with another tokenizer than the model's",
-                 c->train.items[0]);
-        for (int i = 0; i < s->store.source_count;
-             i++) { /* its sources, where they are still there */
-            char name[64], *was, now[65];
-            snprintf(name, sizeof name, "source_%d_sha256", i);
-            if (!file_exists(s->store.source_paths[i])) continue;
-            TRY(sha256_file(now, s->store.source_paths[i]));
-            TRY(h5_read_text(&s->store.file, "/", name, &was));
-            bool fresh = !strcmp(was, now);
-            free(was);
-            if (!fresh)
-                FAIL(ERR_FORMAT, "%s: is stale: %s has changed since", c->train.items[0],
-                     s->store.source_paths[i]);
-        }
-        return OK;
+        return store_check_origin(&s->store, s->tokenizer);
     }
     if (file_exists(store_path))
         return store_open(&s->store, store_path, &s->reader, c, s->config.seed);

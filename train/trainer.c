@@ -178,12 +178,9 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
     int listed = 0;
     for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; k < batches[i].sample_count; k++) {
-            const int32_t *source = s->store.train.sources + 2 * batches[i].samples[k];
-            if (listed++ < 8)
-                text_addf(&rows, "%s%s:%d", listed > 1 ? ", " : "",
-                          source[0] < s->store.source_count ? s->store.source_paths[source[0]]
-                                                            : "?",
-                          source[1]);
+            int line;
+            const char *path = store_source(&s->store, false, batches[i].samples[k], &line);
+            if (listed++ < 8) text_addf(&rows, "%s%s:%d", listed > 1 ? ", " : "", path, line);
         }
     if (listed > 8) text_addf(&rows, " and %d more", listed - 8);
     const char *what = isfinite(norm) && isfinite(loss) ? "gradient spike" : "not finite";
@@ -204,7 +201,7 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
 static Status one_step(Trainer *t, Metrics *m) {
     Session *s = &t->s;
     MicroBatch *batches;
-    int64_t count, trained;
+    int64_t count, trained, tokens = 0;
     TRY(loader_next(s->loader, &batches, &count, &trained));
     double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0, norm,
            scale = 1;
@@ -216,14 +213,14 @@ static Status one_step(Trainer *t, Metrics *m) {
         s->options.aux_scale = (float)(s->config.aux_loss / (double)count);
         loss += step_run(&s->g, &s->memory, &batches[i].batch, &s->options, t->nll);
         if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)count;
-        m->tokens += batches[i].batch.N;
+        tokens += batches[i].batch.N;
     }
     norm = gradients_norm(&s->g.params);
     *m = (Metrics){.loss = loss,
                    .aux_loss = t->load ? aux : NAN,
                    .lr = lr,
                    .grad_norm = norm,
-                   .tokens = m->tokens,
+                   .tokens = tokens,
                    .trained_tokens = trained,
                    .eval_loss = NAN};
     m->skipped = !isfinite(loss) || !isfinite(norm) || is_spike(&t->state, norm);
@@ -273,7 +270,7 @@ static Status loop(Trainer *t) {
         fprintf(stderr, "eval loss before training: %.4f\n", loss);
     }
     while (t->state.step < t->steps && !stop_requested && !stopped_early) {
-        Metrics m = {0};
+        Metrics m;
         double begin = progress_now();
         TRY(one_step(t, &m));
         m.tokens_per_s = (double)m.tokens / (progress_now() - begin);
@@ -300,10 +297,6 @@ static Status loop(Trainer *t) {
 }
 
 /* ---- starting ---- */
-
-static void show_store(const char *path, int64_t rows, double share) {
-    progress_line("preparing %s: %" PRId64 " rows, %.0f %%", path, rows, 100 * share);
-}
 
 static Status open_folder(const RunConfig *c, bool resume, int64_t *step) {
     char *run = path_join(c->output, "run.yaml");
@@ -349,7 +342,7 @@ static Status start(Trainer *t, RunConfig *config, bool resume) {
     int64_t step;
     TRY(open_folder(config, resume, &step));
     char *store = path_join(config->output, "data.h5");
-    Status status = session_open(&t->s, config, store, show_store);
+    Status status = session_open(&t->s, config, store, progress_rows);
     free(store);
     progress_clear(&t->progress);
     TRY(status);
