@@ -45,6 +45,9 @@ $(BUILD)/%.o: %.c
 	@echo "  cc $@"
 	@$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 
+# Quantisers round every product: the same bytes at every level and as the peers write them.
+$(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o): CFLAGS += -ffp-contract=off
+
 define LEVEL_RULE
 $(BUILD)/%.$(1).o: %.c
 	@mkdir -p $$(@D)

@@ -5,8 +5,24 @@
 #include <stdio.h>
 
 const char *dtype_name(DType dtype) {
-    static const char *const names[DTYPE_COUNT] = {"f32", "bf16", "i32", "u8", "f16"};
+    static const char *const names[DTYPE_COUNT] = {
+        "f32",  "bf16", "i32",  "u8",  "f16",          "q4_0",         "q8_0",
+        "q4_K", "q5_K", "q6_K", "nf4", "nf4 (nested)", "q4_0 (tiled)", "q8_0 (tiled)"};
     return dtype < DTYPE_COUNT ? names[dtype] : "?";
+}
+
+bool dtype_fits(DType dtype, int64_t rows, int64_t cols) {
+    if (dtype_is_tiled(dtype)) return rows % TILE_HEIGHT == 0 && cols % TILE_WIDTH == 0;
+    if (dtype == NF4_NESTED) return rows * cols % 64 == 0;
+    return (dtype == NF4 ? rows * cols : cols) % dtype_block(dtype).count == 0;
+}
+
+DType dtype_tiled(DType dtype) {
+    return dtype == Q4_0 ? Q4_0_TILED : dtype == Q8_0 ? Q8_0_TILED : dtype;
+}
+
+DType dtype_untiled(DType dtype) {
+    return dtype == Q4_0_TILED ? Q4_0 : dtype == Q8_0_TILED ? Q8_0 : dtype;
 }
 
 Tensor tensor_make(void *data, DType dtype, int ndim, const int64_t *shape) {
@@ -30,8 +46,16 @@ Tensor tensor_slice(Tensor t, int64_t first, int64_t count) {
     if (!t.device) return t;
     CHECK(first >= 0 && count >= 0 && first + count <= t.shape[0],
           "slice %" PRId64 "+%" PRId64 " of %s", first, count, tensor_text(t));
-    size_t inner = t.shape[0] ? tensor_bytes(t) / (size_t)t.shape[0] : 0;
-    if (t.data) t.data = (char *)t.data + (size_t)first * inner;
+    DTypeBlock block = dtype_block(t.dtype);
+    int64_t inner = t.shape[0] ? tensor_count(t) / t.shape[0] : 0;
+    if (t.dtype == NF4_NESTED) {
+        t.origin += first * inner;
+    } else {
+        CHECK(first * inner % block.count == 0 &&
+                  (!dtype_is_tiled(t.dtype) || first * (inner / tensor_cols(t)) % TILE_HEIGHT == 0),
+              "a slice of %s begins inside a block", tensor_text(t));
+        if (t.data) t.data = (char *)t.data + (size_t)(first * inner / block.count) * block.bytes;
+    }
     t.shape[0] = count;
     return t;
 }

@@ -7,7 +7,26 @@
 
 #include <stdint.h>
 
-typedef enum DType { F32, BF16, I32, U8, F16, DTYPE_COUNT } DType;
+/* Q4_0 to Q6_K are ggml's blocks in file order; NF4 those of bitsandbytes, NF4_NESTED with its
+ * double quantisation. The tiled ones hold 16 rows side by side, the order products read them in
+ * (blocks.h). */
+typedef enum DType {
+    F32,
+    BF16,
+    I32,
+    U8,
+    F16,
+    Q4_0,
+    Q8_0,
+    Q4_K,
+    Q5_K,
+    Q6_K,
+    NF4,
+    NF4_NESTED,
+    Q4_0_TILED,
+    Q8_0_TILED,
+    DTYPE_COUNT
+} DType;
 
 /* What a kernel does with what its output already holds. */
 typedef enum Write { SET, ADD } Write;
@@ -18,12 +37,49 @@ typedef struct Tensor {
     DType dtype;
     int ndim;
     int64_t shape[4]; /* row-major, outermost first, always contiguous */
+    int64_t
+        origin; /* NF4_NESTED: elements before this view; its blocks are too long to move data */
 } Tensor;
 
-static inline size_t dtype_size(DType dtype) {
-    static const uint8_t sizes[DTYPE_COUNT] = {4, 2, 4, 1, 2};
-    return sizes[dtype];
+/* Rows and columns that one tile of a tiled dtype covers. */
+#define TILE_HEIGHT 16
+#define TILE_WIDTH  64
+
+/* A dtype stores `count` elements in `bytes`. */
+typedef struct DTypeBlock {
+    uint32_t count, bytes;
+} DTypeBlock;
+
+static inline DTypeBlock dtype_block(DType dtype) {
+    static const DTypeBlock blocks[DTYPE_COUNT] = {
+        [F32] = {1, 4},          [BF16] = {1, 2},        [I32] = {1, 4},
+        [U8] = {1, 1},           [F16] = {1, 2},         [Q4_0] = {32, 18},
+        [Q8_0] = {32, 34},       [Q4_K] = {256, 144},    [Q5_K] = {256, 176},
+        [Q6_K] = {256, 210},     [NF4] = {64, 36},       [NF4_NESTED] = {16384, 8456},
+        [Q4_0_TILED] = {32, 18}, [Q8_0_TILED] = {32, 34}};
+    return blocks[dtype];
 }
+
+/* Bytes of one element; only of dtypes that are not packed. */
+static inline size_t dtype_size(DType dtype) {
+    return dtype_block(dtype).bytes;
+}
+
+/* Whether elements share blocks: weights that products read as they are, and nobody writes. */
+static inline bool dtype_is_packed(DType dtype) {
+    return dtype_block(dtype).count > 1;
+}
+
+static inline bool dtype_is_tiled(DType dtype) {
+    return dtype == Q4_0_TILED || dtype == Q8_0_TILED;
+}
+
+/* Whether a (rows, cols) matrix can be stored in the dtype. */
+bool dtype_fits(DType dtype, int64_t rows, int64_t cols);
+
+/* The tiled order of Q4_0 and Q8_0, and back; other dtypes stay what they are. */
+DType dtype_tiled(DType dtype);
+DType dtype_untiled(DType dtype);
 
 const char *dtype_name(DType dtype);
 
@@ -43,7 +99,8 @@ static inline int64_t tensor_rows(Tensor t) {
     return rows;
 }
 static inline size_t tensor_bytes(Tensor t) {
-    return (size_t)tensor_count(t) * dtype_size(t.dtype);
+    DTypeBlock block = dtype_block(t.dtype);
+    return ((size_t)tensor_count(t) + block.count - 1) / block.count * block.bytes;
 }
 
 static inline Tensor tensor_absent(void) {
@@ -74,6 +131,22 @@ Tensor tensor_at(Tensor t, int64_t index);
 
 /* "(512, 1536) bf16", in a buffer of this thread that the next four calls leave alone. */
 const char *tensor_text(Tensor t);
+
+static inline float f16_to_f32(uint16_t bits) {
+    union {
+        uint16_t u;
+        _Float16 f;
+    } value = {bits};
+    return (float)value.f;
+}
+
+static inline uint16_t f32_to_f16(float value) {
+    union {
+        _Float16 f;
+        uint16_t u;
+    } bits = {(_Float16)value};
+    return bits.u;
+}
 
 static inline float bf16_to_f32(uint16_t bits) {
     union {

@@ -24,9 +24,13 @@ int32_t *fixture_ints(const Fixture *f, const char *name, int64_t *count) {
     return read_all(f, name, H5T_NATIVE_INT32, sizeof(int32_t), count);
 }
 
+uint8_t *fixture_bytes(const Fixture *f, const char *name, int64_t *count) {
+    return read_all(f, name, H5T_NATIVE_UINT8, 1, count);
+}
+
 void fixture_write(const Fixture *f, const char *name, const char *dir, const char *file) {
     int64_t count;
-    uint8_t *bytes = read_all(f, name, H5T_NATIVE_UINT8, 1, &count);
+    uint8_t *bytes = fixture_bytes(f, name, &count);
     char *path = path_join(dir, file);
     EXPECT_OK(file_write(path, bytes, (size_t)count));
     free(bytes);
@@ -37,12 +41,17 @@ bool fixture_has(const Fixture *f, const char *name) {
     return H5Lexists(f->file, name, H5P_DEFAULT) > 0;
 }
 
-Fixture fixture_open(const char *name) {
-    Fixture f;
+Fixture fixture_open_plain(const char *name) {
+    Fixture f = {0};
     char *path = fixture_path(name);
     f.file = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
     if (f.file < 0) test_fail(__FILE__, __LINE__, "%s cannot be opened", path);
     free(path);
+    return f;
+}
+
+Fixture fixture_open(const char *name) {
+    Fixture f = fixture_open_plain(name);
     snprintf(f.dir, sizeof f.dir, "%s/base", test_folder());
     EXPECT_OK(folder_make(f.dir));
     fixture_write(&f, "model.safetensors", f.dir, "model.safetensors");

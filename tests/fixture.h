@@ -15,11 +15,15 @@ typedef struct Fixture {
 /* Opens tests/fixtures/NAME and lays out its checkpoint in the test's folder. */
 Fixture fixture_open(const char *name);
 
+/* Opens tests/fixtures/NAME, which holds no model. */
+Fixture fixture_open_plain(const char *name);
+
 bool fixture_has(const Fixture *f, const char *name);
 
 /* A whole dataset; *count elements. Caller frees. */
 float *fixture_floats(const Fixture *f, const char *name, int64_t *count);
 int32_t *fixture_ints(const Fixture *f, const char *name, int64_t *count);
+uint8_t *fixture_bytes(const Fixture *f, const char *name, int64_t *count);
 
 /* Writes a byte dataset to dir/file. */
 void fixture_write(const Fixture *f, const char *name, const char *dir, const char *file);

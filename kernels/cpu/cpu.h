@@ -20,13 +20,8 @@ typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 /* Elements converted at a time by kernels that work on any dtype; stays in the first cache. */
 #define CHUNK 512
 
-static inline _Float16 f16_from_bits(uint16_t bits) {
-    union {
-        uint16_t u;
-        _Float16 f;
-    } value = {bits};
-    return value.f;
-}
+/* Elements of a packed tensor as f32 (blocks.c). */
+void CPU(load_packed)(float *buffer, Tensor t, int64_t first, int64_t n);
 
 /* Elements first .. first + n - 1 of a tensor as f32: in place when they are f32, else through
  * buffer. */
@@ -36,8 +31,10 @@ static inline const float *load_f32(float *buffer, Tensor t, int64_t first, int6
     if (t.dtype == BF16) {
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) buffer[i] = bf16_to_f32(bits[i]);
+    } else if (t.dtype == F16) {
+        for (int64_t i = 0; i < n; i++) buffer[i] = f16_to_f32(bits[i]);
     } else {
-        for (int64_t i = 0; i < n; i++) buffer[i] = (float)f16_from_bits(bits[i]);
+        CPU(load_packed)(buffer, t, first, n);
     }
     return buffer;
 }

@@ -1,0 +1,70 @@
+/* quantize.c - the contracts of quantize.h. */
+#include "kernels/quantize.h"
+
+static bool is_dense(Tensor x) {
+    return x.dtype == F32 || x.dtype == BF16 || x.dtype == F16;
+}
+
+void quantize(Tensor packed, Tensor x) {
+    CHECK(tensor_count(packed) == tensor_count(x) && is_dense(x), "quantize: %s from %s",
+          tensor_text(packed), tensor_text(x));
+    CHECK(dtype_fits(packed.dtype, tensor_rows(packed), tensor_cols(packed)), "quantize: %s",
+          tensor_text(packed));
+    ON_DEVICE(packed, quantize)(packed, x);
+}
+
+void repack(Tensor y, Tensor x) {
+    CHECK(tensor_count(y) == tensor_count(x) && tensor_cols(y) == tensor_cols(x) &&
+              dtype_untiled(y.dtype) == dtype_untiled(x.dtype),
+          "repack: %s from %s", tensor_text(y), tensor_text(x));
+    ON_DEVICE(y, repack)(y, x);
+}
+
+void check_finite(bool *finite, Tensor x) {
+    CHECK(is_dense(x), "check_finite: %s", tensor_text(x));
+    ON_DEVICE(x, check_finite)(finite, x);
+}
+
+static void check_scheme(Tensor x, Tensor scales, QuantScheme scheme) {
+    int64_t K = tensor_cols(x);
+    CHECK(K % scheme_block(scheme, K) == 0 && scheme != SCHEME_NONE, "fake_quantize: %s",
+          tensor_text(x));
+    CHECK(!tensor_present(scales) ||
+              (scales.dtype == F32 &&
+               tensor_count(scales) == tensor_count(x) / scheme_block(scheme, K)),
+          "fake_quantize: scales %s of %s", tensor_text(scales), tensor_text(x));
+}
+
+void fake_quantize(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend) {
+    check_scheme(x, scales, scheme);
+    CHECK(tensor_count(y) == tensor_count(x) && is_dense(x), "fake_quantize: %s from %s",
+          tensor_text(y), tensor_text(x));
+    ON_DEVICE(y, fake_quantize)(y, x, scales, scheme, blend);
+}
+
+void fake_quantize_backward(Tensor dx, Tensor dscales, Tensor x, Tensor scales, QuantScheme scheme,
+                            float blend) {
+    check_scheme(x, scales, scheme);
+    CHECK(tensor_count(dx) == tensor_count(x) && dx.dtype == F32 &&
+              (!tensor_present(dscales) || tensor_present(scales)),
+          "fake_quantize_backward: %s of %s", tensor_text(dx), tensor_text(x));
+    ON_DEVICE(dx, fake_quantize_backward)(dx, dscales, x, scales, scheme, blend);
+}
+
+void quantize_scheme(Tensor packed, Tensor x, Tensor scales, QuantScheme scheme) {
+    check_scheme(x, scales, scheme);
+    CHECK(tensor_count(packed) == tensor_count(x) && packed.dtype == scheme_dtype(scheme),
+          "quantize_scheme: %s from %s", tensor_text(packed), tensor_text(x));
+    ON_DEVICE(packed, quantize_scheme)(packed, x, scales, scheme);
+}
+
+void scheme_scales(Tensor scales, Tensor x, QuantScheme scheme) {
+    check_scheme(x, scales, scheme);
+    ON_DEVICE(scales, scheme_scales)(scales, x, scheme);
+}
+
+void fake_quantize_rows(Tensor y, Tensor x) {
+    CHECK(tensor_count(y) == tensor_count(x) && is_dense(x) && y.dtype != F16,
+          "fake_quantize_rows: %s from %s", tensor_text(y), tensor_text(x));
+    ON_DEVICE(y, fake_quantize_rows)(y, x);
+}

@@ -1,0 +1,71 @@
+/* quantize.h - weights as blocks of small integers, and training that sees them so.
+ *
+ * Reading packed weights needs no call of its own: scale_copy, embedding_forward and matmul take
+ * packed tensors as inputs. */
+#ifndef QUANTIZE_H
+#define QUANTIZE_H
+
+#include "kernels/kernel.h"
+
+/* packed = x in the packed dtype, by the rule of the program whose files hold it:
+ *   Q4_0, Q8_0  ggml's reference quantiser, bit for bit (tiled: the same blocks in tiled order)
+ *   NF4         bitsandbytes' blocks of 64; NF4_NESTED also its 8-bit scales, whose offset is the
+ *               mean over the whole tensor, so x must be all of it
+ *   packed, x   (..., K), x f32 | bf16 | f16, finite */
+KERNEL(quantize, Tensor packed, Tensor x);
+
+/* y = x between file order and tiled order of Q4_0 and Q8_0; no bit of a block changes. */
+KERNEL(repack, Tensor y, Tensor x);
+
+/* Whether every element of x (f32 | bf16 | f16) is finite, and small enough for an f16 scale. */
+KERNEL(check_finite, bool *finite, Tensor x);
+
+/* How training rounds a weight: what its export will store.
+ *   SCHEME_Q4_0  blocks of 32 along K, scale = signed largest / -8, codes -8 .. 7
+ *   SCHEME_Q8_0  blocks of 32, scale = largest / 127
+ *   SCHEME_INT8  one scale a row, largest / 127.5 as bf16, codes -128 .. 127 (compressed-tensors)
+ *   SCHEME_INT4  groups of 32, scale = largest / 7.5 as bf16, codes -8 .. 7 (compressed-tensors) */
+typedef enum QuantScheme {
+    SCHEME_NONE,
+    SCHEME_Q4_0,
+    SCHEME_Q8_0,
+    SCHEME_INT8,
+    SCHEME_INT4,
+} QuantScheme;
+
+/* Elements of a row of K that share one scale. */
+static inline int64_t scheme_block(QuantScheme scheme, int64_t K) {
+    return scheme == SCHEME_INT8 ? K : 32;
+}
+
+/* The dtype whose blocks hold the scheme's codes and scales exactly. */
+static inline DType scheme_dtype(QuantScheme scheme) {
+    return scheme == SCHEME_Q4_0 || scheme == SCHEME_INT4 ? Q4_0 : Q8_0;
+}
+
+/* y = x + blend * (rounded(x) - x), what a weight stored by the scheme would read as; blend 1 gives
+ * exactly that.
+ *   y, x    (rows, K)  f32 | bf16; y may alias x
+ *   scales  (rows * K / block) f32: learned scales in place of the rule's (Q4_0 only); absent: none
+ */
+KERNEL(fake_quantize, Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend);
+
+/* The straight-through gradient (Bengio et al. 2013): dx is kept where the code lies in range and
+ * becomes (1 - blend) * dx where it was clipped. With learned scales (Esser et al. 2020)
+ * dscales += blend * sum dx * (code - x / scale where in range, the code where clipped).
+ *   dx       (rows, K)  f32, in place: comes as the gradient of y, leaves as that of x */
+KERNEL(fake_quantize_backward, Tensor dx, Tensor dscales, Tensor x, Tensor scales,
+       QuantScheme scheme, float blend);
+
+/* The codes and scales themselves, for writing files: packed (rows, K) in scheme_dtype.
+ * Scales of INT8 repeat in each block of the row. */
+KERNEL(quantize_scheme, Tensor packed, Tensor x, Tensor scales, QuantScheme scheme);
+
+/* The scale that the scheme's rule gives each block.   scales (rows * K / block) f32 */
+KERNEL(scheme_scales, Tensor scales, Tensor x, QuantScheme scheme);
+
+/* y = x rounded to 8 bits with one scale a row, largest / 127: what an int8 product sees of its
+ * activations.   y, x  (N, K)  f32 | bf16; y may alias x */
+KERNEL(fake_quantize_rows, Tensor y, Tensor x);
+
+#endif
