@@ -17,7 +17,7 @@ endif
 LEVELS       := generic avx2 avx512
 FLAGS_generic = -DLEVEL=generic -DLANES=4 -Wno-missing-prototypes
 FLAGS_avx2    = -DLEVEL=avx2 -DLANES=8 -mavx2 -mfma -mf16c -Wno-missing-prototypes
-FLAGS_avx512  = -DLEVEL=avx512 -DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c \
+FLAGS_avx512  = -DLEVEL=avx512 -DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c \
                 -mprefer-vector-width=512 -Wno-missing-prototypes
 
 FOLDERS  := kernels configs model formats data optim train infer
@@ -46,13 +46,14 @@ $(BUILD)/%.o: %.c
 	@$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 
 # Quantisers round every product: the same bytes at every level and as the peers write them.
-$(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o): CFLAGS += -ffp-contract=off
+$(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o $(BUILD)/kernels/cpu/int8.$(l).o \
+    $(BUILD)/kernels/cpu/unpack.$(l).o): CFLAGS += -ffp-contract=off
 
 define LEVEL_RULE
 $(BUILD)/%.$(1).o: %.c
 	@mkdir -p $$(@D)
 	@echo "  cc $$@"
-	@$(CC) $(CFLAGS) $(FLAGS_$(1)) -MMD -MP -c -o $$@ $$<
+	@$$(CC) $$(CFLAGS) $$(FLAGS_$(1)) -MMD -MP -c -o $$@ $$<
 endef
 $(foreach l,$(LEVELS),$(eval $(call LEVEL_RULE,$(l))))
 

@@ -78,5 +78,6 @@ Status command_score(int argc, char **argv);
 Status command_generate(int argc, char **argv);
 Status command_export(int argc, char **argv);
 Status command_plot(int argc, char **argv);
+Status command_bench(int argc, char **argv);
 
 #endif

@@ -23,6 +23,7 @@ static const struct {
     {"parse", command_parse, "model output to a message"},
     {"export", command_export, "merge an adapter into a checkpoint, or rewrite an adapter"},
     {"plot", command_plot, "curves of one run or several as SVG"},
+    {"bench", command_bench, "time kernels on this machine against its limits"},
 };
 #define COMMANDS (sizeof commands / sizeof *commands)
 

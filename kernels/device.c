@@ -35,7 +35,7 @@ static CpuLevel detect(void) {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = CPU_AVX2;
     if (best == CPU_AVX2 && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
         best = CPU_AVX512;
     const char *forced = getenv("LAPIDARY_CPU");
     if (!forced || !*forced) return best;

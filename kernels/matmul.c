@@ -12,7 +12,8 @@ static void check_product(Layout layout, Tensor y, Tensor a, Tensor b) {
           tensor_text(b), tensor_text(y));
     CHECK((layout == NT ? tensor_cols(b) : tensor_rows(b)) == K, "matmul: a %s and b %s share no K",
           tensor_text(a), tensor_text(b));
-    CHECK((a.dtype == F32 || a.dtype == BF16) && (b.dtype == F32 || b.dtype == BF16) &&
+    CHECK((a.dtype == F32 || a.dtype == BF16) &&
+              (b.dtype == F32 || b.dtype == BF16 || (dtype_is_packed(b.dtype) && layout != TN)) &&
               (y.dtype == F32 || y.dtype == BF16),
           "matmul: dtypes %s %s %s", dtype_name(y.dtype), dtype_name(a.dtype), dtype_name(b.dtype));
 }
@@ -44,4 +45,20 @@ void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
     CHECK(a.device->kind == DEVICE_MEASURE || offsets[groups] <= tensor_rows(a),
           "grouped_matmul: offsets beyond the %" PRId64 " rows", tensor_rows(a));
     ON_DEVICE(a, grouped_matmul)(layout, y, write, a, b, offsets, groups, alpha);
+}
+
+void matmul_int8(Tensor y, Tensor a, Tensor b) {
+    check_product(NT, y, a, b);
+    CHECK(dtype_is_tiled(b.dtype), "matmul_int8: b is %s", tensor_text(b));
+    if (!tensor_count(y)) return;
+    ON_DEVICE(a, matmul_int8)(y, a, b);
+}
+
+void grouped_matmul_int8(Tensor y, Tensor a, Tensor b, const int32_t *offsets,
+                         const int32_t *counts, int64_t groups) {
+    CHECK(b.ndim == 3 && b.shape[0] == groups && dtype_is_tiled(b.dtype) &&
+              tensor_rows(y) == tensor_rows(a) && tensor_cols(a) == b.shape[2] &&
+              tensor_cols(y) == b.shape[1],
+          "grouped_matmul_int8: %s %s %s", tensor_text(y), tensor_text(a), tensor_text(b));
+    ON_DEVICE(a, grouped_matmul_int8)(y, a, b, offsets, counts, groups);
 }

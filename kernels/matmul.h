@@ -11,10 +11,10 @@ typedef enum Layout {
 } Layout;
 
 /* y (=|+=) alpha * a b in the layout named; sums in f32.
- *   a, b  f32 | bf16. Of one dtype and alpha 1 the product is a large dense one (oneDNN); of two
- *         dtypes it is computed in f32 with every element summed strictly in order of K, so rows of
- *         zeros in K change no bit: the adapters' products.
- *   y     f32 | bf16 */
+ *   b     may be packed (not in TN): its values go in panels through the dtype of a, so the product
+ * is that of the same weights unpacked a, b  f32 | bf16. Of one dtype and alpha 1 the product is a
+ * large dense one (oneDNN); of two dtypes it is computed in f32 with every element summed strictly
+ * in order of K, so rows of zeros in K change no bit: the adapters' products. y     f32 | bf16 */
 KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
 /* The second kind of matmul for any dtypes: strictly ordered, in f32. */
@@ -27,5 +27,16 @@ KERNEL(matmul_ordered, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
  *   offsets  (G + 1)  i32 on the host */
 KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
        const int32_t *offsets, int64_t groups, float alpha);
+
+/* y (M, N) = a (M, K) b (N, K)^T, the activations a rounded to 8 bits in blocks of 32 along K, the
+ * weights read as they are packed: the product of decoding and prefill.
+ *   y, a  f32 | bf16
+ *   b     Q4_0_TILED | Q8_0_TILED */
+KERNEL(matmul_int8, Tensor y, Tensor a, Tensor b);
+
+/* The same for rows sorted by group: counts[g] rows from offsets[g] on (i32 on the host) meet b[g];
+ * rows between groups are left alone. */
+KERNEL(grouped_matmul_int8, Tensor y, Tensor a, Tensor b, const int32_t *offsets,
+       const int32_t *counts, int64_t groups);
 
 #endif

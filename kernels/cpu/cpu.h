@@ -20,8 +20,12 @@ typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias))
 /* Elements converted at a time by kernels that work on any dtype; stays in the first cache. */
 #define CHUNK 512
 
-/* Elements of a packed tensor as f32 (blocks.c). */
+/* Elements of a packed tensor as f32 (quantize.c). */
 void CPU(load_packed)(float *buffer, Tensor t, int64_t first, int64_t n);
+
+/* panel (count, cols) f32 | bf16 = rows first .., columns col .. of a packed matrix (unpack.c); col
+ * and cols are multiples of 64. */
+void CPU(unpack)(Tensor panel, Tensor packed, int64_t first, int64_t col);
 
 /* Elements first .. first + n - 1 of a tensor as f32: in place when they are f32, else through
  * buffer. */

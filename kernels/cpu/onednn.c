@@ -10,7 +10,7 @@
 #include <string.h>
 
 typedef struct Key {
-    int64_t M, N, K;
+    int64_t M, N, K, stride;
     int32_t layout, write, in, out;
 } Key;
 
@@ -30,7 +30,7 @@ static size_t table_used;
 
 static size_t hash_key(const Key *key) {
     uint64_t h = (uint64_t)key->M * 0x9e3779b97f4a7c15u ^ (uint64_t)key->N * 0xd1342543de82ef95u;
-    h ^= (uint64_t)key->K * 0xbf58476d1ce4e5b9u;
+    h ^= (uint64_t)key->K * 0xbf58476d1ce4e5b9u ^ (uint64_t)key->stride * 0x94d049bb133111ebu;
     h ^= (uint64_t)(key->layout * 1000 + key->write * 100 + key->in * 10 + key->out) << 40;
     return (size_t)(h ^ (h >> 29));
 }
@@ -54,18 +54,21 @@ static void table_clear(void) {
     table_used = 0;
 }
 
-static dnnl_memory_desc_t describe(int64_t rows, int64_t cols, bool transposed, DType dtype) {
+/* (rows, cols), stored as it is or transposed, lines of `stride` elements. */
+static dnnl_memory_desc_t describe(int64_t rows, int64_t cols, bool transposed, int64_t stride,
+                                   DType dtype) {
     dnnl_memory_desc_t desc;
-    dnnl_dims_t dims = {rows, cols}, strides = {transposed ? 1 : cols, transposed ? rows : 1};
+    dnnl_dims_t dims = {rows, cols}, strides = {transposed ? 1 : stride, transposed ? stride : 1};
     DNNL_CHECK(dnnl_memory_desc_init_by_strides(&desc, 2, dims,
                                                 dtype == BF16 ? dnnl_bf16 : dnnl_f32, strides));
     return desc;
 }
 
 static void product_make(Product *p, const Key *key) {
-    dnnl_memory_desc_t a = describe(key->M, key->K, key->layout == TN, key->in);
-    dnnl_memory_desc_t b = describe(key->K, key->N, key->layout == NT, key->in);
-    dnnl_memory_desc_t y = describe(key->M, key->N, false, key->out);
+    bool a_turned = key->layout == TN, b_turned = key->layout == NT;
+    dnnl_memory_desc_t a = describe(key->M, key->K, a_turned, a_turned ? key->M : key->K, key->in);
+    dnnl_memory_desc_t b = describe(key->K, key->N, b_turned, b_turned ? key->K : key->N, key->in);
+    dnnl_memory_desc_t y = describe(key->M, key->N, false, key->stride, key->out);
     dnnl_matmul_desc_t desc;
     DNNL_CHECK(dnnl_matmul_desc_init(&desc, &a, &b, NULL, &y));
     dnnl_primitive_attr_t attributes;
@@ -86,7 +89,7 @@ static void product_make(Product *p, const Key *key) {
     p->key = *key;
 }
 
-void onednn_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
+void onednn_product(Layout layout, Tensor y, int64_t stride, Write write, Tensor a, Tensor b) {
     if (!engine) {
         DNNL_CHECK(dnnl_set_primitive_cache_capacity(0));
         DNNL_CHECK(dnnl_engine_create(&engine, dnnl_cpu, 0));
@@ -96,6 +99,7 @@ void onednn_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
     Key key = {.M = tensor_rows(y),
                .N = tensor_cols(y),
                .K = layout == TN ? tensor_rows(a) : tensor_cols(a),
+               .stride = stride,
                .layout = layout,
                .write = write,
                .in = a.dtype,

@@ -8,4 +8,7 @@
  * thread asks again, so a kernel asks once. */
 float *thread_scratch(size_t count);
 
+/* Another one beside it, for a kernel that calls one which asks for the first. */
+float *outer_scratch(size_t count);
+
 #endif
