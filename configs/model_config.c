@@ -249,14 +249,6 @@ Status model_config_parse(ModelConfig *config, const char *json, size_t size, co
     return status;
 }
 
-Status model_config_load(ModelConfig *config, const char *path) {
-    Node *root = NULL;
-    TRY(node_load(&root, path));
-    Status status = read_config(config, root, path);
-    node_free(root);
-    return status;
-}
-
 int model_config_kv_layers(const ModelConfig *c) {
     return (int)(c->num_hidden_layers - c->num_kv_shared_layers);
 }

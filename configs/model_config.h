@@ -56,9 +56,8 @@ typedef struct BlockConfig {
     float eps;
 } BlockConfig;
 
-/* Reads config.json (or the text of one). Unknown model types and impossible values are errors;
- * keys that describe other parts (towers, generation) are left alone. */
-Status model_config_load(ModelConfig *config, const char *path);
+/* Reads the text of a config.json; `name` is for messages. Unknown model types and impossible
+ * values are errors; keys that describe other parts (towers, generation) are left alone. */
 Status model_config_parse(ModelConfig *config, const char *json, size_t size, const char *name);
 
 BlockConfig block_config(const ModelConfig *config, int layer);

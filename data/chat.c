@@ -1,12 +1,12 @@
 /* chat.c - the turns of a conversation. */
 #include "data/chat.h"
 #include "data/declaration.h"
+#include "formats/companion.h"
 #include "formats/file.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define TEMPLATE_MAX ((size_t)4 << 20)
 
 static const struct {
     const char *name, *hash;
@@ -54,19 +54,19 @@ Status chat_format_find(ChatFormat *format, const char *dir, const char *choice)
     }
     if (strcmp(choice, "auto"))
         FAIL(ERR_CONFIG, "chat format '%s', expected auto, large or small", choice);
-    char *path = path_join(dir, "chat_template.jinja"),
-         *config = path_join(dir, "tokenizer_config.json");
+    char *path = companion_path(dir, "chat_template.jinja"),
+         *config = companion_path(dir, "tokenizer_config.json");
     char *bytes = NULL;
     size_t size;
     json_t *root = NULL;
     Status status = OK;
-    if (file_exists(path)) {
-        TRY_DONE(file_read(&bytes, &size, path, TEMPLATE_MAX));
+    if (companion_exists(dir, "chat_template.jinja")) {
+        TRY_DONE(companion_read(&bytes, &size, dir, "chat_template.jinja"));
         TRY_DONE(format_of_template(format, bytes, size, path));
         goto done;
     }
-    if (file_exists(config)) {
-        TRY_DONE(file_read(&bytes, &size, config, (size_t)64 << 20));
+    if (companion_exists(dir, "tokenizer_config.json")) {
+        TRY_DONE(companion_read(&bytes, &size, dir, "tokenizer_config.json"));
         TRY_DONE(json_read(&root, bytes, size, config));
         Slice text = json_slice(json_object_get(root, "chat_template"));
         if (text.size) {

@@ -1,12 +1,12 @@
 /* tokenizer.c - two hash tables (text to id, pair to merge) and a heap of merges. */
 #include "data/tokenizer.h"
 #include "data/json.h"
+#include "formats/companion.h"
 #include "formats/file.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-#define FILE_MAX   ((size_t)1 << 30)
 #define SPACE_MARK "\xe2\x96\x81" /* U+2581 */
 
 typedef struct Merge {
@@ -233,9 +233,9 @@ Status tokenizer_parse(Tokenizer **out, const char *json, size_t size, const cha
 }
 
 Status tokenizer_load(Tokenizer **t, const char *dir) {
-    char *path = path_join(dir, "tokenizer.json"), *bytes = NULL;
+    char *path = companion_path(dir, "tokenizer.json"), *bytes = NULL;
     size_t size;
-    Status status = file_read(&bytes, &size, path, FILE_MAX);
+    Status status = companion_read(&bytes, &size, dir, "tokenizer.json");
     if (status == OK) status = tokenizer_parse(t, bytes, size, path);
     free(bytes);
     free(path);

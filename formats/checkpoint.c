@@ -1,8 +1,11 @@
 /* checkpoint.c - stored names to parameters, and back. */
 #include "formats/checkpoint.h"
+#include "formats/companion.h"
 #include "formats/file.h"
+#include "formats/gguf_model.h"
 #include "formats/shards.h"
 #include "kernels/elementwise.h"
+#include "kernels/quantize.h"
 #include "model/merge.h"
 
 #include <inttypes.h>
@@ -107,6 +110,8 @@ static Status classify(Checkpoint *c) {
             t->role = ROLE_TOWER;
         else if (!strcmp(name, "lm_head.weight"))
             t->role = ROLE_TIED;
+        else if (c->is_gguf && !strcmp(name, GGUF_ROPE_FREQS))
+            t->role = ROLE_DERIVED;
         else
             FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is unknown to this model (%s)", t->stored->file,
                       name, c->config.model_type);
@@ -124,7 +129,9 @@ static Status classify(Checkpoint *c) {
         if (!same)
             FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected %s", t->stored->file, p->name,
                       tensor_text(found), tensor_text(p->value));
-        if (t->stored->dtype != F32 && t->stored->dtype != BF16 && t->stored->dtype != F16)
+        bool matrix = p->value.ndim > 1 && dtype_is_packed(t->stored->dtype);
+        if (t->stored->dtype != F32 && t->stored->dtype != BF16 && t->stored->dtype != F16 &&
+            !matrix)
             FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32",
                       t->stored->file, p->name, t->stored->dtype_text);
     }
@@ -141,54 +148,122 @@ done:
     return status;
 }
 
-Status checkpoint_open(Checkpoint *c, const char *dir) {
-    *c = (Checkpoint){.dir = must_strdup(dir)};
-    Status status = OK;
-    char *config = path_join(dir, "config.json");
-    char *index = path_join(dir, "model.safetensors.index.json");
-    TRY_DONE(model_config_load(&c->config, config));
-    if (file_exists(index))
-        TRY_DONE(open_index(c, index));
-    else
-        TRY_DONE(add_file(c, "model.safetensors"));
+static Status open_folder(Checkpoint *c) {
+    char *index = path_join(c->dir, "model.safetensors.index.json");
+    Status status = file_exists(index) ? open_index(c, index) : add_file(c, "model.safetensors");
+    free(index);
+    TRY(status);
     for (int i = 0; i < c->file_count; i++) c->count += c->files[i].count;
-    c->tensors = must_calloc((size_t)c->count, sizeof *c->tensors);
+    c->tensors = must_calloc((size_t)c->count + 1, sizeof *c->tensors);
     for (int i = 0, n = 0; i < c->file_count; i++)
         for (int j = 0; j < c->files[i].count; j++)
             c->tensors[n++].stored = &c->files[i].tensors[j];
+    return OK;
+}
+
+static Status open_gguf(Checkpoint *c) {
+    const char *prefix = model_config_prefix(&c->config);
+    TRY(gguf_open(&c->gguf, c->dir));
+    c->renamed = must_calloc((size_t)c->gguf.count + 1, sizeof *c->renamed);
+    c->tensors = must_calloc((size_t)c->gguf.count + 1, sizeof *c->tensors);
+    for (int i = 0; i < c->gguf.count; i++) {
+        char name[PARAM_NAME_MAX];
+        c->renamed[i] = c->gguf.tensors[i];
+        if (gguf_name_from(name, sizeof name, c->gguf.tensors[i].name, prefix))
+            c->renamed[i].name = must_strdup(name);
+        else /* its own name says what it is, or that it is unknown */
+            c->renamed[i].name = must_strdup(c->gguf.tensors[i].name);
+        c->tensors[i].stored = &c->renamed[i];
+        c->count = i + 1;
+    }
+    return OK;
+}
+
+Status checkpoint_open(Checkpoint *c, const char *dir) {
+    *c = (Checkpoint){.dir = must_strdup(dir), .is_gguf = gguf_is_file(dir)};
+    Status status = OK;
+    char *config = companion_path(dir, "config.json"), *bytes = NULL;
+    size_t size;
+    TRY_DONE(companion_read(&bytes, &size, dir, "config.json"));
+    TRY_DONE(model_config_parse(&c->config, bytes, size, config));
+    TRY_DONE(c->is_gguf ? open_gguf(c) : open_folder(c));
     qsort(c->tensors, (size_t)c->count, sizeof *c->tensors, by_name);
     TRY_DONE(classify(c));
 done:
     free(config);
-    free(index);
+    free(bytes);
     if (status != OK) checkpoint_close(c);
     return status;
 }
 
 void checkpoint_close(Checkpoint *c) {
     for (int i = 0; i < c->file_count; i++) safetensors_close(&c->files[i]);
+    for (int i = 0; c->renamed && i < c->gguf.count; i++) free(c->renamed[i].name);
+    gguf_close(&c->gguf);
+    free(c->renamed);
     free(c->files);
     free(c->tensors);
     free(c->dir);
     *c = (Checkpoint){0};
 }
 
+void checkpoint_formats(const Checkpoint *c, Gemma *g) {
+    for (int i = 0; i < g->params.count; i++) {
+        Param *p = g->params.items[i];
+        if (p->adapter || p->trainable) continue;
+        const StoredTensor *t = find_tensor(c, p->name)->stored;
+        int64_t cols = tensor_cols(p->value), rows = tensor_count(p->value) / cols;
+        if (p->value.ndim == 1 && t->dtype == F32) p->value.dtype = F32;
+        if (!dtype_is_packed(t->dtype)) continue;
+        DType tiled = dtype_tiled(t->dtype);
+        p->value.dtype = p->mapped || !dtype_fits(tiled, rows, cols) ? t->dtype : tiled;
+    }
+}
+
+/* A dense tensor into a packed parameter: what cannot be scaled is refused. */
+static Status quantize_stored(const StoredTensor *t, Tensor to) {
+    Tensor from = to;
+    bool finite = true;
+    from.dtype = t->dtype;
+    from.data = (void *)t->bytes;
+    check_finite(&finite, from);
+    if (!finite)
+        FAIL(ERR_FORMAT, "%s: tensor '%s' holds infinities, NaN or numbers no scale reaches",
+             t->file, t->name);
+    quantize(to, from);
+    return OK;
+}
+
+static Status load_param(const StoredTensor *t, Param *p) {
+    Tensor to = p->value;
+    if (p->mapped && !p->trainable &&
+        (uintptr_t)t->bytes % (dtype_is_packed(t->dtype) ? 2 : dtype_size(t->dtype)) == 0) {
+        p->value.dtype = t->dtype;
+        p->value.data = (void *)t->bytes;
+        return OK;
+    }
+    if (!to.data) { /* meant to stay mapped, but the file's alignment forbids it */
+        to.data = p->value.data = malloc(tensor_bytes(to));
+        if (!to.data) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, p->name);
+    }
+    if (dtype_is_packed(to.dtype) && !dtype_is_packed(t->dtype)) {
+        TRY(quantize_stored(t, to));
+    } else if (dtype_is_packed(to.dtype)) {
+        Tensor from = to;
+        from.dtype = t->dtype;
+        from.data = (void *)t->bytes;
+        repack(to, from);
+    } else {
+        TRY(stored_tensor_read(t, to));
+    }
+    stored_tensor_release(t);
+    return OK;
+}
+
 Status checkpoint_load(const Checkpoint *c, Gemma *g) {
     for (int i = 0; i < g->params.count; i++) {
         Param *p = g->params.items[i];
-        if (p->adapter) continue;
-        const StoredTensor *t = find_tensor(c, p->name)->stored;
-        if (p->mapped && !p->trainable && (uintptr_t)t->bytes % dtype_size(t->dtype) == 0) {
-            p->value.dtype = t->dtype;
-            p->value.data = (void *)t->bytes;
-            continue;
-        }
-        if (!p->value.data) { /* meant to stay mapped, but the file's alignment forbids it */
-            p->value.data = malloc(tensor_bytes(p->value));
-            if (!p->value.data) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, p->name);
-        }
-        TRY(stored_tensor_read(t, p->value));
-        stored_tensor_release(t);
+        if (!p->adapter) TRY(load_param(find_tensor(c, p->name)->stored, p));
     }
     params_adopt(&g->params);
     return OK;
@@ -235,13 +310,12 @@ static Status write_item(SafetensorsWriter *w, const ShardItem *item, void *cont
 
 /* config.json as it was, but for the dtype of what is now beside it. */
 static Status write_config(const Checkpoint *source, DType dtype, const char *dir) {
-    char *from = path_join(source->dir, "config.json"), *to = path_join(dir, "config.json"),
-         *bytes = NULL;
+    char *to = path_join(dir, "config.json"), *bytes = NULL;
     size_t size;
     json_t *root = NULL;
     Status status = OK;
     const char *name = dtype == BF16 ? "bfloat16" : "float32";
-    TRY_DONE(file_read(&bytes, &size, from, CONFIG_MAX));
+    TRY_DONE(companion_read(&bytes, &size, source->dir, "config.json"));
     root = json_loadb(bytes, size, 0, NULL);
     bool changed = false;
     json_t *maps[] = {root, json_object_get(root, "text_config")};
@@ -260,24 +334,8 @@ static Status write_config(const Checkpoint *source, DType dtype, const char *di
 done:
     json_decref(root);
     free(bytes);
-    free(from);
     free(to);
     return status;
-}
-
-static Status copy_companions(const Checkpoint *source, const char *dir) {
-    static const char *const names[] = {"tokenizer.json",          "tokenizer_config.json",
-                                        "special_tokens_map.json", "chat_template.jinja",
-                                        "generation_config.json",  "processor_config.json",
-                                        "preprocessor_config.json"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        char *from = path_join(source->dir, names[i]), *to = path_join(dir, names[i]);
-        Status status = file_copy(from, to, true);
-        free(from);
-        free(to);
-        TRY(status);
-    }
-    return OK;
 }
 
 Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, const char *dir) {
@@ -303,7 +361,7 @@ Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, co
     }
     TRY_DONE(folder_begin(&temporary, dir));
     TRY_DONE(write_config(source, dtype, temporary));
-    TRY_DONE(copy_companions(source, temporary));
+    TRY_DONE(companions_copy(source->dir, temporary));
     TRY_DONE(shards_write(temporary, items, count, write_item, &saving));
     status = folder_commit(temporary, dir);
     temporary = NULL;

@@ -1,15 +1,17 @@
-/* checkpoint.h - a Hugging Face checkpoint folder: which stored tensor is which parameter. */
+/* checkpoint.h - a Hugging Face checkpoint folder or a GGUF file: which stored tensor is which
+ * parameter. */
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
-#include "formats/safetensors.h"
+#include "formats/gguf.h"
 #include "model/gemma.h"
 
 typedef enum TensorRole {
-    ROLE_PARAM, /* a parameter of the text model */
-    ROLE_DEAD,  /* k, v of a layer that shares: in released files, used by nobody */
-    ROLE_TOWER, /* vision or audio: carried through unchanged */
-    ROLE_TIED,  /* an lm_head.weight, which must equal the embedding */
+    ROLE_PARAM,   /* a parameter of the text model */
+    ROLE_DEAD,    /* k, v of a layer that shares: in released files, used by nobody */
+    ROLE_TOWER,   /* vision or audio: carried through unchanged */
+    ROLE_TIED,    /* an lm_head.weight, which must equal the embedding */
+    ROLE_DERIVED, /* follows from the config (GGUF's rope_freqs) */
 } TensorRole;
 
 typedef struct CheckpointTensor {
@@ -18,21 +20,29 @@ typedef struct CheckpointTensor {
 } CheckpointTensor;
 
 typedef struct Checkpoint {
-    char *dir;
+    char *dir; /* the folder, or the GGUF file */
     ModelConfig config;
     Safetensors *files;
     int file_count;
+    bool is_gguf;
+    Gguf gguf;
+    StoredTensor *renamed;     /* the GGUF's tensors under the checkpoint's names */
     CheckpointTensor *tensors; /* sorted by name, over all files */
     int count;
 } Checkpoint;
 
-/* Opens config.json and the weights (model.safetensors, or the shards its index names). A tensor
- * that is neither a parameter nor knowingly left alone is an error naming it. */
+/* Opens config.json and the weights (model.safetensors, or the shards its index names), or a GGUF.
+ * A tensor that is neither a parameter nor knowingly left alone is an error naming it. */
 Status checkpoint_open(Checkpoint *c, const char *dir);
 void checkpoint_close(Checkpoint *c);
 
-/* Fills every parameter of a placed model; a missing tensor or a wrong shape is an error naming it.
- * Mapped parameters keep pointing into the open checkpoint. */
+/* Gives frozen parameters of a model that is not placed yet the dtype they will have in memory:
+ * packed weights stay packed, in the order products read them; vectors stored in f32 stay f32. */
+void checkpoint_formats(const Checkpoint *c, Gemma *g);
+
+/* Fills every parameter of a placed model, quantising what is stored dense and shall be packed; a
+ * missing tensor or a wrong shape is an error naming it. Mapped parameters keep pointing into the
+ * open checkpoint. */
 Status checkpoint_load(const Checkpoint *c, Gemma *g);
 
 /* Writes the model as a checkpoint folder: config, tokenizer, template and generation settings of

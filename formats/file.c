@@ -7,6 +7,7 @@
 #include <nettle/sha2.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -37,6 +38,25 @@ Status file_read(char **bytes, size_t *size, const char *path, size_t limit) {
 done:
     if (status != OK) free(buffer);
     fclose(file);
+    return status;
+}
+
+Status file_map(uint8_t **out, size_t *size, const char *path) {
+    Status status = OK;
+    struct stat info;
+    int fd = open(path, O_RDONLY);
+    if (fd < 0) FAIL(ERR_IO, "%s: %s", path, strerror(errno));
+    if (fstat(fd, &info)) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
+    if (!S_ISREG(info.st_mode)) FAIL_DONE(ERR_IO, "%s: is not a file", path);
+    if (info.st_size < 8)
+        FAIL_DONE(ERR_FORMAT, "%s: %zu bytes is too short for a header", path,
+                  (size_t)info.st_size);
+    void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (map == MAP_FAILED) FAIL_DONE(ERR_IO, "%s: cannot be mapped: %s", path, strerror(errno));
+    *out = map;
+    *size = (size_t)info.st_size;
+done:
+    close(fd);
     return status;
 }
 

@@ -10,6 +10,9 @@
 /* The bytes of a file, with a zero behind them; caller frees. Refuses more than `limit` bytes. */
 Status file_read(char **bytes, size_t *size, const char *path, size_t limit);
 
+/* Maps a whole regular file for reading; the caller unmaps. A file without bytes is an error. */
+Status file_map(uint8_t **map, size_t *size, const char *path);
+
 bool file_exists(const char *path);
 
 /* dir/name; caller frees. */

@@ -1,6 +1,7 @@
 /* initial.c - drawing and writing parameters one block at a time, sharded at 5 GB. */
 #include "formats/initial.h"
 #include "formats/checkpoint.h"
+#include "formats/companion.h"
 #include "formats/file.h"
 #include "formats/shards.h"
 #include "kernels/elementwise.h"
@@ -9,7 +10,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SHARD_BYTES        ((size_t)5 * 1000 * 1000 * 1000)
 #define BLOCK              (1 << 22)
 #define STANDARD_DEVIATION 0.02f
 
@@ -76,20 +76,6 @@ static Status write_weights(const Gemma *g, uint64_t seed, DType dtype, const ch
     return status;
 }
 
-static Status copy_tokenizer(const char *from_dir, const char *to_dir) {
-    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json",
-                                        "special_tokens_map.json", "chat_template.jinja",
-                                        "generation_config.json"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        char *from = path_join(from_dir, names[i]), *to = path_join(to_dir, names[i]);
-        Status status = file_copy(from, to, i > 0);
-        free(from);
-        free(to);
-        TRY(status);
-    }
-    return OK;
-}
-
 Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, uint64_t seed,
                           DType dtype, const char *dir) {
     ModelConfig config;
@@ -101,7 +87,7 @@ Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, ui
     TRY_DONE(folder_begin(&temporary, dir));
     path = path_join(temporary, "config.json");
     TRY_DONE(file_write(path, config_json, strlen(config_json)));
-    if (tokenizer_dir) TRY_DONE(copy_tokenizer(tokenizer_dir, temporary));
+    if (tokenizer_dir) TRY_DONE(companions_copy(tokenizer_dir, temporary));
     TRY_DONE(write_weights(&g, seed, dtype, temporary));
     status = folder_commit(temporary, dir);
     temporary = NULL;

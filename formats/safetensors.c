@@ -3,14 +3,11 @@
 #include "formats/file.h"
 #include "kernels/elementwise.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 static const struct {
@@ -90,14 +87,14 @@ static int by_place(const void *a, const void *b) {
     return x->bytes < y->bytes ? -1 : x->bytes > y->bytes;
 }
 
-static Status check_overlap(const Safetensors *s) {
-    const StoredTensor **order = must_malloc((size_t)s->count * sizeof *order);
+Status stored_tensors_check_overlap(const StoredTensor *tensors, int count) {
+    const StoredTensor **order = must_malloc((size_t)(count + 1) * sizeof *order);
     Status status = OK;
-    for (int i = 0; i < s->count; i++) order[i] = &s->tensors[i];
-    qsort(order, (size_t)s->count, sizeof *order, by_place);
-    for (int i = 1; i < s->count && status == OK; i++)
+    for (int i = 0; i < count; i++) order[i] = &tensors[i];
+    qsort(order, (size_t)count, sizeof *order, by_place);
+    for (int i = 1; i < count && status == OK; i++)
         if (order[i - 1]->bytes + order[i - 1]->size > order[i]->bytes && order[i]->size)
-            status = status_fail(ERR_FORMAT, "%s: tensors '%s' and '%s' overlap", s->path,
+            status = status_fail(ERR_FORMAT, "%s: tensors '%s' and '%s' overlap", order[i]->file,
                                  order[i - 1]->name, order[i]->name);
     free(order);
     return status;
@@ -129,7 +126,7 @@ static Status read_header(Safetensors *s) {
         s->count++;
     }
     qsort(s->tensors, (size_t)s->count, sizeof *s->tensors, by_name);
-    TRY_DONE(check_overlap(s));
+    TRY_DONE(stored_tensors_check_overlap(s->tensors, s->count));
 done:
     json_decref(root);
     return status;
@@ -145,22 +142,8 @@ Status safetensors_parse(Safetensors *s, const uint8_t *bytes, size_t size, cons
 
 Status safetensors_open(Safetensors *s, const char *path) {
     *s = (Safetensors){.path = must_strdup(path)};
-    Status status = OK;
-    struct stat info;
-    int fd = open(path, O_RDONLY);
-    if (fd < 0) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
-    if (fstat(fd, &info)) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
-    if (!S_ISREG(info.st_mode)) FAIL_DONE(ERR_IO, "%s: is not a file", path);
-    if (info.st_size < 8)
-        FAIL_DONE(ERR_FORMAT, "%s: %zu bytes is too short for a header", path,
-                  (size_t)info.st_size);
-    void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (map == MAP_FAILED) FAIL_DONE(ERR_IO, "%s: cannot be mapped: %s", path, strerror(errno));
-    s->map = map;
-    s->size = (size_t)info.st_size;
-    TRY_DONE(read_header(s));
-done:
-    if (fd >= 0) close(fd);
+    Status status = file_map(&s->map, &s->size, path);
+    if (status == OK) status = read_header(s);
     if (status != OK) safetensors_close(s);
     return status;
 }
@@ -180,13 +163,13 @@ const StoredTensor *safetensors_find(const Safetensors *s, const char *name) {
 }
 
 Status stored_tensor_read(const StoredTensor *t, Tensor to) {
-    if (t->dtype != F32 && t->dtype != BF16 && t->dtype != F16)
+    if (t->dtype != F32 && t->dtype != BF16 && t->dtype != F16 && !dtype_is_packed(t->dtype))
         FAIL(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32", t->file, t->name,
              t->dtype_text);
     Tensor from = to;
     from.dtype = t->dtype;
     from.data = (void *)t->bytes;
-    size_t element = dtype_size(t->dtype);
+    size_t element = dtype_is_packed(t->dtype) ? 2 : dtype_size(t->dtype);
     if (t->dtype == to.dtype) {
         memcpy(to.data, t->bytes, t->size);
     } else if ((uintptr_t)t->bytes % element) { /* a header of odd length */

@@ -41,6 +41,9 @@ Status stored_tensor_read(const StoredTensor *t, Tensor to);
 /* Lets the kernel drop the pages of a tensor that was read. */
 void stored_tensor_release(const StoredTensor *t);
 
+/* ERR_FORMAT naming two tensors of one file that share bytes. */
+Status stored_tensors_check_overlap(const StoredTensor *tensors, int count);
+
 /* Writing, in two steps: say what comes, in order, then write the data in that order. */
 typedef struct SafetensorsWriter SafetensorsWriter;
 

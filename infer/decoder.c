@@ -1,7 +1,6 @@
 /* decoder.c - prefill in chunks, then one token at a time, through the stack that training uses. */
 #include "infer/decoder.h"
 #include "kernels/loss.h"
-#include "kernels/matmul.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +22,7 @@ static void open_pass(Decoder *d, Stack *s, int64_t n) {
 /* The head of the one row that is kept. */
 static void head(Decoder *d, Stack *s, float *logits) {
     Tensor z = TENSOR(logits, F32, 1, d->g->config.vocab_size);
-    matmul(NT, z, SET, s->final, d->g->embed_tokens->value, 1.0f);
+    project(z, s->final, d->g->embed_tokens->value, s->pass.int8);
     softcap_forward(z, (float)d->g->config.final_logit_softcapping);
 }
 

@@ -1,7 +1,7 @@
 /* generate.c - sampling as transformers orders it: temperature, top-k, top-p. */
 #include "infer/generate.h"
 #include "data/json.h"
-#include "formats/file.h"
+#include "formats/companion.h"
 #include "kernels/random.h"
 
 #include <inttypes.h>
@@ -29,12 +29,12 @@ Status sampling_load(Sampling *s, const Model *m) {
     *s = (Sampling){.top_p = 1, .seed = 42, .max_tokens = 1024};
     for (int i = 0; i < m->checkpoint.config.eos_count; i++)
         add_id(s->stops, &s->stop_count, m->checkpoint.config.eos_token_id[i]);
-    char *path = path_join(m->dir, "generation_config.json"), *bytes = NULL;
+    char *path = companion_path(m->dir, "generation_config.json"), *bytes = NULL;
     size_t size;
     json_t *root = NULL;
     Status status = OK;
-    if (!file_exists(path)) goto done;
-    TRY_DONE(file_read(&bytes, &size, path, (size_t)1 << 24));
+    if (!companion_exists(m->dir, "generation_config.json")) goto done;
+    TRY_DONE(companion_read(&bytes, &size, m->dir, "generation_config.json"));
     TRY_DONE(json_read(&root, bytes, size, path));
     add_ids(s->stops, &s->stop_count, json_object_get(root, "eos_token_id"));
     add_ids(s->suppressed, &s->suppress_count, json_object_get(root, "suppress_tokens"));

@@ -20,11 +20,13 @@ Status model_open(Model *m, const char *dir, const char *adapter, const char *de
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, dir,
                   tokenizer_size(m->tokenizer), m->checkpoint.config.vocab_size);
     gemma_declare(&m->g, &m->checkpoint.config, strcmp(dtype, "bf16") ? F32 : BF16, device);
+    m->g.int8 = m->g.dtype == BF16;
     if (adapter) {
         TRY_DONE(peft_load_spec(&m->spec, adapter));
         TRY_DONE(adapter_attach(&m->g, &m->spec));
         m->has_adapter = true;
     }
+    checkpoint_formats(&m->checkpoint, &m->g);
     TRY_DONE(params_place(&m->g.params, device, false));
     TRY_DONE(checkpoint_load(&m->checkpoint, &m->g));
     if (adapter) TRY_DONE(peft_load(&m->g, adapter));

@@ -11,13 +11,13 @@ typedef enum Layout {
 } Layout;
 
 /* y (=|+=) alpha * a b in the layout named; sums in f32.
- *   b     may be packed (not in TN): its values go in panels through the dtype of a, so the product
- * is that of the same weights unpacked a, b  f32 | bf16. Of one dtype and alpha 1 the product is a
- * large dense one (oneDNN); of two dtypes it is computed in f32 with every element summed strictly
- * in order of K, so rows of zeros in K change no bit: the adapters' products. y     f32 | bf16 */
+ *   y, a  f32 | bf16
+ *   b     f32 | bf16, or packed (not in TN): then the product is that of the same weights unpacked to
+ *         the dtype of a */
 KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
-/* The second kind of matmul for any dtypes: strictly ordered, in f32. */
+/* The same in f32 with every element summed strictly in order of K, so rows of zeros in K change no
+ * bit: the adapters' products. */
 KERNEL(matmul_ordered, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
 /* One product per group over rows sorted by group: rows offsets[g] .. offsets[g+1] belong to g.

@@ -8,6 +8,7 @@
 typedef struct Gemma {
     ModelConfig config;
     DType dtype; /* of activations and frozen weights */
+    bool int8;   /* run packed weights with activations in 8 bits; only with dtype bf16 */
     Device *device;
     ParamList params;
     LinearList linears;

@@ -51,10 +51,20 @@ static void adapter_product(const Linear *l, Layout layout, Tensor y, Write writ
         grouped_matmul(layout, y, write, a, b, offsets, l->groups, alpha);
 }
 
-static void forward(const Linear *l, Tensor y, Tensor x, const int32_t *offsets, Pass *p) {
+void project(Tensor y, Tensor x, Tensor weight, bool int8) {
+    if (int8 && dtype_is_tiled(weight.dtype))
+        matmul_int8(y, x, weight);
+    else
+        matmul(NT, y, SET, x, weight, 1.0f);
+}
+
+static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
+    const int32_t *offsets = groups.offsets;
     size_t mark = arena_mark(p->scratch);
     if (l->groups == 1)
-        matmul(NT, y, SET, x, l->weight->value, 1.0f);
+        project(y, x, l->weight->value, p->int8);
+    else if (p->int8 && dtype_is_tiled(l->weight->value.dtype))
+        grouped_matmul_int8(y, x, l->weight->value, offsets, groups.counts, l->groups);
     else
         grouped_matmul(NT, y, SET, x, l->weight->value, offsets, l->groups, 1.0f);
     if (l->lora) {
@@ -67,15 +77,16 @@ static void forward(const Linear *l, Tensor y, Tensor x, const int32_t *offsets,
     arena_release(p->scratch, mark);
 }
 
-static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
-                     const int32_t *offsets, Pass *p) {
+static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, RowGroups groups,
+                     Pass *p) {
+    const int32_t *offsets = groups.offsets;
     size_t mark = arena_mark(p->scratch);
     const Lora *lora = l->lora;
     if (lora &&
         lora->magnitude) { /* y = factor * z: dm = sum dy z / |.|, and dz = factor * dy goes on */
         if (lora->magnitude->trainable) {
             Tensor z = arena_like(p->scratch, dy), sums = arena_like(p->scratch, lora->factor);
-            forward(l, z, x, offsets, p); /* factor * z; divided by the magnitude below */
+            forward(l, z, x, groups, p); /* factor * z; divided by the magnitude below */
             fill(sums, 0.0f);
             dot_columns(sums, dy, z);
             if (sums.data)
@@ -126,20 +137,20 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
 }
 
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
-    forward(l, y, x, NULL, p);
+    forward(l, y, x, (RowGroups){NULL, NULL}, p);
 }
 
-void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, const int32_t *offsets, Pass *p) {
-    forward(l, y, x, offsets, p);
+void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
+    forward(l, y, x, groups, p);
 }
 
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p) {
-    backward(l, dx, write, dy, x, NULL, p);
+    backward(l, dx, write, dy, x, (RowGroups){NULL, NULL}, p);
 }
 
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
-                             const int32_t *offsets, Pass *p) {
-    backward(l, dx, write, dy, x, offsets, p);
+                             RowGroups groups, Pass *p) {
+    backward(l, dx, write, dy, x, groups, p);
 }
 
 /* factor = m / |W + s B A| by output row, the sum formed in blocks of rows. */

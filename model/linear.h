@@ -43,15 +43,23 @@ void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *
 void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name,
                             int64_t groups, int64_t out, int64_t in);
 
-/* y (N, out) = x (N, in) W^T + adapter. offsets (groups + 1) i32 on the host for grouped linears:
- * rows of x sorted by group. */
+/* Rows of x sorted by group: group g has counts[g] of them from offsets[g] on, and padding up to
+ * offsets[g + 1]. i32 on the host; offsets is NULL while measuring. */
+typedef struct RowGroups {
+    const int32_t *offsets, *counts;
+} RowGroups;
+
+/* y (N, out) = x (N, in) W^T + adapter. */
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p);
-void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, const int32_t *offsets, Pass *p);
+void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p);
+
+/* y (N, V) = x W^T for a matrix that is no linear's: the tied head. */
+void project(Tensor y, Tensor x, Tensor weight, bool int8);
 
 /* dx (=|+=) dy W + adapter, absent dx: not needed; gradients of weight and adapter are added to. */
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p);
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
-                             const int32_t *offsets, Pass *p);
+                             RowGroups groups, Pass *p);
 
 /* Renews what depends on the adapter's values alone (DoRA's factor); once before the passes of a
  * step. */

@@ -88,6 +88,10 @@ static int64_t routed_rows(const MoeSaved *s) {
     return offsets ? offsets[tensor_count(s->offsets) - 1] : tensor_rows(s->gate_up);
 }
 
+static RowGroups groups_of(const MoeSaved *s) {
+    return (RowGroups){s->offsets.data, s->counts.data};
+}
+
 static void count_load(const Moe *m, const MoeSaved *s, ExpertLoad *load) {
     int64_t E = m->config.num_experts, N = tensor_rows(s->probs);
     const int32_t *counts = s->counts.data;
@@ -137,10 +141,10 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
     Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D);
     Tensor gate = ARENA_TENSOR(p->scratch, h.dtype, M, F), up = arena_like(p->scratch, gate);
     gather_rows(sorted, h, tensor_slice(s->source, 0, M));
-    linear_forward_grouped(&m->gate_up_proj, gate_up, sorted, s->offsets.data, p);
+    linear_forward_grouped(&m->gate_up_proj, gate_up, sorted, groups_of(s), p);
     split_halves(gate, up, gate_up);
     gelu_mul_forward(gate, gate, up);
-    linear_forward_grouped(&m->down_proj, out, gate, s->offsets.data, p);
+    linear_forward_grouped(&m->down_proj, out, gate, groups_of(s), p);
     combine_forward(y, s->out, s->slot, s->share, s->experts, m->per_expert_scale->value);
     arena_release(p->scratch, mark);
 }
@@ -163,10 +167,10 @@ void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor 
     gather_rows(sorted, h, tensor_slice(s->source, 0, M));
     split_halves(gate, up, gate_up);
     gelu_mul_forward(hidden, gate, up);
-    linear_backward_grouped(&m->down_proj, dhidden, SET, dout, hidden, s->offsets.data, p);
+    linear_backward_grouped(&m->down_proj, dhidden, SET, dout, hidden, groups_of(s), p);
     gelu_mul_backward(gate, dhidden, dhidden, gate, up); /* gate: dgate, dhidden: dup */
     join_halves(dgate_up, gate, dhidden);
-    linear_backward_grouped(&m->gate_up_proj, dsorted, SET, dgate_up, sorted, s->offsets.data, p);
+    linear_backward_grouped(&m->gate_up_proj, dsorted, SET, dgate_up, sorted, groups_of(s), p);
     fill(dh, 0.0f);
     gather_add_rows(dh, dsorted, s->slot);
 

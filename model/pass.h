@@ -42,7 +42,8 @@ typedef struct Pass {
     KvSlot *slots; /* one for each layer; valid where the layer owns K and V */
     Arena *scratch;
     bool training;
-    uint64_t key;     /* of this micro-batch's random numbers */
+    bool int8;    /* packed weights meet activations in 8 bits: running a model, not training it */
+    uint64_t key; /* of this micro-batch's random numbers */
     ExpertLoad *load; /* NULL: nobody asks */
     float aux_scale;  /* derivative of the whole loss by the balancing loss; 0: none */
 } Pass;

@@ -13,7 +13,10 @@ void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvS
     s->slots = slots ? slots : must_calloc(L, sizeof *s->slots);
     s->saved = must_calloc(L, sizeof *s->saved);
     s->residual = must_calloc(L + 1, sizeof *s->residual);
-    s->pass = (Pass){.slots = s->slots, .scratch = scratch, .training = mode != STACK_SCORE};
+    s->pass = (Pass){.slots = s->slots,
+                     .scratch = scratch,
+                     .training = mode != STACK_SCORE,
+                     .int8 = g->int8 && mode == STACK_SCORE};
 }
 
 void stack_close(Stack *s) {

@@ -38,7 +38,7 @@ static void loss(Step *t) {
         int64_t n = s->kept - first < rows ? s->kept - first : rows;
         Tensor h = tensor_slice(s->final, first, n), z = tensor_slice(logits, 0, n),
                dz = tensor_slice(dlogits, 0, n);
-        matmul(NT, z, SET, h, g->embed_tokens->value, 1.0f);
+        project(z, h, g->embed_tokens->value, s->pass.int8);
         cross_entropy(tensor_slice(t->nll, first, n), dz, z, tensor_slice(t->targets, first, n),
                       tensor_slice(t->weights, first, n), (float)g->config.final_logit_softcapping);
         if (!stack_trains(s)) continue;

@@ -194,10 +194,10 @@ static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     bool packed = dtype_is_packed(b.dtype);
     bool dense =
         (a.dtype == b.dtype || packed) && alpha == 1.0f && (y.dtype == a.dtype || y.dtype == F32);
-    if (!dense || LANES == 4)
-        CPU(matmul_ordered)(layout, y, write, a, b, alpha);
-    else if (layout == NT && tensor_rows(y) <= 4)
+    if (layout == NT && tensor_rows(y) <= 4 && alpha == 1.0f && LANES > 4)
         few_rows(y, write, a, b);
+    else if (!dense || LANES == 4)
+        CPU(matmul_ordered)(layout, y, write, a, b, alpha);
     else if (packed)
         packed_product(layout, y, write, a, b);
     else

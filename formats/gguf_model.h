@@ -1,0 +1,42 @@
+/* gguf_model.h - what a Gemma 4 GGUF says, in the words of a checkpoint folder, and the way back.
+ *
+ * A GGUF holds in metadata what a folder holds in files; each direction stands beside the other:
+ * tensor names, config.json, tokenizer.json, generation_config.json, the chat template. */
+#ifndef GGUF_MODEL_H
+#define GGUF_MODEL_H
+
+#include "configs/model_config.h"
+#include "formats/gguf.h"
+
+/* "layers.3.mlp.up_proj.weight" (without the checkpoint's prefix) to "blk.3.ffn_up.weight"; false
+ * when GGUF has no such tensor. */
+bool gguf_name_of(char *out, size_t size, const char *name);
+
+/* The way back, with `prefix` put before it. */
+bool gguf_name_from(char *out, size_t size, const char *gguf_name, const char *prefix);
+
+/* The tensor that GGUF adds: frequency divisors of full attention, (C / 2) f32, 1 where a pair
+ * rotates and 1e30 where it does not. */
+#define GGUF_ROPE_FREQS "rope_freqs.weight"
+void gguf_rope_freqs(float *out, const ModelConfig *c);
+
+/* The file that a folder would hold under `name` (config.json, tokenizer.json,
+ * generation_config.json, chat_template.jinja), made from the metadata; *bytes stays NULL when the
+ * file has nothing of the kind. Caller frees. */
+Status gguf_companion(const Gguf *g, const char *name, char **bytes, size_t *size);
+
+/* "model.language_model." or "model.": under which names its adapters go. */
+const char *gguf_prefix(const Gguf *g);
+
+/* What is written of a model: `dtype` of its matrices; `parameters` of its text tower. */
+typedef struct GgufModel {
+    const ModelConfig *config;
+    const char *source; /* folder or GGUF that lends tokenizer, template and generation settings */
+    const char *name;   /* general.name */
+    DType dtype;
+    int64_t parameters;
+} GgufModel;
+
+Status gguf_put_model(GgufWriter *w, const GgufModel *m);
+
+#endif
