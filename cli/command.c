@@ -165,3 +165,16 @@ Status rows_run(const char *path, const char *text, bool strict, RowHandler *han
         status = status_fail(ERR_IO, "standard output cannot be written");
     return status;
 }
+
+Status gguf_format(DType *dtype, const char *name) {
+    static const struct {
+        const char *name;
+        DType dtype;
+    } formats[] = {{"bf16-gguf", BF16}, {"q8_0-gguf", Q8_0}, {"q4_0-gguf", Q4_0}};
+    for (size_t i = 0; i < sizeof formats / sizeof *formats; i++)
+        if (!strcmp(formats[i].name, name)) {
+            *dtype = formats[i].dtype;
+            return OK;
+        }
+    FAIL(ERR_USAGE, "format '%s', expected bf16-gguf, q8_0-gguf or q4_0-gguf", name);
+}

@@ -4,6 +4,7 @@
 
 #include "configs/run_config.h"
 #include "data/chat.h"
+#include "kernels/tensor.h"
 
 typedef enum OptionKind {
     OPTION_FLAG,
@@ -63,6 +64,9 @@ void text_add_ids(Text *out, const Tokens *ids);
 
 /* The template's switches as a row gives them. */
 ChatOptions row_chat_options(const json_t *row, ChatFormat format);
+
+/* The dtype of matrices in bf16-gguf, q8_0-gguf or q4_0-gguf; ERR_USAGE for another name. */
+Status gguf_format(DType *dtype, const char *name);
 
 /* Dataset rows may spell nothing as null. */
 json_t *row_get(const json_t *row, const char *key);

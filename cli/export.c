@@ -1,47 +1,110 @@
-/* export.c - lapidary export: merged checkpoints and rewritten adapters. */
+/* export.c - lapidary export: merged checkpoints, GGUF files, adapters written anew. */
 #include "cli/command.h"
 #include "formats/file.h"
+#include "formats/gguf_save.h"
 #include "infer/model.h"
+#include "model/merge.h"
 
 #include <stdio.h>
 #include <string.h>
 
+static void merged_source(void *context, const Param *p, int64_t first, int64_t count, float *out) {
+    const Model *m = context;
+    merged_rows(&m->g, p, first, count, out);
+}
+
+/* A stored matrix without an adapter goes through as it is. */
+static Tensor stored_source(void *context, const Param *p) {
+    const Model *m = context;
+    for (const Linear *l = m->g.linears.first; l; l = l->next)
+        if (l->weight == p && l->lora) return tensor_absent();
+    return p->trainable ? tensor_absent() : p->value;
+}
+
+static void release_source(void *context, const Param *p) {
+    const Model *m = context;
+    checkpoint_release(&m->checkpoint, p);
+}
+
+static Status export_gguf(Model *m, DType dtype, const char *out) {
+    const char *slash = strrchr(m->dir, '/'), *name = slash && slash[1] ? slash + 1 : m->dir;
+    GgufModel model = {&m->checkpoint.config, m->dir, name, dtype, 0};
+    for (int i = 0; i < m->g.params.count; i++)
+        if (!m->g.params.items[i]->adapter)
+            model.parameters += tensor_count(m->g.params.items[i]->value);
+    RowSource source = {merged_source, stored_source, release_source, m};
+    return gguf_save(&model, &m->g, &source, out);
+}
+
+typedef enum Target { TO_SAFETENSORS, TO_PEFT, TO_LORA_GGUF, TO_GGUF } Target;
+
+static Status read_target(Target *target, DType *dtype, const char *to) {
+    if (!strcmp(to, "safetensors")) {
+        *target = TO_SAFETENSORS;
+    } else if (!strcmp(to, "peft")) {
+        *target = TO_PEFT;
+    } else if (!strcmp(to, "lora-gguf")) {
+        *target = TO_LORA_GGUF;
+    } else if (!strcmp(to, "mmproj")) {
+        FAIL(ERR_USAGE, "--to mmproj needs the towers, which this version does not have");
+    } else {
+        *target = TO_GGUF;
+        if (gguf_format(dtype, to) != OK)
+            FAIL(ERR_USAGE,
+                 "--to is '%s', expected safetensors, peft, bf16-gguf, q8_0-gguf, q4_0-gguf or "
+                 "lora-gguf",
+                 to);
+    }
+    return OK;
+}
+
 Status command_export(int argc, char **argv) {
     const char *model = NULL, *adapter = NULL, *to = NULL, *device = "auto", *dtype = "bf16";
     bool verify = false;
-    Option options[] = {
-        {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
-        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder"},
-        {"--to", OPTION_TEXT, &to, "FORMAT  safetensors (merged checkpoint) or peft"},
-        {"--verify", OPTION_FLAG, &verify, "(not in this version)"},
-        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
-        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of the merged weights (bf16)"},
-        {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  checkpoint folder or GGUF"},
+                        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder"},
+                        {"--to", OPTION_TEXT, &to,
+                         "FORMAT  safetensors (merged checkpoint), peft, bf16-gguf, q8_0-gguf, "
+                         "q4_0-gguf, lora-gguf"},
+                        {"--verify", OPTION_FLAG, &verify, "(not in this version)"},
+                        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
+                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of merged safetensors (bf16)"},
+                        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "export --model DIR [--adapter DIR] --to FORMAT OUT",
-                   .about = "Merges an adapter into its base, or writes it again as a PEFT folder.",
+                   .about = "Merges an adapter into its base and converts, or writes the adapter "
+                            "anew. Holds a few rows at a time, whatever the model's size.",
                    .options = options,
                    .least = 1,
                    .most = 1};
-    static const char *const later[] = {"bf16-gguf", "q8_0-gguf", "q4_0-gguf", "lora-gguf",
-                                        "mmproj",    "w4a16",     "int8"};
     Model m;
+    Target target;
+    DType matrices = BF16;
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model || !to) FAIL(ERR_USAGE, "--model or --to is missing: lapidary %s", a.usage);
-    for (size_t i = 0; i < sizeof later / sizeof *later; i++)
-        if (!strcmp(later[i], to))
-            FAIL(ERR_USAGE, "--to %s needs quantised formats, which this version does not have",
-                 to);
-    bool merged = !strcmp(to, "safetensors");
-    if (!merged && strcmp(to, "peft"))
-        FAIL(ERR_USAGE, "--to is '%s', expected safetensors or peft", to);
-    if (!merged && !adapter) FAIL(ERR_USAGE, "--to peft needs --adapter");
+    TRY(read_target(&target, &matrices, to));
+    if ((target == TO_PEFT || target == TO_LORA_GGUF) && !adapter)
+        FAIL(ERR_USAGE, "--to %s needs --adapter", to);
     if (verify) FAIL(ERR_USAGE, "--verify is not in this version");
-    if (file_exists(a.positional[0])) FAIL(ERR_IO, "%s: is already there", a.positional[0]);
-    TRY(model_open(&m, model, adapter, device, dtype));
-    Status status = merged ? checkpoint_save(&m.checkpoint, &m.g, m.g.dtype, a.positional[0])
-                           : peft_save(&m.g, &m.spec, a.positional[0]);
+    const char *out = a.positional[0];
+    if (file_exists(out)) FAIL(ERR_IO, "%s: is already there", out);
+    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED));
+    Status status = OK;
+    switch (target) {
+    case TO_SAFETENSORS:
+        status = checkpoint_save(&m.checkpoint, &m.g, m.g.dtype, out);
+        break;
+    case TO_PEFT:
+        status = peft_save(&m.g, &m.spec, out);
+        break;
+    case TO_LORA_GGUF:
+        status = gguf_save_adapter(&m.g, &m.spec, out);
+        break;
+    case TO_GGUF:
+        status = export_gguf(&m, matrices, out);
+        break;
+    }
     model_close(&m);
-    if (status == OK) printf("%s\n", a.positional[0]);
+    if (status == OK) printf("%s\n", out);
     return status;
 }

@@ -146,7 +146,7 @@ Status command_generate(int argc, char **argv) {
     if (media.count)
         FAIL(ERR_USAGE,
              "images, audio and video need the towers, which this version does not have");
-    TRY(model_open(&m, model, adapter, device, dtype));
+    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED));
     Status status = OK;
     TRY_DONE(sampling_load(&s, &m));
     if (!isnan(temperature)) s.temperature = temperature;

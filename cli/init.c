@@ -55,27 +55,37 @@ static Status make_config(char **json, const char *name, int64_t layers) {
 }
 
 Status command_init(int argc, char **argv) {
-    const char *tokenizer = NULL, *dtype = "bf16";
+    const char *tokenizer = NULL, *dtype = "bf16", *to = "safetensors";
     int64_t layers = 0, seed = 42;
     Option options[] = {
         {"--tokenizer", OPTION_TEXT, &tokenizer,
          "DIR  copy tokenizer and template files from here; sets the vocabulary of `tiny`"},
         {"--layers", OPTION_INT, &layers, "N  another number of layers"},
         {"--seed", OPTION_INT, &seed, "N  of the random weights (42)"},
-        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of the file (bf16)"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of a safetensors file (bf16)"},
+        {"--to", OPTION_TEXT, &to,
+         "FORMAT  safetensors (a folder), bf16-gguf, q8_0-gguf or q4_0-gguf"},
         {NULL, OPTION_FLAG, NULL, NULL}};
-    Arguments a = {.usage = "init PRESET|config.json OUT [--tokenizer DIR] [--layers N] [--seed N]",
-                   .about = "Writes a checkpoint folder with random weights. Presets: tiny, e2b, "
-                            "e4b, 12b, 26b-a4b, 31b.",
-                   .options = options,
-                   .least = 2,
-                   .most = 2};
+    Arguments a = {
+        .usage =
+            "init PRESET|config.json OUT [--tokenizer DIR] [--layers N] [--seed N] [--to FORMAT]",
+        .about =
+            "Writes a checkpoint folder, or a GGUF file, with random weights. Presets: tiny, e2b, "
+            "e4b, 12b, 26b-a4b, 31b.",
+        .options = options,
+        .least = 2,
+        .most = 2};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (layers < 0 || layers > LAYERS_MAX)
         FAIL(ERR_USAGE, "--layers is %" PRId64 ", expected 1 to %d", layers, LAYERS_MAX);
     if (strcmp(dtype, "bf16") && strcmp(dtype, "f32"))
         FAIL(ERR_USAGE, "--dtype is '%s', expected bf16 or f32", dtype);
+    DType gguf = DTYPE_COUNT;
+    if (strcmp(to, "safetensors")) {
+        TRY(gguf_format(&gguf, to));
+        if (!tokenizer) FAIL(ERR_USAGE, "--to %s needs --tokenizer: a GGUF holds one", to);
+    }
     if (file_exists(a.positional[1])) FAIL(ERR_IO, "%s: is already there", a.positional[1]);
     char *json = NULL;
     Tokenizer *t = NULL;
@@ -83,7 +93,9 @@ Status command_init(int argc, char **argv) {
     Status status = make_config(&json, a.positional[0], layers);
     if (status == OK && t) fit_tokenizer(&json, t, !strcmp(a.positional[0], "tiny"));
     tokenizer_free(t);
-    if (status == OK)
+    if (status == OK && gguf != DTYPE_COUNT)
+        status = initial_gguf(json, tokenizer, (uint64_t)seed, gguf, a.positional[1]);
+    else if (status == OK)
         status = initial_checkpoint(json, tokenizer, (uint64_t)seed,
                                     strcmp(dtype, "bf16") ? F32 : BF16, a.positional[1]);
     free(json);

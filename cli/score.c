@@ -120,7 +120,7 @@ Status command_score(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
-    TRY(model_open(&c.model, model, adapter, device, dtype));
+    TRY(model_open(&c.model, model, adapter, device, dtype, WEIGHTS_LOADED));
     c.data = data_config_default();
     Status status = row_reader_init(&c.reader, &c.data, c.model.tokenizer, model);
     if (status == OK)

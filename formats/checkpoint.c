@@ -269,8 +269,14 @@ Status checkpoint_load(const Checkpoint *c, Gemma *g) {
     return OK;
 }
 
+void checkpoint_release(const Checkpoint *c, const Param *p) {
+    const CheckpointTensor *t = find_tensor(c, p->name);
+    if (t && p->mapped) stored_tensor_release(t->stored);
+}
+
 /* What goes into the folder: parameters, then what is carried through. */
 typedef struct Saving {
+    const Checkpoint *source;
     const Gemma *g;
     DType dtype;
 } Saving;
@@ -295,6 +301,7 @@ static Status write_param(SafetensorsWriter *w, const ShardItem *item, void *con
     }
     free(values);
     free(halves);
+    checkpoint_release(saving->source, p);
     return status;
 }
 
@@ -342,7 +349,7 @@ Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, co
     char *temporary = NULL;
     Status status = OK;
     int count = 0;
-    Saving saving = {g, dtype};
+    Saving saving = {source, g, dtype};
     ShardItem *items = must_calloc((size_t)(g->params.count + source->count), sizeof *items);
     for (int i = 0; i < g->params.count; i++) {
         const Param *p = g->params.items[i];

@@ -45,6 +45,9 @@ void checkpoint_formats(const Checkpoint *c, Gemma *g);
  * open checkpoint. */
 Status checkpoint_load(const Checkpoint *c, Gemma *g);
 
+/* Lets the kernel drop the pages of a mapped parameter that was read. */
+void checkpoint_release(const Checkpoint *c, const Param *p);
+
 /* Writes the model as a checkpoint folder: config, tokenizer, template and generation settings of
  * `source`, its towers and dead tensors unchanged, every parameter in `dtype` (adapters merged in),
  * sharded at 5 GB. The folder appears whole or not at all. */

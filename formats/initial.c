@@ -3,6 +3,7 @@
 #include "formats/checkpoint.h"
 #include "formats/companion.h"
 #include "formats/file.h"
+#include "formats/gguf_save.h"
 #include "formats/shards.h"
 #include "kernels/elementwise.h"
 #include "kernels/random.h"
@@ -94,6 +95,31 @@ Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, ui
 done:
     folder_abandon(temporary);
     free(path);
+    gemma_free(&g);
+    return status;
+}
+
+/* ---- GGUF ---- */
+
+static void drawn_rows(void *context, const Param *p, int64_t first, int64_t count, float *out) {
+    const Drawing *d = context;
+    int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
+    draw(out, p, d->config, random_key_name(d->seed, p->name), first * cols, count * cols);
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count * cols; i++) out[i] = bf16_to_f32(f32_to_bf16(out[i]));
+}
+
+Status initial_gguf(const char *config_json, const char *tokenizer_dir, uint64_t seed, DType dtype,
+                    const char *path) {
+    ModelConfig config;
+    Gemma g = {0};
+    TRY(model_config_parse(&config, config_json, strlen(config_json), "config.json"));
+    gemma_declare(&g, &config, BF16, device_cpu());
+    Drawing d = {.config = &config, .seed = seed};
+    RowSource source = {.rows = drawn_rows, .context = &d};
+    GgufModel m = {&config, tokenizer_dir, "random", dtype, 0};
+    for (int i = 0; i < g.params.count; i++) m.parameters += tensor_count(g.params.items[i]->value);
+    Status status = gguf_save(&m, &g, &source, path);
     gemma_free(&g);
     return status;
 }

@@ -10,4 +10,8 @@
 Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, uint64_t seed,
                           DType dtype, const char *dir);
 
+/* The same weights, rounded to bf16 and then to `dtype`, straight as one GGUF file. */
+Status initial_gguf(const char *config_json, const char *tokenizer_dir, uint64_t seed, DType dtype,
+                    const char *path);
+
 #endif

@@ -6,7 +6,7 @@
 #include <string.h>
 
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device_name,
-                  const char *dtype) {
+                  const char *dtype, Residence residence) {
     *m = (Model){.dir = must_strdup(dir)};
     Device *device;
     Arena measure = arena_measure(), scratch = {0};
@@ -26,6 +26,9 @@ Status model_open(Model *m, const char *dir, const char *adapter, const char *de
         TRY_DONE(adapter_attach(&m->g, &m->spec));
         m->has_adapter = true;
     }
+    for (int i = 0; i < m->g.params.count; i++)
+        m->g.params.items[i]->mapped |=
+            residence == WEIGHTS_MAPPED && !m->g.params.items[i]->adapter;
     checkpoint_formats(&m->checkpoint, &m->g);
     TRY_DONE(params_place(&m->g.params, device, false));
     TRY_DONE(checkpoint_load(&m->checkpoint, &m->g));

@@ -16,9 +16,13 @@ typedef struct Model {
     Gemma g;
 } Model;
 
+/* How weights come into memory: read (and packed ones put in the order products want), or left in
+ * the mapped file, for walks that touch every row once. */
+typedef enum Residence { WEIGHTS_LOADED, WEIGHTS_MAPPED } Residence;
+
 /* adapter may be NULL; device and dtype as in a run file. */
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
-                  const char *dtype);
+                  const char *dtype, Residence residence);
 void model_close(Model *m);
 
 #endif

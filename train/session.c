@@ -79,6 +79,7 @@ Status session_open(Session *s, RunConfig *config, const char *store_path,
     TRY_DONE(row_reader_init(&s->reader, &s->config.data, s->tokenizer, c->model));
     gemma_declare(&s->g, &s->checkpoint.config, !strcmp(c->dtype, "bf16") ? BF16 : F32, device);
     TRY_DONE(adapt(&s->g, c, &s->spec));
+    checkpoint_formats(&s->checkpoint, &s->g);
     TRY_DONE(open_data(s, store_path, progress));
     LoaderConfig loader = {c->sequences,    c->accumulate,   c->data.max_length, c->seed,
                            c->data.shuffle, c->data.packing, c->steps,           c->epochs};
