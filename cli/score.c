@@ -3,8 +3,10 @@
 #include "data/rows.h"
 #include "infer/model.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,6 +17,8 @@ typedef struct Context {
     const char *format;
     StepMemory memory;
     int64_t capacity;
+    FILE *logits; /* where --logits go; NULL: nowhere */
+    int64_t scored;
 } Context;
 
 /* Ids of a row, and from which on they are scored. */
@@ -51,9 +55,17 @@ static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *fi
     return OK;
 }
 
+/* The first `scored` kept rows have a target. */
+static void write_logits(void *context, int64_t first, Tensor logits) {
+    Context *c = context;
+    int64_t n = c->scored - first < logits.shape[0] ? c->scored - first : logits.shape[0];
+    if (n > 0) fwrite(logits.data, sizeof(float), (size_t)(n * logits.shape[1]), c->logits);
+}
+
 static Status score_ids(Context *c, const Tokens *ids, int64_t first, float *nll) {
-    StepOptions options = {.mode = STACK_SCORE, .shortcut = true};
+    StepOptions options = {.mode = STACK_SCORE, .shortcut = !c->logits};
     int64_t N = ids->count;
+    if (c->logits) options.logits = write_logits, options.logits_context = c, c->scored = N - 1;
     if (N > c->capacity) {
         step_free(&c->memory);
         c->capacity = N > 512 ? N : 512;
@@ -100,7 +112,8 @@ done:
 }
 
 Status command_score(int argc, char **argv) {
-    const char *model = NULL, *adapter = NULL, *data = NULL, *device = "auto", *dtype = "bf16";
+    const char *model = NULL, *adapter = NULL, *data = NULL, *device = "auto", *dtype = "bf16",
+               *logits = NULL;
     Context c = {.format = "auto"};
     Option options[] = {
         {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
@@ -109,6 +122,8 @@ Status command_score(int argc, char **argv) {
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
         {"--chat-format", OPTION_TEXT, &c.format, "auto|large|small"},
+        {"--logits", OPTION_TEXT, &logits,
+         "FILE  the logits too: (vocabulary) little-endian f32 after each token but a row's last"},
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "score --model DIR [--adapter DIR] [--data FILE | TEXT]",
                    .about =
@@ -123,8 +138,12 @@ Status command_score(int argc, char **argv) {
     TRY(model_open(&c.model, model, adapter, device, dtype, WEIGHTS_LOADED));
     c.data = data_config_default();
     Status status = row_reader_init(&c.reader, &c.data, c.model.tokenizer, model);
+    if (status == OK && logits && !(c.logits = fopen(logits, "wb")))
+        status = status_fail(ERR_IO, "%s: %s", logits, strerror(errno));
     if (status == OK)
         status = rows_run(data, a.count ? a.positional[0] : NULL, true, score_row, &c);
+    if (c.logits && (ferror(c.logits) | fclose(c.logits)) && status == OK)
+        status = status_fail(ERR_IO, "%s: cannot be written", logits);
     step_free(&c.memory);
     model_close(&c.model);
     return status;

@@ -421,7 +421,22 @@ static uint32_t file_type(DType dtype) {
     return dtype == F32 ? 0 : dtype == Q4_0 ? 2 : dtype == Q8_0 ? 7 : 32;
 }
 
+/* llama.cpp knows the sources of shared K and V by their place: the two layers before the first
+ * that shares, sliding then full. */
+static void mention_sharing(const ModelConfig *c) {
+    int64_t first = c->num_hidden_layers - c->num_kv_shared_layers;
+    for (int64_t l = first; l < c->num_hidden_layers; l++) {
+        int64_t source = block_config(c, (int)l).kv_layer;
+        if (source == first - (c->layer[l].kind == SLIDING ? 2 : 1)) continue;
+        note("layer %d shares K and V of layer %d: llama.cpp expects other layers and will not run "
+             "this file",
+             (int)l, (int)source);
+        return;
+    }
+}
+
 Status gguf_put_model(GgufWriter *w, const GgufModel *m) {
+    mention_sharing(m->config);
     char label[32];
     double size = (double)m->parameters;
     snprintf(label, sizeof label, size < 1e9 ? "%.0fM" : "%.2gB",

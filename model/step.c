@@ -12,6 +12,7 @@
 
 typedef struct Step {
     Stack stack;
+    const StepOptions *options;
     Tensor targets, weights, nll; /* (kept) */
     Tensor dfinal;                /* (kept, D) */
 } Step;
@@ -41,6 +42,7 @@ static void loss(Step *t) {
         project(z, h, g->embed_tokens->value, s->pass.int8);
         cross_entropy(tensor_slice(t->nll, first, n), dz, z, tensor_slice(t->targets, first, n),
                       tensor_slice(t->weights, first, n), (float)g->config.final_logit_softcapping);
+        if (t->options->logits) t->options->logits(t->options->logits_context, first, z);
         if (!stack_trains(s)) continue;
         matmul(NN, tensor_slice(t->dfinal, first, n), SET, dz, g->embed_tokens->value, 1.0f);
         if (g->embed_tokens->trainable) matmul(TN, g->embed_tokens->grad, ADD, dz, h, 1.0f);
@@ -96,7 +98,7 @@ static void backward(Step *t) {
 
 static void step_open(Step *t, Gemma *g, const StepOptions *options, int64_t N, int64_t kept,
                       Arena *scratch) {
-    *t = (Step){0};
+    *t = (Step){.options = options};
     stack_open(&t->stack, g, options->mode, N, options->shortcut ? kept : N, NULL, scratch);
     t->stack.pass.key = options->key;
     t->stack.pass.load = options->load;

@@ -16,12 +16,17 @@ typedef struct Batch {
     const float *weights;   /* (N) derivative of the loss by each nll; NULL when only scoring */
 } Batch;
 
+/* Sees logits (n, V) f32, softcap included, of kept rows first .. first + n - 1. */
+typedef void LogitsFunction(void *context, int64_t first, Tensor logits);
+
 typedef struct StepOptions {
     StackMode mode;
     bool shortcut;    /* rows without a target stop after the last K/V owner */
     uint64_t key;     /* of the random numbers of this batch */
     ExpertLoad *load; /* NULL: not wanted */
     float aux_scale;
+    LogitsFunction *logits; /* NULL: nobody wants them */
+    void *logits_context;
 } StepOptions;
 
 /* Everything a step places: made for the largest batch, placed anew for each. */
