@@ -1,5 +1,8 @@
-/* bench.c - lapidary bench: kernels on this machine against the limits it shows in the same run. */
+/* bench.c - lapidary bench: kernels, or a model's prefill and decoding, on this machine against the
+ * limits it shows in the same run. */
 #include "cli/command.h"
+#include "infer/decoder.h"
+#include "infer/model.h"
 #include "kernels/arena.h"
 #include "kernels/matmul.h"
 #include "kernels/quantize.h"
@@ -17,8 +20,9 @@ static double now(void) {
 
 /* Bytes a second that all threads together read from memory: the best of several passes over what
  * no cache holds. */
-static double read_rate(const uint64_t *words, size_t count) {
+static double read_rate(uint64_t *words, size_t count) {
     double best = 0;
+    memset(words, 1, count * sizeof *words); /* pages never written are all one page of zeros */
     for (int pass = 0; pass < 3; pass++) {
         double start = now();
         uint64_t total = 0;
@@ -107,6 +111,116 @@ done:
     return status;
 }
 
+/* ---- a model ---- */
+
+typedef struct ModelBench {
+    const char *model, *dtype;
+    int64_t prompt, tokens, depth;
+} ModelBench;
+
+/* Bytes of weights that one decoded token reads: every matrix but the per-layer table, and of the
+ * experts those that are chosen. */
+static double bytes_a_token(const Gemma *g) {
+    double bytes = 0;
+    for (int i = 0; i < g->params.count; i++) {
+        const Param *p = g->params.items[i];
+        if (p->mapped || p->adapter) continue;
+        double size = (double)tensor_bytes(p->value);
+        if (p->value.ndim == 3)
+            size *= (double)g->config.top_k_experts / (double)g->config.num_experts;
+        bytes += size;
+    }
+    return bytes;
+}
+
+static void count_logits(void *context, int64_t first, Tensor logits) {
+    *(double *)context += ((const float *)logits.data)[0] + (double)first;
+}
+
+/* Seconds to score the prompt with the logits of every token: a fresh sequence. */
+static Status time_scoring(Model *m, const int32_t *ids, int64_t n, double *seconds) {
+    double sum = 0;
+    StepOptions options = {.mode = STACK_SCORE, .logits = count_logits, .logits_context = &sum};
+    StepMemory memory;
+    int32_t *numbers = must_calloc((size_t)n * 3, sizeof *numbers);
+    float *nll = must_calloc((size_t)n, sizeof *nll);
+    Status status = step_init(&memory, &m->g, n, &options);
+    for (int64_t i = 0; i < n; i++) numbers[i] = (int32_t)i, numbers[2 * n + i] = ids[(i + 1) % n];
+    Batch batch = {n, ids, numbers, numbers + n, NULL, numbers + 2 * n, NULL};
+    *seconds = 1e9;
+    for (int pass = 0; pass < 3 && status == OK; pass++) {
+        double start = now();
+        step_run(&m->g, &memory, &batch, &options, nll);
+        if (now() - start < *seconds) *seconds = now() - start;
+    }
+    step_free(&memory);
+    free(numbers);
+    free(nll);
+    return status;
+}
+
+/* The size of private memory, from the kernel's own account. */
+static double private_bytes(void) {
+    FILE *file = fopen("/proc/self/status", "r");
+    unsigned long long kilobytes = 0;
+    char line[256];
+    while (file && fgets(line, sizeof line, file))
+        if (sscanf(line, "RssAnon: %llu", &kilobytes) == 1) break;
+    if (file) fclose(file);
+    return (double)kilobytes * 1024;
+}
+
+static Status bench_model(const ModelBench *b) {
+    Model m;
+    Decoder d = {0};
+    Arena memory = {0};
+    Status status = OK;
+    size_t words = (size_t)1 << 27;
+    double prefill = 1e9, scoring = 0, decode = 0, before = 0, after = 0;
+    TRY(model_open(&m, b->model, NULL, "cpu", b->dtype, WEIGHTS_LOADED));
+    int64_t vocab = m.g.config.vocab_size, n = b->prompt > b->depth ? b->prompt : b->depth;
+    int32_t *ids = must_malloc((size_t)(n + 1) * sizeof *ids);
+    float *logits = must_malloc((size_t)vocab * sizeof *logits);
+    for (int64_t i = 0; i <= n; i++)
+        ids[i] = (int32_t)(3 + random_u64(9, (uint64_t)i) % (uint64_t)(vocab - 3));
+    if (b->prompt) {
+        TRY_DONE(time_scoring(&m, ids, b->prompt, &scoring));
+        for (int pass = 0; pass < 3; pass++) {
+            TRY_DONE(decoder_init(&d, &m.g, b->prompt + 1, 512));
+            double start = now();
+            decoder_feed(&d, ids, b->prompt, logits);
+            if (now() - start < prefill) prefill = now() - start;
+            decoder_free(&d);
+        }
+    }
+    TRY_DONE(decoder_init(&d, &m.g, b->depth + b->tokens + 8, 512));
+    if (b->depth) decoder_feed(&d, ids, b->depth, logits);
+    decoder_feed(&d, ids, 4, logits);
+    TRY_DONE(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
+    before = read_rate((uint64_t *)memory.base, words);
+    arena_free(&memory);
+    double start = now();
+    for (int64_t i = 0; i < b->tokens; i++) decoder_feed(&d, ids + i % (n + 1), 1, logits);
+    decode = (now() - start) / (double)b->tokens;
+    double used = private_bytes();
+    TRY_DONE(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
+    after = read_rate((uint64_t *)memory.base, words);
+    double bytes = bytes_a_token(&m.g);
+    printf(
+        "{\"scoring_tokens_per_s\": %.1f, \"prefill_tokens_per_s\": %.1f, \"decode_tokens_per_s\": "
+        "%.2f, \"bytes_per_token\": %.0f, \"decode_gb_per_s\": %.2f, \"probe_gb_per_s\": [%.1f, "
+        "%.1f], \"private_gb\": %.3f}\n",
+        b->prompt ? (double)b->prompt / scoring : 0, b->prompt ? (double)b->prompt / prefill : 0,
+        1 / decode, bytes, bytes / decode / 1e9, before / 1e9, after / 1e9, used / 1e9);
+done:
+    arena_free(&memory);
+    decoder_free(&d);
+    free(ids);
+    free(logits);
+    model_close(&m);
+    return status;
+}
+
 Status command_bench(int argc, char **argv) {
     static const Case cases[] = {
         {"decode: 1 row, q4_0, 8-bit activations", Q4_0_TILED, NT, 1, true},
@@ -122,20 +236,30 @@ Status command_bench(int argc, char **argv) {
         {"train, backward: 512 rows, q4_0", Q4_0_TILED, NN, 512, false},
         {"train, backward: 512 rows, nf4", NF4_NESTED, NN, 512, false},
     };
-    Option options[] = {{NULL, OPTION_FLAG, NULL, NULL}};
-    Arguments a = {.usage = "bench [NAME]",
+    ModelBench b = {.dtype = "bf16", .prompt = 512, .tokens = 64};
+    Option options[] = {
+        {"--model", OPTION_TEXT, &b.model, "DIR  time this model's prefill and decoding instead"},
+        {"--prompt", OPTION_INT, &b.prompt, "N  tokens of prefill (512)"},
+        {"--tokens", OPTION_INT, &b.tokens, "N  tokens decoded (64)"},
+        {"--depth", OPTION_INT, &b.depth, "N  tokens already there when decoding starts (0)"},
+        {"--dtype", OPTION_TEXT, &b.dtype, "bf16|f32  (bf16)"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
+    Arguments a = {.usage = "bench [NAME] [--model DIR]",
                    .about =
-                       "Times the products of a 1536 x 12288 layer on this machine. NAME keeps "
-                       "those whose name contains it.",
+                       "Times the products of a 1536 x 12288 layer on this machine (NAME keeps "
+                       "those whose name contains it), or a model: one JSON line.",
                    .options = options,
                    .least = 0,
                    .most = 1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
+    if (b.prompt < 0 || b.tokens < 1 || b.depth < 0)
+        FAIL(ERR_USAGE, "--prompt, --tokens or --depth is too small");
+    if (b.model) return bench_model(&b);
     size_t words = (size_t)1 << 27;
     Arena memory;
     TRY(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
-    double probe = read_rate((const uint64_t *)memory.base, words);
+    double probe = read_rate((uint64_t *)memory.base, words);
     printf("level %s, %d threads, memory reads %.1f GB/s\n", cpu_level_name(),
            omp_get_max_threads(), probe / 1e9);
     Status status = OK;
@@ -143,7 +267,7 @@ Status command_bench(int argc, char **argv) {
         if (!a.count || strstr(cases[i].name, a.positional[0])) status = run_case(&cases[i], probe);
     if (status == OK)
         printf("memory reads %.1f GB/s at the end\n",
-               read_rate((const uint64_t *)memory.base, words) / 1e9);
+               read_rate((uint64_t *)memory.base, words) / 1e9);
     arena_free(&memory);
     return status;
 }
