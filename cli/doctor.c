@@ -104,8 +104,10 @@ static Status check_gradients(Session *s) {
     TRY(loader_next(s->loader, &batches, &count, &trained));
     float *nll = must_malloc((size_t)(s->plan.rows + 1) * sizeof *nll);
     gradients_zero(&s->g.params);
+    s->g.fake.blend = 1; /* whole, whenever it begins */
     double begin = progress_now(),
            loss = step_run(&s->g, &s->memory, &batches[0].batch, &s->options, nll);
+    gemma_finish_gradients(&s->g);
     double seconds = progress_now() - begin, norm = gradients_norm(&s->g.params);
     loss *= (double)trained / (double)(batches[0].trained ? batches[0].trained : 1);
     free(nll);
@@ -120,7 +122,7 @@ static Status check_gradients(Session *s) {
         snprintf(part, sizeof part, "layers.%d.self_attn.k_proj", l);
         double k = gradient_below(&s->g, part);
         printf("  layer %d lends its K and V: gradient norm of k_proj %.4g\n", l, k);
-        if (s->config.method == METHOD_FULL && !(k > 0)) warn("%s gets no gradient", part);
+        if (!method_has_adapter(s->config.method) && !(k > 0)) warn("%s gets no gradient", part);
     }
     return OK;
 }

@@ -7,7 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const methods[] = {"full", "lora", NULL};
+static const char *const methods[] = {"full", "lora", "qlora", "qat", "qat-lora", NULL};
+static const char *const quants[] = {"nf4", "q4_0", "q8_0", "int8", "int4", NULL};
 static const char *const losses[] = {"assistant", "completion", "all", NULL};
 static const char *const turn_names[] = {"auto", "whole", "per-turn", NULL};
 static const char *const recomputes[] = {"auto", "on", "off", NULL};
@@ -230,24 +231,61 @@ static Status read_optimizer(RunConfig *c, Node *root) {
 }
 
 static Status read_method(RunConfig *c, Node *root) {
-    const char *method = "lora";
-    TRY(node_get_text(root, "method", &method, false));
-    static const char *const later[] = {"qlora", "qat", "qat-lora"};
-    for (int i = 0; i < 3; i++)
-        if (!strcmp(method, later[i]))
-            FAIL(ERR_CONFIG,
-                 "%s: method '%s' needs quantised weights, which this version does not have; "
-                 "expected full or lora",
-                 root->file, method);
     int index = METHOD_LORA;
     TRY(get_choice(root, "method", methods, &index));
     c->method = (Method)index;
     return OK;
 }
 
+/* An error naming a key that two settings cannot share. */
+static Status refuse_pair(const Node *map, const char *key, const char *why) {
+    Node *node = node_find((Node *)map, key);
+    FAIL(ERR_CONFIG, "%s:%d: %s %s", node->file, node->line, key, why);
+}
+
+static Status read_quant(RunConfig *c, Node *root) {
+    Node *quant, *lora;
+    bool rounds = method_rounds(c->method), learned = false;
+    int format = rounds ? QUANT_Q4_0 : QUANT_NF4;
+    c->quant.nested = c->quant.embeddings = true;
+    TRY(get_map(root, "quant", &quant));
+    TRY(get_map(root, "lora", &lora));
+    if (c->method == METHOD_QAT_LORA && c->lora.dora)
+        return refuse_pair(lora, "dora", "does not go with qat-lora: the merged weight is rounded");
+    if (c->method == METHOD_QAT_LORA && c->lora.dropout > 0)
+        return refuse_pair(lora, "dropout",
+                           "does not go with qat-lora: the merged weight is rounded");
+    if (!quant || (c->method != METHOD_QLORA && !rounds)) {
+        c->quant.format = (QuantName)format;
+        return OK;
+    }
+    const char *activations = NULL;
+    TRY(get_choice(quant, "format", quants, &format));
+    TRY(node_get_bool(quant, "double", &c->quant.nested, false));
+    TRY(get_count(quant, "start_step", 0, &c->quant.start_step));
+    TRY(get_count(quant, "warmup", 0, &c->quant.warmup));
+    TRY(node_get_bool(quant, "learned_scale", &learned, false));
+    TRY(node_get_text(quant, "activations", &activations, false));
+    TRY(node_get_bool(quant, "embeddings", &c->quant.embeddings, false));
+    c->quant.format = (QuantName)format;
+    if (rounds && format == QUANT_NF4)
+        return refuse_pair(quant, "format",
+                           "is nf4, which no exported file has; expected q4_0, q8_0, "
+                           "int8 or int4");
+    if (!rounds && format >= QUANT_INT8)
+        return refuse_pair(quant, "format", "of a frozen base is one of nf4, q4_0, q8_0");
+    if (learned)
+        return refuse_pair(quant, "learned_scale",
+                           "is true: learned scales are not in this version");
+    if (activations && strcmp(activations, "int8"))
+        return refuse_pair(quant, "activations", "is neither int8 nor null");
+    c->quant.activations = activations != NULL;
+    return OK;
+}
+
 static Status read_moe(RunConfig *c, Node *root) {
     Node *moe;
-    bool full = c->method == METHOD_FULL;
+    bool full = !method_has_adapter(c->method);
     c->aux_loss = full ? 0 : 0.001;
     c->train_router = full;
     TRY(get_map(root, "moe", &moe));
@@ -259,10 +297,11 @@ static Status read_moe(RunConfig *c, Node *root) {
 /* Known keys of methods this run does not use: named once, not refused. */
 static void mention_unused(RunConfig *c, Node *root) {
     Node *quant = node_find(root, "quant"), *lora = node_find(root, "lora");
-    if (c->method == METHOD_FULL && !node_is_null(lora))
-        note("method full does not use the keys of 'lora'");
+    if (!method_has_adapter(c->method) && !node_is_null(lora))
+        note("method %s does not use the keys of 'lora'", methods[c->method]);
     if (node_is_null(quant)) return;
-    note("method %s does not use the keys of 'quant'", methods[c->method]);
+    if (c->method == METHOD_FULL || c->method == METHOD_LORA)
+        note("method %s does not use the keys of 'quant'", methods[c->method]);
     static const char *const known[] = {"format",        "double",      "start_step", "warmup",
                                         "learned_scale", "activations", "embeddings"};
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) node_find(quant, known[i]);
@@ -282,6 +321,7 @@ static Status read_run(RunConfig *c, Node *root) {
     TRY(node_get_int(root, "seed", &c->seed, false));
     TRY(read_method(c, root));
     TRY(read_lora(c, root));
+    TRY(read_quant(c, root));
     TRY(read_data(c, root));
     TRY(read_optimizer(c, root));
 
@@ -523,7 +563,15 @@ char *run_config_text(const RunConfig *c) {
     put_quoted(&o, c->output);
     put(&o, "\ndevice: \"%s\"\ndtype: %s\nseed: %" PRId64 "\nmethod: %s\n", c->device, c->dtype,
         c->seed, methods[c->method]);
-    if (c->method == METHOD_LORA) put_lora(&o, c);
+    if (method_has_adapter(c->method)) put_lora(&o, c);
+    if (c->method == METHOD_QLORA)
+        put(&o, "quant: {format: %s, double: %s}\n", quants[c->quant.format], yes(c->quant.nested));
+    if (method_rounds(c->method))
+        put(&o,
+            "quant: {format: %s, start_step: %" PRId64 ", warmup: %" PRId64
+            ", activations: %s, embeddings: %s}\n",
+            quants[c->quant.format], c->quant.start_step, c->quant.warmup,
+            c->quant.activations ? "int8" : "null", yes(c->quant.embeddings));
     put_data(&o, c);
     put(&o,
         "optimizer: {name: %s, lr: %.17g, betas: [%.17g, %.17g], eps: %.17g, weight_decay: %.17g, "

@@ -15,7 +15,32 @@ typedef struct NumberMap {
     int count;
 } NumberMap;
 
-typedef enum Method { METHOD_FULL, METHOD_LORA } Method;
+typedef enum Method {
+    METHOD_FULL,
+    METHOD_LORA,
+    METHOD_QLORA,
+    METHOD_QAT,
+    METHOD_QAT_LORA,
+} Method;
+
+/* The keys of `quant.format`: what a frozen base is stored as, or what training rounds to. */
+typedef enum QuantName {
+    QUANT_NF4,
+    QUANT_Q4_0,
+    QUANT_Q8_0,
+    QUANT_INT8,
+    QUANT_INT4,
+} QuantName;
+
+/* Whether the method trains an adapter; else it trains the weights themselves. */
+static inline bool method_has_adapter(Method method) {
+    return method != METHOD_FULL && method != METHOD_QAT;
+}
+
+/* Whether it trains through rounding. */
+static inline bool method_rounds(Method method) {
+    return method == METHOD_QAT || method == METHOD_QAT_LORA;
+}
 typedef enum LossOn { LOSS_ASSISTANT, LOSS_COMPLETION, LOSS_ALL } LossOn;
 typedef enum Turns { TURNS_AUTO, TURNS_WHOLE, TURNS_PER_TURN } Turns;
 typedef enum Recompute { RECOMPUTE_AUTO, RECOMPUTE_ON, RECOMPUTE_OFF } Recompute;
@@ -51,6 +76,12 @@ typedef struct RunConfig {
         bool experts, rslora, dora;
         const char *init; /* a PEFT folder, or NULL */
     } lora;
+    struct {
+        QuantName format;
+        bool nested;                /* `double`: NF4's scales in 8 bits */
+        int64_t start_step, warmup; /* steps before rounding begins, and until it is whole */
+        bool activations, embeddings;
+    } quant;
     DataConfig data;
     struct {
         bool sgd;

@@ -179,13 +179,18 @@ void adapter_init(Gemma *g, uint64_t seed) {
             ((float *)A.data)[i] = (2.0f * random_uniform(key, (uint64_t)i) - 1.0f) * bound;
         fill(l->lora->B->value, 0.0f);
         if (!l->lora->magnitude) continue;
-        float *row = must_malloc((size_t)l->in * sizeof *row);
+        float *rows = must_malloc((size_t)(TILE_HEIGHT * l->in) * sizeof *rows);
         for (int64_t o = 0; o < l->out; o++) {
             double sum = 0;
-            scale_copy(TENSOR(row, F32, l->in), SET, tensor_at(l->weight->value, o), 1.0f);
+            if (o % TILE_HEIGHT == 0) { /* rows of a tiled weight come together */
+                int64_t n = l->out - o < TILE_HEIGHT ? l->out - o : TILE_HEIGHT;
+                scale_copy(TENSOR(rows, F32, n, l->in), SET, tensor_slice(l->weight->value, o, n),
+                           1.0f);
+            }
+            const float *row = rows + o % TILE_HEIGHT * l->in;
             for (int64_t i = 0; i < l->in; i++) sum += (double)row[i] * row[i];
             ((float *)l->lora->magnitude->value.data)[o] = (float)sqrt(sum);
         }
-        free(row);
+        free(rows);
     }
 }

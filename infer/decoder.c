@@ -22,7 +22,7 @@ static void open_pass(Decoder *d, Stack *s, int64_t n) {
 /* The head of the one row that is kept. */
 static void head(Decoder *d, Stack *s, float *logits) {
     Tensor z = TENSOR(logits, F32, 1, d->g->config.vocab_size);
-    project(z, s->final, d->g->embed_tokens->value, s->pass.int8);
+    project(z, s->final, stack_table(s), s->pass.int8);
     softcap_forward(z, (float)d->g->config.final_logit_softcapping);
 }
 

@@ -51,3 +51,23 @@ bool gemma_trains_embedding(const Gemma *g) {
     return g->embed_tokens->trainable ||
            (g->per_layer_input.L && per_layer_input_trains(&g->per_layer_input));
 }
+
+bool gemma_rounds_embedding(const Gemma *g) {
+    return fake_quant_on(&g->fake) && g->fake.embeddings &&
+           fake_quant_fits(&g->fake, g->config.hidden_size);
+}
+
+static void finish_param(const Gemma *g, Param *p) {
+    if (p->trainable && fake_quant_fits(&g->fake, tensor_cols(p->value)))
+        fake_quantize_backward(p->grad, tensor_absent(), p->value, tensor_absent(), g->fake.scheme,
+                               g->fake.blend);
+}
+
+void gemma_finish_gradients(Gemma *g) {
+    if (!fake_quant_on(&g->fake)) return;
+    for (Linear *l = g->linears.first; l; l = l->next)
+        if (l->fake) finish_param(g, l->weight);
+    if (!g->fake.embeddings) return;
+    finish_param(g, g->embed_tokens);
+    if (g->per_layer_input.L) finish_param(g, g->per_layer_input.embed_tokens_per_layer);
+}

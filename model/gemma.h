@@ -10,6 +10,7 @@ typedef struct Gemma {
     DType dtype; /* of activations and frozen weights */
     bool int8;   /* run packed weights with activations in 8 bits; only with dtype bf16 */
     Device *device;
+    FakeQuant fake; /* linears that train through rounding point here */
     ParamList params;
     LinearList linears;
     Param *embed_tokens;           /* (V, D), also the head */
@@ -31,6 +32,13 @@ Linear *gemma_find_linear(const Gemma *g, const char *name);
 /* Renews what adapters derive from their values (linear_refresh of every linear): after loading
  * them and after every update, before anything is computed with them. */
 void gemma_refresh(Gemma *g, Arena *scratch);
+
+/* Whether the token table (and the head with it) is used rounded now. */
+bool gemma_rounds_embedding(const Gemma *g);
+
+/* Once the gradients of a step are summed: what straight-through rounding leaves of the gradients
+ * of trained weights. Before clipping and the update. */
+void gemma_finish_gradients(Gemma *g);
 
 /* Whether the gradient of the scaled embeddings is wanted by anything. */
 bool gemma_trains_embedding(const Gemma *g);

@@ -58,9 +58,129 @@ void project(Tensor y, Tensor x, Tensor weight, bool int8) {
         matmul(NT, y, SET, x, weight, 1.0f);
 }
 
+/* ---- through rounding ---- */
+
+/* Rows of W + scale B A made at a time. */
+#define ROUNDED_ROWS 256
+
+/* The weight that is computed with, (out, in) in `dtype`: of group `g`, adapter merged, rounded. */
+static Tensor rounded_weight(const Linear *l, int64_t g, DType dtype, Arena *scratch) {
+    bool grouped = l->groups > 1;
+    Tensor w = ARENA_TENSOR(scratch, dtype, l->out, l->in);
+    Tensor value = grouped ? tensor_at(l->weight->value, g) : l->weight->value;
+    if (!l->lora) {
+        fake_quantize(w, value, tensor_absent(), l->fake->scheme, l->fake->blend);
+        return w;
+    }
+    size_t mark = arena_mark(scratch);
+    int64_t block = l->out < ROUNDED_ROWS ? l->out : ROUNDED_ROWS;
+    Tensor sum = ARENA_TENSOR(scratch, F32, block, l->in);
+    Tensor A = grouped ? tensor_at(l->lora->A->value, g) : l->lora->A->value;
+    Tensor B = grouped ? tensor_at(l->lora->B->value, g) : l->lora->B->value;
+    for (int64_t o = 0; o < l->out && sum.data; o += block) {
+        int64_t n = l->out - o < block ? l->out - o : block;
+        Tensor part = tensor_slice(sum, 0, n);
+        scale_copy(part, SET, tensor_slice(value, o, n), 1.0f);
+        matmul_ordered(NN, part, ADD, tensor_slice(B, o, n), A, l->lora->scale);
+        fake_quantize(tensor_slice(w, o, n), part, tensor_absent(), l->fake->scheme,
+                      l->fake->blend);
+    }
+    arena_release(scratch, mark);
+    return w;
+}
+
+/* dW (out, in) f32 of the rounded weight, passed to the adapter's A and B of group `g`. */
+static void rounded_backward(const Linear *l, int64_t g, Tensor dW, Arena *scratch) {
+    bool grouped = l->groups > 1;
+    size_t mark = arena_mark(scratch);
+    int64_t block = l->out < ROUNDED_ROWS ? l->out : ROUNDED_ROWS;
+    Tensor value = grouped ? tensor_at(l->weight->value, g) : l->weight->value;
+    Tensor A = grouped ? tensor_at(l->lora->A->value, g) : l->lora->A->value;
+    Tensor B = grouped ? tensor_at(l->lora->B->value, g) : l->lora->B->value;
+    Tensor dA = grouped ? tensor_at(l->lora->A->grad, g) : l->lora->A->grad;
+    Tensor dB = grouped ? tensor_at(l->lora->B->grad, g) : l->lora->B->grad;
+    Tensor sum = ARENA_TENSOR(scratch, F32, block, l->in);
+    for (int64_t o = 0; o < l->out && sum.data; o += block) {
+        int64_t n = l->out - o < block ? l->out - o : block;
+        Tensor part = tensor_slice(sum, 0, n);
+        scale_copy(part, SET, tensor_slice(value, o, n), 1.0f);
+        matmul_ordered(NN, part, ADD, tensor_slice(B, o, n), A, l->lora->scale);
+        fake_quantize_backward(tensor_slice(dW, o, n), tensor_absent(), part, tensor_absent(),
+                               l->fake->scheme, l->fake->blend);
+    }
+    if (sum.data) {
+        matmul_ordered(NT, dB, ADD, dW, A, l->lora->scale);
+        matmul_ordered(TN, dA, ADD, B, dW, l->lora->scale);
+    }
+    arena_release(scratch, mark);
+}
+
+/* The input as an 8-bit product sees it. */
+static Tensor rounded_input(const Linear *l, Tensor x, Arena *scratch) {
+    if (!l->fake->activations || l->fake->blend < 1.0f) return x;
+    Tensor rounded = arena_like(scratch, x);
+    fake_quantize_rows(rounded, x);
+    return rounded;
+}
+
+/* First row and count of group g: all rows of a dense linear, and while measuring. */
+static void group_rows(const Linear *l, RowGroups groups, int64_t g, int64_t rows, int64_t *first,
+                       int64_t *count) {
+    bool known = l->groups > 1 && groups.offsets;
+    *first = known ? groups.offsets[g] : 0;
+    *count = known ? groups.offsets[g + 1] - groups.offsets[g] : rows;
+}
+
+static void forward_rounded(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
+    Tensor input = rounded_input(l, x, p->scratch);
+    for (int64_t g = 0; g < l->groups; g++) {
+        size_t mark = arena_mark(p->scratch);
+        int64_t first, count;
+        group_rows(l, groups, g, tensor_rows(x), &first, &count);
+        if (!count) continue;
+        Tensor w = rounded_weight(l, g, x.dtype, p->scratch);
+        matmul(NT, tensor_slice(y, first, count), SET, tensor_slice(input, first, count), w, 1.0f);
+        arena_release(p->scratch, mark);
+    }
+}
+
+/* The gradient of a trained weight itself is masked once, when the step's sum is there
+ * (gemma_finish_gradients). */
+static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
+                             RowGroups groups, Pass *p) {
+    Tensor input = rounded_input(l, x, p->scratch);
+    for (int64_t g = 0; g < l->groups; g++) {
+        size_t mark = arena_mark(p->scratch);
+        int64_t first, count;
+        group_rows(l, groups, g, tensor_rows(x), &first, &count);
+        if (!count) continue;
+        Tensor dy_rows = tensor_slice(dy, first, count), rows = tensor_slice(input, first, count);
+        if (tensor_present(dx))
+            matmul(NN, tensor_slice(dx, first, count), write, dy_rows,
+                   rounded_weight(l, g, x.dtype, p->scratch), 1.0f);
+        arena_release(p->scratch, mark);
+        if (l->weight->trainable)
+            matmul(TN, l->groups > 1 ? tensor_at(l->weight->grad, g) : l->weight->grad, ADD,
+                   dy_rows, rows, 1.0f);
+        if (l->lora && l->lora->A->trainable) {
+            Tensor dW = ARENA_TENSOR(p->scratch, F32, l->out, l->in);
+            matmul(TN, dW, SET, dy_rows, rows, 1.0f);
+            rounded_backward(l, g, dW, p->scratch);
+        }
+        arena_release(p->scratch, mark);
+    }
+}
+
+/* ---- forward and backward ---- */
+
 static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
     const int32_t *offsets = groups.offsets;
     size_t mark = arena_mark(p->scratch);
+    if (fake_quant_on(l->fake)) {
+        forward_rounded(l, y, x, groups, p);
+        arena_release(p->scratch, mark);
+        return;
+    }
     if (l->groups == 1)
         project(y, x, l->weight->value, p->int8);
     else if (p->int8 && dtype_is_tiled(l->weight->value.dtype))
@@ -82,6 +202,11 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
     const int32_t *offsets = groups.offsets;
     size_t mark = arena_mark(p->scratch);
     const Lora *lora = l->lora;
+    if (fake_quant_on(l->fake)) {
+        backward_rounded(l, dx, write, dy, x, groups, p);
+        arena_release(p->scratch, mark);
+        return;
+    }
     if (lora &&
         lora->magnitude) { /* y = factor * z: dm = sum dy z / |.|, and dz = factor * dy goes on */
         if (lora->magnitude->trainable) {

@@ -6,6 +6,7 @@
 #ifndef LINEAR_H
 #define LINEAR_H
 
+#include "model/fake_quant.h"
 #include "model/params.h"
 #include "model/pass.h"
 
@@ -26,6 +27,7 @@ typedef struct Linear {
     int64_t in, out, groups;   /* groups: experts; 1 for a dense layer */
     Param *weight;             /* (out, in) or (groups, out, in) */
     Lora *lora;                /* NULL: no adapter */
+    const FakeQuant *fake;     /* NULL: weights are used as they are */
     char name[PARAM_NAME_MAX]; /* full name of the module, or of the parameter when grouped */
     struct Linear *next;       /* the model's list of linears, in order of declaration */
 } Linear;

@@ -14,6 +14,7 @@ typedef struct PerLayerInput {
     Param *embed_tokens_per_layer;     /* (V, L P) */
     Linear per_layer_model_projection; /* (L P, D) */
     Norm per_layer_projection_norm;    /* (P), one weight for all layers */
+    const FakeQuant *fake; /* rounds the table when its embeddings are on; NULL: never */
     int64_t L, P, D;
     int32_t pad; /* the lookup of this id trains nothing, as in the reference */
 } PerLayerInput;

@@ -94,6 +94,8 @@ void stack_place(Stack *s, Arena *arena) {
     rows_reserve(&s->all, arena, c, s->N);
     s->ids = ARENA_TENSOR(arena, I32, s->N);
     s->positions = ARENA_TENSOR(arena, I32, s->N);
+    if (g->fake.embeddings && fake_quant_fits(&g->fake, D))
+        s->rounded_table = ARENA_TENSOR(arena, g->dtype, c->vocab_size, D);
     s->some = s->all;
     if (s->kept < s->N) {
         rows_reserve(&s->some, arena, c, s->kept);
@@ -127,6 +129,10 @@ void stack_place(Stack *s, Arena *arena) {
     s->final_rstd = ARENA_TENSOR(arena, F32, s->kept);
 }
 
+Tensor stack_table(const Stack *s) {
+    return gemma_rounds_embedding(s->g) ? s->rounded_table : s->g->embed_tokens->value;
+}
+
 /* The layer's input: after the boundary the rows that go on. */
 Tensor stack_input(const Stack *s, int l) {
     return l == s->boundary && s->kept < s->N ? s->kept_input : s->residual[l];
@@ -158,7 +164,10 @@ void stack_forward(Stack *s) {
             gather_rows(s->some.cos[kind], s->all.cos[kind], s->some.source);
             gather_rows(s->some.sin[kind], s->all.sin[kind], s->some.source);
         }
-    embedding_forward(s->residual[0], g->embed_tokens->value, 0, s->ids, gemma_embedding_scale(g));
+    if (gemma_rounds_embedding(g))
+        fake_quantize(s->rounded_table, g->embed_tokens->value, tensor_absent(), g->fake.scheme,
+                      g->fake.blend);
+    embedding_forward(s->residual[0], stack_table(s), 0, s->ids, gemma_embedding_scale(g));
     if (g->per_layer_input.L)
         per_layer_input_forward(&g->per_layer_input, &s->per_layer, s->residual[0], s->ids, p);
     for (int l = 0; l < L; l++) {

@@ -23,7 +23,9 @@ typedef struct Stack {
         some; /* `some`: the rows that go on after the boundary; `all` itself when every row does */
     int boundary; /* first layer that sees only `some` */
     Tensor ids, positions;
-    KvSlot *slots; /* one a layer; the stack's own unless a decoder lends its cache */
+    Tensor rounded_table; /* (V, D): the token table as it will be stored; only where that is
+                             trained */
+    KvSlot *slots;        /* one a layer; the stack's own unless a decoder lends its cache */
     bool lent;
     BlockSaved *saved; /* one a layer */
     Tensor *residual;  /* (N or kept, D): input of each layer, and of the final norm */
@@ -43,6 +45,9 @@ void stack_place(Stack *s, Arena *arena);
 
 /* From ids, positions and filled rows to s->final. */
 void stack_forward(Stack *s);
+
+/* The token table that embeds, and the head that it also is. */
+Tensor stack_table(const Stack *s);
 
 /* What layer l reads: its rows' residual, and their per-layer input (temporary). stack_enter points
  * the pass at its rows. */

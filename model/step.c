@@ -39,12 +39,12 @@ static void loss(Step *t) {
         int64_t n = s->kept - first < rows ? s->kept - first : rows;
         Tensor h = tensor_slice(s->final, first, n), z = tensor_slice(logits, 0, n),
                dz = tensor_slice(dlogits, 0, n);
-        project(z, h, g->embed_tokens->value, s->pass.int8);
+        project(z, h, stack_table(s), s->pass.int8);
         cross_entropy(tensor_slice(t->nll, first, n), dz, z, tensor_slice(t->targets, first, n),
                       tensor_slice(t->weights, first, n), (float)g->config.final_logit_softcapping);
         if (t->options->logits) t->options->logits(t->options->logits_context, first, z);
         if (!stack_trains(s)) continue;
-        matmul(NN, tensor_slice(t->dfinal, first, n), SET, dz, g->embed_tokens->value, 1.0f);
+        matmul(NN, tensor_slice(t->dfinal, first, n), SET, dz, stack_table(s), 1.0f);
         if (g->embed_tokens->trainable) matmul(TN, g->embed_tokens->grad, ADD, dz, h, 1.0f);
     }
     arena_release(scratch, mark);
@@ -132,16 +132,21 @@ void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
     stack_close(&t.stack);
 }
 
-/* Keeping every row takes the most activations; leaving some out adds gathered copies. */
+/* Keeping every row takes the most activations; leaving some out adds gathered copies. A model that
+ * trains through rounding runs without it until its start. */
 void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations,
                size_t *scratch) {
+    float blend = g->fake.blend;
     *activations = *scratch = 0;
-    for (int64_t kept = N; kept >= N - 1 && kept > 0; kept--) {
-        size_t a, t;
-        step_measure(g, N, kept, options, &a, &t);
-        if (a > *activations) *activations = a;
-        if (t > *scratch) *scratch = t;
-    }
+    for (int64_t kept = N; kept >= N - 1 && kept > 0; kept--)
+        for (int on = 0; on <= (g->fake.scheme != SCHEME_NONE); on++) {
+            size_t a, t;
+            g->fake.blend = (float)on;
+            step_measure(g, N, kept, options, &a, &t);
+            if (a > *activations) *activations = a;
+            if (t > *scratch) *scratch = t;
+        }
+    g->fake.blend = blend;
 }
 
 Status step_init(StepMemory *m, Gemma *g, int64_t N, const StepOptions *options) {

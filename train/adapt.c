@@ -1,4 +1,4 @@
-/* adapt.c - full training and LoRA as settings of the model. */
+/* adapt.c - every method as settings of the model. */
 #include "train/adapt.h"
 #include "model/moe.h"
 
@@ -68,9 +68,46 @@ static void spec_of_run(AdapterSpec *spec, const RunConfig *config) {
     spec->alpha_patterns = config->lora.alpha_pattern.count;
 }
 
+/* A frozen base in few bits: every linear but the router, whose choices are delicate. */
+static void adapt_base(Gemma *g, const RunConfig *config) {
+    static const DType dtypes[] = {[QUANT_NF4] = NF4, [QUANT_Q4_0] = Q4_0, [QUANT_Q8_0] = Q8_0};
+    DType dtype = dtypes[config->quant.format];
+    if (dtype == NF4 && config->quant.nested) dtype = NF4_NESTED;
+    for (Linear *l = g->linears.first; l; l = l->next) {
+        DType tiled = dtype_tiled(dtype);
+        if (l->weight->trainable || strstr(l->name, ".router.")) continue;
+        if (dtype_fits(tiled, l->groups * l->out, l->in))
+            l->weight->value.dtype = tiled;
+        else if (dtype_fits(dtype, l->groups * l->out, l->in))
+            l->weight->value.dtype = dtype;
+    }
+}
+
+/* Training through rounding: the same matrices that an export rounds. */
+static void adapt_rounding(Gemma *g, const RunConfig *config) {
+    static const QuantScheme schemes[] = {[QUANT_Q4_0] = SCHEME_Q4_0,
+                                          [QUANT_Q8_0] = SCHEME_Q8_0,
+                                          [QUANT_INT8] = SCHEME_INT8,
+                                          [QUANT_INT4] = SCHEME_INT4};
+    g->fake = (FakeQuant){.scheme = schemes[config->quant.format],
+                          .activations = config->quant.activations,
+                          .embeddings = config->quant.embeddings};
+    for (Linear *l = g->linears.first; l; l = l->next)
+        if (!strstr(l->name, ".router.") && fake_quant_fits(&g->fake, l->in)) l->fake = &g->fake;
+    g->per_layer_input.fake = &g->fake;
+}
+
+float adapt_blend(const RunConfig *config, int64_t step) {
+    int64_t since = step - config->quant.start_step;
+    if (!method_rounds(config->method) || since < 0) return 0;
+    return since + 1 >= config->quant.warmup ? 1.0f
+                                             : (float)(since + 1) / (float)config->quant.warmup;
+}
+
 Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
     *spec = (AdapterSpec){0};
-    if (config->method == METHOD_FULL) {
+    if (method_rounds(config->method)) adapt_rounding(g, config);
+    if (!method_has_adapter(config->method)) {
         adapt_full(g, config);
         return OK;
     }
@@ -87,13 +124,14 @@ Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
     TRY_DONE(adapter_attach(g, spec));
     for (Linear *l = g->linears.first; l; l = l->next) /* dropout masks differ from seed to seed */
         if (l->lora) l->lora->key ^= (uint64_t)config->seed * 0x9e3779b97f4a7c15u;
+    if (config->method == METHOD_QLORA) adapt_base(g, config);
 done:
     if (status != OK) adapter_spec_free(spec);
     return status;
 }
 
 Status adapt_init(Gemma *g, const RunConfig *config) {
-    if (config->method == METHOD_FULL) return OK;
+    if (!method_has_adapter(config->method)) return OK;
     adapter_init(g, (uint64_t)config->seed);
     return config->lora.init ? peft_load(g, config->lora.init) : OK;
 }

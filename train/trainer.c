@@ -4,6 +4,7 @@
 #include "kernels/random.h"
 #include "kernels/update.h"
 #include "optim/schedule.h"
+#include "train/adapt.h"
 #include "train/metrics.h"
 #include "train/plot.h"
 #include "train/progress.h"
@@ -44,12 +45,12 @@ typedef struct Trainer {
 
 static Status save_weights(Trainer *t, const char *path) {
     const Session *s = &t->s;
-    if (s->config.method == METHOD_LORA) return peft_save(&s->g, &s->spec, path);
+    if (method_has_adapter(s->config.method)) return peft_save(&s->g, &s->spec, path);
     return checkpoint_save(&s->checkpoint, &s->g, s->g.dtype, path);
 }
 
 static const char *weights_name(const Trainer *t) {
-    return t->s.config.method == METHOD_LORA ? "adapter" : "model";
+    return method_has_adapter(t->s.config.method) ? "adapter" : "model";
 }
 
 static int by_step(const void *a, const void *b) {
@@ -206,6 +207,7 @@ static Status one_step(Trainer *t, Metrics *m) {
     double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0, norm,
            scale = 1;
     gradients_zero(&s->g.params);
+    s->g.fake.blend = adapt_blend(&s->config, t->state.step);
     for (int64_t i = 0; i < count; i++) {
         s->options.key =
             random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step), (uint64_t)i);
@@ -215,6 +217,7 @@ static Status one_step(Trainer *t, Metrics *m) {
         if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)count;
         tokens += batches[i].batch.N;
     }
+    gemma_finish_gradients(&s->g);
     norm = gradients_norm(&s->g.params);
     *m = (Metrics){.loss = loss,
                    .aux_loss = t->load ? aux : NAN,

@@ -24,7 +24,15 @@ CASE(run_config, wrong_files_name_file_line_and_key) {
     EXPECT_ERROR(try_run(MINIMAL "lora: {dropout: 1.5}\n"), "dropout is 1.5");
     EXPECT_ERROR(try_run(MINIMAL "schedule: {name: sometimes}\n"),
                  "expected one of constant, linear, cosine, wsd");
-    EXPECT_ERROR(try_run(MINIMAL "method: qlora\n"), "needs quantised weights");
+    EXPECT_ERROR(try_run(MINIMAL "method: sideways\n"),
+                 "expected one of full, lora, qlora, qat, qat-lora");
+    EXPECT_ERROR(try_run(MINIMAL "method: qat\nquant: {format: nf4}\n"), "no exported file has");
+    EXPECT_ERROR(try_run(MINIMAL "method: qlora\nquant: {format: int4}\n"),
+                 "one of nf4, q4_0, q8_0");
+    EXPECT_ERROR(try_run(MINIMAL "method: qat-lora\nlora: {dropout: 0.1}\n"),
+                 "does not go with qat-lora");
+    EXPECT_ERROR(try_run(MINIMAL "method: qat\nquant: {activations: int4}\n"),
+                 "neither int8 nor null");
     EXPECT_ERROR(try_run(MINIMAL "optimizer: {betas: [0.9]}\n"),
                  "betas is not a list of two numbers");
     EXPECT_ERROR(try_run(MINIMAL "seed: 1\nseed: 2\n"), "run.yaml:5: key 'seed' is given twice");
