@@ -34,3 +34,9 @@ int program_run(const char *format, ...) {
     read_back(program_err, sizeof program_err, "err");
     return WIFEXITED(status) ? WEXITSTATUS(status) : 256 + WTERMSIG(status);
 }
+
+const char *program_output(void) {
+    static char both[sizeof program_out + sizeof program_err];
+    snprintf(both, sizeof both, "%s%s", program_out, program_err);
+    return both;
+}

@@ -9,6 +9,9 @@ extern char program_out[1 << 16], program_err[1 << 16];
 
 const char *program_path(void);
 
+/* Both, one after the other. */
+const char *program_output(void);
+
 /* Runs it; its exit status. */
 int program_run(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -16,6 +19,12 @@ int program_run(const char *format, ...) __attribute__((format(printf, 1, 2)));
     do {                                                                                           \
         int run_status = program_run(__VA_ARGS__);                                                 \
         EXPECT(run_status == (code), "exit status %d: %s", run_status, program_err);               \
+    } while (0)
+
+#define EXPECT_EXIT(code, part, ...)                                                               \
+    do {                                                                                           \
+        EXPECT_RUN(code, __VA_ARGS__);                                                             \
+        EXPECT(strstr(program_output(), part), "'%s' lacks '%s'", program_output(), part);         \
     } while (0)
 
 #endif

@@ -2,19 +2,6 @@
 #include "formats/file.h"
 #include "tests/program.h"
 
-/* Results and messages of the last run together. */
-static const char *output(void) {
-    static char both[sizeof program_out + sizeof program_err];
-    snprintf(both, sizeof both, "%s%s", program_out, program_err);
-    return both;
-}
-
-#define EXPECT_EXIT(code, part, ...)                                                               \
-    do {                                                                                           \
-        EXPECT_RUN(code, __VA_ARGS__);                                                             \
-        EXPECT(strstr(output(), part), "'%s' lacks '%s'", output(), part);                         \
-    } while (0)
-
 CASE(cli, a_wrong_command_line_exits_2) {
     EXPECT_EXIT(2, "usage:", "%s", "");
     EXPECT_EXIT(2, "unknown command 'polish'", "polish");
@@ -78,7 +65,7 @@ CASE(cli, a_full_disk_is_an_error_and_leaves_nothing) {
     if (system(line)) SKIP("a tmpfs cannot be mounted here");
     int code = program_run("init tiny %s/m --tokenizer demo/tokenizer", mount);
     char copy[512];
-    snprintf(copy, sizeof copy, "%.500s", output());
+    snprintf(copy, sizeof copy, "%.500s", program_output());
     snprintf(line, sizeof line, "ls -A %s | wc -l > %s/left", mount, test_folder());
     int listed = system(line);
     snprintf(line, sizeof line, "umount %s", mount);

@@ -1,0 +1,458 @@
+/* test_gguf.c - a GGUF is the folder it was made from; what training through rounding computes is
+ * what the exported file computes; bad files are refused by name. */
+#include "data/tokenizer.h"
+#include "formats/adapter.h"
+#include "formats/companion.h"
+#include "formats/file.h"
+#include "formats/gguf_save.h"
+#include "formats/initial.h"
+#include "kernels/elementwise.h"
+#include "kernels/random.h"
+#include "model/merge.h"
+#include "model/step.h"
+#include "tests/fixture.h"
+#include "tests/program.h"
+
+#include <math.h>
+
+#define N 40
+
+/* Models whose rows are whole blocks: shared K/V with per-layer inputs, K as V, experts. */
+static const char *const kinds[] = {"shared", "dense", "experts"};
+#define KINDS 3
+
+static char *config_of(const char *kind) {
+    bool shared = *kind == 's', experts = *kind == 'e';
+    return must_format(
+        "{\"model_type\": \"gemma4_text\", \"architectures\": [\"Gemma4ForCausalLM\"],"
+        "\"vocab_size\": 2048, \"vocab_size_per_layer_input\": 2048, \"hidden_size\": 128, "
+        "\"num_hidden_layers\": %d,"
+        "\"layer_types\": [\"sliding_attention\", \"full_attention\"%s], \"num_attention_heads\": "
+        "4,"
+        "\"num_key_value_heads\": 2, \"num_global_key_value_heads\": %s, \"head_dim\": 32, "
+        "\"global_head_dim\": 64,"
+        "\"intermediate_size\": 192, \"use_double_wide_mlp\": %s, \"sliding_window\": 16, "
+        "\"num_kv_shared_layers\": %d,"
+        "\"attention_k_eq_v\": %s, \"hidden_size_per_layer_input\": %d, \"enable_moe_block\": %s, "
+        "\"num_experts\": %s,"
+        "\"top_k_experts\": %s, \"moe_intermediate_size\": %s, \"max_position_embeddings\": 512,"
+        "\"hidden_activation\": \"gelu_pytorch_tanh\", \"final_logit_softcapping\": 30.0, "
+        "\"rms_norm_eps\": 1e-6,"
+        "\"pad_token_id\": 0, \"bos_token_id\": 2, \"tie_word_embeddings\": true, "
+        "\"rope_parameters\": {"
+        "\"full_attention\": {\"partial_rotary_factor\": 0.25, \"rope_theta\": 1000000.0, "
+        "\"rope_type\": \"proportional\"},"
+        "\"sliding_attention\": {\"rope_theta\": 10000.0, \"rope_type\": \"default\"}}}",
+        shared ? 4 : 2, shared ? ", \"sliding_attention\", \"full_attention\"" : "",
+        shared ? "null" : "1", shared ? "true" : "false", shared ? 2 : 0, shared ? "false" : "true",
+        shared ? 64 : 0, experts ? "true" : "false", experts ? "8" : "null", experts ? "2" : "null",
+        experts ? "64" : "null");
+}
+
+static char *make_model(const char *kind) {
+    char *dir = must_format("%s/%s", test_folder(), kind), *json = config_of(kind);
+    EXPECT_OK(initial_checkpoint(json, "demo/tokenizer", 5, F32, dir));
+    free(json);
+    return dir;
+}
+
+typedef struct Loaded {
+    Checkpoint checkpoint;
+    Gemma g;
+    StepMemory memory;
+    StepOptions options;
+    AdapterSpec spec;
+    float nll[N];
+} Loaded;
+
+typedef void Setup(Loaded *m);
+
+static void load(Loaded *m, const char *path, DType dtype, StackMode mode, Setup *setup) {
+    *m = (Loaded){0};
+    EXPECT_OK(checkpoint_open(&m->checkpoint, path));
+    gemma_declare(&m->g, &m->checkpoint.config, dtype, device_cpu());
+    if (setup) setup(m);
+    checkpoint_formats(&m->checkpoint, &m->g);
+    EXPECT_OK(params_place(&m->g.params, device_cpu(), mode != STACK_SCORE));
+    EXPECT_OK(checkpoint_load(&m->checkpoint, &m->g));
+    for (Linear *l = m->g.linears.first; l; l = l->next) /* an adapter that does something */
+        if (l->lora) {
+            Tensor A = l->lora->A->value, B = l->lora->B->value;
+            random_normal(A.data, random_key_name(1, l->name), 0, tensor_count(A));
+            random_normal(B.data, random_key_name(2, l->name), 0, tensor_count(B));
+            scale_copy(A, SET, A, 0.1f);
+            scale_copy(B, SET, B, 0.02f);
+        }
+    m->options = (StepOptions){.mode = mode, .shortcut = true};
+    EXPECT_OK(step_init(&m->memory, &m->g, N, &m->options));
+}
+
+static void unload(Loaded *m) {
+    step_free(&m->memory);
+    adapter_spec_free(&m->spec);
+    gemma_free(&m->g);
+    checkpoint_close(&m->checkpoint);
+}
+
+static void run(Loaded *m) {
+    int32_t ids[N], positions[N], starts[N] = {0}, targets[N];
+    float weights[N];
+    for (int i = 0; i < N; i++) {
+        ids[i] = (int32_t)(3 + random_u64(4, (uint64_t)i) % 2000);
+        positions[i] = i;
+        weights[i] = 1.0f / (N - 1);
+    }
+    for (int i = 0; i < N; i++) targets[i] = i + 1 < N ? ids[i + 1] : -1;
+    Batch batch = {N, ids, positions, starts, NULL, targets, weights};
+    ExpertLoad load = {0};
+    m->options.load = m->g.config.num_experts ? &load : NULL;
+    step_run(&m->g, &m->memory, &batch, &m->options, m->nll);
+}
+
+static void model_rows(void *context, const Param *p, int64_t first, int64_t count, float *out) {
+    merged_rows(&((Loaded *)context)->g, p, first, count, out);
+}
+
+static char *save(Loaded *m, const char *name, DType dtype) {
+    char *path = must_format("%s/%s.gguf", test_folder(), name);
+    GgufModel model = {&m->checkpoint.config, "demo/tokenizer", name, dtype, 1000000};
+    RowSource source = {.rows = model_rows, .context = m};
+    EXPECT_OK(gguf_save(&model, &m->g, &source, path));
+    return path;
+}
+
+CASE(gguf, a_file_holds_the_model_it_was_made_from) {
+    for (int k = 0; k < KINDS; k++) {
+        Loaded folder, file;
+        char *dir = make_model(kinds[k]), *path;
+        load(&folder, dir, F32, STACK_SCORE, NULL);
+        path = save(&folder, kinds[k], F32);
+        load(&file, path, F32, STACK_SCORE, NULL);
+        run(&folder);
+        run(&file);
+        EXPECT(!memcmp(folder.nll, file.nll, sizeof file.nll), "%s", kinds[k]);
+        EXPECT(!memcmp(&folder.checkpoint.config.layer, &file.checkpoint.config.layer,
+                       sizeof file.checkpoint.config.layer));
+        unload(&folder);
+        unload(&file);
+    }
+}
+
+CASE(gguf, tokenizer_and_template_come_back_out_of_the_file) {
+    Loaded folder;
+    Tokenizer *one, *other;
+    char *dir = make_model("dense"), *path;
+    load(&folder, dir, F32, STACK_SCORE, NULL);
+    path = save(&folder, "t", BF16);
+    EXPECT_OK(tokenizer_load(&one, "demo/tokenizer"));
+    EXPECT_OK(tokenizer_load(&other, path));
+    static const char *const texts[] = {"The hardness of topaz is 8.", "<|turn>user\nHow?<turn|>\n",
+                                        "caf\xc3\xa9 \xf0\x9f\x92\x8e  two"};
+    for (int i = 0; i < 3; i++) {
+        Tokens a = {0}, b = {0};
+        tokenizer_encode(one, &a, texts[i], strlen(texts[i]), NULL, 0, false);
+        tokenizer_encode(other, &b, texts[i], strlen(texts[i]), NULL, 0, false);
+        EXPECT(a.count == b.count && !memcmp(a.ids, b.ids, (size_t)a.count * sizeof *a.ids), "%s",
+               texts[i]);
+    }
+    EXPECT(tokenizer_size(one) == tokenizer_size(other));
+    EXPECT(!companion_exists(path, "chat_template.jinja"), "a template out of nowhere");
+    unload(&folder);
+}
+
+static void round_weights(Loaded *m) {
+    m->g.fake = (FakeQuant){SCHEME_Q4_0, 1, false, true};
+    for (Linear *l = m->g.linears.first; l; l = l->next)
+        if (!strstr(l->name, ".router.")) l->fake = &m->g.fake;
+    m->g.per_layer_input.fake = &m->g.fake;
+}
+
+static void attach(Loaded *m) {
+    static const char *const targets[] = {"q_proj", "k_proj", "o_proj", "up_proj", "down_proj"};
+    m->spec = (AdapterSpec){.rank = 4, .alpha = 8};
+    for (int i = 0; i < 5; i++) text_list_add(&m->spec.targets, targets[i]);
+    if (m->g.config.num_experts) text_list_add(&m->spec.parameters, "experts.gate_up_proj");
+    EXPECT_OK(adapter_attach(&m->g, &m->spec));
+}
+
+static void round_merged(Loaded *m) {
+    attach(m);
+    round_weights(m);
+}
+
+CASE(gguf, what_qat_computes_is_what_the_exported_file_computes) {
+    for (int k = 0; k < KINDS; k++)
+        for (int adapter = 0; adapter < 2; adapter++) {
+            Loaded trained, file;
+            char *dir = make_model(kinds[k]), *path;
+            load(&trained, dir, F32, STACK_SCORE, adapter ? round_merged : round_weights);
+            run(&trained);
+            path = save(&trained, kinds[k], Q4_0);
+            load(&file, path, F32, STACK_SCORE, NULL);
+            run(&file);
+            EXPECT(!memcmp(trained.nll, file.nll, sizeof file.nll),
+                   "%s, adapter %d: %.9g, not %.9g", kinds[k], adapter, file.nll[3],
+                   trained.nll[3]);
+            unload(&trained);
+            unload(&file);
+            tree_remove(dir);
+            tree_remove(path);
+        }
+}
+
+static void train_all(Loaded *m) {
+    for (int i = 0; i < m->g.params.count; i++)
+        m->g.params.items[i]->trainable = !m->g.params.items[i]->buffer;
+}
+
+static void train_rounded(Loaded *m) {
+    train_all(m);
+    round_weights(m);
+}
+
+static void expect_grad(const Param *p, const float *expected, double tolerance) {
+    double error = relative_error(p->grad.data, expected, tensor_count(p->grad));
+    EXPECT(error < tolerance, "gradient of %s is off by %.2e", p->name, error);
+}
+
+CASE(gguf, a_qat_gradient_is_that_of_the_rounded_model_where_codes_are_in_range) {
+    for (int k = 0; k < KINDS; k++) {
+        Loaded through, plain;
+        char *dir = make_model(kinds[k]);
+        load(&through, dir, F32, STACK_KEEP, train_rounded);
+        load(&plain, dir, F32, STACK_KEEP, train_all);
+        for (int i = 0; i < plain.g.params.count; i++) { /* the rounded model, as plain weights */
+            Param *p = plain.g.params.items[i];
+            if (p->value.ndim > 1 && !strstr(p->name, ".router."))
+                fake_quantize(p->value, p->value, tensor_absent(), SCHEME_Q4_0, 1);
+        }
+        run(&through);
+        gemma_finish_gradients(&through.g);
+        run(&plain);
+        EXPECT(!memcmp(through.nll, plain.nll, sizeof plain.nll), "%s: other losses", kinds[k]);
+        for (int i = 0; i < plain.g.params.count; i++) {
+            Param *p = plain.g.params.items[i], *q = through.g.params.items[i];
+            if (p->buffer) continue;
+            if (p->value.ndim > 1 && !strstr(p->name, ".router."))
+                fake_quantize_backward(p->grad, tensor_absent(), q->value, tensor_absent(),
+                                       SCHEME_Q4_0, 1);
+            expect_grad(q, p->grad.data, 1e-5);
+        }
+        unload(&through);
+        unload(&plain);
+        tree_remove(dir);
+    }
+}
+
+static void train_merged(Loaded *m) {
+    round_merged(m);
+}
+
+CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_its_factors) {
+    for (int k = 0; k < KINDS; k++) {
+        Loaded through, plain;
+        char *dir = make_model(kinds[k]);
+        load(&through, dir, F32, STACK_RECOMPUTE, train_merged);
+        load(&plain, dir, F32, STACK_KEEP, train_all);
+        for (int i = 0; i < plain.g.params.count; i++) {
+            Param *p = plain.g.params.items[i];
+            int64_t cols = tensor_cols(p->value);
+            if (p->value.ndim < 2 || strstr(p->name, ".router.")) continue;
+            merged_rows(&through.g, params_find(&through.g.params, p->name), 0,
+                        tensor_count(p->value) / cols, p->value.data);
+            fake_quantize(p->value, p->value, tensor_absent(), SCHEME_Q4_0, 1);
+        }
+        run(&through);
+        run(&plain);
+        EXPECT(!memcmp(through.nll, plain.nll, sizeof plain.nll), "%s: other losses", kinds[k]);
+        int checked = 0;
+        for (Linear *l = through.g.linears.first; l; l = l->next) {
+            if (!l->lora) continue;
+            Tensor dW = params_find(&plain.g.params, l->weight->name)->grad;
+            float *merged = must_malloc(tensor_bytes(dW));
+            merged_rows(&through.g, l->weight, 0, l->groups * l->out, merged);
+            fake_quantize_backward(dW, tensor_absent(),
+                                   TENSOR(merged, F32, l->groups * l->out, l->in), tensor_absent(),
+                                   SCHEME_Q4_0, 1);
+            const float *A = l->lora->A->value.data, *g = dW.data;
+            float *dB = must_calloc((size_t)tensor_count(l->lora->B->value), 4);
+            for (int64_t e = 0; e < l->groups; e++)
+                for (int64_t o = 0; o < l->out; o++)
+                    for (int64_t r = 0; r < 4; r++) {
+                        double sum = 0;
+                        for (int64_t i = 0; i < l->in; i++)
+                            sum += (double)g[(e * l->out + o) * l->in + i] *
+                                   A[(e * 4 + r) * l->in + i];
+                        dB[(e * l->out + o) * 4 + r] = (float)(2.0 * sum);
+                    }
+            expect_grad(l->lora->B, dB, 1e-4);
+            free(dB);
+            free(merged);
+            checked++;
+        }
+        EXPECT(checked > 5);
+        unload(&through);
+        unload(&plain);
+        tree_remove(dir);
+    }
+}
+
+static DType base_dtype;
+
+static void pack_base(Loaded *m) {
+    attach(m);
+    for (Linear *l = m->g.linears.first; l; l = l->next)
+        if (!strstr(l->name, ".router.")) l->weight->value.dtype = base_dtype;
+}
+
+CASE(gguf, qlora_gradients_are_those_of_the_dequantised_base) {
+    static const DType dtypes[] = {NF4_NESTED, NF4, Q4_0_TILED, Q8_0_TILED};
+    for (int k = 0; k < KINDS; k++)
+        for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
+            Loaded packed, plain;
+            char *dir = make_model(kinds[k]);
+            base_dtype = dtypes[d];
+            load(&packed, dir, F32, STACK_RECOMPUTE, pack_base);
+            load(&plain, dir, F32, STACK_KEEP, attach);
+            for (Linear *l = plain.g.linears.first; l; l = l->next) {
+                Tensor from = params_find(&packed.g.params, l->weight->name)->value;
+                scale_copy(l->weight->value, SET, from, 1);
+                EXPECT(strstr(l->name, ".router.") || from.dtype == base_dtype, "%s is %s", l->name,
+                       tensor_text(from));
+            }
+            run(&packed);
+            run(&plain);
+            for (Linear *l = packed.g.linears.first; l; l = l->next) {
+                if (!l->lora) continue;
+                expect_grad(l->lora->A, params_find(&plain.g.params, l->lora->A->name)->grad.data,
+                            1e-3);
+                expect_grad(l->lora->B, params_find(&plain.g.params, l->lora->B->name)->grad.data,
+                            1e-3);
+            }
+            unload(&packed);
+            unload(&plain);
+            tree_remove(dir);
+        }
+}
+
+CASE(gguf, eight_bit_activations_stay_near_the_exact_product) {
+    for (int k = 0; k < KINDS; k++) {
+        Loaded exact, fast;
+        char *dir = make_model(kinds[k]);
+        load(&exact, dir, F32, STACK_SCORE, NULL);
+        char *path = save(&exact, kinds[k], Q8_0);
+        unload(&exact);
+        load(&exact, path, F32, STACK_SCORE, NULL);
+        load(&fast, path, BF16, STACK_SCORE, NULL);
+        fast.g.int8 = true;
+        run(&exact);
+        run(&fast);
+        double error = relative_error(fast.nll, exact.nll, N);
+        EXPECT(error > 0 && error < 0.02, "%s: %g", kinds[k], error);
+        unload(&exact);
+        unload(&fast);
+        tree_remove(dir);
+        tree_remove(path);
+    }
+}
+
+CASE(gguf, init_straight_to_a_file_equals_init_and_export) {
+    const char *f = test_folder();
+    EXPECT_RUN(0, "init tiny %s/m --tokenizer demo/tokenizer --layers 6", f);
+    EXPECT_RUN(0, "export --model %s/m --to q4_0-gguf %s/a.gguf", f, f);
+    EXPECT_RUN(0, "init tiny %s/b.gguf --tokenizer demo/tokenizer --layers 6 --to q4_0-gguf", f);
+    EXPECT_RUN(0, "export --model %s/b.gguf --to q4_0-gguf %s/c.gguf", f, f);
+    char a[300], b[300], c[300];
+    Gguf x, y, z;
+    snprintf(a, sizeof a, "%s/a.gguf", f);
+    snprintf(b, sizeof b, "%s/b.gguf", f);
+    snprintf(c, sizeof c, "%s/c.gguf", f);
+    EXPECT_OK(gguf_open(&x, a));
+    EXPECT_OK(gguf_open(&y, b));
+    EXPECT_OK(gguf_open(&z, c));
+    EXPECT(x.count == y.count && x.count == z.count && x.count > 50);
+    for (int i = 0; i < x.count; i++) {
+        EXPECT(!strcmp(x.tensors[i].name, y.tensors[i].name) &&
+               x.tensors[i].size == y.tensors[i].size);
+        EXPECT(!memcmp(x.tensors[i].bytes, y.tensors[i].bytes, x.tensors[i].size), "%s",
+               x.tensors[i].name);
+        EXPECT(!memcmp(x.tensors[i].bytes, z.tensors[i].bytes, x.tensors[i].size),
+               "%s goes through changed", z.tensors[i].name);
+    }
+    gguf_close(&x);
+    gguf_close(&y);
+    gguf_close(&z);
+}
+
+/* ---- bad files ---- */
+
+static uint8_t *small_file(size_t *size) {
+    GgufWriter *w;
+    char path[300];
+    snprintf(path, sizeof path, "%s/small.gguf", test_folder());
+    int64_t shape[] = {2, 64};
+    uint8_t data[2 * 36] = {0};
+    EXPECT_OK(gguf_create(&w, path));
+    gguf_put_text(w, "general.architecture", "gemma4");
+    gguf_put_array(w, "list", GGUF_STRING, 2);
+    gguf_add_text(w, "one", 3);
+    gguf_add_text(w, "two", 3);
+    gguf_declare(w, "token_embd.weight", Q4_0, 2, shape);
+    EXPECT_OK(gguf_begin(w));
+    EXPECT_OK(gguf_write(w, data, sizeof data));
+    EXPECT_OK(gguf_commit(w));
+    char *bytes;
+    EXPECT_OK(file_read(&bytes, size, path, 1 << 20));
+    return (uint8_t *)bytes;
+}
+
+CASE(gguf, every_truncation_and_every_lie_is_an_error) {
+    size_t size;
+    uint8_t *bytes = small_file(&size);
+    Gguf g;
+    EXPECT_OK(gguf_parse(&g, bytes, size, "small.gguf"));
+    gguf_close(&g);
+    for (size_t n = 0; n + 24 < size; n++) { /* the last bytes are padding */
+        uint8_t *cut = must_malloc(n + 1);
+        memcpy(cut, bytes, n);
+        EXPECT(gguf_parse(&g, cut, n, "small.gguf") != OK, "%d of %d bytes pass", (int)n,
+               (int)size);
+        EXPECT(strstr(status_message(), "small.gguf"), "%s", status_message());
+        free(cut);
+    }
+    static const struct {
+        size_t at;
+        uint8_t value;
+        const char *message;
+    } lies[] = {{0, 'X', "is no GGUF file"},
+                {4, 9, "version 9"},
+                {15, 0x7f, "promises"},
+                {23, 0x7f, "promises"}};
+    for (size_t i = 0; i < sizeof lies / sizeof *lies; i++) {
+        uint8_t keep = bytes[lies[i].at];
+        bytes[lies[i].at] = lies[i].value;
+        EXPECT_ERROR(gguf_parse(&g, bytes, size, "small.gguf"), lies[i].message);
+        bytes[lies[i].at] = keep;
+    }
+    for (size_t i = 24; i < size;
+         i++) { /* one byte of anything: an error or a file, never a fault */
+        uint8_t keep = bytes[i];
+        for (int value = 0; value < 256; value += 51) {
+            bytes[i] = (uint8_t)value;
+            if (gguf_parse(&g, bytes, size, "small.gguf") == OK) gguf_close(&g);
+        }
+        bytes[i] = keep;
+    }
+}
+
+CASE(gguf, a_file_of_something_else_is_refused_by_name) {
+    const char *f = test_folder();
+    size_t size;
+    free(small_file(&size));
+    EXPECT_RUN(0, "init tiny %s/m --tokenizer demo/tokenizer --layers 2", f);
+    EXPECT_EXIT(1, "gemma4.embedding_length", "score --model %s/small.gguf hello", f);
+    EXPECT_EXIT(2, "--to is 'q5-gguf', expected", "export --model %s/m --to q5-gguf %s/x", f, f);
+    EXPECT_EXIT(2, "--to lora-gguf needs --adapter", "export --model %s/m --to lora-gguf %s/x", f,
+                f);
+    EXPECT_EXIT(2, "needs --tokenizer", "init tiny %s/y.gguf --to q4_0-gguf", f);
+}
