@@ -2,7 +2,7 @@
 #include "cli/command.h"
 #include "formats/file.h"
 #include "formats/gguf_save.h"
-#include "infer/model.h"
+#include "infer/verify.h"
 #include "model/merge.h"
 
 #include <stdio.h>
@@ -61,15 +61,18 @@ static Status read_target(Target *target, DType *dtype, const char *to) {
 Status command_export(int argc, char **argv) {
     const char *model = NULL, *adapter = NULL, *to = NULL, *device = "auto", *dtype = "bf16";
     bool verify = false;
-    Option options[] = {{"--model", OPTION_TEXT, &model, "DIR  checkpoint folder or GGUF"},
-                        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder"},
-                        {"--to", OPTION_TEXT, &to,
-                         "FORMAT  safetensors (merged checkpoint), peft, bf16-gguf, q8_0-gguf, "
-                         "q4_0-gguf, lora-gguf"},
-                        {"--verify", OPTION_FLAG, &verify, "(not in this version)"},
-                        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
-                        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of merged safetensors (bf16)"},
-                        {NULL, OPTION_FLAG, NULL, NULL}};
+    Option options[] = {
+        {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder or GGUF"},
+        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder"},
+        {"--to", OPTION_TEXT, &to,
+         "FORMAT  safetensors (merged checkpoint), peft, bf16-gguf, q8_0-gguf, "
+         "q4_0-gguf, lora-gguf"},
+        {"--verify", OPTION_FLAG, &verify,
+         "prove the result: logits of the base with its adapter, the merged weights and "
+         "the file; one that differs beyond its format's own error is removed"},
+        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of merged safetensors (bf16)"},
+        {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "export --model DIR [--adapter DIR] --to FORMAT OUT",
                    .about = "Merges an adapter into its base and converts, or writes the adapter "
                             "anew. Holds a few rows at a time, whatever the model's size.",
@@ -85,7 +88,8 @@ Status command_export(int argc, char **argv) {
     TRY(read_target(&target, &matrices, to));
     if ((target == TO_PEFT || target == TO_LORA_GGUF) && !adapter)
         FAIL(ERR_USAGE, "--to %s needs --adapter", to);
-    if (verify) FAIL(ERR_USAGE, "--verify is not in this version");
+    if (verify && (target == TO_PEFT || target == TO_LORA_GGUF))
+        FAIL(ERR_USAGE, "--verify proves merged models; --to %s writes an adapter", to);
     const char *out = a.positional[0];
     if (file_exists(out)) FAIL(ERR_IO, "%s: is already there", out);
     TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED));
@@ -105,6 +109,12 @@ Status command_export(int argc, char **argv) {
         break;
     }
     model_close(&m);
+    if (status == OK && verify) {
+        Verification v;
+        status = verify_export(&v, model, adapter, out, NULL, 0);
+        if (v.file.positions) verification_print(&v);
+        if (status != OK) tree_remove(out);
+    }
     if (status == OK) printf("%s\n", out);
     return status;
 }

@@ -2,8 +2,20 @@
 #include "infer/model.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* A mapped layer that was used lets go of its pages. */
+static void release_layer(void *context, int layer) {
+    Model *m = context;
+    char part[32];
+    snprintf(part, sizeof part, "layers.%d.", layer);
+    size_t prefix = strlen(model_config_prefix(&m->checkpoint.config));
+    for (int i = 0; i < m->g.params.count; i++)
+        if (!strncmp(m->g.params.items[i]->name + prefix, part, strlen(part)))
+            checkpoint_release(&m->checkpoint, m->g.params.items[i]);
+}
 
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device_name,
                   const char *dtype, Residence residence) {
@@ -20,7 +32,8 @@ Status model_open(Model *m, const char *dir, const char *adapter, const char *de
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, dir,
                   tokenizer_size(m->tokenizer), m->checkpoint.config.vocab_size);
     gemma_declare(&m->g, &m->checkpoint.config, strcmp(dtype, "bf16") ? F32 : BF16, device);
-    m->g.int8 = m->g.dtype == BF16;
+    m->g.int8 = m->g.dtype == BF16 && residence == WEIGHTS_LOADED;
+    if (residence == WEIGHTS_MAPPED) m->g.watch = (LayerWatch){release_layer, m};
     if (adapter) {
         TRY_DONE(peft_load_spec(&m->spec, adapter));
         TRY_DONE(adapter_attach(&m->g, &m->spec));

@@ -12,8 +12,8 @@ typedef enum Layout {
 
 /* y (=|+=) alpha * a b in the layout named; sums in f32.
  *   y, a  f32 | bf16
- *   b     f32 | bf16, or packed (not in TN): then the product is that of the same weights unpacked to
- *         the dtype of a */
+ *   b     f32 | bf16, or packed (not in TN): then the product is that of the same weights unpacked
+ * to the dtype of a */
 KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
 /* The same in f32 with every element summed strictly in order of K, so rows of zeros in K change no

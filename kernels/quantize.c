@@ -53,7 +53,8 @@ void fake_quantize_backward(Tensor dx, Tensor dscales, Tensor x, Tensor scales, 
 
 void quantize_scheme(Tensor packed, Tensor x, Tensor scales, QuantScheme scheme) {
     check_scheme(x, scales, scheme);
-    CHECK(tensor_count(packed) == tensor_count(x) && packed.dtype == scheme_dtype(scheme),
+    CHECK(tensor_count(packed) == tensor_count(x) && packed.dtype == scheme_dtype(scheme) &&
+              scheme_has_blocks(scheme),
           "quantize_scheme: %s from %s", tensor_text(packed), tensor_text(x));
     ON_DEVICE(packed, quantize_scheme)(packed, x, scales, scheme);
 }

@@ -24,6 +24,7 @@ KERNEL(check_finite, bool *finite, Tensor x);
  *   SCHEME_Q4_0  blocks of 32 along K, scale = signed largest / -8, codes -8 .. 7
  *   SCHEME_Q8_0  blocks of 32, scale = largest / 127
  *   SCHEME_INT8  one scale a row, largest / 127.5 as bf16, codes -128 .. 127 (compressed-tensors)
+ *   SCHEME_F32, SCHEME_BF16  no blocks: the value, or the value rounded to bf16
  *   SCHEME_INT4  groups of 32, scale = largest / 7.5 as bf16, codes -8 .. 7 (compressed-tensors) */
 typedef enum QuantScheme {
     SCHEME_NONE,
@@ -31,11 +32,18 @@ typedef enum QuantScheme {
     SCHEME_Q8_0,
     SCHEME_INT8,
     SCHEME_INT4,
+    SCHEME_F32,
+    SCHEME_BF16,
 } QuantScheme;
+
+/* Whether the scheme has codes and scales at all. */
+static inline bool scheme_has_blocks(QuantScheme scheme) {
+    return scheme >= SCHEME_Q4_0 && scheme <= SCHEME_INT4;
+}
 
 /* Elements of a row of K that share one scale. */
 static inline int64_t scheme_block(QuantScheme scheme, int64_t K) {
-    return scheme == SCHEME_INT8 ? K : 32;
+    return scheme == SCHEME_INT8 ? K : scheme_has_blocks(scheme) ? 32 : 1;
 }
 
 /* The dtype whose blocks hold the scheme's codes and scales exactly. */

@@ -24,7 +24,8 @@ static inline bool fake_quant_on(const FakeQuant *f) {
 
 /* Whether a matrix with rows of K can be stored by the scheme. */
 static inline bool fake_quant_fits(const FakeQuant *f, int64_t K) {
-    return f->scheme != SCHEME_NONE && K % scheme_block(f->scheme, K) == 0 && K % 32 == 0;
+    if (!scheme_has_blocks(f->scheme)) return f->scheme != SCHEME_NONE;
+    return K % scheme_block(f->scheme, K) == 0 && K % 32 == 0;
 }
 
 #endif

@@ -5,12 +5,19 @@
 #include "model/block.h"
 #include "model/per_layer_input.h"
 
+/* Told after the forward pass of each layer: what mapped weights need to let go of their pages. */
+typedef struct LayerWatch {
+    void (*done)(void *context, int layer);
+    void *context;
+} LayerWatch;
+
 typedef struct Gemma {
     ModelConfig config;
     DType dtype; /* of activations and frozen weights */
     bool int8;   /* run packed weights with activations in 8 bits; only with dtype bf16 */
     Device *device;
-    FakeQuant fake; /* linears that train through rounding point here */
+    FakeQuant fake;   /* linears that train through rounding point here */
+    LayerWatch watch; /* done NULL: nobody */
     ParamList params;
     LinearList linears;
     Param *embed_tokens;           /* (V, D), also the head */

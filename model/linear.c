@@ -82,6 +82,9 @@ static Tensor rounded_weight(const Linear *l, int64_t g, DType dtype, Arena *scr
         Tensor part = tensor_slice(sum, 0, n);
         scale_copy(part, SET, tensor_slice(value, o, n), 1.0f);
         matmul_ordered(NN, part, ADD, tensor_slice(B, o, n), A, l->lora->scale);
+        for (int64_t i = 0; l->lora->magnitude && i < n; i++)
+            for (int64_t k = 0; k < l->in; k++)
+                ((float *)part.data)[i * l->in + k] *= ((const float *)l->lora->factor.data)[o + i];
         fake_quantize(tensor_slice(w, o, n), part, tensor_absent(), l->fake->scheme,
                       l->fake->blend);
     }

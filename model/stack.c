@@ -178,6 +178,7 @@ void stack_forward(Stack *s) {
         block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l),
                       stack_per_layer(s, l), p);
         arena_release(p->scratch, mark);
+        if (g->watch.done && s->pass.scratch->base) g->watch.done(g->watch.context, l);
     }
     if (s->boundary == L && s->kept < s->N)
         gather_rows(s->kept_input, s->residual[L], s->some.source);

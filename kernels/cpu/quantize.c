@@ -450,7 +450,25 @@ static int hold(int code, const Rule *r) {
     return code < r->low ? r->low : code > r->high ? r->high : code;
 }
 
+/* y = x, rounded to bf16 where the scheme says so. */
+static void pass_through(Tensor y, Tensor x, QuantScheme scheme) {
+    int64_t count = tensor_count(x), blocks = (count + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t first = block * CHUNK, n = count - first < CHUNK ? count - first : CHUNK;
+        float buffer[CHUNK];
+        const float *v = load_f32(buffer, x, first, n);
+        if (v != buffer) memcpy(buffer, v, (size_t)n * sizeof *buffer);
+        round_to(scheme == SCHEME_BF16 ? BF16 : F32, buffer, n);
+        store_f32(y, first, n, buffer);
+    }
+}
+
 void CPU(fake_quantize)(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend) {
+    if (!scheme_has_blocks(scheme)) {
+        pass_through(y, x, scheme);
+        return;
+    }
     int64_t n = scheme_block(scheme, tensor_cols(x)), blocks = tensor_count(x) / n;
 #pragma omp parallel
     {
@@ -471,6 +489,7 @@ void CPU(fake_quantize)(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, f
 
 void CPU(fake_quantize_backward)(Tensor dx, Tensor dscales, Tensor x, Tensor scales,
                                  QuantScheme scheme, float blend) {
+    if (!scheme_has_blocks(scheme)) return;
     int64_t n = scheme_block(scheme, tensor_cols(x)), blocks = tensor_count(x) / n;
 #pragma omp parallel
     {
