@@ -43,6 +43,9 @@ static Status make_plan(Session *s) {
     for (int i = 0; i < s->g.params.count; i++) {
         const Param *q = s->g.params.items[i];
         if (q->mapped && !q->trainable) p->mapped += tensor_bytes(q->value);
+        if (q->value.ndim != 3 || q->adapter || q->trainable) continue;
+        p->experts += tensor_bytes(q->value);
+        p->expert_bits = 8.0 * (double)tensor_bytes(q->value) / (double)tensor_count(q->value);
     }
     p->optimizer = optimizer_measure(o, (int64_t)(p->trained / 4));
     p->rows = loader_capacity(s->loader);
@@ -135,6 +138,9 @@ void memory_plan_print(const MemoryPlan *p) {
     fprintf(stderr, "memory plan for %" PRId64 " rows at a time:\n", p->rows);
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++)
         fprintf(stderr, "  %-26s %9.3f GB\n", lines[i].name, (double)lines[i].bytes / 1e9);
+    if (p->experts)
+        fprintf(stderr, "  %-26s %9.3f GB (of the weights, %.2f bits each)\n", "experts",
+                (double)p->experts / 1e9, p->expert_bits);
     if (p->mapped)
         fprintf(stderr, "  %-26s %9.3f GB (stays in the file)\n", "per-layer table",
                 (double)p->mapped / 1e9);

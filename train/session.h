@@ -10,6 +10,8 @@
 
 /* What the run will take, byte for byte, before any of it is taken. */
 typedef struct MemoryPlan {
+    size_t experts;     /* of the weights */
+    double expert_bits; /* a weight of them */
     size_t weights, mapped, trained, optimizer, activations, scratch, total;
     size_t available;
     bool recompute;

@@ -173,9 +173,43 @@ static void dense_product(Layout layout, Tensor y, int64_t stride, Write write, 
 
 /* Packed weights unpack in panels: of output rows for NT, of columns for NN, so that every element
  * of y is one product. */
+/* NN over so many rows that panels of columns would be slivers (the head's backward): panels of
+ * rows, their products summed in f32. */
+static void packed_sum(Tensor y, Write write, Tensor a, Tensor b) {
+    int64_t rows = tensor_rows(b), cols = tensor_cols(b), M = tensor_rows(y), count = M * cols;
+    int64_t part = UNPACKED / cols / TILE_HEIGHT * TILE_HEIGHT;
+    float *memory = outer_scratch((size_t)(part * cols + M * part + count));
+    float *left = memory + part * cols, *sum = left + M * part;
+    Tensor total = TENSOR(sum, F32, M, cols);
+    size_t size = dtype_size(a.dtype);
+    for (int64_t first = 0; first < rows; first += part) {
+        int64_t n = rows - first < part ? rows - first : part;
+        Tensor panel = TENSOR(memory, a.dtype, n, cols), some = TENSOR(left, a.dtype, M, n);
+        CPU(unpack)(panel, b, first, 0);
+        for (int64_t m = 0; m < M; m++)
+            memcpy((char *)some.data + (size_t)(m * n) * size,
+                   (char *)a.data + (size_t)(m * rows + first) * size, (size_t)n * size);
+        dense_product(NN, total, cols, first ? ADD : SET, some, panel);
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < count; first += CHUNK) {
+        int64_t n = count - first < CHUNK ? count - first : CHUNK;
+        float buffer[CHUNK];
+        if (write == ADD) {
+            const float *old = load_f32(buffer, y, first, n);
+            for (int64_t i = 0; i < n; i++) sum[first + i] += old[i];
+        }
+        store_f32(y, first, n, sum + first);
+    }
+}
+
 static void packed_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
     int64_t rows = tensor_rows(b), cols = tensor_cols(b), M = tensor_rows(y), N = tensor_cols(y);
     int64_t across = layout == NT ? rows : cols, along = layout == NT ? cols : rows;
+    if (layout == NN && UNPACKED / along < 128 && cols > 128) {
+        packed_sum(y, write, a, b);
+        return;
+    }
     int64_t part = UNPACKED / along / 64 * 64;
     if (part < 64) part = 64;
     if (part > across) part = across;

@@ -10,6 +10,7 @@
 #include "data/store.h"
 #include "formats/adapter.h"
 #include "formats/file.h"
+#include "formats/gguf_model.h"
 #include "formats/safetensors.h"
 #include "infer/answer.h"
 #include "kernels/random.h"
@@ -60,7 +61,7 @@ static const char *const words[] = {"{",
 static void fuzz(const char *const *seeds, const size_t *sizes, int count, Target *target) {
     const char *text = getenv("LAPIDARY_FUZZ_SECONDS");
     double end = now() + (text ? atof(text) : 0.2);
-    size_t space = 1 << 16;
+    size_t space = 1 << 18;
     char *bytes = must_malloc(space + 64);
     for (uint64_t run = 0; now() < end; run++) {
         uint64_t key = random_key(99, run), draw = 0;
@@ -292,4 +293,58 @@ CASE(fuzz, metrics) {
                "step,epoch,loss,aux_loss,lr,grad_norm,skipped,tokens,trained_tokens,tokens_per_s,"
                "memory_bytes,eval_loss\n"
                "1,0.1,2.5,,0.1,3,0,10,9,100,1000,\n2,0.2,2.4,,0.1,3,0,10,9,100,1000,2.2\n");
+}
+
+static void target_gguf(const char *bytes, size_t size) {
+    Gguf g;
+    if (gguf_parse(&g, (const uint8_t *)bytes, size, "fuzz.gguf") != OK) return;
+    static const char *const names[] = {"config.json", "tokenizer.json", "generation_config.json",
+                                        "chat_template.jinja"};
+    for (int i = 0; i < 4; i++) {
+        char *text = NULL;
+        size_t length;
+        if (gguf_companion(&g, names[i], &text, &length) != OK || !text) continue;
+        ModelConfig config;
+        Tokenizer *t;
+        if (i == 0) (void)!model_config_parse(&config, text, length, "config.json");
+        if (i == 1 && tokenizer_parse(&t, text, length, "tokenizer.json") == OK) tokenizer_free(t);
+        free(text);
+    }
+    gguf_close(&g);
+}
+
+/* A whole small model's metadata: few tokens, one tensor of each kind of block. */
+static char *gguf_seed(size_t *size) {
+    GgufWriter *w;
+    char path[300], *bytes;
+    int64_t table[] = {300, 256}, row[] = {256};
+    static uint8_t data[300 * 256];
+    snprintf(path, sizeof path, "%s/seed.gguf", test_folder());
+    ModelConfig config;
+    char *json = preset_config("tiny", 0);
+    EXPECT_OK(model_config_parse(&config, json, strlen(json), "tiny"));
+    GgufModel model = {&config, "demo/tokenizer", "seed", Q4_0, 1};
+    EXPECT_OK(gguf_create(&w, path));
+    EXPECT_OK(gguf_put_model(w, &model));
+    gguf_declare(w, "token_embd.weight", Q6_K, 2, table);
+    gguf_declare(w, "output_norm.weight", F32, 1, row);
+    gguf_declare(w, "blk.0.attn_q.weight", Q4_0, 1, row);
+    EXPECT_OK(gguf_begin(w));
+    EXPECT_OK(gguf_write(w, data, 300 * 210));
+    EXPECT_OK(gguf_write(w, data, 1024));
+    EXPECT_OK(gguf_write(w, data, 144));
+    EXPECT_OK(gguf_commit(w));
+    EXPECT_OK(file_read(&bytes, size, path, 1 << 24));
+    free(json);
+    return bytes;
+}
+
+CASE(fuzz, gguf) {
+    size_t sizes[2];
+    char *whole = gguf_seed(&sizes[0]);
+    /* The head alone too: mutations then meet metadata more often than tokens. */
+    const char *seeds[] = {whole, whole};
+    sizes[1] = sizes[0] < 4096 ? sizes[0] : 4096;
+    fuzz(seeds, sizes, 2, target_gguf);
+    free(whole);
 }
