@@ -92,6 +92,7 @@ Status command_export(int argc, char **argv) {
         FAIL(ERR_USAGE, "--verify proves merged models; --to %s writes an adapter", to);
     const char *out = a.positional[0];
     if (file_exists(out)) FAIL(ERR_IO, "%s: is already there", out);
+    file_stop_on_signals();
     TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED));
     Status status = OK;
     switch (target) {

@@ -89,6 +89,7 @@ Status command_init(int argc, char **argv) {
     if (file_exists(a.positional[1])) FAIL(ERR_IO, "%s: is already there", a.positional[1]);
     char *json = NULL;
     Tokenizer *t = NULL;
+    file_stop_on_signals();
     if (tokenizer) TRY(tokenizer_load(&t, tokenizer));
     Status status = make_config(&json, a.positional[0], layers);
     if (status == OK && t) fit_tokenizer(&json, t, !strcmp(a.positional[0], "tiny"));

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <nettle/sha2.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -80,7 +81,21 @@ Status file_writer_open(FileWriter *w, const char *path) {
     return ERR_IO;
 }
 
+static volatile sig_atomic_t stop_requested;
+
+static void request_stop(int signal) {
+    (void)signal;
+    stop_requested = 1;
+}
+
+void file_stop_on_signals(void) {
+    struct sigaction action = {.sa_handler = request_stop};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+}
+
 Status file_writer_write(FileWriter *w, const void *bytes, size_t size) {
+    if (stop_requested) FAIL(ERR_STOPPED, "%s: stopped, nothing is left behind", w->path);
     if (fwrite(bytes, 1, size, w->stream) != size)
         FAIL(ERR_IO, "%s: cannot be written: %s", w->path, strerror(errno));
     return OK;

@@ -14,6 +14,8 @@
 #include "tests/program.h"
 
 #include <math.h>
+#include <signal.h>
+#include <unistd.h>
 
 #define N 40
 
@@ -455,4 +457,19 @@ CASE(gguf, a_file_of_something_else_is_refused_by_name) {
     EXPECT_EXIT(2, "--to lora-gguf needs --adapter", "export --model %s/m --to lora-gguf %s/x", f,
                 f);
     EXPECT_EXIT(2, "needs --tokenizer", "init tiny %s/y.gguf --to q4_0-gguf", f);
+}
+
+CASE(gguf, a_stopped_export_leaves_nothing_behind) {
+    Loaded m;
+    char *dir = make_model("dense"), *out = must_format("%s/exports", test_folder()),
+         *file = must_format("%s/x.gguf", out), *folder = must_format("%s/x", out);
+    load(&m, dir, F32, STACK_SCORE, NULL);
+    EXPECT_OK(folder_make(out));
+    GgufModel model = {&m.checkpoint.config, "demo/tokenizer", "x", Q4_0, 1000000};
+    RowSource source = {.rows = model_rows, .context = &m};
+    file_stop_on_signals();
+    raise(SIGTERM);
+    EXPECT(gguf_save(&model, &m.g, &source, file) == ERR_STOPPED);
+    EXPECT(checkpoint_save(&m.checkpoint, &m.g, BF16, folder) == ERR_STOPPED);
+    EXPECT(!rmdir(out), "something is left in %s", out); /* succeeds on empty folders only */
 }
