@@ -113,7 +113,7 @@ done:
 /* ---- a model ---- */
 
 typedef struct ModelBench {
-    const char *model, *dtype;
+    const char *model, *dtype, *kv;
     int64_t prompt, tokens, depth;
 } ModelBench;
 
@@ -176,23 +176,25 @@ static Status bench_model(const ModelBench *b) {
     Status status = OK;
     size_t words = (size_t)1 << 27;
     double prefill = 1e9, scoring = 0, decode = 0, before = 0, after = 0;
+    DType kv = BF16;
     TRY(model_open(&m, b->model, NULL, "cpu", b->dtype, WEIGHTS_LOADED));
     int64_t vocab = m.g.config.vocab_size, n = b->prompt > b->depth ? b->prompt : b->depth;
     int32_t *ids = must_malloc((size_t)(n + 1) * sizeof *ids);
     float *logits = must_malloc((size_t)vocab * sizeof *logits);
     for (int64_t i = 0; i <= n; i++)
         ids[i] = (int32_t)(3 + random_u64(9, (uint64_t)i) % (uint64_t)(vocab - 3));
+    TRY_DONE(kv_dtype(&kv, &m.g, b->kv));
     if (b->prompt) {
         TRY_DONE(time_scoring(&m, ids, b->prompt, &scoring));
         for (int pass = 0; pass < 3; pass++) {
-            TRY_DONE(decoder_init(&d, &m.g, b->prompt + 1, 512));
+            TRY_DONE(decoder_init(&d, &m.g, b->prompt + 1, 512, kv));
             double start = now();
             decoder_feed(&d, ids, b->prompt, logits);
             if (now() - start < prefill) prefill = now() - start;
             decoder_free(&d);
         }
     }
-    TRY_DONE(decoder_init(&d, &m.g, b->depth + b->tokens + 8, 512));
+    TRY_DONE(decoder_init(&d, &m.g, b->depth + b->tokens + 8, 512, kv));
     if (b->depth) decoder_feed(&d, ids, b->depth, logits);
     decoder_feed(&d, ids, 4, logits);
     TRY_DONE(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
@@ -242,6 +244,7 @@ Status command_bench(int argc, char **argv) {
         {"--tokens", OPTION_INT, &b.tokens, "N  tokens decoded (64)"},
         {"--depth", OPTION_INT, &b.depth, "N  tokens already there when decoding starts (0)"},
         {"--dtype", OPTION_TEXT, &b.dtype, "bf16|f32  (bf16)"},
+        {"--kv", OPTION_TEXT, &b.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "bench [NAME] [--model DIR]",
                    .about =

@@ -104,6 +104,7 @@ static void print_json(Model *m, const Tokens *out, const Sampling *s, const Pro
 }
 
 Status command_generate(int argc, char **argv) {
+    const char *kv = NULL;
     const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16", *format = "auto",
                *tools = NULL;
     bool raw = false, think = false, json = false;
@@ -123,6 +124,7 @@ Status command_generate(int argc, char **argv) {
         {"--top-k", OPTION_INT, &top_k, "N"},
         {"--top-p", OPTION_REAL, &top_p, "X"},
         {"--seed", OPTION_INT, &seed, "N  (42)"},
+        {"--kv", OPTION_TEXT, &kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {"--max-tokens", OPTION_INT, &max_tokens, "N  (1024)"},
         {"--json", OPTION_FLAG, &json, "one JSON line: ids, text, message"},
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
@@ -154,6 +156,7 @@ Status command_generate(int argc, char **argv) {
     if (top_k >= 0) s.top_k = top_k;
     if (seed >= 0) s.seed = (uint64_t)seed;
     if (max_tokens >= 0) s.max_tokens = max_tokens;
+    s.kv = kv;
     TRY_DONE(make_prompt(&prompt, &m, a.positional[0], format, tools, raw, think));
     TRY_DONE(generate(&m, &prompt.ids, &s, &out, json ? NULL : show_token, &shown));
     if (json) {

@@ -2,6 +2,7 @@
 #include "infer/decoder.h"
 #include "kernels/loss.h"
 
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,8 +10,8 @@ static void place_slots(Decoder *d, Arena *arena) {
     for (int l = 0; l < d->g->config.num_hidden_layers; l++) {
         const BlockConfig *c = &d->g->blocks[l].config;
         if (!c->owns_kv) continue;
-        d->slots[l].k = ARENA_TENSOR(arena, d->g->dtype, d->capacity[c->kind],
-                                     c->num_key_value_heads, c->head_dim);
+        d->slots[l].k =
+            ARENA_TENSOR(arena, d->kv, d->capacity[c->kind], c->num_key_value_heads, c->head_dim);
         d->slots[l].v = arena_like(arena, d->slots[l].k);
     }
 }
@@ -26,11 +27,15 @@ static void head(Decoder *d, Stack *s, float *logits) {
     softcap_forward(z, (float)d->g->config.final_logit_softcapping);
 }
 
-Status decoder_init(Decoder *d, Gemma *g, int64_t max_tokens, int64_t chunk) {
-    *d = (Decoder){.g = g, .chunk = chunk < max_tokens ? chunk : max_tokens};
+Status decoder_init(Decoder *d, Gemma *g, int64_t max_tokens, int64_t chunk, DType kv) {
+    *d = (Decoder){.g = g, .kv = kv, .chunk = chunk < max_tokens ? chunk : max_tokens};
     int64_t W = g->config.sliding_window, more = d->chunk > W ? d->chunk : W;
     d->capacity[FULL] = max_tokens;
     d->capacity[SLIDING] = max_tokens < W + more ? max_tokens : W + more;
+    for (int l = 0; l < g->config.num_hidden_layers; l++)
+        if (!dtype_fits(kv, 1, g->blocks[l].config.head_dim))
+            FAIL(ERR_CONFIG, "heads of %" PRId64 " numbers do not fit blocks of %s",
+                 g->blocks[l].config.head_dim, dtype_name(kv));
     d->slots = must_calloc((size_t)g->config.num_hidden_layers, sizeof *d->slots);
     Arena cache = arena_measure(), activations = {0};
     place_slots(d, &cache);
@@ -55,6 +60,15 @@ Status decoder_init(Decoder *d, Gemma *g, int64_t max_tokens, int64_t chunk) {
 done:
     if (status != OK) decoder_free(d);
     return status;
+}
+
+Status kv_dtype(DType *kv, const Gemma *g, const char *name) {
+    *kv = g->dtype;
+    if (!name || !strcmp(name, dtype_name(g->dtype))) return OK;
+    if (strcmp(name, "q8_0") && strcmp(name, "q4_0"))
+        FAIL(ERR_USAGE, "--kv is '%s', expected %s, q8_0 or q4_0", name, dtype_name(g->dtype));
+    *kv = strcmp(name, "q8_0") ? Q4_0 : Q8_0;
+    return OK;
 }
 
 void decoder_free(Decoder *d) {

@@ -14,12 +14,17 @@ typedef struct Decoder {
     int64_t capacity[ATTENTION_KINDS];
     int64_t position; /* of the next token */
     int64_t chunk;    /* most tokens fed at once */
+    DType kv;         /* of keys and values */
     Arena cache, activations, scratch;
 } Decoder;
 
-/* Room for max_tokens in all, fed in chunks of at most `chunk`. */
-Status decoder_init(Decoder *d, Gemma *g, int64_t max_tokens, int64_t chunk);
+/* Room for max_tokens in all, fed in chunks of at most `chunk`. Keys and values are kept as `kv`:
+ * the model's dtype, Q8_0 or Q4_0 (in blocks of 32 along a head). */
+Status decoder_init(Decoder *d, Gemma *g, int64_t max_tokens, int64_t chunk, DType kv);
 void decoder_free(Decoder *d);
+
+/* The dtype that an option names: NULL or the model's own dtype, q8_0, q4_0. */
+Status kv_dtype(DType *kv, const Gemma *g, const char *name);
 
 /* Feeds n tokens and writes the logits (V, softcap included) after the last; n may exceed the
  * chunk. Only the last token goes through layers that own no K and V. */

@@ -106,7 +106,9 @@ Status generate(Model *m, const Tokens *prompt, const Sampling *s, Tokens *out, 
         FAIL(ERR_CONFIG, "the prompt has %" PRId64 " tokens, the model takes %" PRId64,
              prompt->count, most);
     int64_t room = prompt->count + s->max_tokens < most ? prompt->count + s->max_tokens : most;
-    TRY(decoder_init(&d, &m->g, room, PREFILL_CHUNK));
+    DType kv;
+    TRY(kv_dtype(&kv, &m->g, s->kv));
+    TRY(decoder_init(&d, &m->g, room, PREFILL_CHUNK, kv));
     float *logits = must_malloc((size_t)vocab * sizeof *logits);
     decoder_feed(&d, prompt->ids, prompt->count, logits);
     for (int64_t i = 0; i < s->max_tokens; i++) {

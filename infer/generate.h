@@ -11,6 +11,7 @@ typedef struct Sampling {
     double top_p;       /* 1: all */
     uint64_t seed;
     int64_t max_tokens;
+    const char *kv; /* keys and values: NULL (the model's dtype), "q8_0" or "q4_0" */
     int32_t stops[32], suppressed[32];
     int stop_count, suppress_count;
 } Sampling;

@@ -5,8 +5,8 @@ static void check_attention(Tensor y, Tensor q, Tensor k, Tensor v, Tensor index
                             Tensor last) {
     CHECK(q.ndim == 3 && k.ndim == 3 && tensor_count(v) == tensor_count(k),
           "attention: q %s k %s v %s", tensor_text(q), tensor_text(k), tensor_text(v));
-    CHECK(tensor_count(y) == tensor_count(q) && y.dtype == q.dtype && k.dtype == q.dtype &&
-              v.dtype == q.dtype,
+    CHECK(tensor_count(y) == tensor_count(q) && y.dtype == q.dtype && k.dtype == v.dtype &&
+              (k.dtype == q.dtype || dtype_is_packed(k.dtype)),
           "attention: y %s q %s k %s", tensor_text(y), tensor_text(q), tensor_text(k));
     CHECK(q.shape[1] % k.shape[1] == 0 && q.shape[2] == k.shape[2] && q.shape[2] <= 512,
           "attention: q %s against k %s", tensor_text(q), tensor_text(k));

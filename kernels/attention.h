@@ -10,11 +10,11 @@
 
 /* y = softmax(q k^T over keys first[n] .. last[n]) v, softmax in f32.
  *   y, q         (N, H, C)  f32 | bf16
- *   k, v         (S, K, C)  dtype of q; query head h reads head h / (H / K)
- *   lse          (N, H)     f32: log of the sum of exponentials, kept for the backward pass
- *   first, last  (N)        i32, inclusive, first <= last
- *   index        (N)        i32, ascending: the place of each query on the key axis. Work is cut
- * into tiles by this place, so leaving queries out changes no bit of the others. */
+ *   k, v         (S, K, C)  dtype of q, or packed (forward only); query head h reads head h / (H /
+ * K) lse          (N, H)     f32: log of the sum of exponentials, kept for the backward pass first,
+ * last  (N)        i32, inclusive, first <= last index        (N)        i32, ascending: the place
+ * of each query on the key axis. Work is cut into tiles by this place, so leaving queries out
+ * changes no bit of the others. */
 KERNEL(attention_forward, Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
        Tensor first, Tensor last);
 

@@ -80,60 +80,139 @@ static void load_keys(float *plain, float *transposed, Tensor k, const Shape *s,
                    (size_t)(TILE_KEYS - count) * sizeof *transposed);
 }
 
+/* The running softmax of a block's rows: out = sum of exp(score - top) v, total = the sum of
+ * weights. */
+typedef struct Running {
+    float *query, *out;           /* (M, C) */
+    float *keys, *values, *score; /* (C, TILE_KEYS), (TILE_KEYS, C), (M, TILE_KEYS) */
+    float *top, *total;           /* (M) */
+} Running;
+
+static size_t running_floats(const Shape *s, int64_t M) {
+    return (size_t)(2 * M * s->C + 2 * TILE_KEYS * s->C + M * TILE_KEYS + 2 * M);
+}
+
+static Running running_in(float *memory, const Shape *s, int64_t M) {
+    Running r = {.query = memory};
+    r.out = r.query + M * s->C;
+    r.keys = r.out + M * s->C;
+    r.values = r.keys + TILE_KEYS * s->C;
+    r.score = r.values + TILE_KEYS * s->C;
+    r.top = r.score + M * TILE_KEYS;
+    r.total = r.top + M;
+    return r;
+}
+
+/* Keys begin .. end - 1, begin at a tile, added to the rows of a block, which start from nothing.
+ */
+static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Tensor q, Tensor k,
+                   Tensor v, int64_t begin, int64_t end, const int32_t *from, const int32_t *to) {
+    int64_t m_count = (b->end - b->begin) * s->group;
+    load_block(r->query, q, s, b, head);
+    memset(r->out, 0, (size_t)(m_count * s->C) * sizeof *r->out);
+    for (int64_t m = 0; m < m_count; m++) r->top[m] = -INFINITY, r->total[m] = 0;
+    for (int64_t key = begin; key < end; key += TILE_KEYS) {
+        int64_t count = s->S - key < TILE_KEYS ? s->S - key : TILE_KEYS;
+        load_keys(NULL, r->keys, k, s, head, key, count);
+        load_keys(r->values, NULL, v, s, head, key, count);
+        tile_product(m_count, TILE_KEYS, s->C, r->query, s->C, 1, r->keys, TILE_KEYS, r->score,
+                     TILE_KEYS, false);
+        for (int64_t m = 0; m < m_count; m++) {
+            int64_t n = b->begin + m / s->group;
+            int64_t low = from[n] > key ? from[n] - key : 0;
+            int64_t high = to[n] - key < count ? to[n] - key + 1 : count;
+            float *row = r->score + m * TILE_KEYS, best = r->top[m], sum = 0;
+            if (high <= low) {
+                memset(row, 0, TILE_KEYS * sizeof *row);
+                continue;
+            }
+            for (int64_t j = low; j < high; j++) best = row[j] > best ? row[j] : best;
+            float fade = r->top[m] == -INFINITY ? 0.0f : fast_exp(r->top[m] - best);
+            for (int64_t j = 0; j < TILE_KEYS; j++)
+                row[j] = j >= low && j < high ? fast_exp(row[j] - best) : 0.0f;
+            for (int64_t j = 0; j < TILE_KEYS; j++) sum += row[j];
+            if (fade != 1.0f)
+                for (int64_t c = 0; c < s->C; c++) r->out[m * s->C + c] *= fade;
+            r->total[m] = r->total[m] * fade + sum;
+            r->top[m] = best;
+        }
+        tile_product(m_count, s->C, count, r->score, TILE_KEYS, 1, r->values, s->C, r->out, s->C,
+                     true);
+    }
+}
+
+/* Keys of one part when a single query attends to many: parts run side by side and join in order,
+ * whatever the number of threads. */
+#define PART_KEYS 512
+
+static void one_query(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, const Shape *s,
+                      const Block *b, const int32_t *from, const int32_t *to) {
+    int64_t parts = (b->last - b->first) / PART_KEYS + 1, M = s->group, stride = M * (s->C + 2);
+    float *partial = outer_scratch((size_t)(parts * s->K * stride));
+#pragma omp parallel
+    {
+        Running r = running_in(thread_scratch(running_floats(s, M)), s, M);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (int64_t head = 0; head < s->K; head++)
+            for (int64_t part = 0; part < parts; part++) {
+                int64_t begin = b->first + part * PART_KEYS, end = begin + PART_KEYS;
+                float *out = partial + (head * parts + part) * stride;
+                attend(&r, s, b, head, q, k, v, begin, end <= b->last ? end : b->last + 1, from,
+                       to);
+                memcpy(out, r.out, (size_t)(M * s->C) * sizeof *out);
+                memcpy(out + M * s->C, r.top, (size_t)M * sizeof *out);
+                memcpy(out + M * s->C + M, r.total, (size_t)M * sizeof *out);
+            }
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < s->H; h++) {
+            const float *first = partial + h / M * parts * stride;
+            int64_t m = h % M;
+            float top = -INFINITY, total = 0, *out = r.out;
+            for (int64_t part = 0; part < parts; part++) {
+                float value = first[part * stride + M * s->C + m];
+                top = value > top ? value : top;
+            }
+            memset(out, 0, (size_t)s->C * sizeof *out);
+            for (int64_t part = 0; part < parts; part++) {
+                const float *p = first + part * stride;
+                if (p[M * s->C + m] == -INFINITY) continue;
+                float fade = fast_exp(p[M * s->C + m] - top);
+                total += fade * p[M * s->C + M + m];
+                for (int64_t c = 0; c < s->C; c++) out[c] += fade * p[m * s->C + c];
+            }
+            for (int64_t c = 0; c < s->C; c++) out[c] /= total;
+            ((float *)lse.data)[h] = top + logf(total);
+            store_f32(y, h * s->C, s->C, out);
+        }
+    }
+}
+
 void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
                             Tensor first, Tensor last) {
     Shape s = shape_of(q, k);
     const int32_t *from = first.data, *to = last.data;
     int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
+    if (s.N == 1) {
+        Block b = block_at(&s, 0, index.data, from, to);
+        one_query(y, lse, q, k, v, &s, &b, from, to);
+        return;
+    }
 #pragma omp parallel
     {
-        float *memory = thread_scratch((size_t)(2 * M * s.C + 2 * TILE_KEYS * s.C + M * TILE_KEYS));
-        float *query = memory, *out = query + M * s.C, *keys = out + M * s.C,
-              *values = keys + TILE_KEYS * s.C;
-        float *scores = values + TILE_KEYS * s.C, top[M], total[M];
+        Running r = running_in(thread_scratch(running_floats(&s, M)), &s, M);
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t head = 0; head < s.K; head++) {
                 Block b = block_at(&s, begins[block], index.data, from, to);
                 int64_t m_count = (b.end - b.begin) * s.group;
-                load_block(query, q, &s, &b, head);
-                memset(out, 0, (size_t)(m_count * s.C) * sizeof *out);
-                for (int64_t m = 0; m < m_count; m++) top[m] = -INFINITY, total[m] = 0;
-                for (int64_t key = b.first; key <= b.last; key += TILE_KEYS) {
-                    int64_t count = s.S - key < TILE_KEYS ? s.S - key : TILE_KEYS;
-                    load_keys(NULL, keys, k, &s, head, key, count);
-                    load_keys(values, NULL, v, &s, head, key, count);
-                    tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys, TILE_KEYS, scores,
-                                 TILE_KEYS, false);
-                    for (int64_t m = 0; m < m_count; m++) {
-                        int64_t n = b.begin + m / s.group;
-                        int64_t low = from[n] > key ? from[n] - key : 0;
-                        int64_t high = to[n] - key < count ? to[n] - key + 1 : count;
-                        float *row = scores + m * TILE_KEYS, best = top[m], sum = 0;
-                        if (high <= low) {
-                            memset(row, 0, TILE_KEYS * sizeof *row);
-                            continue;
-                        }
-                        for (int64_t j = low; j < high; j++) best = row[j] > best ? row[j] : best;
-                        float fade = top[m] == -INFINITY ? 0.0f : fast_exp(top[m] - best);
-                        for (int64_t j = 0; j < TILE_KEYS; j++)
-                            row[j] = j >= low && j < high ? fast_exp(row[j] - best) : 0.0f;
-                        for (int64_t j = 0; j < TILE_KEYS; j++) sum += row[j];
-                        if (fade != 1.0f)
-                            for (int64_t c = 0; c < s.C; c++) out[m * s.C + c] *= fade;
-                        total[m] = total[m] * fade + sum;
-                        top[m] = best;
-                    }
-                    tile_product(m_count, s.C, count, scores, TILE_KEYS, 1, values, s.C, out, s.C,
-                                 true);
-                }
+                attend(&r, &s, &b, head, q, k, v, b.first, b.last + 1, from, to);
                 for (int64_t m = 0; m < m_count; m++) {
                     int64_t n = b.begin + m / s.group, h = head * s.group + m % s.group;
-                    float inverse = 1.0f / total[m];
-                    for (int64_t c = 0; c < s.C; c++) out[m * s.C + c] *= inverse;
-                    ((float *)lse.data)[n * s.H + h] = top[m] + logf(total[m]);
+                    float inverse = 1.0f / r.total[m];
+                    for (int64_t c = 0; c < s.C; c++) r.out[m * s.C + c] *= inverse;
+                    ((float *)lse.data)[n * s.H + h] = r.top[m] + logf(r.total[m]);
                 }
-                store_block(y, out, &s, &b, head);
+                store_block(y, r.out, &s, &b, head);
             }
     }
 }

@@ -6,6 +6,7 @@
 #include "formats/file.h"
 #include "formats/gguf_save.h"
 #include "formats/initial.h"
+#include "infer/decoder.h"
 #include "kernels/elementwise.h"
 #include "kernels/random.h"
 #include "model/merge.h"
@@ -472,4 +473,38 @@ CASE(gguf, a_stopped_export_leaves_nothing_behind) {
     EXPECT(gguf_save(&model, &m.g, &source, file) == ERR_STOPPED);
     EXPECT(checkpoint_save(&m.checkpoint, &m.g, BF16, folder) == ERR_STOPPED);
     EXPECT(!rmdir(out), "something is left in %s", out); /* succeeds on empty folders only */
+}
+
+CASE(gguf, packed_keys_and_values_stay_near_the_exact_ones) {
+    static const DType dtypes[] = {F32, Q8_0, Q4_0};
+    static const double limits[] = {1e-5, 0.1, 1.0};
+    double last = 0;
+    for (int k = 0; k < KINDS; k++) {
+        Loaded m;
+        char *dir = make_model(kinds[k]);
+        load(&m, dir, F32, STACK_SCORE, NULL);
+        int64_t V = m.g.config.vocab_size;
+        float *exact = must_malloc((size_t)V * 4), *logits = must_malloc((size_t)V * 4);
+        int32_t ids[N];
+        for (int i = 0; i < N; i++) ids[i] = 3 + i * 37 % 2000;
+        for (int d = 0; d < 3; d++) {
+            Decoder one, many;
+            EXPECT_OK(decoder_init(&many, &m.g, N, N, F32)); /* all at once, exactly */
+            decoder_feed(&many, ids, N, exact);
+            EXPECT_OK(decoder_init(&one, &m.g, N, 7, dtypes[d])); /* in chunks, then one by one */
+            decoder_feed(&one, ids, N - 5, logits);
+            for (int i = N - 5; i < N; i++) decoder_feed(&one, ids + i, 1, logits);
+            double error = relative_error(logits, exact, V);
+            /* Scores have no scale, so rounded keys show; four bits fewer show several times as
+             * much. */
+            EXPECT(error < limits[d], "%s, %s: %g", kinds[k], dtype_name(dtypes[d]), error);
+            EXPECT(d == 0 || error > 4 * last, "%s, %s: %g after %g", kinds[k],
+                   dtype_name(dtypes[d]), error, last);
+            last = error;
+            decoder_free(&one);
+            decoder_free(&many);
+        }
+        unload(&m);
+        tree_remove(dir);
+    }
 }

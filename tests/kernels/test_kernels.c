@@ -439,3 +439,22 @@ CASE(kernel_copy, half_precision_files_convert) {
     for (int i = 0; i < 5; i++)
         EXPECT(out[i] == expected[i], "%g, expected %g", out[i], expected[i]);
 }
+
+CASE(kernel_attention, a_single_query_over_many_keys_equals_the_same_query_among_others) {
+    int64_t S = 1500, H = 4, K = 2, C = 64;
+    Tensor q = RANDOM_TENSOR(F32, 1, 2, H, C), k = RANDOM_TENSOR(F32, 2, S, K, C),
+           v = RANDOM_TENSOR(F32, 3, S, K, C);
+    int32_t index[] = {1200, 1499}, first[] = {0, 37}, last[] = {1200, 1499};
+    Tensor both = TENSOR(must_calloc(2 * 4 * 64, 4), F32, 2, H, C),
+           lse = TENSOR(must_calloc(8, 4), F32, 2, H);
+    attention_forward(both, lse, q, k, v, TENSOR(index, I32, 2), TENSOR(first, I32, 2),
+                      TENSOR(last, I32, 2));
+    for (int i = 0; i < 2; i++) {
+        Tensor one = TENSOR(must_calloc(4 * 64, 4), F32, 1, H, C),
+               one_lse = TENSOR(must_calloc(4, 4), F32, 1, H);
+        attention_forward(one, one_lse, tensor_slice(q, i, 1), k, v, TENSOR(index + i, I32, 1),
+                          TENSOR(first + i, I32, 1), TENSOR(last + i, I32, 1));
+        EXPECT(relative_error(one.data, tensor_slice(both, i, 1).data, 4 * 64) < 1e-5);
+        EXPECT(relative_error(one_lse.data, tensor_slice(lse, i, 1).data, 4) < 1e-5);
+    }
+}

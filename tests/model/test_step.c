@@ -493,7 +493,7 @@ CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
         for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
             Decoder d;
             float *logits = must_malloc((size_t)V * sizeof *logits);
-            EXPECT_OK(decoder_init(&d, &r.g, p->batch.N, plans[i][1]));
+            EXPECT_OK(decoder_init(&d, &r.g, p->batch.N, plans[i][1], F32));
             decoder_feed(&d, p->ids, plans[i][0], logits);
             for (int64_t n = plans[i][0] - 1; n + 1 < p->batch.N; n++) {
                 double sum = 0;
