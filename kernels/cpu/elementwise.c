@@ -9,7 +9,7 @@
 
 void CPU(scale_copy)(Tensor y, Write write, Tensor x, float alpha) {
     int64_t count = tensor_count(y), blocks = (count + CHUNK - 1) / CHUNK;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (blocks > 16)
     for (int64_t block = 0; block < blocks; block++) {
         int64_t first = block * CHUNK, n = count - first < CHUNK ? count - first : CHUNK;
         float a[CHUNK], b[CHUNK];
@@ -30,7 +30,7 @@ void CPU(fill)(Tensor y, float value) {
     int64_t count = tensor_count(y), blocks = (count + CHUNK - 1) / CHUNK;
     float line[CHUNK];
     for (int64_t i = 0; i < CHUNK; i++) line[i] = value;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (blocks > 16)
     for (int64_t block = 0; block < blocks; block++)
         store_f32(y, block * CHUNK, count - block * CHUNK < CHUNK ? count - block * CHUNK : CHUNK,
                   line);
@@ -38,7 +38,7 @@ void CPU(fill)(Tensor y, float value) {
 
 void CPU(add_scaled)(Tensor y, Tensor a, Tensor b, float alpha) {
     int64_t count = tensor_count(y), blocks = (count + CHUNK - 1) / CHUNK;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (blocks > 16)
     for (int64_t block = 0; block < blocks; block++) {
         int64_t first = block * CHUNK, n = count - first < CHUNK ? count - first : CHUNK;
         float p[CHUNK], q[CHUNK], out[CHUNK];

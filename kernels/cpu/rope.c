@@ -11,7 +11,7 @@ void CPU(rope_table)(Tensor cos_table, Tensor sin_table, Tensor positions, float
         double exponent = (double)i / (double)half;
         frequency[i] = i < rotated ? (float)(1.0 / pow((double)theta, exponent)) / factor : 0.0f;
     }
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (N > 4)
     for (int64_t n = 0; n < N; n++)
         for (int64_t i = 0; i < half; i++) {
             float angle = (float)position[n] * frequency[i];
@@ -22,7 +22,7 @@ void CPU(rope_table)(Tensor cos_table, Tensor sin_table, Tensor positions, float
 
 static void rotate(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table, float sign) {
     int64_t N = x.shape[0], heads = x.shape[1], C = x.shape[2], half = C / 2;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (N > 4)
     for (int64_t n = 0; n < N; n++) {
         const float *c = (const float *)cos_table.data + n * half,
                     *s = (const float *)sin_table.data + n * half;
