@@ -7,7 +7,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-
 static const struct {
     const char *name, *hash;
     int format; /* -1: recognised, but not rendered */
@@ -60,13 +59,13 @@ Status chat_format_find(ChatFormat *format, const char *dir, const char *choice)
     size_t size;
     json_t *root = NULL;
     Status status = OK;
-    if (companion_exists(dir, "chat_template.jinja")) {
-        TRY_DONE(companion_read(&bytes, &size, dir, "chat_template.jinja"));
+    TRY_DONE(companion_find(&bytes, &size, dir, "chat_template.jinja"));
+    if (bytes) {
         TRY_DONE(format_of_template(format, bytes, size, path));
         goto done;
     }
-    if (companion_exists(dir, "tokenizer_config.json")) {
-        TRY_DONE(companion_read(&bytes, &size, dir, "tokenizer_config.json"));
+    TRY_DONE(companion_find(&bytes, &size, dir, "tokenizer_config.json"));
+    if (bytes) {
         TRY_DONE(json_read(&root, bytes, size, config));
         Slice text = json_slice(json_object_get(root, "chat_template"));
         if (text.size) {

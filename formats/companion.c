@@ -8,40 +8,34 @@
 
 #define COMPANION_MAX ((size_t)1 << 30)
 
-bool companion_exists(const char *model, const char *name) {
-    if (gguf_is_file(model)) {
-        Gguf g;
-        char *bytes = NULL;
-        size_t size;
-        if (!strcmp(name, "tokenizer.json") || !strcmp(name, "config.json")) return true;
-        if (gguf_open(&g, model) != OK) return false;
-        bool there = gguf_companion(&g, name, &bytes, &size) == OK && bytes;
-        free(bytes);
-        gguf_close(&g);
-        return there;
-    }
-    char *path = path_join(model, name);
-    bool there = file_exists(path);
-    free(path);
-    return there;
-}
-
 char *companion_path(const char *model, const char *name) {
     return gguf_is_file(model) ? must_strdup(model) : path_join(model, name);
 }
 
-Status companion_read(char **bytes, size_t *size, const char *model, const char *name) {
-    if (!gguf_is_file(model)) {
-        char *path = path_join(model, name);
-        Status status = file_read(bytes, size, path, COMPANION_MAX);
-        free(path);
+Status companion_find(char **bytes, size_t *size, const char *model, const char *name) {
+    Status status = OK;
+    *bytes = NULL;
+    *size = 0;
+    if (gguf_is_file(model)) {
+        Gguf g;
+        TRY(gguf_open(&g, model));
+        status = gguf_companion(&g, name, bytes, size);
+        gguf_close(&g);
         return status;
     }
-    Gguf g;
-    TRY(gguf_open(&g, model));
-    Status status = gguf_companion(&g, name, bytes, size);
-    if (status == OK && !*bytes) status = status_fail(ERR_FORMAT, "%s: holds no %s", model, name);
-    gguf_close(&g);
+    char *path = path_join(model, name);
+    if (file_exists(path)) status = file_read(bytes, size, path, COMPANION_MAX);
+    free(path);
+    return status;
+}
+
+Status companion_read(char **bytes, size_t *size, const char *model, const char *name) {
+    TRY(companion_find(bytes, size, model, name));
+    if (*bytes) return OK;
+    if (gguf_is_file(model)) FAIL(ERR_FORMAT, "%s: holds no %s", model, name);
+    char *path = path_join(model, name);
+    Status status = file_read(bytes, size, path, COMPANION_MAX); /* says why it is not there */
+    free(path);
     return status;
 }
 
@@ -53,8 +47,8 @@ Status companions_copy(const char *model, const char *dir) {
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         char *bytes = NULL;
         size_t size;
-        if (!companion_exists(model, names[i])) continue;
-        TRY(companion_read(&bytes, &size, model, names[i]));
+        TRY(companion_find(&bytes, &size, model, names[i]));
+        if (!bytes) continue;
         char *to = path_join(dir, names[i]);
         Status status = file_write(to, bytes, size);
         free(to);

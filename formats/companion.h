@@ -7,10 +7,11 @@
 
 #include "kernels/status.h"
 
-/* Whether `model` has something under that name. */
-bool companion_exists(const char *model, const char *name);
+/* The bytes of model/name, with a zero behind them; NULL when the model has nothing of the kind.
+ * Caller frees. */
+Status companion_find(char **bytes, size_t *size, const char *model, const char *name);
 
-/* The bytes of model/name, with a zero behind them; caller frees. */
+/* The same of what must be there. */
 Status companion_read(char **bytes, size_t *size, const char *model, const char *name);
 
 /* How messages name it: model/name, or model alone when that is a file. Caller frees. */

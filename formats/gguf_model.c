@@ -403,8 +403,8 @@ static void put_config(GgufWriter *w, const ModelConfig *c) {
 static Status put_sampling(GgufWriter *w, const char *source) {
     char *bytes = NULL;
     size_t size;
-    if (!companion_exists(source, "generation_config.json")) return OK;
-    TRY(companion_read(&bytes, &size, source, "generation_config.json"));
+    TRY(companion_find(&bytes, &size, source, "generation_config.json"));
+    if (!bytes) return OK;
     json_t *root = json_loadb(bytes, size, 0, NULL), *k = json_object_get(root, "top_k"),
            *p = json_object_get(root, "top_p"), *t = json_object_get(root, "temperature");
     if (json_is_integer(k))

@@ -182,9 +182,7 @@ static void put_suppressed(GgufWriter *w, const char *source) {
     char *bytes = NULL;
     size_t size, i;
     json_t *item;
-    if (!companion_exists(source, "generation_config.json") ||
-        companion_read(&bytes, &size, source, "generation_config.json") != OK)
-        return;
+    if (companion_find(&bytes, &size, source, "generation_config.json") != OK || !bytes) return;
     json_t *root = json_loadb(bytes, size, 0, NULL),
            *list = json_object_get(root, "suppress_tokens");
     if (json_array_size(list)) {
@@ -199,8 +197,8 @@ static Status put_template(GgufWriter *w, const char *source, json_t *config) {
     char *bytes = NULL;
     size_t size;
     const char *inside = json_string_value(json_object_get(config, "chat_template"));
-    if (companion_exists(source, "chat_template.jinja")) {
-        TRY(companion_read(&bytes, &size, source, "chat_template.jinja"));
+    TRY(companion_find(&bytes, &size, source, "chat_template.jinja"));
+    if (bytes) {
         gguf_put_bytes(w, "tokenizer.chat_template", bytes, size);
         free(bytes);
     } else if (inside) {
@@ -220,10 +218,8 @@ Status gguf_put_tokenizer(GgufWriter *w, const char *source) {
     json_t *model = json_object_get(root, "model");
     TRY_DONE(list_tokens(&v, json_object_get(model, "vocab"), json_object_get(root, "added_tokens"),
                          source));
-    if (companion_exists(source, "tokenizer_config.json")) {
-        TRY_DONE(companion_read(&settings, &size, source, "tokenizer_config.json"));
-        config = json_loadb(settings, size, 0, NULL);
-    }
+    TRY_DONE(companion_find(&settings, &size, source, "tokenizer_config.json"));
+    if (settings) config = json_loadb(settings, size, 0, NULL);
     gguf_put_text(w, "tokenizer.ggml.model", "gemma4");
     gguf_put_array(w, "tokenizer.ggml.tokens", GGUF_STRING, (uint64_t)v.size);
     for (int64_t id = 0; id < v.size; id++) gguf_add_text(w, v.text[id], strlen(v.text[id]));

@@ -33,8 +33,8 @@ Status sampling_load(Sampling *s, const Model *m) {
     size_t size;
     json_t *root = NULL;
     Status status = OK;
-    if (!companion_exists(m->dir, "generation_config.json")) goto done;
-    TRY_DONE(companion_read(&bytes, &size, m->dir, "generation_config.json"));
+    TRY_DONE(companion_find(&bytes, &size, m->dir, "generation_config.json"));
+    if (!bytes) goto done;
     TRY_DONE(json_read(&root, bytes, size, path));
     add_ids(s->stops, &s->stop_count, json_object_get(root, "eos_token_id"));
     add_ids(s->suppressed, &s->suppress_count, json_object_get(root, "suppress_tokens"));

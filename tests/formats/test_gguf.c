@@ -159,7 +159,10 @@ CASE(gguf, tokenizer_and_template_come_back_out_of_the_file) {
                texts[i]);
     }
     EXPECT(tokenizer_size(one) == tokenizer_size(other));
-    EXPECT(!companion_exists(path, "chat_template.jinja"), "a template out of nowhere");
+    char *bytes;
+    size_t size;
+    EXPECT_OK(companion_find(&bytes, &size, path, "chat_template.jinja"));
+    EXPECT(!bytes, "a template out of nowhere");
     unload(&folder);
 }
 
