@@ -16,9 +16,8 @@ static void merged_source(void *context, const Param *p, int64_t first, int64_t 
 /* A stored matrix without an adapter goes through as it is. */
 static Tensor stored_source(void *context, const Param *p) {
     const Model *m = context;
-    for (const Linear *l = m->g.linears.first; l; l = l->next)
-        if (l->weight == p && l->lora) return tensor_absent();
-    return p->trainable ? tensor_absent() : p->value;
+    const Linear *l = gemma_owner(&m->g, p);
+    return p->trainable || (l && l->lora) ? tensor_absent() : p->value;
 }
 
 static void release_source(void *context, const Param *p) {

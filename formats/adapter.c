@@ -111,9 +111,9 @@ static Status attach_train_also(Gemma *g, const AdapterSpec *spec) {
                 match = ends_in(module, spec->train_also.items[i]);
             }
             if (!match || p->adapter || p->buffer) continue;
-            for (const Linear *l = g->linears.first; l; l = l->next)
-                if (l->weight == p && l->lora)
-                    FAIL(ERR_CONFIG, "lora.train_also: '%s' also carries an adapter", p->name);
+            const Linear *l = gemma_owner(g, p);
+            if (l && l->lora)
+                FAIL(ERR_CONFIG, "lora.train_also: '%s' also carries an adapter", p->name);
             p->trainable = found = true;
         }
         if (!found)

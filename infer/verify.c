@@ -148,12 +148,6 @@ static void merge_at_use(Model *m, FakeQuant fakes[4], const Model *file) {
     }
 }
 
-static bool is_linear(const Gemma *g, const Param *p) {
-    for (const Linear *l = g->linears.first; l; l = l->next)
-        if (l->weight == p) return true;
-    return false;
-}
-
 /* Whether the file's tensor is ours, rounded; compared a few rows at a time. */
 static bool is_rounded(const Param *p, Tensor stored) {
     Tensor ours = p->trainable ? p->master : p->value;
@@ -179,7 +173,7 @@ static bool is_rounded(const Param *p, Tensor stored) {
 static Status lend_tables(Model *m, const Model *file, const char *path) {
     for (int i = 0; i < m->g.params.count; i++) {
         Param *p = m->g.params.items[i];
-        if (p->adapter || is_linear(&m->g, p)) continue;
+        if (p->adapter || gemma_owner(&m->g, p)) continue;
         const Param *theirs = params_find(&file->g.params, p->name);
         if (!is_rounded(p, theirs->value))
             FAIL(ERR_FORMAT, "%s: tensor '%s' is not the model's, rounded", path, p->name);

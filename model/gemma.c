@@ -43,6 +43,12 @@ Linear *gemma_find_linear(const Gemma *g, const char *name) {
     return NULL;
 }
 
+Linear *gemma_owner(const Gemma *g, const Param *weight) {
+    for (Linear *l = g->linears.first; l; l = l->next)
+        if (l->weight == weight) return l;
+    return NULL;
+}
+
 void gemma_refresh(Gemma *g, Arena *scratch) {
     for (Linear *l = g->linears.first; l; l = l->next) linear_refresh(l, scratch);
 }

@@ -36,6 +36,9 @@ float gemma_embedding_scale(const Gemma *g);
 /* The linear of that full module (or fused parameter) name; NULL when there is none. */
 Linear *gemma_find_linear(const Gemma *g, const char *name);
 
+/* The linear whose weight that is; NULL for tables and vectors. */
+Linear *gemma_owner(const Gemma *g, const Param *weight);
+
 /* Renews what adapters derive from their values (linear_refresh of every linear): after loading
  * them and after every update, before anything is computed with them. */
 void gemma_refresh(Gemma *g, Arena *scratch);

@@ -58,33 +58,50 @@ void project(Tensor y, Tensor x, Tensor weight, bool int8) {
         matmul(NT, y, SET, x, weight, 1.0f);
 }
 
-/* ---- through rounding ---- */
+/* ---- the sum of weight and adapter ---- */
 
 /* Rows of W + scale B A made at a time. */
-#define ROUNDED_ROWS 256
+#define SUM_ROWS 256
+
+/* What group g has of a parameter of all groups. */
+static Tensor of_group(const Linear *l, Tensor t, int64_t g) {
+    return l->groups > 1 ? tensor_at(t, g) : t;
+}
+
+void linear_sum_rows(const Linear *l, int64_t g, int64_t first, Tensor sum) {
+    int64_t n = tensor_rows(sum);
+    scale_copy(sum, SET, tensor_slice(of_group(l, l->weight->value, g), first, n), 1.0f);
+    if (l->lora)
+        matmul_ordered(NN, sum, ADD, tensor_slice(of_group(l, l->lora->B->value, g), first, n),
+                       of_group(l, l->lora->A->value, g), l->lora->scale);
+}
+
+void linear_merged_rows(const Linear *l, int64_t g, int64_t first, Tensor rows) {
+    linear_sum_rows(l, g, first, rows);
+    if (!l->lora || !l->lora->magnitude) return;
+    for (int64_t i = 0; i < tensor_rows(rows); i++)
+        for (int64_t k = 0; k < l->in; k++)
+            ((float *)rows.data)[i * l->in + k] *=
+                ((const float *)l->lora->factor.data)[first + i];
+}
+
+/* ---- through rounding ---- */
 
 /* The weight that is computed with, (out, in) in `dtype`: of group `g`, adapter merged, rounded. */
 static Tensor rounded_weight(const Linear *l, int64_t g, DType dtype, Arena *scratch) {
-    bool grouped = l->groups > 1;
     Tensor w = ARENA_TENSOR(scratch, dtype, l->out, l->in);
-    Tensor value = grouped ? tensor_at(l->weight->value, g) : l->weight->value;
     if (!l->lora) {
-        fake_quantize(w, value, tensor_absent(), l->fake->scheme, l->fake->blend);
+        fake_quantize(w, of_group(l, l->weight->value, g), tensor_absent(), l->fake->scheme,
+                      l->fake->blend);
         return w;
     }
     size_t mark = arena_mark(scratch);
-    int64_t block = l->out < ROUNDED_ROWS ? l->out : ROUNDED_ROWS;
+    int64_t block = l->out < SUM_ROWS ? l->out : SUM_ROWS;
     Tensor sum = ARENA_TENSOR(scratch, F32, block, l->in);
-    Tensor A = grouped ? tensor_at(l->lora->A->value, g) : l->lora->A->value;
-    Tensor B = grouped ? tensor_at(l->lora->B->value, g) : l->lora->B->value;
     for (int64_t o = 0; o < l->out && sum.data; o += block) {
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
-        scale_copy(part, SET, tensor_slice(value, o, n), 1.0f);
-        matmul_ordered(NN, part, ADD, tensor_slice(B, o, n), A, l->lora->scale);
-        for (int64_t i = 0; l->lora->magnitude && i < n; i++)
-            for (int64_t k = 0; k < l->in; k++)
-                ((float *)part.data)[i * l->in + k] *= ((const float *)l->lora->factor.data)[o + i];
+        linear_merged_rows(l, g, o, part);
         fake_quantize(tensor_slice(w, o, n), part, tensor_absent(), l->fake->scheme,
                       l->fake->blend);
     }
@@ -94,26 +111,21 @@ static Tensor rounded_weight(const Linear *l, int64_t g, DType dtype, Arena *scr
 
 /* dW (out, in) f32 of the rounded weight, passed to the adapter's A and B of group `g`. */
 static void rounded_backward(const Linear *l, int64_t g, Tensor dW, Arena *scratch) {
-    bool grouped = l->groups > 1;
     size_t mark = arena_mark(scratch);
-    int64_t block = l->out < ROUNDED_ROWS ? l->out : ROUNDED_ROWS;
-    Tensor value = grouped ? tensor_at(l->weight->value, g) : l->weight->value;
-    Tensor A = grouped ? tensor_at(l->lora->A->value, g) : l->lora->A->value;
-    Tensor B = grouped ? tensor_at(l->lora->B->value, g) : l->lora->B->value;
-    Tensor dA = grouped ? tensor_at(l->lora->A->grad, g) : l->lora->A->grad;
-    Tensor dB = grouped ? tensor_at(l->lora->B->grad, g) : l->lora->B->grad;
+    int64_t block = l->out < SUM_ROWS ? l->out : SUM_ROWS;
     Tensor sum = ARENA_TENSOR(scratch, F32, block, l->in);
     for (int64_t o = 0; o < l->out && sum.data; o += block) {
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
-        scale_copy(part, SET, tensor_slice(value, o, n), 1.0f);
-        matmul_ordered(NN, part, ADD, tensor_slice(B, o, n), A, l->lora->scale);
+        linear_sum_rows(l, g, o, part);
         fake_quantize_backward(tensor_slice(dW, o, n), tensor_absent(), part, tensor_absent(),
                                l->fake->scheme, l->fake->blend);
     }
     if (sum.data) {
-        matmul_ordered(NT, dB, ADD, dW, A, l->lora->scale);
-        matmul_ordered(TN, dA, ADD, B, dW, l->lora->scale);
+        matmul_ordered(NT, of_group(l, l->lora->B->grad, g), ADD, dW,
+                       of_group(l, l->lora->A->value, g), l->lora->scale);
+        matmul_ordered(TN, of_group(l, l->lora->A->grad, g), ADD,
+                       of_group(l, l->lora->B->value, g), dW, l->lora->scale);
     }
     arena_release(scratch, mark);
 }
@@ -163,8 +175,7 @@ static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy,
                    rounded_weight(l, g, x.dtype, p->scratch), 1.0f);
         arena_release(p->scratch, mark);
         if (l->weight->trainable)
-            matmul(TN, l->groups > 1 ? tensor_at(l->weight->grad, g) : l->weight->grad, ADD,
-                   dy_rows, rows, 1.0f);
+            matmul(TN, of_group(l, l->weight->grad, g), ADD, dy_rows, rows, 1.0f);
         if (l->lora && l->lora->A->trainable) {
             Tensor dW = ARENA_TENSOR(p->scratch, F32, l->out, l->in);
             matmul(TN, dW, SET, dy_rows, rows, 1.0f);
@@ -284,15 +295,13 @@ void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy,
 /* factor = m / |W + s B A| by output row, the sum formed in blocks of rows. */
 void linear_refresh(Linear *l, Arena *scratch) {
     if (!l->lora || !l->lora->magnitude) return;
-    int64_t block = l->out < 64 ? l->out : 64;
+    int64_t block = l->out < SUM_ROWS ? l->out : SUM_ROWS;
     size_t mark = arena_mark(scratch);
     Tensor sum = ARENA_TENSOR(scratch, F32, block, l->in);
     for (int64_t o = 0; o < l->out && sum.data; o += block) {
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
-        scale_copy(part, SET, tensor_slice(l->weight->value, o, n), 1.0f);
-        matmul_ordered(NN, part, ADD, tensor_slice(l->lora->B->value, o, n), l->lora->A->value,
-                       l->lora->scale);
+        linear_sum_rows(l, 0, o, part);
         for (int64_t i = 0; i < n; i++) {
             const float *row = (const float *)part.data + i * l->in;
             double square = 0;

@@ -63,6 +63,12 @@ void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
                              RowGroups groups, Pass *p);
 
+/* sum (n, in) f32 = rows first .. first + n - 1 of W + scale B A, of group g (0 when dense). */
+void linear_sum_rows(const Linear *l, int64_t g, int64_t first, Tensor sum);
+
+/* The same times DoRA's factor: rows of the weight that merging leaves. */
+void linear_merged_rows(const Linear *l, int64_t g, int64_t first, Tensor rows);
+
 /* Renews what depends on the adapter's values alone (DoRA's factor); once before the passes of a
  * step. */
 void linear_refresh(Linear *l, Arena *scratch);
