@@ -132,14 +132,9 @@ static double bytes_a_token(const Gemma *g) {
     return bytes;
 }
 
-static void count_logits(void *context, int64_t first, Tensor logits) {
-    *(double *)context += ((const float *)logits.data)[0] + (double)first;
-}
-
 /* Seconds to score the prompt with the logits of every token: a fresh sequence. */
 static Status time_scoring(Model *m, const int32_t *ids, int64_t n, double *seconds) {
-    double sum = 0;
-    StepOptions options = {.mode = STACK_SCORE, .logits = count_logits, .logits_context = &sum};
+    StepOptions options = {.mode = STACK_SCORE};
     StepMemory memory;
     int32_t *numbers = must_calloc((size_t)n * 3, sizeof *numbers);
     float *nll = must_calloc((size_t)n, sizeof *nll);
@@ -156,17 +151,6 @@ static Status time_scoring(Model *m, const int32_t *ids, int64_t n, double *seco
     free(numbers);
     free(nll);
     return status;
-}
-
-/* The size of private memory, from the kernel's own account. */
-static double private_bytes(void) {
-    FILE *file = fopen("/proc/self/status", "r");
-    unsigned long long kilobytes = 0;
-    char line[256];
-    while (file && fgets(line, sizeof line, file))
-        if (sscanf(line, "RssAnon: %llu", &kilobytes) == 1) break;
-    if (file) fclose(file);
-    return (double)kilobytes * 1024;
 }
 
 static Status bench_model(const ModelBench *b) {
@@ -203,7 +187,7 @@ static Status bench_model(const ModelBench *b) {
     double start = now();
     for (int64_t i = 0; i < b->tokens; i++) decoder_feed(&d, ids + i % (n + 1), 1, logits);
     decode = (now() - start) / (double)b->tokens;
-    double used = private_bytes();
+    double used = (double)process_private();
     TRY_DONE(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
     after = read_rate((uint64_t *)memory.base, words);
     double bytes = bytes_a_token(&m.g);

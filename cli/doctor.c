@@ -114,7 +114,7 @@ static Status check_gradients(Session *s) {
     printf("  first batch: loss %.4f (a uniform guess is %.4f), gradient norm %.4g, %.0f tokens/s, "
            "%.2f GB resident\n",
            loss, log((double)s->g.config.vocab_size), norm, (double)batches[0].batch.N / seconds,
-           progress_memory() / 1e9);
+           (double)process_resident() / 1e9);
     if (!isfinite(loss) || !isfinite(norm)) warn("%s", "the loss or gradient is not finite");
     for (int l = 0; l < s->g.config.num_hidden_layers; l++) {
         if (!s->g.blocks[l].config.kv_is_shared) continue;

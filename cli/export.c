@@ -27,10 +27,7 @@ static void release_source(void *context, const Param *p) {
 
 static Status export_gguf(Model *m, DType dtype, const char *out) {
     const char *slash = strrchr(m->dir, '/'), *name = slash && slash[1] ? slash + 1 : m->dir;
-    GgufModel model = {&m->checkpoint.config, m->dir, name, dtype, 0};
-    for (int i = 0; i < m->g.params.count; i++)
-        if (!m->g.params.items[i]->adapter)
-            model.parameters += tensor_count(m->g.params.items[i]->value);
+    GgufModel model = {&m->checkpoint.config, m->dir, name, dtype};
     RowSource source = {merged_source, stored_source, release_source, m};
     return gguf_save(&model, &m->g, &source, out);
 }
@@ -53,6 +50,20 @@ static Status read_target(Target *target, DType *dtype, const char *to) {
                  "--to is '%s', expected safetensors, peft, bf16-gguf, q8_0-gguf, q4_0-gguf or "
                  "lora-gguf",
                  to);
+    }
+    return OK;
+}
+
+static Status write_export(Model *m, Target target, DType matrices, const char *out) {
+    switch (target) {
+    case TO_SAFETENSORS:
+        return checkpoint_save(&m->checkpoint, &m->g, m->g.dtype, out);
+    case TO_PEFT:
+        return peft_save(&m->g, &m->spec, out);
+    case TO_LORA_GGUF:
+        return gguf_save_adapter(&m->g, &m->spec, out);
+    case TO_GGUF:
+        return export_gguf(m, matrices, out);
     }
     return OK;
 }
@@ -91,30 +102,22 @@ Status command_export(int argc, char **argv) {
         FAIL(ERR_USAGE, "--verify proves merged models; --to %s writes an adapter", to);
     const char *out = a.positional[0];
     if (file_exists(out)) FAIL(ERR_IO, "%s: is already there", out);
+    /* What is not proven yet does not have the name that was asked for. */
+    char *written = must_format("%s%s", out, verify ? ".unverified" : "");
     file_stop_on_signals();
-    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED));
-    Status status = OK;
-    switch (target) {
-    case TO_SAFETENSORS:
-        status = checkpoint_save(&m.checkpoint, &m.g, m.g.dtype, out);
-        break;
-    case TO_PEFT:
-        status = peft_save(&m.g, &m.spec, out);
-        break;
-    case TO_LORA_GGUF:
-        status = gguf_save_adapter(&m.g, &m.spec, out);
-        break;
-    case TO_GGUF:
-        status = export_gguf(&m, matrices, out);
-        break;
-    }
+    Status status = model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED);
+    if (status == OK) status = write_export(&m, target, matrices, written);
     model_close(&m);
     if (status == OK && verify) {
         Verification v;
-        status = verify_export(&v, model, adapter, out, NULL, 0);
+        status = verify_export(&v, model, adapter, written);
         if (v.file.positions) verification_print(&v);
-        if (status != OK) tree_remove(out);
+        if (status == OK)
+            status = folder_commit(must_strdup(written), out);
+        else
+            tree_remove(written);
     }
+    free(written);
     if (status == OK) printf("%s\n", out);
     return status;
 }

@@ -72,11 +72,11 @@ static void finish(json_t *summary, json_t *tensors, bool as_json) {
 }
 
 static Status inspect_checkpoint(const char *path, bool as_json) {
-    static const char *const roles[] = {"", "unused (shared K/V)", "tower", "tied"};
+    static const char *const roles[] = {"", "unused (shared K/V)", "tower", "tied", "derived"};
     Checkpoint c;
     TRY(checkpoint_open(&c, path));
     json_t *tensors = json_array();
-    int64_t counts[4] = {0}, table = 0;
+    int64_t counts[sizeof roles / sizeof *roles] = {0}, table = 0;
     for (int i = 0; i < c.count; i++) {
         const StoredTensor *t = c.tensors[i].stored;
         counts[c.tensors[i].role] += element_count(t);
@@ -85,12 +85,12 @@ static Status inspect_checkpoint(const char *path, bool as_json) {
     }
     const ModelConfig *m = &c.config;
     json_t *summary = json_pack(
-        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "kind", "checkpoint", "path",
-        path, "model_type", m->model_type, "layers", (json_int_t)m->num_hidden_layers,
-        "hidden_size", (json_int_t)m->hidden_size, "vocab_size", (json_int_t)m->vocab_size,
-        "tensor_count", (json_int_t)c.count, "text_parameters", (json_int_t)counts[ROLE_PARAM],
-        "per_layer_table", (json_int_t)table, "tower_parameters", (json_int_t)counts[ROLE_TOWER],
-        "unused_parameters", (json_int_t)counts[ROLE_DEAD]);
+        "{s:s, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "kind",
+        c.is_gguf ? "gguf" : "checkpoint", "path", path, "model_type", m->model_type, "layers",
+        (json_int_t)m->num_hidden_layers, "hidden_size", (json_int_t)m->hidden_size, "vocab_size",
+        (json_int_t)m->vocab_size, "tensor_count", (json_int_t)c.count, "text_parameters",
+        (json_int_t)counts[ROLE_PARAM], "per_layer_table", (json_int_t)table, "tower_parameters",
+        (json_int_t)counts[ROLE_TOWER], "unused_parameters", (json_int_t)counts[ROLE_DEAD]);
     finish(summary, tensors, as_json);
     checkpoint_close(&c);
     return OK;
@@ -173,7 +173,8 @@ Status command_inspect(int argc, char **argv) {
     Option options[] = {{"--json", OPTION_FLAG, &as_json, "one JSON line"},
                         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "inspect PATH [--json]",
-                   .about = "Says what a checkpoint, adapter, HDF5 dataset or run folder holds.",
+                   .about =
+                       "Says what a checkpoint, GGUF, adapter, HDF5 dataset or run folder holds.",
                    .options = options,
                    .least = 1,
                    .most = 1};
@@ -193,7 +194,8 @@ Status command_inspect(int argc, char **argv) {
         free(inner);
         if (there) return kinds[i].inspect(path, as_json);
     }
+    if (gguf_is_file(path)) return inspect_checkpoint(path, as_json);
     size_t n = strlen(path);
     if (n > 3 && !strcmp(path + n - 3, ".h5")) return inspect_store(path, as_json);
-    FAIL(ERR_FORMAT, "%s: is no checkpoint, adapter, run folder or .h5 dataset", path);
+    FAIL(ERR_FORMAT, "%s: is no checkpoint, GGUF, adapter, run folder or .h5 dataset", path);
 }

@@ -269,6 +269,11 @@ const GgufValue *gguf_find(const Gguf *g, const char *key) {
     return bsearch(&wanted, g->values, (size_t)g->value_count, sizeof *g->values, by_key);
 }
 
+const StoredTensor *gguf_find_tensor(const Gguf *g, const char *name) {
+    StoredTensor wanted = {.name = (char *)name};
+    return bsearch(&wanted, g->tensors, (size_t)g->count, sizeof *g->tensors, by_name);
+}
+
 Status gguf_number(const Gguf *g, const GgufValue *v, uint64_t index, double *out) {
     if (index >= v->count || v->item == GGUF_STRING)
         FAIL(ERR_FORMAT, "%s: '%s' has no number %" PRIu64, g->path, v->key, index);

@@ -53,6 +53,7 @@ void gguf_close(Gguf *g);
 bool gguf_is_file(const char *path);
 
 const GgufValue *gguf_find(const Gguf *g, const char *key);
+const StoredTensor *gguf_find_tensor(const Gguf *g, const char *name);
 
 /* Element `index` of a value as a number; ERR_FORMAT naming the key when it is none. */
 Status gguf_number(const Gguf *g, const GgufValue *v, uint64_t index, double *out);

@@ -135,19 +135,13 @@ static Status get_layers(const Gguf *g, const char *key, int64_t L, int64_t *out
     return OK;
 }
 
-static const StoredTensor *find_tensor(const Gguf *g, const char *name) {
-    for (int i = 0; i < g->count; i++)
-        if (!strcmp(g->tensors[i].name, name)) return &g->tensors[i];
-    return NULL;
-}
-
 static void set_int(json_t *o, const char *key, int64_t value) {
     json_object_set_new(o, key, json_integer(value));
 }
 
 /* The share of pairs that rotate, from the divisors. */
 static double rotary_factor(const Gguf *g) {
-    const StoredTensor *t = find_tensor(g, GGUF_ROPE_FREQS);
+    const StoredTensor *t = gguf_find_tensor(g, GGUF_ROPE_FREQS);
     if (!t || t->dtype != F32 || t->ndim != 1) return 0.25;
     int64_t rotated = 0;
     for (int64_t i = 0; i < t->shape[0]; i++) {
@@ -191,7 +185,7 @@ static Status fill_layers(const Gguf *g, json_t *text, int64_t L) {
         json_array_append_new(types, json_string(kinds[!sliding[l]]));
         if (sliding[l]) sliding_kv = kv[l];
         snprintf(name, sizeof name, "blk.%" PRId64 ".attn_v.weight", l);
-        if (!sliding[l] && l < L - shared && !find_tensor(g, name)) from_k = true;
+        if (!sliding[l] && l < L - shared && !gguf_find_tensor(g, name)) from_k = true;
     }
     json_object_set_new(text, "layer_types", types);
     set_int(text, "num_key_value_heads", sliding_kv);
@@ -222,7 +216,7 @@ static Status fill_config(const Gguf *g, json_t *text) {
         if (!strcmp(numbers[i].name, "num_hidden_layers")) L = value;
     }
     TRY(fill_layers(g, text, L));
-    const StoredTensor *embedding = find_tensor(g, "token_embd.weight");
+    const StoredTensor *embedding = gguf_find_tensor(g, "token_embd.weight");
     if (!embedding || embedding->ndim != 2)
         FAIL(ERR_FORMAT, "%s: tensor 'token_embd.weight' is missing", g->path);
     set_int(text, "vocab_size", embedding->shape[0]);
@@ -435,10 +429,10 @@ static void mention_sharing(const ModelConfig *c) {
     }
 }
 
-Status gguf_put_model(GgufWriter *w, const GgufModel *m) {
+Status gguf_put_model(GgufWriter *w, const GgufModel *m, int64_t parameters) {
     mention_sharing(m->config);
     char label[32];
-    double size = (double)m->parameters;
+    double size = (double)parameters;
     snprintf(label, sizeof label, size < 1e9 ? "%.0fM" : "%.2gB",
              size < 1e9 ? size / 1e6 : size / 1e9);
     gguf_put_text(w, "general.architecture", "gemma4");

@@ -28,15 +28,15 @@ Status gguf_companion(const Gguf *g, const char *name, char **bytes, size_t *siz
 /* "model.language_model." or "model.": under which names its adapters go. */
 const char *gguf_prefix(const Gguf *g);
 
-/* What is written of a model: `dtype` of its matrices; `parameters` of its text tower. */
+/* What is written of a model: `dtype` of its matrices. */
 typedef struct GgufModel {
     const ModelConfig *config;
     const char *source; /* folder or GGUF that lends tokenizer, template and generation settings */
     const char *name;   /* general.name */
     DType dtype;
-    int64_t parameters;
 } GgufModel;
 
-Status gguf_put_model(GgufWriter *w, const GgufModel *m);
+/* All of the metadata; `parameters` are those of the text tower. */
+Status gguf_put_model(GgufWriter *w, const GgufModel *m, int64_t parameters);
 
 #endif

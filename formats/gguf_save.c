@@ -15,7 +15,7 @@ static const char *local_name(const Gemma *g, const Param *p) {
 }
 
 DType gguf_param_dtype(const Param *p, DType dtype) {
-    if (p->value.ndim == 1 || strstr(p->name, ".router.")) return F32;
+    if (!param_takes_blocks(p)) return F32;
     return tensor_cols(p->value) % dtype_block(dtype).count ? BF16 : dtype;
 }
 
@@ -59,12 +59,15 @@ static Status write_param(GgufWriter *w, const Param *p, DType dtype, const RowS
 Status gguf_save(const GgufModel *m, const Gemma *g, const RowSource *source, const char *path) {
     GgufWriter *w = NULL;
     char name[PARAM_NAME_MAX];
-    int64_t widest = BLOCK, half = g->config.layer[g->config.num_hidden_layers - 1].head_dim / 2;
+    int64_t parameters = 0, widest = BLOCK,
+            half = g->config.layer[g->config.num_hidden_layers - 1].head_dim / 2;
     float *freqs = must_malloc((size_t)half * sizeof *freqs), *values = NULL;
     void *packed = NULL;
     Status status = OK;
     TRY_DONE(gguf_create(&w, path));
-    TRY_DONE(gguf_put_model(w, m));
+    for (int i = 0; i < g->params.count; i++)
+        if (!g->params.items[i]->adapter) parameters += tensor_count(g->params.items[i]->value);
+    TRY_DONE(gguf_put_model(w, m, parameters));
     gguf_rope_freqs(freqs, &g->config);
     gguf_declare(w, GGUF_ROPE_FREQS, F32, 1, &half);
     for (int i = 0; i < g->params.count; i++) {

@@ -117,8 +117,7 @@ Status initial_gguf(const char *config_json, const char *tokenizer_dir, uint64_t
     gemma_declare(&g, &config, BF16, device_cpu());
     Drawing d = {.config = &config, .seed = seed};
     RowSource source = {.rows = drawn_rows, .context = &d};
-    GgufModel m = {&config, tokenizer_dir, "random", dtype, 0};
-    for (int i = 0; i < g.params.count; i++) m.parameters += tensor_count(g.params.items[i]->value);
+    GgufModel m = {&config, tokenizer_dir, "random", dtype};
     Status status = gguf_save(&m, &g, &source, path);
     gemma_free(&g);
     return status;

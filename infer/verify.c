@@ -1,6 +1,7 @@
 /* verify.c - four models, one after the other. */
 #include "infer/verify.h"
 #include "kernels/elementwise.h"
+#include "model/merge.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -26,12 +27,12 @@ typedef struct Prompts {
     int64_t count, scored;
 } Prompts;
 
-static Status read_prompts(Prompts *p, const Model *m, const char *const *texts, int count) {
+static Status read_prompts(Prompts *p, const Model *m) {
     Tokens all = {0};
-    int64_t *ends = must_malloc((size_t)count * sizeof *ends);
-    for (int i = 0; i < count; i++) {
+    int64_t ends[PROMPTS];
+    for (int i = 0; i < PROMPTS; i++) {
         tokens_add(&all, (int32_t)m->checkpoint.config.bos_token_id);
-        tokenizer_encode(m->tokenizer, &all, texts[i], strlen(texts[i]), NULL, 0, false);
+        tokenizer_encode(m->tokenizer, &all, prompts[i], strlen(prompts[i]), NULL, 0, false);
         ends[i] = all.count;
     }
     int64_t N = all.count;
@@ -46,7 +47,6 @@ static Status read_prompts(Prompts *p, const Model *m, const char *const *texts,
         p->targets[n] = n + 1 < ends[i] ? p->ids[n + 1] : -1;
         p->scored += p->targets[n] >= 0;
     }
-    free(ends);
     return p->scored ? OK : status_fail(ERR_CONFIG, "the prompts to verify with hold no tokens");
 }
 
@@ -136,50 +136,50 @@ static QuantScheme scheme_of(DType dtype) {
 }
 
 /* Every linear merges its adapter when it is used; `file`: and rounds as that file does. */
-static void merge_at_use(Model *m, FakeQuant fakes[4], const Model *file) {
-    static const DType dtypes[] = {F32, BF16, Q8_0, Q4_0};
-    for (int i = 0; i < 4; i++) fakes[i] = (FakeQuant){.scheme = scheme_of(dtypes[i]), .blend = 1};
+static void merge_at_use(Model *m, FakeQuant fakes[SCHEMES], const Model *file) {
+    for (int i = 0; i < SCHEMES; i++) fakes[i] = (FakeQuant){.scheme = i, .blend = 1};
     for (Linear *l = m->g.linears.first; l; l = l->next) {
-        l->fake = &fakes[0];
-        for (int i = 0; file && i < 4; i++)
-            if (dtype_untiled(params_find(&file->g.params, l->weight->name)->value.dtype) ==
-                dtypes[i])
-                l->fake = &fakes[i];
+        l->fake = &fakes[SCHEME_F32];
+        if (!file) continue;
+        DType stored = params_find(&file->g.params, l->weight->name)->value.dtype;
+        l->fake = &fakes[scheme_of(dtype_untiled(stored))];
     }
 }
 
-/* Whether the file's tensor is ours, rounded; compared a few rows at a time. */
-static bool is_rounded(const Param *p, Tensor stored) {
-    Tensor ours = p->trainable ? p->master : p->value;
-    int64_t cols = ours.ndim > 1 ? tensor_cols(ours) : tensor_count(ours);
-    int64_t rows = tensor_count(ours) / cols, block = (1 << 20) / cols + 1;
+/* Whether the file's tensor is ours, merged and rounded: the same numbers. A few rows at a time. */
+static bool is_ours(const Gemma *g, const Param *p, Tensor stored) {
+    const Linear *l = gemma_owner(g, p);
+    int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
+    int64_t rows = tensor_count(p->value) / cols, block = (1 << 20) / cols + 1;
     float *a = must_malloc((size_t)(block * cols) * 2 * sizeof *a), *b = a + block * cols;
     bool same = true;
-    ours = RESHAPE(ours, rows, cols);
     stored = RESHAPE(stored, rows, cols);
+    Tensor plain = RESHAPE(p->value, rows, cols);
     for (int64_t r = 0; r < rows && same; r += block) {
         int64_t n = rows - r < block ? rows - r : block;
+        Tensor ours = TENSOR(a, F32, n, cols);
         scale_copy(TENSOR(b, F32, n, cols), SET, tensor_slice(stored, r, n), 1.0f);
-        fake_quantize(TENSOR(a, F32, n, cols), tensor_slice(ours, r, n), tensor_absent(),
-                      scheme_of(stored.dtype), 1.0f);
+        if (l && l->lora) merged_rows(g, p, r, n, a);
+        fake_quantize(ours, l && l->lora ? ours : tensor_slice(plain, r, n), tensor_absent(),
+                      scheme_of(dtype_untiled(stored.dtype)), 1.0f);
         same = !memcmp(a, b, (size_t)(n * cols) * sizeof *a);
     }
     free(a);
     return same;
 }
 
-/* Tables and vectors, which no adapter changes, are compared number by number; then the rounded
- * model may read the file's. */
-static Status lend_tables(Model *m, const Model *file, const char *path) {
+/* Every tensor, number by number; the rounded model may then read the file's tables. */
+static Status compare_tensors(Model *m, const Model *file, const char *path) {
     for (int i = 0; i < m->g.params.count; i++) {
         Param *p = m->g.params.items[i];
-        if (p->adapter || gemma_owner(&m->g, p)) continue;
+        if (p->adapter) continue;
         const Param *theirs = params_find(&file->g.params, p->name);
-        if (!is_rounded(p, theirs->value))
-            FAIL(ERR_FORMAT, "%s: tensor '%s' is not the model's, rounded", path, p->name);
+        if (!is_ours(&m->g, p, theirs->value))
+            FAIL(ERR_FORMAT, "%s: tensor '%s' is not the model's, merged and rounded", path,
+                 p->name);
         checkpoint_release(&m->checkpoint, p);
         checkpoint_release(&file->checkpoint, theirs);
-        p->value = theirs->value;
+        if (!gemma_owner(&m->g, p)) p->value = theirs->value;
     }
     return OK;
 }
@@ -190,24 +190,24 @@ static void count_adapter(Verification *v, const Gemma *g) {
     for (int i = 0; i < g->params.count; i++) v->adapter_tensors += g->params.items[i]->adapter;
 }
 
-Status verify_export(Verification *v, const char *model, const char *adapter, const char *exported,
-                     const char *const *texts, int count) {
+Status verify_export(Verification *v, const char *model, const char *adapter,
+                     const char *exported) {
     Model m = {0}, file = {0};
     Prompts p = {0};
     Sink plain = {0}, merged = {0}, rounded = {0}, stored = {0};
-    FakeQuant fakes[4];
+    FakeQuant fakes[SCHEMES];
     Status status = OK;
     *v = (Verification){0};
     TRY_DONE(model_open(&m, model, adapter, "cpu", "f32", WEIGHTS_MAPPED));
     TRY_DONE(model_open(&file, exported, NULL, "cpu", "f32", WEIGHTS_MAPPED));
-    TRY_DONE(read_prompts(&p, &m, texts ? texts : prompts, texts ? count : PROMPTS));
+    TRY_DONE(read_prompts(&p, &m));
     count_adapter(v, &m.g);
     TRY_DONE(run_model(&m, &p, &plain));
     merge_at_use(&m, fakes, NULL);
     TRY_DONE(run_model(&m, &p, &merged));
     TRY_DONE(run_model(&file, &p, &stored));
     merge_at_use(&m, fakes, &file);
-    TRY_DONE(lend_tables(&m, &file, exported));
+    TRY_DONE(compare_tensors(&m, &file, exported));
     TRY_DONE(run_model(&m, &p, &rounded));
     TRY_DONE(compare(&v->merging, &plain, &merged, &p));
     TRY_DONE(compare(&v->format, &merged, &stored, &p));

@@ -3,8 +3,9 @@
  * The same prompts go through the base with its adapter, through the merged weights, through the
  * merged weights rounded as the format rounds them, and through the file, all in f32 and one after
  * the other, from mapped weights: a layer, its activations and a chunk of logits is all that is
- * held. The rounded model and the file must agree to the noise of f32 sums; what lies between the
- * merged model and the file is the format's own error, and is reported. */
+ * held. Every tensor of the file must be ours, number by number, and the rounded model and the file
+ * (which says itself what it is: config, tokenizer) must agree to the noise of f32 sums; what lies
+ * between the merged model and the file is the format's own error, and is reported. */
 #ifndef VERIFY_H
 #define VERIFY_H
 
@@ -25,10 +26,8 @@ typedef struct Verification {
     LogitsDifference file;    /* the merged weights, rounded in memory, against the file */
 } Verification;
 
-/* `texts`: prompts; NULL takes a few of ours. ERR_FORMAT when the file
- * differs beyond the format's error, with what was found in *v. */
-Status verify_export(Verification *v, const char *model, const char *adapter, const char *exported,
-                     const char *const *texts, int count);
+/* ERR_FORMAT when the file differs beyond the format's error, with what was found in *v. */
+Status verify_export(Verification *v, const char *model, const char *adapter, const char *exported);
 
 /* The figures as a table on standard error. */
 void verification_print(const Verification *v);

@@ -96,14 +96,29 @@ void device_release(Device *device, void *memory, size_t bytes) {
         munmap(memory, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
 }
 
-size_t device_available(Device *device) {
-    (void)device;
-    FILE *file = fopen("/proc/meminfo", "r");
+/* The line "KEY   N kB" of the kernel's account at `path`, in bytes; 0 when there is none. */
+static size_t account(const char *path, const char *key) {
+    FILE *file = fopen(path, "r");
     unsigned long long kilobytes = 0;
+    size_t n = strlen(key);
     char line[256];
     while (file && fgets(line, sizeof line, file))
-        if (sscanf(line, "MemAvailable: %llu", &kilobytes) == 1) break;
+        if (!strncmp(line, key, n) && sscanf(line + n, ": %llu", &kilobytes) == 1) break;
     if (file) fclose(file);
-    if (kilobytes) return (size_t)kilobytes << 10;
+    return (size_t)kilobytes << 10;
+}
+
+size_t process_resident(void) {
+    return account("/proc/self/status", "VmRSS");
+}
+
+size_t process_private(void) {
+    return account("/proc/self/status", "RssAnon");
+}
+
+size_t device_available(Device *device) {
+    (void)device;
+    size_t available = account("/proc/meminfo", "MemAvailable");
+    if (available) return available;
     return (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
 }

@@ -46,4 +46,9 @@ void device_release(Device *device, void *memory, size_t bytes);
 /* Bytes that could be taken from the device now without swapping. */
 size_t device_available(Device *device);
 
+/* Bytes this process holds, and those of them that no file backs, by the kernel's account; 0 where
+ * it has none. */
+size_t process_resident(void);
+size_t process_private(void);
+
 #endif

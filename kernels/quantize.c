@@ -37,8 +37,9 @@ static void check_scheme(Tensor x, Tensor scales, QuantScheme scheme) {
 
 void fake_quantize(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend) {
     check_scheme(x, scales, scheme);
-    CHECK(tensor_count(y) == tensor_count(x) && is_dense(x), "fake_quantize: %s from %s",
+    CHECK(tensor_count(y) == tensor_count(x) && is_dense(y), "fake_quantize: %s from %s",
           tensor_text(y), tensor_text(x));
+    if (scheme_holds(scheme, x.dtype)) scheme = SCHEME_F32;
     ON_DEVICE(y, fake_quantize)(y, x, scales, scheme, blend);
 }
 
@@ -57,11 +58,6 @@ void quantize_scheme(Tensor packed, Tensor x, Tensor scales, QuantScheme scheme)
               scheme_has_blocks(scheme),
           "quantize_scheme: %s from %s", tensor_text(packed), tensor_text(x));
     ON_DEVICE(packed, quantize_scheme)(packed, x, scales, scheme);
-}
-
-void scheme_scales(Tensor scales, Tensor x, QuantScheme scheme) {
-    check_scheme(x, scales, scheme);
-    ON_DEVICE(scales, scheme_scales)(scales, x, scheme);
 }
 
 void fake_quantize_rows(Tensor y, Tensor x) {

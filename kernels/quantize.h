@@ -34,6 +34,7 @@ typedef enum QuantScheme {
     SCHEME_INT4,
     SCHEME_F32,
     SCHEME_BF16,
+    SCHEMES, /* how many there are */
 } QuantScheme;
 
 /* Whether the scheme has codes and scales at all. */
@@ -51,9 +52,15 @@ static inline DType scheme_dtype(QuantScheme scheme) {
     return scheme == SCHEME_Q4_0 || scheme == SCHEME_INT4 ? Q4_0 : Q8_0;
 }
 
+/* Whether a stored tensor is in the scheme's blocks already and so is not rounded any more. */
+static inline bool scheme_holds(QuantScheme scheme, DType dtype) {
+    return scheme_has_blocks(scheme) && dtype_untiled(dtype) == scheme_dtype(scheme);
+}
+
 /* y = x + blend * (rounded(x) - x), what a weight stored by the scheme would read as; blend 1 gives
  * exactly that.
- *   y, x    (rows, K)  f32 | bf16; y may alias x
+ *   y, x    (rows, K)  f32 | bf16; y may alias x. A packed x is read; its own scheme's blocks stay
+ *           what they are, as they do in an export
  *   scales  (rows * K / block) f32: learned scales in place of the rule's (Q4_0 only); absent: none
  */
 KERNEL(fake_quantize, Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend);
@@ -68,9 +75,6 @@ KERNEL(fake_quantize_backward, Tensor dx, Tensor dscales, Tensor x, Tensor scale
 /* The codes and scales themselves, for writing files: packed (rows, K) in scheme_dtype.
  * Scales of INT8 repeat in each block of the row. */
 KERNEL(quantize_scheme, Tensor packed, Tensor x, Tensor scales, QuantScheme scheme);
-
-/* The scale that the scheme's rule gives each block.   scales (rows * K / block) f32 */
-KERNEL(scheme_scales, Tensor scales, Tensor x, QuantScheme scheme);
 
 /* y = x rounded to 8 bits with one scale a row, largest / 127: what an int8 product sees of its
  * activations.   y, x  (N, K)  f32 | bf16; y may alias x */

@@ -81,8 +81,7 @@ void linear_merged_rows(const Linear *l, int64_t g, int64_t first, Tensor rows) 
     if (!l->lora || !l->lora->magnitude) return;
     for (int64_t i = 0; i < tensor_rows(rows); i++)
         for (int64_t k = 0; k < l->in; k++)
-            ((float *)rows.data)[i * l->in + k] *=
-                ((const float *)l->lora->factor.data)[first + i];
+            ((float *)rows.data)[i * l->in + k] *= ((const float *)l->lora->factor.data)[first + i];
 }
 
 /* ---- through rounding ---- */
@@ -124,8 +123,8 @@ static void rounded_backward(const Linear *l, int64_t g, Tensor dW, Arena *scrat
     if (sum.data) {
         matmul_ordered(NT, of_group(l, l->lora->B->grad, g), ADD, dW,
                        of_group(l, l->lora->A->value, g), l->lora->scale);
-        matmul_ordered(TN, of_group(l, l->lora->A->grad, g), ADD,
-                       of_group(l, l->lora->B->value, g), dW, l->lora->scale);
+        matmul_ordered(TN, of_group(l, l->lora->A->grad, g), ADD, of_group(l, l->lora->B->value, g),
+                       dW, l->lora->scale);
     }
     arena_release(scratch, mark);
 }

@@ -74,6 +74,10 @@ static size_t aligned(size_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
 
+bool param_takes_blocks(const Param *p) {
+    return p->value.ndim > 1 && !strstr(p->name, ".router.");
+}
+
 void params_measure(const ParamList *params, size_t *frozen, size_t *trained) {
     *frozen = *trained = 0;
     for (int i = 0; i < params->count; i++) {

@@ -50,6 +50,10 @@ Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *
 /* The parameter of that full name; NULL when there is none. */
 Param *params_find(const ParamList *params, const char *name);
 
+/* Whether the weight is one that is stored in few bits where it fits: a matrix, and no router, whose
+ * choices are delicate. */
+bool param_takes_blocks(const Param *p);
+
 /* Bytes that params_place will take: frozen values, and the trainable space with gradients. */
 void params_measure(const ParamList *params, size_t *frozen, size_t *trained);
 

@@ -50,12 +50,14 @@ void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tens
     scale_copy(s->projected, SET, s->projected, 1.0f / sqrtf((float)m->D));
     Tensor table = arena_like(p->scratch, s->projected),
            context = arena_like(p->scratch, s->projected);
-    if (fake_quant_on(m->fake) && m->fake->embeddings && fake_quant_fits(m->fake, m->L * m->P)) {
-        embedding_forward(table, m->embed_tokens_per_layer->value, 0, ids, 1.0f);
+    Tensor stored = m->embed_tokens_per_layer->value;
+    if (fake_quant_on(m->fake) && m->fake->embeddings && fake_quant_fits(m->fake, m->L * m->P) &&
+        !scheme_holds(m->fake->scheme, stored.dtype)) {
+        embedding_forward(table, stored, 0, ids, 1.0f);
         fake_quantize(table, table, tensor_absent(), m->fake->scheme, m->fake->blend);
         scale_copy(table, SET, table, sqrtf((float)m->P));
     } else {
-        embedding_forward(table, m->embed_tokens_per_layer->value, 0, ids, sqrtf((float)m->P));
+        embedding_forward(table, stored, 0, ids, sqrtf((float)m->P));
     }
     norm_forward(&m->per_layer_projection_norm, RESHAPE(context, N * m->L, m->P), s->rstd,
                  RESHAPE(s->projected, N * m->L, m->P), tensor_absent());

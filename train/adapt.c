@@ -68,14 +68,14 @@ static void spec_of_run(AdapterSpec *spec, const RunConfig *config) {
     spec->alpha_patterns = config->lora.alpha_pattern.count;
 }
 
-/* A frozen base in few bits: every linear but the router, whose choices are delicate. */
+/* A frozen base in few bits. */
 static void adapt_base(Gemma *g, const RunConfig *config) {
     static const DType dtypes[] = {[QUANT_NF4] = NF4, [QUANT_Q4_0] = Q4_0, [QUANT_Q8_0] = Q8_0};
     DType dtype = dtypes[config->quant.format];
     if (dtype == NF4 && config->quant.nested) dtype = NF4_NESTED;
     for (Linear *l = g->linears.first; l; l = l->next) {
         DType tiled = dtype_tiled(dtype);
-        if (l->weight->trainable || strstr(l->name, ".router.")) continue;
+        if (l->weight->trainable || !param_takes_blocks(l->weight)) continue;
         if (dtype_fits(tiled, l->groups * l->out, l->in))
             l->weight->value.dtype = tiled;
         else if (dtype_fits(dtype, l->groups * l->out, l->in))
@@ -93,7 +93,7 @@ static void adapt_rounding(Gemma *g, const RunConfig *config) {
                           .activations = config->quant.activations,
                           .embeddings = config->quant.embeddings};
     for (Linear *l = g->linears.first; l; l = l->next)
-        if (!strstr(l->name, ".router.") && fake_quant_fits(&g->fake, l->in)) l->fake = &g->fake;
+        if (param_takes_blocks(l->weight) && fake_quant_fits(&g->fake, l->in)) l->fake = &g->fake;
     g->per_layer_input.fake = &g->fake;
 }
 

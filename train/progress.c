@@ -17,14 +17,6 @@ double progress_now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-double progress_memory(void) {
-    long long total = 0, resident = 0;
-    FILE *file = fopen("/proc/self/statm", "r");
-    if (file && fscanf(file, "%lld %lld", &total, &resident) != 2) resident = 0;
-    if (file) fclose(file);
-    return (double)resident * (double)sysconf(_SC_PAGESIZE);
-}
-
 void progress_init(Progress *p) {
     *p = (Progress){
         .terminal = isatty(2), .started = progress_now(), .first_step = -1, .smooth_loss = NAN};

@@ -25,6 +25,5 @@ void progress_line(const char *format, ...) __attribute__((format(printf, 1, 2))
 void progress_rows(const char *path, int64_t rows, double share);
 
 double progress_now(void);    /* seconds, monotonic */
-double progress_memory(void); /* resident bytes of this process */
 
 #endif

@@ -277,7 +277,7 @@ static Status loop(Trainer *t) {
         double begin = progress_now();
         TRY(one_step(t, &m));
         m.tokens_per_s = (double)m.tokens / (progress_now() - begin);
-        m.memory_bytes = progress_memory();
+        m.memory_bytes = (double)process_resident();
         bool last = t->state.step == t->steps;
         if (has_eval && c->eval_every && (t->state.step % c->eval_every == 0 || last)) {
             TRY(evaluate_and_keep(t, &m.eval_loss));

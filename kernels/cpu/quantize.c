@@ -410,7 +410,7 @@ void CPU(check_finite)(bool *finite, Tensor x) {
 
 /* How one block is rounded: codes low .. high times `scale`. */
 typedef struct Rule {
-    float scale, exact, inverse; /* as stored; before it was rounded to f16; 1 / exact */
+    float scale, inverse; /* as stored; 1 / what it was before it was rounded to f16 */
     int low, high;
 } Rule;
 
@@ -423,16 +423,16 @@ static Rule rule_of(const float *x, int64_t n, QuantScheme scheme, const float *
     switch (scheme) {
     case SCHEME_Q4_0:
         d = learned ? *learned : signed_largest(x, (int)n) / -8.0f;
-        return (Rule){f16_to_f32(f32_to_f16(d)), d, inverse(d), -8, 7};
+        return (Rule){f16_to_f32(f32_to_f16(d)), inverse(d), -8, 7};
     case SCHEME_Q8_0:
         d = largest(x, n) / 127.0f;
-        return (Rule){f16_to_f32(f32_to_f16(d)), d, inverse(d), -127, 127};
+        return (Rule){f16_to_f32(f32_to_f16(d)), inverse(d), -127, 127};
     case SCHEME_INT8:
         d = round_scale_bf16(largest(x, n) / 127.5f);
-        return (Rule){d, d, inverse(d), -128, 127};
+        return (Rule){d, inverse(d), -128, 127};
     default:
         d = round_scale_bf16(largest(x, n) / 7.5f);
-        return (Rule){d, d, inverse(d), -8, 7};
+        return (Rule){d, inverse(d), -8, 7};
     }
 }
 
@@ -534,19 +534,6 @@ void CPU(quantize_scheme)(Tensor packed, Tensor x, Tensor scales, QuantScheme sc
                     for (int j = 0; j < 32; j++) out->qs[j] = (int8_t)codes[j];
                 }
             }
-        }
-    }
-}
-
-void CPU(scheme_scales)(Tensor scales, Tensor x, QuantScheme scheme) {
-    int64_t n = scheme_block(scheme, tensor_cols(x)), blocks = tensor_count(x) / n;
-#pragma omp parallel
-    {
-        float *memory = thread_scratch((size_t)n);
-#pragma omp for schedule(static)
-        for (int64_t b = 0; b < blocks; b++) {
-            const float *v = load_f32(memory, x, b * n, n);
-            ((float *)scales.data)[b] = rule_of(v, n, scheme, NULL).exact;
         }
     }
 }

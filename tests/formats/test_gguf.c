@@ -7,6 +7,7 @@
 #include "formats/gguf_save.h"
 #include "formats/initial.h"
 #include "infer/decoder.h"
+#include "infer/verify.h"
 #include "kernels/elementwise.h"
 #include "kernels/random.h"
 #include "model/merge.h"
@@ -118,7 +119,7 @@ static void model_rows(void *context, const Param *p, int64_t first, int64_t cou
 
 static char *save(Loaded *m, const char *name, DType dtype) {
     char *path = must_format("%s/%s.gguf", test_folder(), name);
-    GgufModel model = {&m->checkpoint.config, "demo/tokenizer", name, dtype, 1000000};
+    GgufModel model = {&m->checkpoint.config, "demo/tokenizer", name, dtype};
     RowSource source = {.rows = model_rows, .context = m};
     EXPECT_OK(gguf_save(&model, &m->g, &source, path));
     return path;
@@ -250,15 +251,11 @@ CASE(gguf, a_qat_gradient_is_that_of_the_rounded_model_where_codes_are_in_range)
     }
 }
 
-static void train_merged(Loaded *m) {
-    round_merged(m);
-}
-
 CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_its_factors) {
     for (int k = 0; k < KINDS; k++) {
         Loaded through, plain;
         char *dir = make_model(kinds[k]);
-        load(&through, dir, F32, STACK_RECOMPUTE, train_merged);
+        load(&through, dir, F32, STACK_RECOMPUTE, round_merged);
         load(&plain, dir, F32, STACK_KEEP, train_all);
         for (int i = 0; i < plain.g.params.count; i++) {
             Param *p = plain.g.params.items[i];
@@ -463,13 +460,70 @@ CASE(gguf, a_file_of_something_else_is_refused_by_name) {
     EXPECT_EXIT(2, "needs --tokenizer", "init tiny %s/y.gguf --to q4_0-gguf", f);
 }
 
+/* Changes 18 bytes of a tensor's data in the file. */
+static void edit_tensor(const char *path, const char *name, const void *block) {
+    Gguf g;
+    EXPECT_OK(gguf_open(&g, path));
+    const StoredTensor *t = gguf_find_tensor(&g, name);
+    EXPECT(t && t->dtype == Q4_0);
+    long at = (long)(t->bytes - g.map);
+    gguf_close(&g);
+    FILE *file = fopen(path, "r+b");
+    EXPECT(!fseek(file, at, SEEK_SET) && fwrite(block, 18, 1, file) == 1 && !fclose(file));
+}
+
+CASE(gguf, an_export_is_proven_or_refused) {
+    static const char *const tensors[] = {"token_embd.weight", "blk.1.attn_q.weight"};
+    for (int k = 0; k < KINDS; k++) {
+        Loaded m;
+        Verification v;
+        char *dir = make_model(kinds[k]), *f = must_format("%s/%s", test_folder(), kinds[k]);
+        load(&m, dir, F32, STACK_SCORE, attach);
+        int tensors_of_adapter = 0;
+        for (int i = 0; i < m.g.params.count; i++)
+            tensors_of_adapter += m.g.params.items[i]->adapter;
+        char applied[64];
+        snprintf(applied, sizeof applied, "applied %d of %d adapter tensors", tensors_of_adapter,
+                 tensors_of_adapter);
+        char *adapter = must_format("%s-adapter", f);
+        EXPECT_OK(peft_save(&m.g, &m.spec, adapter));
+        EXPECT_EXIT(0, applied, "export --model %s --adapter %s --to q4_0-gguf %s.gguf --verify",
+                    dir, adapter, f);
+        unload(&m);
+        uint8_t block[18] = {0x11, 0x28};
+        memset(block + 2, 0x79, 16);
+        for (int i = 0; i < 2; i++) { /* another block, of the table or of a linear */
+            char *path = must_format("%s.gguf", f), *bytes;
+            size_t size;
+            EXPECT_OK(file_read(&bytes, &size, path, (size_t)1 << 30));
+            edit_tensor(path, tensors[i], block);
+            EXPECT_ERROR(verify_export(&v, dir, adapter, path),
+                         "is not the model's, merged and rounded");
+            EXPECT_OK(file_write(path, bytes, size));
+            free(bytes);
+            free(path);
+        }
+        /* Blocks another program chose, which rounding again would change, go through as they are.
+         */
+        for (int i = 0; i < 2; i++) {
+            char *path = must_format("%s.gguf", f);
+            edit_tensor(path, tensors[i], block);
+            free(path);
+        }
+        EXPECT_RUN(0, "export --model %s.gguf --to q4_0-gguf %s-again.gguf --verify", f, f);
+        EXPECT_EXIT(0, "derived", "inspect %s-again.gguf", f);
+        tree_remove(dir);
+        tree_remove(adapter);
+    }
+}
+
 CASE(gguf, a_stopped_export_leaves_nothing_behind) {
     Loaded m;
     char *dir = make_model("dense"), *out = must_format("%s/exports", test_folder()),
          *file = must_format("%s/x.gguf", out), *folder = must_format("%s/x", out);
     load(&m, dir, F32, STACK_SCORE, NULL);
     EXPECT_OK(folder_make(out));
-    GgufModel model = {&m.checkpoint.config, "demo/tokenizer", "x", Q4_0, 1000000};
+    GgufModel model = {&m.checkpoint.config, "demo/tokenizer", "x", Q4_0};
     RowSource source = {.rows = model_rows, .context = &m};
     file_stop_on_signals();
     raise(SIGTERM);

@@ -323,9 +323,9 @@ static char *gguf_seed(size_t *size) {
     ModelConfig config;
     char *json = preset_config("tiny", 0);
     EXPECT_OK(model_config_parse(&config, json, strlen(json), "tiny"));
-    GgufModel model = {&config, "demo/tokenizer", "seed", Q4_0, 1};
+    GgufModel model = {&config, "demo/tokenizer", "seed", Q4_0};
     EXPECT_OK(gguf_create(&w, path));
-    EXPECT_OK(gguf_put_model(w, &model));
+    EXPECT_OK(gguf_put_model(w, &model, 1));
     gguf_declare(w, "token_embd.weight", Q6_K, 2, table);
     gguf_declare(w, "output_norm.weight", F32, 1, row);
     gguf_declare(w, "blk.0.attn_q.weight", Q4_0, 1, row);
