@@ -34,36 +34,48 @@ static Status export_gguf(Model *m, DType dtype, const char *out) {
 
 typedef enum Target { TO_SAFETENSORS, TO_PEFT, TO_LORA_GGUF, TO_GGUF } Target;
 
-static Status read_target(Target *target, DType *dtype, const char *to) {
+/* What --to says: `dtype` of a GGUF's matrices, or the scheme of a folder's. */
+typedef struct Format {
+    Target target;
+    DType dtype;
+    QuantScheme scheme;
+} Format;
+
+static Status read_format(Format *f, const char *to) {
+    *f = (Format){.scheme = SCHEME_NONE};
     if (!strcmp(to, "safetensors")) {
-        *target = TO_SAFETENSORS;
+        f->target = TO_SAFETENSORS;
     } else if (!strcmp(to, "peft")) {
-        *target = TO_PEFT;
+        f->target = TO_PEFT;
     } else if (!strcmp(to, "lora-gguf")) {
-        *target = TO_LORA_GGUF;
+        f->target = TO_LORA_GGUF;
+    } else if (!strcmp(to, "w4a16")) {
+        f->scheme = SCHEME_INT4;
+    } else if (!strcmp(to, "int8")) {
+        f->scheme = SCHEME_INT8;
     } else if (!strcmp(to, "mmproj")) {
         FAIL(ERR_USAGE, "--to mmproj needs the towers, which this version does not have");
     } else {
-        *target = TO_GGUF;
-        if (gguf_format(dtype, to) != OK)
+        f->target = TO_GGUF;
+        if (gguf_format(&f->dtype, to) != OK)
             FAIL(ERR_USAGE,
-                 "--to is '%s', expected safetensors, peft, bf16-gguf, q8_0-gguf, q4_0-gguf or "
-                 "lora-gguf",
+                 "--to is '%s', expected safetensors, peft, bf16-gguf, q8_0-gguf, q4_0-gguf, "
+                 "lora-gguf, w4a16 or int8",
                  to);
     }
     return OK;
 }
 
-static Status write_export(Model *m, Target target, DType matrices, const char *out) {
-    switch (target) {
+static Status write_export(Model *m, const Format *f, const char *out) {
+    switch (f->target) {
     case TO_SAFETENSORS:
-        return checkpoint_save(&m->checkpoint, &m->g, m->g.dtype, out);
+        return checkpoint_save(&m->checkpoint, &m->g, m->g.dtype, f->scheme, out);
     case TO_PEFT:
         return peft_save(&m->g, &m->spec, out);
     case TO_LORA_GGUF:
         return gguf_save_adapter(&m->g, &m->spec, out);
     case TO_GGUF:
-        return export_gguf(m, matrices, out);
+        return export_gguf(m, f->dtype, out);
     }
     return OK;
 }
@@ -76,7 +88,7 @@ Status command_export(int argc, char **argv) {
         {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder"},
         {"--to", OPTION_TEXT, &to,
          "FORMAT  safetensors (merged checkpoint), peft, bf16-gguf, q8_0-gguf, "
-         "q4_0-gguf, lora-gguf"},
+         "q4_0-gguf, lora-gguf, w4a16, int8 (compressed-tensors)"},
         {"--verify", OPTION_FLAG, &verify,
          "prove the result: logits of the base with its adapter, the merged weights and "
          "the file; one that differs beyond its format's own error is removed"},
@@ -90,15 +102,17 @@ Status command_export(int argc, char **argv) {
                    .least = 1,
                    .most = 1};
     Model m;
-    Target target;
-    DType matrices = BF16;
+    Format f;
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model || !to) FAIL(ERR_USAGE, "--model or --to is missing: lapidary %s", a.usage);
-    TRY(read_target(&target, &matrices, to));
-    if ((target == TO_PEFT || target == TO_LORA_GGUF) && !adapter)
+    TRY(read_format(&f, to));
+    if (f.scheme != SCHEME_NONE && strcmp(dtype, "bf16"))
+        FAIL(ERR_USAGE, "--dtype is that of merged safetensors; --to %s is bf16 beside its codes",
+             to);
+    if ((f.target == TO_PEFT || f.target == TO_LORA_GGUF) && !adapter)
         FAIL(ERR_USAGE, "--to %s needs --adapter", to);
-    if (verify && (target == TO_PEFT || target == TO_LORA_GGUF))
+    if (verify && (f.target == TO_PEFT || f.target == TO_LORA_GGUF))
         FAIL(ERR_USAGE, "--verify proves merged models; --to %s writes an adapter", to);
     const char *out = a.positional[0];
     if (file_exists(out)) FAIL(ERR_IO, "%s: is already there", out);
@@ -106,11 +120,11 @@ Status command_export(int argc, char **argv) {
     char *written = must_format("%s%s", out, verify ? ".unverified" : "");
     file_stop_on_signals();
     Status status = model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED);
-    if (status == OK) status = write_export(&m, target, matrices, written);
+    if (status == OK) status = write_export(&m, &f, written);
     model_close(&m);
     if (status == OK && verify) {
         Verification v;
-        status = verify_export(&v, model, adapter, written);
+        status = verify_export(&v, model, adapter, written, f.scheme);
         if (v.file.positions) verification_print(&v);
         if (status == OK)
             status = folder_commit(must_strdup(written), out);

@@ -266,8 +266,13 @@ static Status read_quant(RunConfig *c, Node *root) {
     TRY(get_count(quant, "warmup", 0, &c->quant.warmup));
     TRY(node_get_bool(quant, "learned_scale", &learned, false));
     TRY(node_get_text(quant, "activations", &activations, false));
+    c->quant.embeddings = format != QUANT_INT8 && format != QUANT_INT4;
+    bool rounded_tables = c->quant.embeddings;
     TRY(node_get_bool(quant, "embeddings", &c->quant.embeddings, false));
     c->quant.format = (QuantName)format;
+    if (rounds && c->quant.embeddings && !rounded_tables)
+        return refuse_pair(quant, "embeddings",
+                           "is true: int8 and w4a16 exports leave the tables in bf16");
     if (rounds && format == QUANT_NF4)
         return refuse_pair(quant, "format",
                            "is nf4, which no exported file has; expected q4_0, q8_0, "

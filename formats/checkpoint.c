@@ -3,10 +3,8 @@
 #include "formats/companion.h"
 #include "formats/file.h"
 #include "formats/gguf_model.h"
-#include "formats/shards.h"
 #include "kernels/elementwise.h"
 #include "kernels/quantize.h"
-#include "model/merge.h"
 
 #include <inttypes.h>
 #include <jansson.h>
@@ -45,6 +43,10 @@ static bool is_tower(const char *name) {
 static int by_name(const void *a, const void *b) {
     return strcmp(((const CheckpointTensor *)a)->stored->name,
                   ((const CheckpointTensor *)b)->stored->name);
+}
+
+static int by_stored_name(const void *a, const void *b) {
+    return strcmp((*(StoredTensor *const *)a)->name, (*(StoredTensor *const *)b)->name);
 }
 
 static const CheckpointTensor *find_tensor(const Checkpoint *c, const char *name) {
@@ -138,7 +140,7 @@ static Status classify(Checkpoint *c) {
     const CheckpointTensor *head = find_tensor(c, "lm_head.weight");
     if (head) {
         const StoredTensor *embedding = find_tensor(c, names.embed_tokens->name)->stored;
-        if (head->stored->size != embedding->size ||
+        if (!head->stored->bytes || head->stored->size != embedding->size ||
             memcmp(head->stored->bytes, embedding->bytes, embedding->size))
             FAIL_DONE(ERR_FORMAT, "%s: lm_head.weight differs from the embedding it is tied to",
                       head->stored->file);
@@ -153,12 +155,18 @@ static Status open_folder(Checkpoint *c) {
     Status status = file_exists(index) ? open_index(c, index) : add_file(c, "model.safetensors");
     free(index);
     TRY(status);
-    for (int i = 0; i < c->file_count; i++) c->count += c->files[i].count;
-    c->tensors = must_calloc((size_t)c->count + 1, sizeof *c->tensors);
+    int count = 0;
+    for (int i = 0; i < c->file_count; i++) count += c->files[i].count;
+    const StoredTensor **stored = must_malloc((size_t)(count + 1) * sizeof *stored);
     for (int i = 0, n = 0; i < c->file_count; i++)
-        for (int j = 0; j < c->files[i].count; j++)
-            c->tensors[n++].stored = &c->files[i].tensors[j];
-    return OK;
+        for (int j = 0; j < c->files[i].count; j++) stored[n++] = &c->files[i].tensors[j];
+    qsort(stored, (size_t)count, sizeof *stored, by_stored_name);
+    status = parts_collect(&c->parts, stored, &count);
+    c->tensors = must_calloc((size_t)(count + c->parts.count) + 1, sizeof *c->tensors);
+    for (int i = 0; i < count; i++) c->tensors[c->count++].stored = stored[i];
+    for (int i = 0; i < c->parts.count; i++) c->tensors[c->count++].stored = &c->parts.whole[i];
+    free(stored);
+    return status;
 }
 
 static Status open_gguf(Checkpoint *c) {
@@ -200,6 +208,7 @@ void checkpoint_close(Checkpoint *c) {
     for (int i = 0; i < c->file_count; i++) safetensors_close(&c->files[i]);
     for (int i = 0; c->renamed && i < c->gguf.count; i++) free(c->renamed[i].name);
     gguf_close(&c->gguf);
+    parts_free(&c->parts);
     free(c->renamed);
     free(c->files);
     free(c->tensors);
@@ -214,9 +223,11 @@ void checkpoint_formats(const Checkpoint *c, Gemma *g) {
         const StoredTensor *t = find_tensor(c, p->name)->stored;
         int64_t cols = tensor_cols(p->value), rows = tensor_count(p->value) / cols;
         if (p->value.ndim == 1 && t->dtype == F32) p->value.dtype = F32;
-        if (!dtype_is_packed(t->dtype)) continue;
-        DType tiled = dtype_tiled(t->dtype);
-        p->value.dtype = p->mapped || !dtype_fits(tiled, rows, cols) ? t->dtype : tiled;
+        size_t element = dtype_is_packed(t->dtype) ? 2 : dtype_size(t->dtype);
+        DType tiled = p->mapped ? t->dtype : dtype_tiled(t->dtype);
+        if (!t->bytes || (uintptr_t)t->bytes % element) p->mapped = false;
+        if (dtype_is_packed(t->dtype))
+            p->value.dtype = dtype_fits(tiled, rows, cols) ? tiled : t->dtype;
     }
 }
 
@@ -234,28 +245,38 @@ static Status quantize_stored(const StoredTensor *t, Tensor to) {
     return OK;
 }
 
-static Status load_param(const StoredTensor *t, Param *p) {
+/* The values of a stored tensor, in the parameter's dtype. */
+static Status fill_param(const StoredTensor *t, Param *p) {
     Tensor to = p->value;
-    if (p->mapped && !p->trainable &&
-        (uintptr_t)t->bytes % (dtype_is_packed(t->dtype) ? 2 : dtype_size(t->dtype)) == 0) {
+    if (!dtype_is_packed(to.dtype)) return stored_tensor_read(t, to);
+    if (!dtype_is_packed(t->dtype)) return quantize_stored(t, to);
+    Tensor from = to;
+    from.dtype = t->dtype;
+    from.data = (void *)t->bytes;
+    repack(to, from);
+    return OK;
+}
+
+/* The same of a weight in parts, made whole first. */
+static Status fill_from_parts(const StoredTensor *t, Param *p) {
+    StoredTensor whole = *t;
+    void *blocks = malloc(t->size);
+    if (!blocks) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, p->name);
+    Status status = parts_read(t, blocks);
+    whole.bytes = blocks;
+    if (status == OK) status = fill_param(&whole, p);
+    free(blocks);
+    return status;
+}
+
+static Status load_param(const StoredTensor *t, Param *p) {
+    if (p->mapped && !p->trainable) {
         p->value.dtype = t->dtype;
         p->value.data = (void *)t->bytes;
         return OK;
     }
-    if (!to.data) { /* meant to stay mapped, but the file's alignment forbids it */
-        to.data = p->value.data = malloc(tensor_bytes(to));
-        if (!to.data) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, p->name);
-    }
-    if (dtype_is_packed(to.dtype) && !dtype_is_packed(t->dtype)) {
-        TRY(quantize_stored(t, to));
-    } else if (dtype_is_packed(to.dtype)) {
-        Tensor from = to;
-        from.dtype = t->dtype;
-        from.data = (void *)t->bytes;
-        repack(to, from);
-    } else {
-        TRY(stored_tensor_read(t, to));
-    }
+    if (t->parts) return fill_from_parts(t, p);
+    TRY(fill_param(t, p));
     stored_tensor_release(t);
     return OK;
 }
@@ -272,108 +293,4 @@ Status checkpoint_load(const Checkpoint *c, Gemma *g) {
 void checkpoint_release(const Checkpoint *c, const Param *p) {
     const CheckpointTensor *t = find_tensor(c, p->name);
     if (t && p->mapped) stored_tensor_release(t->stored);
-}
-
-/* What goes into the folder: parameters, then what is carried through. */
-typedef struct Saving {
-    const Checkpoint *source;
-    const Gemma *g;
-    DType dtype;
-} Saving;
-
-static Status write_param(SafetensorsWriter *w, const ShardItem *item, void *context) {
-    const Saving *saving = context;
-    const Param *p = item->what;
-    int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
-    int64_t rows = cols ? tensor_count(p->value) / cols : 0;
-    int64_t block = cols > (1 << 20) ? 1 : (1 << 20) / cols + 1;
-    float *values = must_malloc((size_t)(block * cols) * sizeof *values);
-    uint16_t *halves = must_malloc((size_t)(block * cols) * sizeof *halves);
-    Status status = OK;
-    for (int64_t first = 0; first < rows && status == OK; first += block) {
-        int64_t n = rows - first < block ? rows - first : block;
-        bool half = saving->dtype == BF16;
-        merged_rows(saving->g, p, first, n, values);
-        if (half)
-            scale_copy(TENSOR(halves, BF16, n * cols), SET, TENSOR(values, F32, n * cols), 1.0f);
-        status = safetensors_write(w, half ? (void *)halves : (void *)values,
-                                   (size_t)(n * cols) * dtype_size(saving->dtype));
-    }
-    free(values);
-    free(halves);
-    checkpoint_release(saving->source, p);
-    return status;
-}
-
-/* A parameter is written merged; a tensor carried through, which has no parameter, as it is. */
-static Status write_item(SafetensorsWriter *w, const ShardItem *item, void *context) {
-    const Saving *saving = context;
-    if (params_find(&saving->g->params, item->name)) return write_param(w, item, context);
-    const StoredTensor *stored = item->what;
-    TRY(safetensors_write(w, stored->bytes, stored->size));
-    stored_tensor_release(stored);
-    return OK;
-}
-
-/* config.json as it was, but for the dtype of what is now beside it. */
-static Status write_config(const Checkpoint *source, DType dtype, const char *dir) {
-    char *to = path_join(dir, "config.json"), *bytes = NULL;
-    size_t size;
-    json_t *root = NULL;
-    Status status = OK;
-    const char *name = dtype == BF16 ? "bfloat16" : "float32";
-    TRY_DONE(companion_read(&bytes, &size, source->dir, "config.json"));
-    root = json_loadb(bytes, size, 0, NULL);
-    bool changed = false;
-    json_t *maps[] = {root, json_object_get(root, "text_config")};
-    for (int i = 0; i < 2; i++) {
-        const char *old = json_string_value(json_object_get(maps[i], "dtype"));
-        if (!maps[i] || (old && !strcmp(old, name)) || (!old && i)) continue;
-        json_object_set_new(maps[i], "dtype", json_string(name));
-        changed = true;
-    }
-    if (changed) {
-        free(bytes);
-        bytes = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
-        size = strlen(bytes);
-    }
-    TRY_DONE(file_write(to, bytes, size));
-done:
-    json_decref(root);
-    free(bytes);
-    free(to);
-    return status;
-}
-
-Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, const char *dir) {
-    char *temporary = NULL;
-    Status status = OK;
-    int count = 0;
-    Saving saving = {source, g, dtype};
-    ShardItem *items = must_calloc((size_t)(g->params.count + source->count), sizeof *items);
-    for (int i = 0; i < g->params.count; i++) {
-        const Param *p = g->params.items[i];
-        if (!p->adapter)
-            items[count++] = (ShardItem){p->name,
-                                         dtype_text(dtype),
-                                         p->value.ndim,
-                                         p->value.shape,
-                                         (size_t)tensor_count(p->value) * dtype_size(dtype),
-                                         p};
-    }
-    for (int i = 0; i < source->count; i++) {
-        const StoredTensor *t = source->tensors[i].stored;
-        if (source->tensors[i].role == ROLE_DEAD || source->tensors[i].role == ROLE_TOWER)
-            items[count++] = (ShardItem){t->name, t->dtype_text, t->ndim, t->shape, t->size, t};
-    }
-    TRY_DONE(folder_begin(&temporary, dir));
-    TRY_DONE(write_config(source, dtype, temporary));
-    TRY_DONE(companions_copy(source->dir, temporary));
-    TRY_DONE(shards_write(temporary, items, count, write_item, &saving));
-    status = folder_commit(temporary, dir);
-    temporary = NULL;
-done:
-    folder_abandon(temporary);
-    free(items);
-    return status;
 }

@@ -4,6 +4,7 @@
 #define CHECKPOINT_H
 
 #include "formats/gguf.h"
+#include "formats/parts.h"
 #include "model/gemma.h"
 
 typedef enum TensorRole {
@@ -24,6 +25,7 @@ typedef struct Checkpoint {
     ModelConfig config;
     Safetensors *files;
     int file_count;
+    PartsList parts; /* weights that the files hold in several tensors */
     bool is_gguf;
     Gguf gguf;
     StoredTensor *renamed;     /* the GGUF's tensors under the checkpoint's names */
@@ -50,7 +52,11 @@ void checkpoint_release(const Checkpoint *c, const Param *p);
 
 /* Writes the model as a checkpoint folder: config, tokenizer, template and generation settings of
  * `source`, its towers and dead tensors unchanged, every parameter in `dtype` (adapters merged in),
- * sharded at 5 GB. The folder appears whole or not at all. */
-Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, const char *dir);
+ * sharded at 5 GB. The folder appears whole or not at all. A scheme other than SCHEME_NONE stores
+ * the linears as compressed-tensors does, each expert's as a module of its own:
+ *   SCHEME_INT4  pack-quantized, w4a16: eight 4-bit codes to an int32, a bf16 scale for each 32
+ *   SCHEME_INT8  int-quantized: 8-bit codes, a bf16 scale a row; activations in 8 bits a token */
+Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, QuantScheme scheme,
+                       const char *dir);
 
 #endif

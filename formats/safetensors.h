@@ -14,7 +14,8 @@ typedef struct StoredTensor {
     int64_t shape[8];
     const uint8_t *bytes; /* in the mapped file; any alignment */
     size_t size;
-    const char *file; /* the path it came from */
+    const char *file;          /* the path it came from */
+    const struct Parts *parts; /* bytes is NULL: it is made from these (parts.h) */
 } StoredTensor;
 
 typedef struct Safetensors {

@@ -128,7 +128,10 @@ done:
     return status;
 }
 
-static QuantScheme scheme_of(DType dtype) {
+/* How a tensor of the file was rounded; `codes`: the scheme of its blocks, SCHEME_NONE: ggml's. */
+static QuantScheme scheme_of(DType dtype, QuantScheme codes) {
+    dtype = dtype_untiled(dtype);
+    if (dtype_is_packed(dtype) && codes != SCHEME_NONE) return codes;
     return dtype == Q4_0   ? SCHEME_Q4_0
            : dtype == Q8_0 ? SCHEME_Q8_0
            : dtype == BF16 ? SCHEME_BF16
@@ -136,18 +139,18 @@ static QuantScheme scheme_of(DType dtype) {
 }
 
 /* Every linear merges its adapter when it is used; `file`: and rounds as that file does. */
-static void merge_at_use(Model *m, FakeQuant fakes[SCHEMES], const Model *file) {
+static void merge_at_use(Model *m, FakeQuant fakes[SCHEMES], const Model *file, QuantScheme codes) {
     for (int i = 0; i < SCHEMES; i++) fakes[i] = (FakeQuant){.scheme = i, .blend = 1};
     for (Linear *l = m->g.linears.first; l; l = l->next) {
         l->fake = &fakes[SCHEME_F32];
         if (!file) continue;
         DType stored = params_find(&file->g.params, l->weight->name)->value.dtype;
-        l->fake = &fakes[scheme_of(dtype_untiled(stored))];
+        l->fake = &fakes[scheme_of(stored, codes)];
     }
 }
 
 /* Whether the file's tensor is ours, merged and rounded: the same numbers. A few rows at a time. */
-static bool is_ours(const Gemma *g, const Param *p, Tensor stored) {
+static bool is_ours(const Gemma *g, const Param *p, Tensor stored, QuantScheme codes) {
     const Linear *l = gemma_owner(g, p);
     int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
     int64_t rows = tensor_count(p->value) / cols, block = (1 << 20) / cols + 1;
@@ -161,7 +164,7 @@ static bool is_ours(const Gemma *g, const Param *p, Tensor stored) {
         scale_copy(TENSOR(b, F32, n, cols), SET, tensor_slice(stored, r, n), 1.0f);
         if (l && l->lora) merged_rows(g, p, r, n, a);
         fake_quantize(ours, l && l->lora ? ours : tensor_slice(plain, r, n), tensor_absent(),
-                      scheme_of(dtype_untiled(stored.dtype)), 1.0f);
+                      scheme_of(stored.dtype, codes), 1.0f);
         same = !memcmp(a, b, (size_t)(n * cols) * sizeof *a);
     }
     free(a);
@@ -169,12 +172,12 @@ static bool is_ours(const Gemma *g, const Param *p, Tensor stored) {
 }
 
 /* Every tensor, number by number; the rounded model may then read the file's tables. */
-static Status compare_tensors(Model *m, const Model *file, const char *path) {
+static Status compare_tensors(Model *m, const Model *file, QuantScheme codes, const char *path) {
     for (int i = 0; i < m->g.params.count; i++) {
         Param *p = m->g.params.items[i];
         if (p->adapter) continue;
         const Param *theirs = params_find(&file->g.params, p->name);
-        if (!is_ours(&m->g, p, theirs->value))
+        if (!is_ours(&m->g, p, theirs->value, codes))
             FAIL(ERR_FORMAT, "%s: tensor '%s' is not the model's, merged and rounded", path,
                  p->name);
         checkpoint_release(&m->checkpoint, p);
@@ -190,8 +193,8 @@ static void count_adapter(Verification *v, const Gemma *g) {
     for (int i = 0; i < g->params.count; i++) v->adapter_tensors += g->params.items[i]->adapter;
 }
 
-Status verify_export(Verification *v, const char *model, const char *adapter,
-                     const char *exported) {
+Status verify_export(Verification *v, const char *model, const char *adapter, const char *exported,
+                     QuantScheme codes) {
     Model m = {0}, file = {0};
     Prompts p = {0};
     Sink plain = {0}, merged = {0}, rounded = {0}, stored = {0};
@@ -203,11 +206,11 @@ Status verify_export(Verification *v, const char *model, const char *adapter,
     TRY_DONE(read_prompts(&p, &m));
     count_adapter(v, &m.g);
     TRY_DONE(run_model(&m, &p, &plain));
-    merge_at_use(&m, fakes, NULL);
+    merge_at_use(&m, fakes, NULL, codes);
     TRY_DONE(run_model(&m, &p, &merged));
     TRY_DONE(run_model(&file, &p, &stored));
-    merge_at_use(&m, fakes, &file);
-    TRY_DONE(compare_tensors(&m, &file, exported));
+    merge_at_use(&m, fakes, &file, codes);
+    TRY_DONE(compare_tensors(&m, &file, codes, exported));
     TRY_DONE(run_model(&m, &p, &rounded));
     TRY_DONE(compare(&v->merging, &plain, &merged, &p));
     TRY_DONE(compare(&v->format, &merged, &stored, &p));

@@ -26,8 +26,10 @@ typedef struct Verification {
     LogitsDifference file;    /* the merged weights, rounded in memory, against the file */
 } Verification;
 
-/* ERR_FORMAT when the file differs beyond the format's error, with what was found in *v. */
-Status verify_export(Verification *v, const char *model, const char *adapter, const char *exported);
+/* `codes`: what a compressed-tensors folder was written with; SCHEME_NONE: another format.
+ * ERR_FORMAT when the file differs beyond the format's error, with what was found in *v. */
+Status verify_export(Verification *v, const char *model, const char *adapter, const char *exported,
+                     QuantScheme codes);
 
 /* The figures as a table on standard error. */
 void verification_print(const Verification *v);

@@ -46,7 +46,7 @@ typedef struct Trainer {
 static Status save_weights(Trainer *t, const char *path) {
     const Session *s = &t->s;
     if (method_has_adapter(s->config.method)) return peft_save(&s->g, &s->spec, path);
-    return checkpoint_save(&s->checkpoint, &s->g, s->g.dtype, path);
+    return checkpoint_save(&s->checkpoint, &s->g, s->g.dtype, SCHEME_NONE, path);
 }
 
 static const char *weights_name(const Trainer *t) {

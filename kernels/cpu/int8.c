@@ -10,7 +10,7 @@
  * the reverse on another), so the first large products try both and the faster way is kept.
  * Many rows go twelve at a time (a panel, four columns of its rows side by side) against each
  * unpacked tile, over runs of tiles that stay in the second cache. */
-#include "kernels/cpu/blocks.h"
+#include "kernels/blocks.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/matmul.h"

@@ -3,7 +3,7 @@
  * Compiled without contracting a * b + c: ggml and bitsandbytes round the product first, and the
  * same bytes must come out at every level. */
 #include "kernels/quantize.h"
-#include "kernels/cpu/blocks.h"
+#include "kernels/blocks.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/dynamic.h"
@@ -414,8 +414,9 @@ typedef struct Rule {
     int low, high;
 } Rule;
 
-static float round_scale_bf16(float scale) {
-    return bf16_to_f32(f32_to_bf16(scale));
+/* bf16, as the file has it; the smallest as f16 has them, which every reader of ours holds. */
+static float round_scale(float scale) {
+    return f16_to_f32(f32_to_f16(bf16_to_f32(f32_to_bf16(scale))));
 }
 
 static Rule rule_of(const float *x, int64_t n, QuantScheme scheme, const float *learned) {
@@ -428,10 +429,10 @@ static Rule rule_of(const float *x, int64_t n, QuantScheme scheme, const float *
         d = largest(x, n) / 127.0f;
         return (Rule){f16_to_f32(f32_to_f16(d)), inverse(d), -127, 127};
     case SCHEME_INT8:
-        d = round_scale_bf16(largest(x, n) / 127.5f);
+        d = round_scale(largest(x, n) / 127.5f);
         return (Rule){d, inverse(d), -128, 127};
     default:
-        d = round_scale_bf16(largest(x, n) / 7.5f);
+        d = round_scale(largest(x, n) / 7.5f);
         return (Rule){d, inverse(d), -8, 7};
     }
 }

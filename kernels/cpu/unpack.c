@@ -3,7 +3,7 @@
  * To bf16 at the AVX-512 level a 4-bit block is a table of 16 values, made once and looked up by
  * permutation, 32 codes an instruction: a product with a Q4_0 matrix then costs 1.0 to 1.2 times
  * one with bf16, against 1.4 to 1.7 by the plain path. */
-#include "kernels/cpu/blocks.h"
+#include "kernels/blocks.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/dynamic.h"
 

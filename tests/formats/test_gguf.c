@@ -14,104 +14,11 @@
 #include "model/step.h"
 #include "tests/fixture.h"
 #include "tests/program.h"
+#include "tests/small_model.h"
 
 #include <math.h>
 #include <signal.h>
 #include <unistd.h>
-
-#define N 40
-
-/* Models whose rows are whole blocks: shared K/V with per-layer inputs, K as V, experts. */
-static const char *const kinds[] = {"shared", "dense", "experts"};
-#define KINDS 3
-
-static char *config_of(const char *kind) {
-    bool shared = *kind == 's', experts = *kind == 'e';
-    return must_format(
-        "{\"model_type\": \"gemma4_text\", \"architectures\": [\"Gemma4ForCausalLM\"],"
-        "\"vocab_size\": 2048, \"vocab_size_per_layer_input\": 2048, \"hidden_size\": 128, "
-        "\"num_hidden_layers\": %d,"
-        "\"layer_types\": [\"sliding_attention\", \"full_attention\"%s], \"num_attention_heads\": "
-        "4,"
-        "\"num_key_value_heads\": 2, \"num_global_key_value_heads\": %s, \"head_dim\": 32, "
-        "\"global_head_dim\": 64,"
-        "\"intermediate_size\": 192, \"use_double_wide_mlp\": %s, \"sliding_window\": 16, "
-        "\"num_kv_shared_layers\": %d,"
-        "\"attention_k_eq_v\": %s, \"hidden_size_per_layer_input\": %d, \"enable_moe_block\": %s, "
-        "\"num_experts\": %s,"
-        "\"top_k_experts\": %s, \"moe_intermediate_size\": %s, \"max_position_embeddings\": 512,"
-        "\"hidden_activation\": \"gelu_pytorch_tanh\", \"final_logit_softcapping\": 30.0, "
-        "\"rms_norm_eps\": 1e-6,"
-        "\"pad_token_id\": 0, \"bos_token_id\": 2, \"tie_word_embeddings\": true, "
-        "\"rope_parameters\": {"
-        "\"full_attention\": {\"partial_rotary_factor\": 0.25, \"rope_theta\": 1000000.0, "
-        "\"rope_type\": \"proportional\"},"
-        "\"sliding_attention\": {\"rope_theta\": 10000.0, \"rope_type\": \"default\"}}}",
-        shared ? 4 : 2, shared ? ", \"sliding_attention\", \"full_attention\"" : "",
-        shared ? "null" : "1", shared ? "true" : "false", shared ? 2 : 0, shared ? "false" : "true",
-        shared ? 64 : 0, experts ? "true" : "false", experts ? "8" : "null", experts ? "2" : "null",
-        experts ? "64" : "null");
-}
-
-static char *make_model(const char *kind) {
-    char *dir = must_format("%s/%s", test_folder(), kind), *json = config_of(kind);
-    EXPECT_OK(initial_checkpoint(json, "demo/tokenizer", 5, F32, dir));
-    free(json);
-    return dir;
-}
-
-typedef struct Loaded {
-    Checkpoint checkpoint;
-    Gemma g;
-    StepMemory memory;
-    StepOptions options;
-    AdapterSpec spec;
-    float nll[N];
-} Loaded;
-
-typedef void Setup(Loaded *m);
-
-static void load(Loaded *m, const char *path, DType dtype, StackMode mode, Setup *setup) {
-    *m = (Loaded){0};
-    EXPECT_OK(checkpoint_open(&m->checkpoint, path));
-    gemma_declare(&m->g, &m->checkpoint.config, dtype, device_cpu());
-    if (setup) setup(m);
-    checkpoint_formats(&m->checkpoint, &m->g);
-    EXPECT_OK(params_place(&m->g.params, device_cpu(), mode != STACK_SCORE));
-    EXPECT_OK(checkpoint_load(&m->checkpoint, &m->g));
-    for (Linear *l = m->g.linears.first; l; l = l->next) /* an adapter that does something */
-        if (l->lora) {
-            Tensor A = l->lora->A->value, B = l->lora->B->value;
-            random_normal(A.data, random_key_name(1, l->name), 0, tensor_count(A));
-            random_normal(B.data, random_key_name(2, l->name), 0, tensor_count(B));
-            scale_copy(A, SET, A, 0.1f);
-            scale_copy(B, SET, B, 0.02f);
-        }
-    m->options = (StepOptions){.mode = mode, .shortcut = true};
-    EXPECT_OK(step_init(&m->memory, &m->g, N, &m->options));
-}
-
-static void unload(Loaded *m) {
-    step_free(&m->memory);
-    adapter_spec_free(&m->spec);
-    gemma_free(&m->g);
-    checkpoint_close(&m->checkpoint);
-}
-
-static void run(Loaded *m) {
-    int32_t ids[N], positions[N], starts[N] = {0}, targets[N];
-    float weights[N];
-    for (int i = 0; i < N; i++) {
-        ids[i] = (int32_t)(3 + random_u64(4, (uint64_t)i) % 2000);
-        positions[i] = i;
-        weights[i] = 1.0f / (N - 1);
-    }
-    for (int i = 0; i < N; i++) targets[i] = i + 1 < N ? ids[i + 1] : -1;
-    Batch batch = {N, ids, positions, starts, NULL, targets, weights};
-    ExpertLoad load = {0};
-    m->options.load = m->g.config.num_experts ? &load : NULL;
-    step_run(&m->g, &m->memory, &batch, &m->options, m->nll);
-}
 
 static void model_rows(void *context, const Param *p, int64_t first, int64_t count, float *out) {
     merged_rows(&((Loaded *)context)->g, p, first, count, out);
@@ -126,27 +33,27 @@ static char *save(Loaded *m, const char *name, DType dtype) {
 }
 
 CASE(gguf, a_file_holds_the_model_it_was_made_from) {
-    for (int k = 0; k < KINDS; k++) {
+    for (int k = 0; k < SMALL_KINDS; k++) {
         Loaded folder, file;
-        char *dir = make_model(kinds[k]), *path;
-        load(&folder, dir, F32, STACK_SCORE, NULL);
-        path = save(&folder, kinds[k], F32);
-        load(&file, path, F32, STACK_SCORE, NULL);
-        run(&folder);
-        run(&file);
-        EXPECT(!memcmp(folder.nll, file.nll, sizeof file.nll), "%s", kinds[k]);
+        char *dir = small_make(small_kinds[k]), *path;
+        small_load(&folder, dir, F32, STACK_SCORE, NULL);
+        path = save(&folder, small_kinds[k], F32);
+        small_load(&file, path, F32, STACK_SCORE, NULL);
+        small_run(&folder);
+        small_run(&file);
+        EXPECT(!memcmp(folder.nll, file.nll, sizeof file.nll), "%s", small_kinds[k]);
         EXPECT(!memcmp(&folder.checkpoint.config.layer, &file.checkpoint.config.layer,
                        sizeof file.checkpoint.config.layer));
-        unload(&folder);
-        unload(&file);
+        small_unload(&folder);
+        small_unload(&file);
     }
 }
 
 CASE(gguf, tokenizer_and_template_come_back_out_of_the_file) {
     Loaded folder;
     Tokenizer *one, *other;
-    char *dir = make_model("dense"), *path;
-    load(&folder, dir, F32, STACK_SCORE, NULL);
+    char *dir = small_make("dense"), *path;
+    small_load(&folder, dir, F32, STACK_SCORE, NULL);
     path = save(&folder, "t", BF16);
     EXPECT_OK(tokenizer_load(&one, "demo/tokenizer"));
     EXPECT_OK(tokenizer_load(&other, path));
@@ -164,44 +71,25 @@ CASE(gguf, tokenizer_and_template_come_back_out_of_the_file) {
     size_t size;
     EXPECT_OK(companion_find(&bytes, &size, path, "chat_template.jinja"));
     EXPECT(!bytes, "a template out of nowhere");
-    unload(&folder);
-}
-
-static void round_weights(Loaded *m) {
-    m->g.fake = (FakeQuant){SCHEME_Q4_0, 1, false, true};
-    for (Linear *l = m->g.linears.first; l; l = l->next)
-        if (!strstr(l->name, ".router.")) l->fake = &m->g.fake;
-    m->g.per_layer_input.fake = &m->g.fake;
-}
-
-static void attach(Loaded *m) {
-    static const char *const targets[] = {"q_proj", "k_proj", "o_proj", "up_proj", "down_proj"};
-    m->spec = (AdapterSpec){.rank = 4, .alpha = 8};
-    for (int i = 0; i < 5; i++) text_list_add(&m->spec.targets, targets[i]);
-    if (m->g.config.num_experts) text_list_add(&m->spec.parameters, "experts.gate_up_proj");
-    EXPECT_OK(adapter_attach(&m->g, &m->spec));
-}
-
-static void round_merged(Loaded *m) {
-    attach(m);
-    round_weights(m);
+    small_unload(&folder);
 }
 
 CASE(gguf, what_qat_computes_is_what_the_exported_file_computes) {
-    for (int k = 0; k < KINDS; k++)
+    for (int k = 0; k < SMALL_KINDS; k++)
         for (int adapter = 0; adapter < 2; adapter++) {
             Loaded trained, file;
-            char *dir = make_model(kinds[k]), *path;
-            load(&trained, dir, F32, STACK_SCORE, adapter ? round_merged : round_weights);
-            run(&trained);
-            path = save(&trained, kinds[k], Q4_0);
-            load(&file, path, F32, STACK_SCORE, NULL);
-            run(&file);
+            char *dir = small_make(small_kinds[k]), *path;
+            small_load(&trained, dir, F32, STACK_SCORE,
+                       adapter ? small_round_adapted : small_round);
+            small_run(&trained);
+            path = save(&trained, small_kinds[k], Q4_0);
+            small_load(&file, path, F32, STACK_SCORE, NULL);
+            small_run(&file);
             EXPECT(!memcmp(trained.nll, file.nll, sizeof file.nll),
-                   "%s, adapter %d: %.9g, not %.9g", kinds[k], adapter, file.nll[3],
+                   "%s, adapter %d: %.9g, not %.9g", small_kinds[k], adapter, file.nll[3],
                    trained.nll[3]);
-            unload(&trained);
-            unload(&file);
+            small_unload(&trained);
+            small_unload(&file);
             tree_remove(dir);
             tree_remove(path);
         }
@@ -214,7 +102,7 @@ static void train_all(Loaded *m) {
 
 static void train_rounded(Loaded *m) {
     train_all(m);
-    round_weights(m);
+    small_round(m);
 }
 
 static void expect_grad(const Param *p, const float *expected, double tolerance) {
@@ -223,20 +111,21 @@ static void expect_grad(const Param *p, const float *expected, double tolerance)
 }
 
 CASE(gguf, a_qat_gradient_is_that_of_the_rounded_model_where_codes_are_in_range) {
-    for (int k = 0; k < KINDS; k++) {
+    for (int k = 0; k < SMALL_KINDS; k++) {
         Loaded through, plain;
-        char *dir = make_model(kinds[k]);
-        load(&through, dir, F32, STACK_KEEP, train_rounded);
-        load(&plain, dir, F32, STACK_KEEP, train_all);
+        char *dir = small_make(small_kinds[k]);
+        small_load(&through, dir, F32, STACK_KEEP, train_rounded);
+        small_load(&plain, dir, F32, STACK_KEEP, train_all);
         for (int i = 0; i < plain.g.params.count; i++) { /* the rounded model, as plain weights */
             Param *p = plain.g.params.items[i];
             if (p->value.ndim > 1 && !strstr(p->name, ".router."))
                 fake_quantize(p->value, p->value, tensor_absent(), SCHEME_Q4_0, 1);
         }
-        run(&through);
+        small_run(&through);
         gemma_finish_gradients(&through.g);
-        run(&plain);
-        EXPECT(!memcmp(through.nll, plain.nll, sizeof plain.nll), "%s: other losses", kinds[k]);
+        small_run(&plain);
+        EXPECT(!memcmp(through.nll, plain.nll, sizeof plain.nll), "%s: other losses",
+               small_kinds[k]);
         for (int i = 0; i < plain.g.params.count; i++) {
             Param *p = plain.g.params.items[i], *q = through.g.params.items[i];
             if (p->buffer) continue;
@@ -245,18 +134,18 @@ CASE(gguf, a_qat_gradient_is_that_of_the_rounded_model_where_codes_are_in_range)
                                        SCHEME_Q4_0, 1);
             expect_grad(q, p->grad.data, 1e-5);
         }
-        unload(&through);
-        unload(&plain);
+        small_unload(&through);
+        small_unload(&plain);
         tree_remove(dir);
     }
 }
 
 CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_its_factors) {
-    for (int k = 0; k < KINDS; k++) {
+    for (int k = 0; k < SMALL_KINDS; k++) {
         Loaded through, plain;
-        char *dir = make_model(kinds[k]);
-        load(&through, dir, F32, STACK_RECOMPUTE, round_merged);
-        load(&plain, dir, F32, STACK_KEEP, train_all);
+        char *dir = small_make(small_kinds[k]);
+        small_load(&through, dir, F32, STACK_RECOMPUTE, small_round_adapted);
+        small_load(&plain, dir, F32, STACK_KEEP, train_all);
         for (int i = 0; i < plain.g.params.count; i++) {
             Param *p = plain.g.params.items[i];
             int64_t cols = tensor_cols(p->value);
@@ -265,9 +154,10 @@ CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_it
                         tensor_count(p->value) / cols, p->value.data);
             fake_quantize(p->value, p->value, tensor_absent(), SCHEME_Q4_0, 1);
         }
-        run(&through);
-        run(&plain);
-        EXPECT(!memcmp(through.nll, plain.nll, sizeof plain.nll), "%s: other losses", kinds[k]);
+        small_run(&through);
+        small_run(&plain);
+        EXPECT(!memcmp(through.nll, plain.nll, sizeof plain.nll), "%s: other losses",
+               small_kinds[k]);
         int checked = 0;
         for (Linear *l = through.g.linears.first; l; l = l->next) {
             if (!l->lora) continue;
@@ -294,8 +184,8 @@ CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_it
             checked++;
         }
         EXPECT(checked > 5);
-        unload(&through);
-        unload(&plain);
+        small_unload(&through);
+        small_unload(&plain);
         tree_remove(dir);
     }
 }
@@ -303,28 +193,28 @@ CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_it
 static DType base_dtype;
 
 static void pack_base(Loaded *m) {
-    attach(m);
+    small_adapt(m);
     for (Linear *l = m->g.linears.first; l; l = l->next)
         if (!strstr(l->name, ".router.")) l->weight->value.dtype = base_dtype;
 }
 
 CASE(gguf, qlora_gradients_are_those_of_the_dequantised_base) {
     static const DType dtypes[] = {NF4_NESTED, NF4, Q4_0_TILED, Q8_0_TILED};
-    for (int k = 0; k < KINDS; k++)
+    for (int k = 0; k < SMALL_KINDS; k++)
         for (size_t d = 0; d < sizeof dtypes / sizeof *dtypes; d++) {
             Loaded packed, plain;
-            char *dir = make_model(kinds[k]);
+            char *dir = small_make(small_kinds[k]);
             base_dtype = dtypes[d];
-            load(&packed, dir, F32, STACK_RECOMPUTE, pack_base);
-            load(&plain, dir, F32, STACK_KEEP, attach);
+            small_load(&packed, dir, F32, STACK_RECOMPUTE, pack_base);
+            small_load(&plain, dir, F32, STACK_KEEP, small_adapt);
             for (Linear *l = plain.g.linears.first; l; l = l->next) {
                 Tensor from = params_find(&packed.g.params, l->weight->name)->value;
                 scale_copy(l->weight->value, SET, from, 1);
                 EXPECT(strstr(l->name, ".router.") || from.dtype == base_dtype, "%s is %s", l->name,
                        tensor_text(from));
             }
-            run(&packed);
-            run(&plain);
+            small_run(&packed);
+            small_run(&plain);
             for (Linear *l = packed.g.linears.first; l; l = l->next) {
                 if (!l->lora) continue;
                 expect_grad(l->lora->A, params_find(&plain.g.params, l->lora->A->name)->grad.data,
@@ -332,28 +222,28 @@ CASE(gguf, qlora_gradients_are_those_of_the_dequantised_base) {
                 expect_grad(l->lora->B, params_find(&plain.g.params, l->lora->B->name)->grad.data,
                             1e-3);
             }
-            unload(&packed);
-            unload(&plain);
+            small_unload(&packed);
+            small_unload(&plain);
             tree_remove(dir);
         }
 }
 
 CASE(gguf, eight_bit_activations_stay_near_the_exact_product) {
-    for (int k = 0; k < KINDS; k++) {
+    for (int k = 0; k < SMALL_KINDS; k++) {
         Loaded exact, fast;
-        char *dir = make_model(kinds[k]);
-        load(&exact, dir, F32, STACK_SCORE, NULL);
-        char *path = save(&exact, kinds[k], Q8_0);
-        unload(&exact);
-        load(&exact, path, F32, STACK_SCORE, NULL);
-        load(&fast, path, BF16, STACK_SCORE, NULL);
+        char *dir = small_make(small_kinds[k]);
+        small_load(&exact, dir, F32, STACK_SCORE, NULL);
+        char *path = save(&exact, small_kinds[k], Q8_0);
+        small_unload(&exact);
+        small_load(&exact, path, F32, STACK_SCORE, NULL);
+        small_load(&fast, path, BF16, STACK_SCORE, NULL);
         fast.g.int8 = true;
-        run(&exact);
-        run(&fast);
-        double error = relative_error(fast.nll, exact.nll, N);
-        EXPECT(error > 0 && error < 0.02, "%s: %g", kinds[k], error);
-        unload(&exact);
-        unload(&fast);
+        small_run(&exact);
+        small_run(&fast);
+        double error = relative_error(fast.nll, exact.nll, SMALL_ROWS);
+        EXPECT(error > 0 && error < 0.02, "%s: %g", small_kinds[k], error);
+        small_unload(&exact);
+        small_unload(&fast);
         tree_remove(dir);
         tree_remove(path);
     }
@@ -474,11 +364,12 @@ static void edit_tensor(const char *path, const char *name, const void *block) {
 
 CASE(gguf, an_export_is_proven_or_refused) {
     static const char *const tensors[] = {"token_embd.weight", "blk.1.attn_q.weight"};
-    for (int k = 0; k < KINDS; k++) {
+    for (int k = 0; k < SMALL_KINDS; k++) {
         Loaded m;
         Verification v;
-        char *dir = make_model(kinds[k]), *f = must_format("%s/%s", test_folder(), kinds[k]);
-        load(&m, dir, F32, STACK_SCORE, attach);
+        char *dir = small_make(small_kinds[k]),
+             *f = must_format("%s/%s", test_folder(), small_kinds[k]);
+        small_load(&m, dir, F32, STACK_SCORE, small_adapt);
         int tensors_of_adapter = 0;
         for (int i = 0; i < m.g.params.count; i++)
             tensors_of_adapter += m.g.params.items[i]->adapter;
@@ -489,7 +380,7 @@ CASE(gguf, an_export_is_proven_or_refused) {
         EXPECT_OK(peft_save(&m.g, &m.spec, adapter));
         EXPECT_EXIT(0, applied, "export --model %s --adapter %s --to q4_0-gguf %s.gguf --verify",
                     dir, adapter, f);
-        unload(&m);
+        small_unload(&m);
         uint8_t block[18] = {0x11, 0x28};
         memset(block + 2, 0x79, 16);
         for (int i = 0; i < 2; i++) { /* another block, of the table or of a linear */
@@ -497,7 +388,7 @@ CASE(gguf, an_export_is_proven_or_refused) {
             size_t size;
             EXPECT_OK(file_read(&bytes, &size, path, (size_t)1 << 30));
             edit_tensor(path, tensors[i], block);
-            EXPECT_ERROR(verify_export(&v, dir, adapter, path),
+            EXPECT_ERROR(verify_export(&v, dir, adapter, path, SCHEME_NONE),
                          "is not the model's, merged and rounded");
             EXPECT_OK(file_write(path, bytes, size));
             free(bytes);
@@ -519,16 +410,16 @@ CASE(gguf, an_export_is_proven_or_refused) {
 
 CASE(gguf, a_stopped_export_leaves_nothing_behind) {
     Loaded m;
-    char *dir = make_model("dense"), *out = must_format("%s/exports", test_folder()),
+    char *dir = small_make("dense"), *out = must_format("%s/exports", test_folder()),
          *file = must_format("%s/x.gguf", out), *folder = must_format("%s/x", out);
-    load(&m, dir, F32, STACK_SCORE, NULL);
+    small_load(&m, dir, F32, STACK_SCORE, NULL);
     EXPECT_OK(folder_make(out));
     GgufModel model = {&m.checkpoint.config, "demo/tokenizer", "x", Q4_0};
     RowSource source = {.rows = model_rows, .context = &m};
     file_stop_on_signals();
     raise(SIGTERM);
     EXPECT(gguf_save(&model, &m.g, &source, file) == ERR_STOPPED);
-    EXPECT(checkpoint_save(&m.checkpoint, &m.g, BF16, folder) == ERR_STOPPED);
+    EXPECT(checkpoint_save(&m.checkpoint, &m.g, BF16, SCHEME_NONE, folder) == ERR_STOPPED);
     EXPECT(!rmdir(out), "something is left in %s", out); /* succeeds on empty folders only */
 }
 
@@ -536,32 +427,35 @@ CASE(gguf, packed_keys_and_values_stay_near_the_exact_ones) {
     static const DType dtypes[] = {F32, Q8_0, Q4_0};
     static const double limits[] = {1e-5, 0.1, 1.0};
     double last = 0;
-    for (int k = 0; k < KINDS; k++) {
+    for (int k = 0; k < SMALL_KINDS; k++) {
         Loaded m;
-        char *dir = make_model(kinds[k]);
-        load(&m, dir, F32, STACK_SCORE, NULL);
+        char *dir = small_make(small_kinds[k]);
+        small_load(&m, dir, F32, STACK_SCORE, NULL);
         int64_t V = m.g.config.vocab_size;
         float *exact = must_malloc((size_t)V * 4), *logits = must_malloc((size_t)V * 4);
-        int32_t ids[N];
-        for (int i = 0; i < N; i++) ids[i] = 3 + i * 37 % 2000;
+        int32_t ids[SMALL_ROWS];
+        for (int i = 0; i < SMALL_ROWS; i++) ids[i] = 3 + i * 37 % 2000;
         for (int d = 0; d < 3; d++) {
             Decoder one, many;
-            EXPECT_OK(decoder_init(&many, &m.g, N, N, F32)); /* all at once, exactly */
-            decoder_feed(&many, ids, N, exact);
-            EXPECT_OK(decoder_init(&one, &m.g, N, 7, dtypes[d])); /* in chunks, then one by one */
-            decoder_feed(&one, ids, N - 5, logits);
-            for (int i = N - 5; i < N; i++) decoder_feed(&one, ids + i, 1, logits);
+            EXPECT_OK(
+                decoder_init(&many, &m.g, SMALL_ROWS, SMALL_ROWS, F32)); /* all at once, exactly */
+            decoder_feed(&many, ids, SMALL_ROWS, exact);
+            EXPECT_OK(decoder_init(&one, &m.g, SMALL_ROWS, 7,
+                                   dtypes[d])); /* in chunks, then one by one */
+            decoder_feed(&one, ids, SMALL_ROWS - 5, logits);
+            for (int i = SMALL_ROWS - 5; i < SMALL_ROWS; i++)
+                decoder_feed(&one, ids + i, 1, logits);
             double error = relative_error(logits, exact, V);
             /* Scores have no scale, so rounded keys show; four bits fewer show several times as
              * much. */
-            EXPECT(error < limits[d], "%s, %s: %g", kinds[k], dtype_name(dtypes[d]), error);
-            EXPECT(d == 0 || error > 4 * last, "%s, %s: %g after %g", kinds[k],
+            EXPECT(error < limits[d], "%s, %s: %g", small_kinds[k], dtype_name(dtypes[d]), error);
+            EXPECT(d == 0 || error > 4 * last, "%s, %s: %g after %g", small_kinds[k],
                    dtype_name(dtypes[d]), error, last);
             last = error;
             decoder_free(&one);
             decoder_free(&many);
         }
-        unload(&m);
+        small_unload(&m);
         tree_remove(dir);
     }
 }

@@ -117,7 +117,7 @@ CASE(safetensors, towers_and_dead_tensors_are_carried_through_and_none_invented)
     gemma_declare(&g, &c.config, BF16, device_cpu());
     EXPECT_OK(params_place(&g.params, device_cpu(), false));
     EXPECT_OK(checkpoint_load(&c, &g));
-    EXPECT_OK(checkpoint_save(&c, &g, BF16, out));
+    EXPECT_OK(checkpoint_save(&c, &g, BF16, SCHEME_NONE, out));
     EXPECT_OK(checkpoint_open(&again, out));
     EXPECT(again.count == c.count, "%d tensors, %d before", again.count, c.count);
     int carried = 0;

@@ -11,10 +11,10 @@
 #include "formats/adapter.h"
 #include "formats/file.h"
 #include "formats/gguf_model.h"
-#include "formats/safetensors.h"
+#include "formats/parts.h"
 #include "infer/answer.h"
 #include "kernels/random.h"
-#include "tests/test.h"
+#include "tests/fixture.h"
 #include "train/metrics.h"
 
 #include <time.h>
@@ -133,6 +133,40 @@ CASE(fuzz, safetensors) {
     const char *seeds[] = {seed};
     size_t size = 8 + strlen(header) + 22;
     fuzz(seeds, &size, 1, on_safetensors);
+}
+
+/* Weights in several tensors, from other packages. */
+static void on_parts(const char *bytes, size_t size) {
+    Safetensors s;
+    PartsList list;
+    if (safetensors_parse(&s, (const uint8_t *)bytes, size, "fuzz") != OK) return;
+    const StoredTensor **tensors = must_malloc((size_t)(s.count + 1) * sizeof *tensors);
+    int count = s.count;
+    for (int i = 0; i < count; i++) tensors[i] = &s.tensors[i];
+    if (parts_collect(&list, tensors, &count) == OK) {
+        for (int i = 0; i < list.count; i++) {
+            void *blocks = must_malloc(list.whole[i].size);
+            (void)!parts_read(&list.whole[i], blocks);
+            free(blocks);
+        }
+        parts_free(&list);
+    }
+    free(tensors);
+    safetensors_close(&s);
+}
+
+CASE(fuzz, parts) {
+    static const char *const names[] = {"module_nf4", "module_nf4_nested", "module_int4",
+                                        "module_int8", "module_int8_packed"};
+    const char *seeds[5];
+    size_t sizes[5];
+    Fixture f = fixture_open_plain("quantize.h5");
+    for (int i = 0; i < 5; i++) {
+        int64_t size;
+        seeds[i] = (const char *)fixture_bytes(&f, names[i], &size);
+        sizes[i] = (size_t)size;
+    }
+    fuzz(seeds, sizes, 5, on_parts);
 }
 
 static void on_model_config(const char *bytes, size_t size) {

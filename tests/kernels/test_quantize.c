@@ -1,7 +1,7 @@
 /* test_quantize.c - blocks are the bytes that llama.cpp and bitsandbytes make; training through a
  * scheme sees what the file will hold. */
 #include "formats/file.h"
-#include "kernels/cpu/blocks.h"
+#include "kernels/blocks.h"
 #include "kernels/dynamic.h"
 #include "kernels/elementwise.h"
 #include "kernels/matmul.h"

@@ -412,7 +412,7 @@ static void merge_like_unmerged(const char *kind, const char *variant) {
     gemma_refresh(&r.g, &r.memory.scratch);
     step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
     memcpy(unmerged, p->nll, sizeof unmerged);
-    EXPECT_OK(checkpoint_save(&r.checkpoint, &r.g, F32, out));
+    EXPECT_OK(checkpoint_save(&r.checkpoint, &r.g, F32, SCHEME_NONE, out));
     /* What is written as an adapter loads again to the same bits. */
     snprintf(dir, sizeof dir, "%s/again-%s-%s", test_folder(), kind, variant);
     EXPECT_OK(peft_save(&r.g, &spec, dir));
@@ -455,7 +455,7 @@ CASE(invariant, a_saved_checkpoint_holds_the_same_bits) {
         Run r;
         run_open(&r, f.dir, F32, true, NULL, STACK_SCORE);
         snprintf(out, sizeof out, "%s/saved-%s", test_folder(), kinds[k]);
-        EXPECT_OK(checkpoint_save(&r.checkpoint, &r.g, F32, out));
+        EXPECT_OK(checkpoint_save(&r.checkpoint, &r.g, F32, SCHEME_NONE, out));
         Checkpoint again;
         EXPECT_OK(checkpoint_open(&again, out));
         EXPECT(again.count == r.checkpoint.count);

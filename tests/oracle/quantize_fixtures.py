@@ -1,5 +1,5 @@
-"""quantize_fixtures.py - writes tests/fixtures/quantize.h5: what llama.cpp, the gguf package and bitsandbytes make of
-the same numbers.
+"""quantize_fixtures.py - writes tests/fixtures/quantize.h5: what llama.cpp, the gguf package, bitsandbytes and
+compressed-tensors make of the same numbers.
 
 The million values are made from integers alone, so that C and numpy make the same ones; of their blocks the file
 holds SHA-256 sums. Edge cases, and K-quants with what they read as, are there in full.
@@ -15,6 +15,11 @@ import h5py
 import llama_cpp
 import numpy as np
 import torch
+from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.utils import calculate_qparams
+from safetensors.torch import save
 
 OUT = os.path.join(os.path.dirname(__file__), "..", "fixtures", "quantize.h5")
 COUNT = 1 << 20
@@ -63,6 +68,36 @@ def sha(x):
     return np.frombuffer(hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest().encode(), dtype=np.uint8)
 
 
+MODULE = "model.layers.0.mlp.up_proj"
+
+
+def stored(codes, expected, f, name):
+    """A safetensors file of one quantised module, and the sum of the f32 that its package reads from it."""
+    file = np.frombuffer(save({k: v.contiguous() for k, v in codes.items()}), dtype=np.uint8)
+    f.create_dataset(name, data=file, compression="gzip")
+    f[name + "_sha256"] = sha(expected.float().numpy())
+
+
+def bitsandbytes_module(x, nested, f, name):
+    packed, state = bnb.quantize_4bit(x, quant_type="nf4", compress_statistics=nested)
+    codes = {f"{MODULE}.weight": packed}
+    codes.update({f"{MODULE}.weight.{k}": v for k, v in state.as_dict(packed=True).items()})
+    stored(codes, bnb.dequantize_4bit(packed, state), f, name)
+
+
+def compressed_module(x, args, activations, f, name):
+    how = QuantizationArgs(type="int", symmetric=True, **args)
+    dynamic = QuantizationArgs(num_bits=8, strategy="token", dynamic=True, symmetric=True) if activations else None
+    scheme = QuantizationScheme(targets=["Linear"], weights=how, input_activations=dynamic)
+    groups = x.reshape(x.shape[0], -1, how.group_size or x.shape[1])
+    scale = calculate_qparams(groups.amin(-1), groups.amax(-1), how)[0].to(torch.bfloat16).float()
+    compressor = IntQuantizationCompressor if activations else PackedQuantizationCompressor
+    codes = compressor.compress({"weight": x, "weight_scale": scale}, scheme)
+    values = compressor.decompress(codes, scheme)["weight"]
+    codes["weight_scale"] = scale.to(torch.bfloat16)
+    stored({f"{MODULE}.{k}": v for k, v in codes.items()}, values, f, name)
+
+
 def main():
     Q = gguf.GGMLQuantizationType
     x, e = values(COUNT).reshape(-1, 1024), edges()
@@ -84,6 +119,13 @@ def main():
         f["nf4_nested_scale"] = state.state2.absmax.numpy()
         f["nf4_nested_offset"] = np.array([state.offset.item()], dtype=np.float32)
         f["nf4_values"] = bnb.dequantize_4bit(packed, state).reshape(-1)[:4096].numpy()
+        m = torch.from_numpy(values(1 << 15).reshape(64, 512))
+        bitsandbytes_module(m, False, f, "module_nf4")
+        bitsandbytes_module(m, True, f, "module_nf4_nested")
+        compressed_module(m, dict(num_bits=4, strategy="group", group_size=32), False, f, "module_int4")
+        compressed_module(m, dict(num_bits=4, strategy="group", group_size=128), False, f, "module_int4_128")
+        compressed_module(m, dict(num_bits=8, strategy="channel"), False, f, "module_int8_packed")
+        compressed_module(m, dict(num_bits=8, strategy="channel"), True, f, "module_int8")
         f["dynamic"] = bnb.create_dynamic_map(True).numpy()
         f["dynamic_unsigned"] = bnb.create_dynamic_map(False).numpy()
 

@@ -1,0 +1,108 @@
+/* small_model.c - making, loading and running them. */
+#include "tests/small_model.h"
+#include "formats/initial.h"
+#include "kernels/elementwise.h"
+#include "kernels/random.h"
+
+#include <stdlib.h>
+
+const char *const small_kinds[] = {"shared", "dense", "experts"};
+
+QuantScheme small_scheme = SCHEME_Q4_0;
+
+static char *config_of(const char *kind) {
+    bool shared = *kind == 's', experts = *kind == 'e';
+    return must_format(
+        "{\"model_type\": \"gemma4_text\", \"architectures\": [\"Gemma4ForCausalLM\"],"
+        "\"vocab_size\": 2048, \"vocab_size_per_layer_input\": 2048, \"hidden_size\": 128, "
+        "\"num_hidden_layers\": %d,"
+        "\"layer_types\": [\"sliding_attention\", \"full_attention\"%s], \"num_attention_heads\": "
+        "4,"
+        "\"num_key_value_heads\": 2, \"num_global_key_value_heads\": %s, \"head_dim\": 32, "
+        "\"global_head_dim\": 64,"
+        "\"intermediate_size\": 192, \"use_double_wide_mlp\": %s, \"sliding_window\": 16, "
+        "\"num_kv_shared_layers\": %d,"
+        "\"attention_k_eq_v\": %s, \"hidden_size_per_layer_input\": %d, \"enable_moe_block\": %s, "
+        "\"num_experts\": %s,"
+        "\"top_k_experts\": %s, \"moe_intermediate_size\": %s, \"max_position_embeddings\": 512,"
+        "\"hidden_activation\": \"gelu_pytorch_tanh\", \"final_logit_softcapping\": 30.0, "
+        "\"rms_norm_eps\": 1e-6,"
+        "\"pad_token_id\": 0, \"bos_token_id\": 2, \"tie_word_embeddings\": true, "
+        "\"rope_parameters\": {"
+        "\"full_attention\": {\"partial_rotary_factor\": 0.25, \"rope_theta\": 1000000.0, "
+        "\"rope_type\": \"proportional\"},"
+        "\"sliding_attention\": {\"rope_theta\": 10000.0, \"rope_type\": \"default\"}}}",
+        shared ? 4 : 2, shared ? ", \"sliding_attention\", \"full_attention\"" : "",
+        shared ? "null" : "1", shared ? "true" : "false", shared ? 2 : 0, shared ? "false" : "true",
+        shared ? 64 : 0, experts ? "true" : "false", experts ? "8" : "null", experts ? "2" : "null",
+        experts ? "64" : "null");
+}
+
+char *small_make(const char *kind) {
+    char *dir = must_format("%s/%s", test_folder(), kind), *json = config_of(kind);
+    EXPECT_OK(initial_checkpoint(json, "demo/tokenizer", 5, F32, dir));
+    free(json);
+    return dir;
+}
+
+void small_load(Loaded *m, const char *path, DType dtype, StackMode mode, Setup *setup) {
+    *m = (Loaded){0};
+    EXPECT_OK(checkpoint_open(&m->checkpoint, path));
+    gemma_declare(&m->g, &m->checkpoint.config, dtype, device_cpu());
+    if (setup) setup(m);
+    checkpoint_formats(&m->checkpoint, &m->g);
+    EXPECT_OK(params_place(&m->g.params, device_cpu(), mode != STACK_SCORE));
+    EXPECT_OK(checkpoint_load(&m->checkpoint, &m->g));
+    for (Linear *l = m->g.linears.first; l; l = l->next) /* an adapter that does something */
+        if (l->lora) {
+            Tensor A = l->lora->A->value, B = l->lora->B->value;
+            random_normal(A.data, random_key_name(1, l->name), 0, tensor_count(A));
+            random_normal(B.data, random_key_name(2, l->name), 0, tensor_count(B));
+            scale_copy(A, SET, A, 0.1f);
+            scale_copy(B, SET, B, 0.02f);
+        }
+    m->options = (StepOptions){.mode = mode, .shortcut = true};
+    EXPECT_OK(step_init(&m->memory, &m->g, SMALL_ROWS, &m->options));
+}
+
+void small_unload(Loaded *m) {
+    step_free(&m->memory);
+    adapter_spec_free(&m->spec);
+    gemma_free(&m->g);
+    checkpoint_close(&m->checkpoint);
+}
+
+void small_run(Loaded *m) {
+    int32_t ids[SMALL_ROWS], positions[SMALL_ROWS], starts[SMALL_ROWS] = {0}, targets[SMALL_ROWS];
+    float weights[SMALL_ROWS];
+    for (int i = 0; i < SMALL_ROWS; i++) {
+        ids[i] = (int32_t)(3 + random_u64(4, (uint64_t)i) % 2000);
+        positions[i] = i;
+        weights[i] = 1.0f / (SMALL_ROWS - 1);
+    }
+    for (int i = 0; i < SMALL_ROWS; i++) targets[i] = i + 1 < SMALL_ROWS ? ids[i + 1] : -1;
+    Batch batch = {SMALL_ROWS, ids, positions, starts, NULL, targets, weights};
+    ExpertLoad load = {0};
+    m->options.load = m->g.config.num_experts ? &load : NULL;
+    step_run(&m->g, &m->memory, &batch, &m->options, m->nll);
+}
+
+void small_round(Loaded *m) {
+    m->g.fake = (FakeQuant){small_scheme, 1, false, small_scheme == SCHEME_Q4_0};
+    for (Linear *l = m->g.linears.first; l; l = l->next)
+        if (!strstr(l->name, ".router.")) l->fake = &m->g.fake;
+    m->g.per_layer_input.fake = &m->g.fake;
+}
+
+void small_adapt(Loaded *m) {
+    static const char *const targets[] = {"q_proj", "k_proj", "o_proj", "up_proj", "down_proj"};
+    m->spec = (AdapterSpec){.rank = 4, .alpha = 8};
+    for (int i = 0; i < 5; i++) text_list_add(&m->spec.targets, targets[i]);
+    if (m->g.config.num_experts) text_list_add(&m->spec.parameters, "experts.gate_up_proj");
+    EXPECT_OK(adapter_attach(&m->g, &m->spec));
+}
+
+void small_round_adapted(Loaded *m) {
+    small_adapt(m);
+    small_round(m);
+}
