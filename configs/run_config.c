@@ -14,6 +14,7 @@ static const char *const turn_names[] = {"auto", "whole", "per-turn", NULL};
 static const char *const recomputes[] = {"auto", "on", "off", NULL};
 static const char *const schedules[] = {"constant", "linear", "cosine", "wsd", NULL};
 static const char *const optimizers[] = {"adamw", "sgd", NULL};
+static const char *const state_formats[] = {"f32", "8bit", NULL};
 static const char *const formats[] = {"auto", "large", "small", NULL};
 static const char *const longs[] = {"drop", "cut", NULL};
 static const char *const masks[] = {"lapidary", "trl", NULL};
@@ -222,11 +223,9 @@ static Status read_optimizer(RunConfig *c, Node *root) {
     TRY(get_range(map, "eps", 1e-30, 1e6, &c->optimizer.eps));
     TRY(get_range(map, "weight_decay", 0, 1e3, &c->optimizer.weight_decay));
     TRY(get_range(map, "momentum", 0, 0.99999, &c->optimizer.momentum));
-    const char *states = "f32";
-    TRY(node_get_text(map, "states", &states, false));
-    if (strcmp(states, "f32"))
-        FAIL(ERR_CONFIG, "%s:%d: optimizer.states is '%s', expected f32", map->file, map->line,
-             states);
+    int states = 0;
+    TRY(get_choice(map, "states", state_formats, &states));
+    c->optimizer.states_8bit = states;
     return OK;
 }
 
@@ -581,9 +580,10 @@ char *run_config_text(const RunConfig *c) {
     put(&o,
         "optimizer: {name: %s, lr: %.17g, betas: [%.17g, %.17g], eps: %.17g, weight_decay: %.17g, "
         "momentum: %.17g, "
-        "states: f32}\n",
+        "states: %s}\n",
         optimizers[c->optimizer.sgd], c->optimizer.lr, c->optimizer.beta1, c->optimizer.beta2,
-        c->optimizer.eps, c->optimizer.weight_decay, c->optimizer.momentum);
+        c->optimizer.eps, c->optimizer.weight_decay, c->optimizer.momentum,
+        state_formats[c->optimizer.states_8bit]);
     put(&o, "schedule: {name: %s, warmup: %.17g, min_lr: %.17g}\n", schedules[c->schedule.name],
         c->schedule.warmup, c->schedule.min_lr);
     put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\nclip: %.17g\n", c->sequences,

@@ -86,6 +86,7 @@ typedef struct RunConfig {
     struct {
         bool sgd;
         double lr, beta1, beta2, eps, weight_decay, momentum;
+        bool states_8bit;
     } optimizer;
     struct {
         ScheduleName name;

@@ -51,6 +51,12 @@ typedef struct BlockNF4Nested {
     uint8_t absmax[256], qs[256][32];
 } BlockNF4Nested;
 
+/* value = absmax * level[code] of the dynamic levels. */
+typedef struct BlockDynamic8 {
+    float absmax;
+    uint8_t codes[DYNAMIC_BLOCK];
+} BlockDynamic8;
+
 typedef struct TileQ4_0 {
     uint16_t d[2][TILE_HEIGHT];
     uint8_t qs[8][64];
@@ -65,6 +71,7 @@ _Static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ8_0) == 34, "ggml's block
 _Static_assert(sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210,
                "ggml's super-blocks");
 _Static_assert(sizeof(BlockNF4) == 36 && sizeof(BlockNF4Nested) == 8456, "NF4 blocks");
+_Static_assert(sizeof(BlockDynamic8) == 260, "blocks of states");
 _Static_assert(sizeof(TileQ4_0) == 576 && sizeof(TileQ8_0) == 1088, "tiles");
 
 /* The levels of NF4 (Dettmers et al. 2023). */

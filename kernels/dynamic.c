@@ -34,32 +34,58 @@ static void build(float levels[256], bool is_signed) {
     qsort(levels, 256, sizeof *levels, ascending);
 }
 
+/* A table of levels, and for every leading 15 bits of a float (sign, exponent, 6 bits of the
+ * significand) the highest level that no such float lies below: from there a few steps up find the
+ * level of any. */
+typedef struct Table {
+    float levels[256];
+    uint8_t start[1 << 15];
+} Table;
+
+static float from_bits(uint32_t bits) {
+    union {
+        uint32_t u;
+        float f;
+    } value = {bits};
+    return value.f;
+}
+
+static void build_table(Table *t, bool is_signed) {
+    build(t->levels, is_signed);
+    for (uint32_t lead = 0; lead < 1 << 15; lead++) {
+        bool negative = lead >> 14;
+        float least = from_bits(lead << 17 | (negative ? 0x1ffffu : 0));
+        int level = 0;
+        while (level < 255 && t->levels[level + 1] <= least) level++; /* NaN stays at 0 */
+        t->start[lead] = (uint8_t)level;
+    }
+}
+
+static Table tables[2];
+
 const float *dynamic_levels(bool is_signed) {
-    static float tables[2][256];
     static int ready;
     if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) {
 #pragma omp critical(dynamic_levels)
         if (!__atomic_load_n(&ready, __ATOMIC_ACQUIRE)) {
-            build(tables[0], false);
-            build(tables[1], true);
+            build_table(&tables[0], false);
+            build_table(&tables[1], true);
             __atomic_store_n(&ready, 1, __ATOMIC_RELEASE);
         }
     }
-    return tables[is_signed];
+    return tables[is_signed].levels;
 }
 
 uint8_t dynamic_code(const float *levels, float x) {
-    int low = 0, high = 255; /* levels[low] <= x < levels[high] */
     if (!(x > levels[0])) return 0;
     if (x >= levels[255]) return 255;
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        if (levels[middle] <= x)
-            low = middle;
-        else
-            high = middle;
-    }
-    return (uint8_t)(levels[high] - x < x - levels[low] ? high : low);
+    union {
+        float f;
+        uint32_t u;
+    } bits = {x};
+    int low = tables[levels == tables[1].levels].start[bits.u >> 17];
+    while (levels[low + 1] <= x) low++;
+    return (uint8_t)(levels[low + 1] - x < x - levels[low] ? low + 1 : low);
 }
 
 uint8_t dynamic_code_grid(const float *levels, float x) {

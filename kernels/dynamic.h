@@ -9,7 +9,7 @@
 /* The 256 levels, ascending. */
 const float *dynamic_levels(bool is_signed);
 
-/* The nearest level of x, ties to the lower one. */
+/* The nearest level of x, ties to the lower one. `levels` is one of the two tables. */
 uint8_t dynamic_code(const float *levels, float x);
 
 /* The same for x in [-1, 1] moved to the nearest of 65,536 even points first: how bitsandbytes' CPU

@@ -6,8 +6,10 @@
 
 const char *dtype_name(DType dtype) {
     static const char *const names[DTYPE_COUNT] = {
-        "f32",  "bf16", "i32",  "u8",  "f16",          "q4_0",         "q8_0",
-        "q4_K", "q5_K", "q6_K", "nf4", "nf4 (nested)", "q4_0 (tiled)", "q8_0 (tiled)"};
+        "f32",          "bf16",         "i32",      "u8",
+        "f16",          "q4_0",         "q8_0",     "q4_K",
+        "q5_K",         "q6_K",         "nf4",      "nf4 (nested)",
+        "q4_0 (tiled)", "q8_0 (tiled)", "dynamic8", "dynamic8 (unsigned)"};
     return dtype < DTYPE_COUNT ? names[dtype] : "?";
 }
 

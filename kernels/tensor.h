@@ -9,7 +9,7 @@
 
 /* Q4_0 to Q6_K are ggml's blocks in file order; NF4 those of bitsandbytes, NF4_NESTED with its
  * double quantisation. The tiled ones hold 16 rows side by side, the order products read them in
- * (blocks.h). */
+ * (blocks.h). DYNAMIC8 and DYNAMIC8_UNSIGNED hold an optimizer's states (dynamic.h). */
 typedef enum DType {
     F32,
     BF16,
@@ -25,6 +25,8 @@ typedef enum DType {
     NF4_NESTED,
     Q4_0_TILED,
     Q8_0_TILED,
+    DYNAMIC8,
+    DYNAMIC8_UNSIGNED,
     DTYPE_COUNT
 } DType;
 
@@ -45,6 +47,9 @@ typedef struct Tensor {
 #define TILE_HEIGHT 16
 #define TILE_WIDTH  64
 
+/* Elements that share a scale in DYNAMIC8. */
+#define DYNAMIC_BLOCK 256
+
 /* A dtype stores `count` elements in `bytes`. */
 typedef struct DTypeBlock {
     uint32_t count, bytes;
@@ -52,11 +57,22 @@ typedef struct DTypeBlock {
 
 static inline DTypeBlock dtype_block(DType dtype) {
     static const DTypeBlock blocks[DTYPE_COUNT] = {
-        [F32] = {1, 4},          [BF16] = {1, 2},        [I32] = {1, 4},
-        [U8] = {1, 1},           [F16] = {1, 2},         [Q4_0] = {32, 18},
-        [Q8_0] = {32, 34},       [Q4_K] = {256, 144},    [Q5_K] = {256, 176},
-        [Q6_K] = {256, 210},     [NF4] = {64, 36},       [NF4_NESTED] = {16384, 8456},
-        [Q4_0_TILED] = {32, 18}, [Q8_0_TILED] = {32, 34}};
+        [F32] = {1, 4},
+        [BF16] = {1, 2},
+        [I32] = {1, 4},
+        [U8] = {1, 1},
+        [F16] = {1, 2},
+        [Q4_0] = {32, 18},
+        [Q8_0] = {32, 34},
+        [Q4_K] = {256, 144},
+        [Q5_K] = {256, 176},
+        [Q6_K] = {256, 210},
+        [NF4] = {64, 36},
+        [NF4_NESTED] = {16384, 8456},
+        [Q4_0_TILED] = {32, 18},
+        [Q8_0_TILED] = {32, 34},
+        [DYNAMIC8] = {DYNAMIC_BLOCK, DYNAMIC_BLOCK + 4},
+        [DYNAMIC8_UNSIGNED] = {DYNAMIC_BLOCK, DYNAMIC_BLOCK + 4}};
     return blocks[dtype];
 }
 
@@ -65,7 +81,7 @@ static inline size_t dtype_size(DType dtype) {
     return dtype_block(dtype).bytes;
 }
 
-/* Whether elements share blocks: weights that products read as they are, and nobody writes. */
+/* Whether elements share blocks. */
 static inline bool dtype_is_packed(DType dtype) {
     return dtype_block(dtype).count > 1;
 }

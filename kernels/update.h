@@ -7,13 +7,18 @@
 /* Decoupled-decay Adam (Loshchilov and Hutter 2019) as torch.optim.AdamW computes it:
  *   value *= 1 - lr * decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
  *   value -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
- * g is grad * scale (the clipping factor).  value, grad, m, v (n) f32 */
+ * g is grad * scale (the clipping factor).
+ *   value, grad  (n) f32
+ *   m, v         (blocks, 256), n elements and padding: f32, or DYNAMIC8 and DYNAMIC8_UNSIGNED
+ *                (Dettmers et al. 2022): computed in f32, stored as the nearest levels, but a v
+ * that is not zero never becomes zero */
 KERNEL(adamw_update, Tensor value, Tensor grad, Tensor m, Tensor v, float scale, float lr,
        float beta1, float beta2, float eps, float decay, int64_t t);
 
 /* Stochastic gradient descent with momentum as torch.optim.SGD computes it:
- *   g = grad * scale + decay * value;  buffer = t == 1 ? g : momentum * buffer + g;  value -= lr *
- * buffer buffer  (n) f32; absent when momentum is 0 */
+ *   g = grad * scale + decay * value;  buffer = t == 1 ? g : momentum * buffer + g
+ *   value -= lr * buffer
+ *   buffer  (blocks, 256) f32 or DYNAMIC8; absent when momentum is 0 */
 KERNEL(sgd_update, Tensor value, Tensor grad, Tensor buffer, float scale, float lr, float momentum,
        float decay, int64_t t);
 

@@ -74,6 +74,11 @@ static size_t aligned(size_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
 
+/* Values that a trainable parameter takes of the space: whole blocks of 8-bit states. */
+static int64_t span(const Param *p) {
+    return (tensor_count(p->value) + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK * DYNAMIC_BLOCK;
+}
+
 bool param_takes_blocks(const Param *p) {
     return p->value.ndim > 1 && !strstr(p->name, ".router.");
 }
@@ -84,7 +89,7 @@ void params_measure(const ParamList *params, size_t *frozen, size_t *trained) {
         const Param *p = params->items[i];
         if (!in_space(p) && !(p->mapped && !p->trainable))
             *frozen += aligned(tensor_bytes(p->value));
-        if (p->trainable) *trained += aligned((size_t)tensor_count(p->value) * 4);
+        if (p->trainable) *trained += (size_t)span(p) * 4;
     }
 }
 
@@ -110,7 +115,7 @@ Status params_place(ParamList *params, Device *device, bool gradients) {
                 p->grad = p->master;
                 p->grad.data = (float *)params->grads.data + offset;
             }
-            offset += (int64_t)(aligned((size_t)tensor_count(p->value) * 4) / 4);
+            offset += span(p);
         }
         if (in_space(p))
             p->value = p->master;

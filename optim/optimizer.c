@@ -9,8 +9,16 @@ static int moments(const OptimizerConfig *config) {
     return config->name == OPTIMIZER_ADAMW ? 2 : config->momentum != 0 ? 1 : 0;
 }
 
+/* The states of n values: `which` is 0 for m, 1 for v. */
+static Tensor states(Arena *arena, const OptimizerConfig *config, int64_t n, int which) {
+    DType dtype = !config->states_8bit ? F32 : which ? DYNAMIC8_UNSIGNED : DYNAMIC8;
+    return ARENA_TENSOR(arena, dtype, n / DYNAMIC_BLOCK, DYNAMIC_BLOCK);
+}
+
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n) {
-    return (size_t)moments(config) * (size_t)n * 4;
+    Arena measure = arena_measure();
+    for (int i = 0; i < moments(config); i++) states(&measure, config, n, i);
+    return measure.peak;
 }
 
 Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
@@ -18,8 +26,8 @@ Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamLi
     *o = (Optimizer){.config = *config};
     int64_t n = tensor_count(params->space);
     TRY(arena_init(&o->arena, device, optimizer_measure(config, n), "the optimizer's states"));
-    if (moments(config) > 0) o->m = ARENA_TENSOR(&o->arena, F32, n);
-    if (moments(config) > 1) o->v = ARENA_TENSOR(&o->arena, F32, n);
+    if (moments(config) > 0) o->m = states(&o->arena, config, n, 0);
+    if (moments(config) > 1) o->v = states(&o->arena, config, n, 1);
     return OK;
 }
 
@@ -37,7 +45,8 @@ void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
         int64_t n = tensor_count(p->value);
         Tensor value = tensor_slice(params->space, p->offset, n),
                grad = tensor_slice(params->grads, p->offset, n);
-        Tensor m = tensor_slice(o->m, p->offset, n), v = tensor_slice(o->v, p->offset, n);
+        int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
+        Tensor m = tensor_slice(o->m, block, blocks), v = tensor_slice(o->v, block, blocks);
         float decay = p->decay ? (float)c->weight_decay : 0.0f;
         if (c->name == OPTIMIZER_ADAMW)
             adamw_update(value, grad, m, v, (float)scale, (float)lr, (float)c->beta1,

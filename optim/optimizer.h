@@ -9,12 +9,13 @@ typedef enum OptimizerName { OPTIMIZER_ADAMW, OPTIMIZER_SGD } OptimizerName;
 typedef struct OptimizerConfig {
     OptimizerName name;
     double lr, beta1, beta2, eps, weight_decay, momentum;
+    bool states_8bit; /* moments in DYNAMIC8 and DYNAMIC8_UNSIGNED, else f32 */
 } OptimizerConfig;
 
 typedef struct Optimizer {
     OptimizerConfig config;
     Arena arena;
-    Tensor m, v; /* (n) f32 over the space; SGD has only m, and that only with momentum */
+    Tensor m, v; /* (n / 256, 256) over the space; SGD has only m, and that only with momentum */
     int64_t t;   /* updates made */
 } Optimizer;
 

@@ -8,10 +8,22 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* As values, or as the bytes of packed states. */
+static hid_t stored_type(Tensor t, int64_t *count) {
+    bool packed = dtype_is_packed(t.dtype);
+    *count = packed ? (int64_t)tensor_bytes(t) : tensor_count(t);
+    return packed ? H5T_NATIVE_UCHAR : H5T_NATIVE_FLOAT;
+}
+
 static Status write_tensor(H5File *f, const char *name, Tensor t) {
-    return tensor_present(t)
-               ? h5_write(f, name, H5T_NATIVE_FLOAT, tensor_count(t), 0, false, t.data)
-               : OK;
+    int64_t count;
+    if (!tensor_present(t)) return OK;
+    hid_t type = stored_type(t, &count);
+    return h5_write(f, name, type, count, 0, false, t.data);
+}
+
+static double bits(const Optimizer *o) {
+    return o->config.states_8bit ? 8 : 32;
 }
 
 Status run_state_save(const RunState *state, const ParamList *params, const Optimizer *optimizer,
@@ -25,6 +37,7 @@ Status run_state_save(const RunState *state, const ParamList *params, const Opti
     TRY_DONE(h5_write_number(&f, "/", "evals_without_gain", (double)state->evals_without_gain));
     TRY_DONE(h5_write_number(&f, "/", "norm_count", (double)state->norm_count));
     TRY_DONE(h5_write_number(&f, "/", "optimizer_updates", (double)optimizer->t));
+    TRY_DONE(h5_write_number(&f, "/", "optimizer_bits", bits(optimizer)));
     TRY_DONE(h5_write(&f, "norms", H5T_NATIVE_FLOAT, NORM_HISTORY, 0, false, state->norms));
     TRY_DONE(write_tensor(&f, "values", params->space));
     TRY_DONE(write_tensor(&f, "m", optimizer->m));
@@ -36,13 +49,14 @@ done:
 }
 
 static Status read_tensor(H5File *f, const char *name, Tensor t) {
-    int64_t count;
+    int64_t count, expected;
     if (!tensor_present(t)) return OK;
+    hid_t type = stored_type(t, &expected);
     TRY(h5_count(f, name, &count));
-    if (count != tensor_count(t))
-        FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run trains %" PRId64, f->path,
-             name, count, tensor_count(t));
-    return h5_read(f, name, H5T_NATIVE_FLOAT, 0, count, t.data);
+    if (count != expected)
+        FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run has %" PRId64, f->path, name,
+             count, expected);
+    return h5_read(f, name, type, 0, count, t.data);
 }
 
 static Status read_integer(H5File *f, const char *name, int64_t *out) {
@@ -55,6 +69,7 @@ static Status read_integer(H5File *f, const char *name, int64_t *out) {
 
 Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, const char *path) {
     H5File f = {0};
+    double stored_bits = 0;
     Status status = OK;
     TRY_DONE(h5_open(&f, path));
     TRY_DONE(read_integer(&f, "step", &state->step));
@@ -62,6 +77,12 @@ Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, 
     TRY_DONE(read_integer(&f, "evals_without_gain", &state->evals_without_gain));
     TRY_DONE(read_integer(&f, "norm_count", &state->norm_count));
     TRY_DONE(read_integer(&f, "optimizer_updates", &optimizer->t));
+    TRY_DONE(h5_read_number(&f, "/", "optimizer_bits", &stored_bits));
+    if (stored_bits != bits(optimizer))
+        FAIL_DONE(ERR_CONFIG,
+                  "%s: the optimizer's states have %g bits, but optimizer.states asks for %g: "
+                  "resume with what the run began with",
+                  path, stored_bits, bits(optimizer));
     TRY_DONE(h5_read_number(&f, "/", "best_eval", &state->best_eval));
     TRY_DONE(h5_read(&f, "norms", H5T_NATIVE_FLOAT, 0, NORM_HISTORY, state->norms));
     TRY_DONE(read_tensor(&f, "values", params->space));

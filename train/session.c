@@ -38,7 +38,8 @@ static Status make_plan(Session *s) {
                            s->config.optimizer.beta2,
                            s->config.optimizer.eps,
                            s->config.optimizer.weight_decay,
-                           s->config.optimizer.momentum};
+                           s->config.optimizer.momentum,
+                           s->config.optimizer.states_8bit};
     params_measure(&s->g.params, &p->weights, &p->trained);
     for (int i = 0; i < s->g.params.count; i++) {
         const Param *q = s->g.params.items[i];

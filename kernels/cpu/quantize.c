@@ -153,6 +153,13 @@ static void read_unit(float *out, Tensor t, int64_t first) {
         read_nf4(out, b->qs[at % 256], level * b->scale + b->offset);
         break;
     }
+    case DYNAMIC8:
+    case DYNAMIC8_UNSIGNED: {
+        const BlockDynamic8 *b = (const BlockDynamic8 *)t.data + block;
+        const float *levels = dynamic_levels(t.dtype == DYNAMIC8);
+        for (int i = 0; i < DYNAMIC_BLOCK; i++) out[i] = b->absmax * levels[b->codes[i]];
+        break;
+    }
     case Q4_0_TILED:
         read_tile_q4_0(out, tile_at(t, first / cols, first % cols), (int)(first / cols % 16));
         break;
@@ -359,7 +366,7 @@ void CPU(quantize)(Tensor packed, Tensor x) {
         return;
     }
     DType dtype = dtype_untiled(packed.dtype);
-    CHECK(dtype == Q4_0 || dtype == Q8_0, "quantize: %s is only read", dtype_name(dtype));
+    CHECK(dtype == Q4_0 || dtype == Q8_0, "quantize: %s is not written here", dtype_name(dtype));
     size_t bytes = row_bytes(dtype, K);
 #pragma omp parallel
     {

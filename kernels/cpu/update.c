@@ -1,36 +1,87 @@
 /* update.c - optimizer updates. */
 #include "kernels/update.h"
+#include "kernels/blocks.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/dynamic.h"
 
 #define SUM_BLOCK 65536
+
+/* ---- states ---- */
+
+/* `n` states from element `first` of a block on: in place, or unpacked into `buffer`. */
+static float *load_state(float *buffer, Tensor t, int64_t first, int64_t n) {
+    if (t.dtype == F32) return (float *)t.data + first;
+    CPU(load_packed)(buffer, t, first, n);
+    return buffer;
+}
+
+/* The way back for states that were unpacked. What is stored of a second moment above zero stays
+ * above it: the update divides by its root. */
+static void store_state(Tensor t, int64_t first, int64_t n, const float *x) {
+    if (t.dtype == F32) return;
+    BlockDynamic8 *b = (BlockDynamic8 *)t.data + first / DYNAMIC_BLOCK;
+    const float *levels = dynamic_levels(t.dtype == DYNAMIC8);
+    float most = 0;
+    for (int64_t i = 0; i < n; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    float inverse = most > 0 ? 1.0f / most : 0.0f;
+    b->absmax = most;
+    for (int64_t i = 0; i < n; i++) {
+        b->codes[i] = dynamic_code(levels, x[i] * inverse);
+        if (t.dtype == DYNAMIC8_UNSIGNED && x[i] > 0 && !b->codes[i]) b->codes[i] = 1;
+    }
+}
+
+/* ---- updates ---- */
+
+typedef struct Adam {
+    float scale, shrink, beta1, beta2, step, root, eps;
+} Adam;
+
+static void adamw_block(float *w, const float *g, float *first, float *second, int64_t n,
+                        const Adam *a) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float gradient = g[i] * a->scale;
+        first[i] += (1.0f - a->beta1) * (gradient - first[i]);
+        second[i] = a->beta2 * second[i] + (1.0f - a->beta2) * gradient * gradient;
+        w[i] = w[i] * a->shrink - a->step * first[i] / (sqrtf(second[i]) * a->root + a->eps);
+    }
+}
 
 void CPU(adamw_update)(Tensor value, Tensor grad, Tensor m, Tensor v, float scale, float lr,
                        float beta1, float beta2, float eps, float decay, int64_t t) {
     int64_t n = tensor_count(value);
-    float *w = value.data, *first = m.data, *second = v.data;
-    const float *g = grad.data;
-    float step = (float)(lr / (1.0 - pow(beta1, (double)t)));
-    float root = (float)(1.0 / sqrt(1.0 - pow(beta2, (double)t))), shrink = 1.0f - lr * decay;
-#pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        float gradient = g[i] * scale;
-        first[i] += (1.0f - beta1) * (gradient - first[i]);
-        second[i] = beta2 * second[i] + (1.0f - beta2) * gradient * gradient;
-        w[i] = w[i] * shrink - step * first[i] / (sqrtf(second[i]) * root + eps);
+    Adam a = {scale, 1.0f - lr * decay, beta1, beta2, 0, 0, eps};
+    a.step = (float)(lr / (1.0 - pow(beta1, (double)t)));
+    a.root = (float)(1.0 / sqrt(1.0 - pow(beta2, (double)t)));
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < n; first += DYNAMIC_BLOCK) {
+        int64_t count = n - first < DYNAMIC_BLOCK ? n - first : DYNAMIC_BLOCK;
+        float buffers[2][DYNAMIC_BLOCK];
+        float *x = load_state(buffers[0], m, first, count),
+              *y = load_state(buffers[1], v, first, count);
+        adamw_block((float *)value.data + first, (const float *)grad.data + first, x, y, count, &a);
+        store_state(m, first, count, x);
+        store_state(v, first, count, y);
     }
 }
 
 void CPU(sgd_update)(Tensor value, Tensor grad, Tensor buffer, float scale, float lr,
                      float momentum, float decay, int64_t t) {
     int64_t n = tensor_count(value);
-    float *w = value.data, *velocity = buffer.data;
-    const float *g = grad.data;
 #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        float gradient = g[i] * scale + decay * w[i];
-        if (momentum != 0)
-            velocity[i] = gradient = t == 1 ? gradient : momentum * velocity[i] + gradient;
-        w[i] -= lr * gradient;
+    for (int64_t first = 0; first < n; first += DYNAMIC_BLOCK) {
+        int64_t count = n - first < DYNAMIC_BLOCK ? n - first : DYNAMIC_BLOCK;
+        float *w = (float *)value.data + first, unpacked[DYNAMIC_BLOCK];
+        const float *g = (const float *)grad.data + first;
+        float *velocity = momentum != 0 ? load_state(unpacked, buffer, first, count) : NULL;
+        for (int64_t i = 0; i < count; i++) {
+            float gradient = g[i] * scale + decay * w[i];
+            if (velocity)
+                velocity[i] = gradient = t == 1 ? gradient : momentum * velocity[i] + gradient;
+            w[i] -= lr * gradient;
+        }
+        if (velocity) store_state(buffer, first, count, velocity);
     }
 }
 

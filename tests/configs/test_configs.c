@@ -33,6 +33,9 @@ CASE(run_config, wrong_files_name_file_line_and_key) {
                  "does not go with qat-lora");
     EXPECT_ERROR(try_run(MINIMAL "method: qat\nquant: {activations: int4}\n"),
                  "neither int8 nor null");
+    EXPECT_ERROR(try_run(MINIMAL "optimizer: {states: 4bit}\n"), "states");
+    EXPECT_ERROR(try_run(MINIMAL "method: qat\nquant: {format: int4, embeddings: true}\n"),
+                 "leave the tables in bf16");
     EXPECT_ERROR(try_run(MINIMAL "optimizer: {betas: [0.9]}\n"),
                  "betas is not a list of two numbers");
     EXPECT_ERROR(try_run(MINIMAL "seed: 1\nseed: 2\n"), "run.yaml:5: key 'seed' is given twice");

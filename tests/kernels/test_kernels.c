@@ -2,6 +2,9 @@
  * gradients against finite differences; contracts that must refuse. */
 #include "kernels/activation.h"
 #include "kernels/attention.h"
+#include "kernels/blocks.h"
+#include "kernels/random.h"
+#include "kernels/dynamic.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
 #include "kernels/loss.h"
@@ -396,6 +399,62 @@ CASE(kernel_dropout, mask_has_its_rate_and_repeats_by_key) {
     EXPECT_CLOSE(kept / 100000, 0.75, 0.01);
     dropout(z, x, 0.25f, 8);
     EXPECT(memcmp(y.data, z.data, 400000));
+}
+
+/* Level of x by looking at all 256. */
+static int nearest_level(const float *levels, float x) {
+    int best = 0;
+    for (int i = 1; i < 256; i++)
+        if (fabsf(levels[i] - x) < fabsf(levels[best] - x)) best = i;
+    return best;
+}
+
+CASE(kernel_update, dynamic_codes_are_the_nearest_levels) {
+    for (int is_signed = 0; is_signed < 2; is_signed++) {
+        const float *levels = dynamic_levels(is_signed);
+        for (uint64_t i = 0; i < 200000; i++) {
+            float x = (2.0f * random_uniform(5, 2 * i) - 1.0f) *
+                      powf(10.0f, -8.0f * random_uniform(5, 2 * i + 1));
+            if (i < 256) x = levels[i];
+            if (i >= 256 && i < 511) x = (levels[i - 256] + levels[i - 255]) * 0.5f;
+            EXPECT(dynamic_code(levels, x) == nearest_level(levels, x), "%.9g: level %d, not %d", x,
+                   dynamic_code(levels, x), nearest_level(levels, x));
+        }
+    }
+}
+
+/* An update from 8-bit states is the f32 update from what they read as; its states are stored as
+ * the nearest levels of each block, but never a zero for a second moment above it. */
+CASE(kernel_update, eight_bit_states_round_what_the_f32_update_leaves) {
+    enum { N = 1000, BLOCKS = 4 };
+    Tensor value = RANDOM_TENSOR(F32, 1, N), same = RANDOM_TENSOR(F32, 1, N);
+    Tensor m = TENSOR(must_calloc(BLOCKS, 260), DYNAMIC8, BLOCKS, 256);
+    Tensor v = TENSOR(must_calloc(BLOCKS, 260), DYNAMIC8_UNSIGNED, BLOCKS, 256);
+    Tensor plain_m = zeros(F32, BLOCKS, 256), plain_v = zeros(F32, BLOCKS, 256);
+    int kept = 0;
+    for (int64_t t = 1; t < 20; t++) {
+        Tensor grad = RANDOM_TENSOR(F32, 10 + (uint64_t)t, N);
+        for (int i = 0; i < N; i++) ((float *)grad.data)[i] *= i % 7 ? 1e-3f : 1e-7f;
+        scale_copy(plain_m, SET, m, 1.0f);
+        scale_copy(plain_v, SET, v, 1.0f);
+        adamw_update(value, grad, m, v, 1, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, t);
+        adamw_update(same, grad, plain_m, plain_v, 1, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, t);
+        EXPECT(!memcmp(value.data, same.data, N * 4), "update %d", (int)t);
+        for (int k = 0; k < 2; k++)
+            for (int i = 0; i < N; i++) {
+                const float *x = (k ? plain_v.data : plain_m.data), *levels = dynamic_levels(!k);
+                const BlockDynamic8 *b = (const BlockDynamic8 *)(k ? v.data : m.data) + i / 256;
+                float most = 0;
+                for (int j = i / 256 * 256; j < N && j < i / 256 * 256 + 256; j++)
+                    most = fmaxf(most, fabsf(x[j]));
+                int code = nearest_level(levels, x[i] * (1.0f / most));
+                if (k && !code && x[i] > 0) code = 1, kept++;
+                EXPECT(b->absmax == most && b->codes[i % 256] == code,
+                       "update %d, %c %d: code %d, not %d", (int)t, k ? 'v' : 'm', i,
+                       b->codes[i % 256], code);
+            }
+    }
+    EXPECT(kept > 100, "no second moment was small");
 }
 
 CASE(kernel_update, adamw_takes_the_step_of_the_formula) {

@@ -87,6 +87,14 @@ CASE(train, a_killed_and_resumed_full_run_equals_an_uninterrupted_one) {
                                  "f32", "model/model.safetensors");
 }
 
+CASE(train, eight_bit_states_resume) {
+    resumed_equals_uninterrupted("method: full\noptimizer: {lr: 1.0e-3, states: 8bit}\n", "f32",
+                                 "model/model.safetensors");
+    EXPECT_EXIT(1, "the optimizer's states have 8 bits, but optimizer.states asks for 32",
+                "train %s/run.yaml output=%s/out2 optimizer.states=f32 steps=40 --resume",
+                test_folder(), test_folder());
+}
+
 CASE(train, bf16_full_training_resumes_from_f32_masters) {
     resumed_equals_uninterrupted("method: full\nrecompute: on\n", "bf16",
                                  "model/model.safetensors");
@@ -123,6 +131,7 @@ CASE(train, sigterm_saves_and_exits_143) {
 CASE(train, the_loss_falls_for_every_method) {
     static const char *const methods[] = {
         "method: full\noptimizer: {lr: 3.0e-3}\n",
+        "method: full\noptimizer: {lr: 3.0e-3, states: 8bit}\n",
         "method: full\noptimizer: {name: sgd, lr: 0.3, momentum: 0.9}\n",
         "method: lora\nlora: {rank: 16}\noptimizer: {lr: 1.0e-2}\n",
         "method: lora\nlora: {rank: 8, dora: true, train_also: [norm]}\noptimizer: {lr: 1.0e-2}\n"};
