@@ -61,14 +61,21 @@ def main():
     train("lora", model, path("longer"), "method=full", "optimizer.lr=3.0e-4", f"epochs={a.epochs}")
     train("lora", model, path("qat"), "method=qat", "optimizer.lr=3.0e-4", f"epochs={a.epochs}")
     train("lora", model, path("qat-lora"), "method=qat-lora", "optimizer.lr=1.0e-3", f"epochs={a.epochs}")
+    learned = "quant.learned_scale=true"
+    train("lora", model, path("qat-learned"), "method=qat", learned, "optimizer.lr=3.0e-4", f"epochs={a.epochs}")
+    train("lora", model, path("qat-lora-learned"), "method=qat-lora", learned, "optimizer.lr=1.0e-3", f"epochs={a.epochs}")
     export(model, path("plain.gguf"))
     export(path("longer/model"), path("longer.gguf"))
     export(path("qat/model"), path("qat.gguf"))
     export(model, path("qat-lora.gguf"), path("qat-lora/adapter"))
+    export(path("qat-learned/model"), path("qat-learned.gguf"))
+    export(model, path("qat-lora-learned.gguf"), path("qat-lora-learned/adapter"))
     print(f"{'model':48} {'f32':>10} {'q4_0':>10}")
     lines = [("trained in f32; plain rounding", model, "plain.gguf"),
              ("trained as long again in f32; plain rounding", path("longer/model"), "longer.gguf"),
-             ("then qat", None, "qat.gguf"), ("then qat-lora", None, "qat-lora.gguf")]
+             ("then qat", None, "qat.gguf"), ("then qat-lora", None, "qat-lora.gguf"),
+             ("then qat, learned scales", None, "qat-learned.gguf"),
+             ("then qat-lora, learned scales", None, "qat-lora-learned.gguf")]
     for name, folder, file in lines:
         exact = f"{perplexity(folder):10.4f}" if folder else " " * 10
         print(f"{name:48} {exact} {perplexity(path(file)):10.4f}")

@@ -244,7 +244,7 @@ static Status refuse_pair(const Node *map, const char *key, const char *why) {
 
 static Status read_quant(RunConfig *c, Node *root) {
     Node *quant, *lora;
-    bool rounds = method_rounds(c->method), learned = false;
+    bool rounds = method_rounds(c->method);
     int format = rounds ? QUANT_Q4_0 : QUANT_NF4;
     c->quant.nested = c->quant.embeddings = true;
     TRY(get_map(root, "quant", &quant));
@@ -263,7 +263,7 @@ static Status read_quant(RunConfig *c, Node *root) {
     TRY(node_get_bool(quant, "double", &c->quant.nested, false));
     TRY(get_count(quant, "start_step", 0, &c->quant.start_step));
     TRY(get_count(quant, "warmup", 0, &c->quant.warmup));
-    TRY(node_get_bool(quant, "learned_scale", &learned, false));
+    TRY(node_get_bool(quant, "learned_scale", &c->quant.learned_scale, false));
     TRY(node_get_text(quant, "activations", &activations, false));
     c->quant.embeddings = format != QUANT_INT8 && format != QUANT_INT4;
     bool rounded_tables = c->quant.embeddings;
@@ -278,9 +278,8 @@ static Status read_quant(RunConfig *c, Node *root) {
                            "int8 or int4");
     if (!rounds && format >= QUANT_INT8)
         return refuse_pair(quant, "format", "of a frozen base is one of nf4, q4_0, q8_0");
-    if (learned)
-        return refuse_pair(quant, "learned_scale",
-                           "is true: learned scales are not in this version");
+    if (rounds && c->quant.learned_scale && format != QUANT_Q4_0)
+        return refuse_pair(quant, "learned_scale", "is true, which goes with format q4_0 only");
     if (activations && strcmp(activations, "int8"))
         return refuse_pair(quant, "activations", "is neither int8 nor null");
     c->quant.activations = activations != NULL;
@@ -573,9 +572,10 @@ char *run_config_text(const RunConfig *c) {
     if (method_rounds(c->method))
         put(&o,
             "quant: {format: %s, start_step: %" PRId64 ", warmup: %" PRId64
-            ", activations: %s, embeddings: %s}\n",
+            ", learned_scale: %s, activations: %s, embeddings: %s}\n",
             quants[c->quant.format], c->quant.start_step, c->quant.warmup,
-            c->quant.activations ? "int8" : "null", yes(c->quant.embeddings));
+            yes(c->quant.learned_scale), c->quant.activations ? "int8" : "null",
+            yes(c->quant.embeddings));
     put_data(&o, c);
     put(&o,
         "optimizer: {name: %s, lr: %.17g, betas: [%.17g, %.17g], eps: %.17g, weight_decay: %.17g, "

@@ -80,7 +80,7 @@ typedef struct RunConfig {
         QuantName format;
         bool nested;                /* `double`: NF4's scales in 8 bits */
         int64_t start_step, warmup; /* steps before rounding begins, and until it is whole */
-        bool activations, embeddings;
+        bool activations, embeddings, learned_scale;
     } quant;
     DataConfig data;
     struct {

@@ -66,21 +66,6 @@ static Status is_target(bool *target, const AdapterSpec *spec, const Linear *l, 
     return OK;
 }
 
-/* Params of an adapter are named after their linear: q_proj.lora_A, as the checkpoint would name
- * them. */
-static Param *add_adapter_param(ParamList *params, const Linear *l, const char *part, int ndim,
-                                const int64_t *shape) {
-    char path[PARAM_NAME_MAX], name[PARAM_NAME_MAX + 32];
-    memcpy(path, params->path, sizeof path);
-    params->path[0] = 0;
-    snprintf(name, sizeof name, "%s.%s", l->name, part);
-    Param *p = params_add(params, name, ndim, shape);
-    memcpy(params->path, path, sizeof path);
-    p->value.dtype = F32;
-    p->adapter = p->trainable = true;
-    return p;
-}
-
 static void attach(Gemma *g, Linear *l, const AdapterSpec *spec, int64_t rank, double alpha) {
     Lora *lora = must_calloc(1, sizeof *lora);
     lora->rank = rank;
@@ -89,10 +74,12 @@ static void attach(Gemma *g, Linear *l, const AdapterSpec *spec, int64_t rank, d
     lora->key = random_key_name(0, l->name);
     bool grouped = l->groups > 1;
     int64_t a[] = {l->groups, rank, l->in}, b[] = {l->groups, l->out, rank}, m[] = {l->out};
-    lora->A = add_adapter_param(&g->params, l, "lora_A", grouped ? 3 : 2, grouped ? a : a + 1);
-    lora->B = add_adapter_param(&g->params, l, "lora_B", grouped ? 3 : 2, grouped ? b : b + 1);
+    lora->A =
+        params_add_adapter(&g->params, l->name, "lora_A", grouped ? 3 : 2, grouped ? a : a + 1);
+    lora->B =
+        params_add_adapter(&g->params, l->name, "lora_B", grouped ? 3 : 2, grouped ? b : b + 1);
     if (spec->dora) {
-        lora->magnitude = add_adapter_param(&g->params, l, "lora_magnitude_vector", 1, m);
+        lora->magnitude = params_add_adapter(&g->params, l->name, "lora_magnitude_vector", 1, m);
         lora->factor = tensor_make(must_calloc((size_t)l->out, sizeof(float)), F32, 1, m);
     }
     l->lora = lora;

@@ -3,6 +3,7 @@
 #include "formats/checkpoint.h"
 #include "formats/companion.h"
 #include "formats/file.h"
+#include "formats/learned_scales.h"
 #include "formats/shards.h"
 #include "kernels/blocks.h"
 #include "kernels/elementwise.h"
@@ -375,6 +376,7 @@ Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, Qu
     TRY_DONE(write_config(&s, temporary));
     TRY_DONE(companions_copy(source->dir, temporary));
     TRY_DONE(shards_write(temporary, shards, s.count, write_item, &s));
+    if (scheme == SCHEME_NONE) TRY_DONE(learned_scales_save(g, temporary));
     status = folder_commit(temporary, dir);
     temporary = NULL;
 done:

@@ -2,6 +2,7 @@
 #include "formats/gguf_save.h"
 #include "kernels/elementwise.h"
 #include "kernels/quantize.h"
+#include "model/merge.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,8 +20,8 @@ DType gguf_param_dtype(const Param *p, DType dtype) {
     return tensor_cols(p->value) % dtype_block(dtype).count ? BF16 : dtype;
 }
 
-static Status write_rows(GgufWriter *w, const Param *p, DType dtype, const RowSource *source,
-                         const char *path, float *values, void *packed) {
+static Status write_rows(GgufWriter *w, const Gemma *g, const Param *p, DType dtype,
+                         const RowSource *source, const char *path, float *values, void *packed) {
     int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
     int64_t rows = tensor_count(p->value) / cols, block = cols < BLOCK ? BLOCK / cols : 1;
     for (int64_t first = 0; first < rows; first += block) {
@@ -36,6 +37,8 @@ static Status write_rows(GgufWriter *w, const Param *p, DType dtype, const RowSo
                  path, p->name);
         if (dtype == F32)
             to.data = values;
+        else if (dtype == Q4_0)
+            quantize_scheme(to, from, merged_factors(g, p, first, n), SCHEME_Q4_0);
         else if (dtype_is_packed(dtype))
             quantize(to, from);
         else
@@ -45,13 +48,13 @@ static Status write_rows(GgufWriter *w, const Param *p, DType dtype, const RowSo
     return OK;
 }
 
-static Status write_param(GgufWriter *w, const Param *p, DType dtype, const RowSource *source,
-                          const char *path, float *values, void *packed) {
+static Status write_param(GgufWriter *w, const Gemma *g, const Param *p, DType dtype,
+                          const RowSource *source, const char *path, float *values, void *packed) {
     Tensor as_is = source->packed ? source->packed(source->context, p) : tensor_absent();
     if (tensor_present(as_is) && as_is.dtype == dtype)
         TRY(gguf_write(w, as_is.data, tensor_bytes(as_is)));
     else
-        TRY(write_rows(w, p, dtype, source, path, values, packed));
+        TRY(write_rows(w, g, p, dtype, source, path, values, packed));
     if (source->done) source->done(source->context, p);
     return OK;
 }
@@ -87,7 +90,7 @@ Status gguf_save(const GgufModel *m, const Gemma *g, const RowSource *source, co
         const Param *p = g->params.items[i];
         if (!p->adapter)
             TRY_DONE(
-                write_param(w, p, gguf_param_dtype(p, m->dtype), source, path, values, packed));
+                write_param(w, g, p, gguf_param_dtype(p, m->dtype), source, path, values, packed));
     }
     status = gguf_commit(w);
     w = NULL;

@@ -6,6 +6,7 @@
  * the shapes. */
 #include "formats/adapter.h"
 #include "formats/file.h"
+#include "formats/learned_scales.h"
 #include "formats/safetensors.h"
 
 #include <inttypes.h>
@@ -369,6 +370,7 @@ Status peft_save(const Gemma *g, const AdapterSpec *spec, const char *dir) {
     TRY(folder_begin(&temporary, dir));
     TRY_DONE(write_config(g, spec, temporary));
     TRY_DONE(write_tensors(g, temporary));
+    TRY_DONE(learned_scales_save(g, temporary));
     status = folder_commit(temporary, dir);
     temporary = NULL;
 done:

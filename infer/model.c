@@ -1,5 +1,6 @@
 /* model.c - opening a model for reading. */
 #include "infer/model.h"
+#include "formats/learned_scales.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -39,6 +40,7 @@ Status model_open(Model *m, const char *dir, const char *adapter, const char *de
         TRY_DONE(adapter_attach(&m->g, &m->spec));
         m->has_adapter = true;
     }
+    TRY_DONE(learned_scales_map(&m->g, &m->learned_scales, adapter ? adapter : dir));
     for (int i = 0; i < m->g.params.count; i++)
         m->g.params.items[i]->mapped |=
             residence == WEIGHTS_MAPPED && !m->g.params.items[i]->adapter;
@@ -60,6 +62,7 @@ void model_close(Model *m) {
     adapter_spec_free(&m->spec);
     tokenizer_free(m->tokenizer);
     checkpoint_close(&m->checkpoint);
+    safetensors_close(&m->learned_scales);
     free(m->dir);
     *m = (Model){0};
 }

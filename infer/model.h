@@ -13,6 +13,7 @@ typedef struct Model {
     Tokenizer *tokenizer;
     AdapterSpec spec;
     bool has_adapter;
+    Safetensors learned_scales; /* of the adapter, or of the model */
     Gemma g;
 } Model;
 

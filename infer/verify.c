@@ -155,6 +155,7 @@ static bool is_ours(const Gemma *g, const Param *p, Tensor stored, QuantScheme c
     int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
     int64_t rows = tensor_count(p->value) / cols, block = (1 << 20) / cols + 1;
     float *a = must_malloc((size_t)(block * cols) * 2 * sizeof *a), *b = a + block * cols;
+    QuantScheme scheme = scheme_of(stored.dtype, codes);
     bool same = true;
     stored = RESHAPE(stored, rows, cols);
     Tensor plain = RESHAPE(p->value, rows, cols);
@@ -163,8 +164,8 @@ static bool is_ours(const Gemma *g, const Param *p, Tensor stored, QuantScheme c
         Tensor ours = TENSOR(a, F32, n, cols);
         scale_copy(TENSOR(b, F32, n, cols), SET, tensor_slice(stored, r, n), 1.0f);
         if (l && l->lora) merged_rows(g, p, r, n, a);
-        fake_quantize(ours, l && l->lora ? ours : tensor_slice(plain, r, n), tensor_absent(),
-                      scheme_of(stored.dtype, codes), 1.0f);
+        Tensor factors = scheme == SCHEME_Q4_0 ? merged_factors(g, p, r, n) : tensor_absent();
+        fake_quantize(ours, l && l->lora ? ours : tensor_slice(plain, r, n), factors, scheme, 1.0f);
         same = !memcmp(a, b, (size_t)(n * cols) * sizeof *a);
     }
     free(a);
@@ -188,8 +189,10 @@ static Status compare_tensors(Model *m, const Model *file, QuantScheme codes, co
 }
 
 static void count_adapter(Verification *v, const Gemma *g) {
-    for (const Linear *l = g->linears.first; l; l = l->next)
+    for (const Linear *l = g->linears.first; l; l = l->next) {
         if (l->lora) v->applied += l->lora->magnitude ? 3 : 2;
+        v->applied += l->factors != NULL;
+    }
     for (int i = 0; i < g->params.count; i++) v->adapter_tensors += g->params.items[i]->adapter;
 }
 

@@ -20,7 +20,7 @@ typedef struct LogitsDifference {
 
 typedef struct Verification {
     int adapter_tensors,
-        applied;              /* of the adapter file; A, B and magnitudes that were computed with */
+        applied; /* of the adapter; A, B, magnitudes and learned scales that were computed with */
     LogitsDifference merging; /* base + adapter against the merged weights */
     LogitsDifference format;  /* the merged weights against the file */
     LogitsDifference file;    /* the merged weights, rounded in memory, against the file */

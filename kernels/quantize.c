@@ -25,39 +25,40 @@ void check_finite(bool *finite, Tensor x) {
     ON_DEVICE(x, check_finite)(finite, x);
 }
 
-static void check_scheme(Tensor x, Tensor scales, QuantScheme scheme) {
+static void check_scheme(Tensor x, Tensor factors, QuantScheme scheme) {
     int64_t K = tensor_cols(x);
     CHECK(K % scheme_block(scheme, K) == 0 && scheme != SCHEME_NONE, "fake_quantize: %s",
           tensor_text(x));
-    CHECK(!tensor_present(scales) ||
-              (scales.dtype == F32 &&
-               tensor_count(scales) == tensor_count(x) / scheme_block(scheme, K)),
-          "fake_quantize: scales %s of %s", tensor_text(scales), tensor_text(x));
+    CHECK(!tensor_present(factors) ||
+              (factors.dtype == F32 &&
+               tensor_count(factors) == tensor_count(x) / scheme_block(scheme, K)),
+          "fake_quantize: factors %s of %s", tensor_text(factors), tensor_text(x));
+    CHECK(!tensor_present(factors) || scheme == SCHEME_Q4_0, "fake_quantize: factors of a scheme");
 }
 
-void fake_quantize(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend) {
-    check_scheme(x, scales, scheme);
+void fake_quantize(Tensor y, Tensor x, Tensor factors, QuantScheme scheme, float blend) {
+    check_scheme(x, factors, scheme);
     CHECK(tensor_count(y) == tensor_count(x) && is_dense(y), "fake_quantize: %s from %s",
           tensor_text(y), tensor_text(x));
     if (scheme_holds(scheme, x.dtype)) scheme = SCHEME_F32;
-    ON_DEVICE(y, fake_quantize)(y, x, scales, scheme, blend);
+    ON_DEVICE(y, fake_quantize)(y, x, factors, scheme, blend);
 }
 
-void fake_quantize_backward(Tensor dx, Tensor dscales, Tensor x, Tensor scales, QuantScheme scheme,
-                            float blend) {
-    check_scheme(x, scales, scheme);
+void fake_quantize_backward(Tensor dx, Tensor dfactors, Tensor x, Tensor factors,
+                            QuantScheme scheme, float blend) {
+    check_scheme(x, factors, scheme);
     CHECK(tensor_count(dx) == tensor_count(x) && dx.dtype == F32 &&
-              (!tensor_present(dscales) || tensor_present(scales)),
+              (!tensor_present(dfactors) || tensor_present(factors)),
           "fake_quantize_backward: %s of %s", tensor_text(dx), tensor_text(x));
-    ON_DEVICE(dx, fake_quantize_backward)(dx, dscales, x, scales, scheme, blend);
+    ON_DEVICE(dx, fake_quantize_backward)(dx, dfactors, x, factors, scheme, blend);
 }
 
-void quantize_scheme(Tensor packed, Tensor x, Tensor scales, QuantScheme scheme) {
-    check_scheme(x, scales, scheme);
+void quantize_scheme(Tensor packed, Tensor x, Tensor factors, QuantScheme scheme) {
+    check_scheme(x, factors, scheme);
     CHECK(tensor_count(packed) == tensor_count(x) && packed.dtype == scheme_dtype(scheme) &&
               scheme_has_blocks(scheme),
           "quantize_scheme: %s from %s", tensor_text(packed), tensor_text(x));
-    ON_DEVICE(packed, quantize_scheme)(packed, x, scales, scheme);
+    ON_DEVICE(packed, quantize_scheme)(packed, x, factors, scheme);
 }
 
 void fake_quantize_rows(Tensor y, Tensor x) {

@@ -59,22 +59,22 @@ static inline bool scheme_holds(QuantScheme scheme, DType dtype) {
 
 /* y = x + blend * (rounded(x) - x), what a weight stored by the scheme would read as; blend 1 gives
  * exactly that.
- *   y, x    (rows, K)  f32 | bf16; y may alias x. A packed x is read; its own scheme's blocks stay
- *           what they are, as they do in an export
- *   scales  (rows * K / block) f32: learned scales in place of the rule's (Q4_0 only); absent: none
- */
-KERNEL(fake_quantize, Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend);
+ *   y, x     (rows, K)  f32 | bf16; y may alias x. A packed x is read; its own scheme's blocks stay
+ *            what they are, as they do in an export
+ *   factors  (rows, K / block) f32: learned factors of the rule's scales (Q4_0 only); absent: 1 */
+KERNEL(fake_quantize, Tensor y, Tensor x, Tensor factors, QuantScheme scheme, float blend);
 
 /* The straight-through gradient (Bengio et al. 2013): dx is kept where the code lies in range and
- * becomes (1 - blend) * dx where it was clipped. With learned scales (Esser et al. 2020)
- * dscales += blend * sum dx * (code - x / scale where in range, the code where clipped).
+ * becomes (1 - blend) * dx where it was clipped. With learned factors (after Esser et al. 2020)
+ * dfactors += blend * rule's scale * sum dx * (code - x / scale where in range, the code where
+ * clipped); the rule's scale counts as a constant.
  *   dx       (rows, K)  f32, in place: comes as the gradient of y, leaves as that of x */
-KERNEL(fake_quantize_backward, Tensor dx, Tensor dscales, Tensor x, Tensor scales,
+KERNEL(fake_quantize_backward, Tensor dx, Tensor dfactors, Tensor x, Tensor factors,
        QuantScheme scheme, float blend);
 
 /* The codes and scales themselves, for writing files: packed (rows, K) in scheme_dtype.
  * Scales of INT8 repeat in each block of the row. */
-KERNEL(quantize_scheme, Tensor packed, Tensor x, Tensor scales, QuantScheme scheme);
+KERNEL(quantize_scheme, Tensor packed, Tensor x, Tensor factors, QuantScheme scheme);
 
 /* y = x rounded to 8 bits with one scale a row, largest / 127: what an int8 product sees of its
  * activations.   y, x  (N, K)  f32 | bf16; y may alias x */

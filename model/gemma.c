@@ -63,17 +63,19 @@ bool gemma_rounds_embedding(const Gemma *g) {
            fake_quant_fits(&g->fake, g->config.hidden_size);
 }
 
-static void finish_param(const Gemma *g, Param *p) {
+/* `factors`: learned, of the scales of `p`; NULL: none. */
+static void finish_param(const Gemma *g, Param *p, const Param *factors) {
     if (p->trainable && fake_quant_fits(&g->fake, tensor_cols(p->value)))
-        fake_quantize_backward(p->grad, tensor_absent(), p->value, tensor_absent(), g->fake.scheme,
+        fake_quantize_backward(p->grad, factors ? factors->grad : tensor_absent(), p->value,
+                               factors ? factors->value : tensor_absent(), g->fake.scheme,
                                g->fake.blend);
 }
 
 void gemma_finish_gradients(Gemma *g) {
     if (!fake_quant_on(&g->fake)) return;
     for (Linear *l = g->linears.first; l; l = l->next)
-        if (l->fake) finish_param(g, l->weight);
+        if (l->fake) finish_param(g, l->weight, l->factors);
     if (!g->fake.embeddings) return;
-    finish_param(g, g->embed_tokens);
-    if (g->per_layer_input.L) finish_param(g, g->per_layer_input.embed_tokens_per_layer);
+    finish_param(g, g->embed_tokens, NULL);
+    if (g->per_layer_input.L) finish_param(g, g->per_layer_input.embed_tokens_per_layer, NULL);
 }

@@ -86,12 +86,26 @@ void linear_merged_rows(const Linear *l, int64_t g, int64_t first, Tensor rows) 
 
 /* ---- through rounding ---- */
 
+void linear_learn_scales(Linear *l, ParamList *params) {
+    int64_t shape[] = {l->groups, l->out, l->in / scheme_block(SCHEME_Q4_0, l->in)};
+    bool grouped = l->groups > 1;
+    l->factors = params_add_adapter(params, l->name, "scale_factors", grouped ? 3 : 2,
+                                    grouped ? shape : shape + 1);
+    l->factors->decay = false;
+}
+
+Tensor linear_factors(const Linear *l, int64_t g, int64_t first, int64_t n) {
+    return l->factors && l->fake->scheme == SCHEME_Q4_0
+               ? tensor_slice(of_group(l, l->factors->value, g), first, n)
+               : tensor_absent();
+}
+
 /* The weight that is computed with, (out, in) in `dtype`: of group `g`, adapter merged, rounded. */
 static Tensor rounded_weight(const Linear *l, int64_t g, DType dtype, Arena *scratch) {
     Tensor w = ARENA_TENSOR(scratch, dtype, l->out, l->in);
     if (!l->lora) {
-        fake_quantize(w, of_group(l, l->weight->value, g), tensor_absent(), l->fake->scheme,
-                      l->fake->blend);
+        fake_quantize(w, of_group(l, l->weight->value, g), linear_factors(l, g, 0, l->out),
+                      l->fake->scheme, l->fake->blend);
         return w;
     }
     size_t mark = arena_mark(scratch);
@@ -101,11 +115,17 @@ static Tensor rounded_weight(const Linear *l, int64_t g, DType dtype, Arena *scr
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
         linear_merged_rows(l, g, o, part);
-        fake_quantize(tensor_slice(w, o, n), part, tensor_absent(), l->fake->scheme,
+        fake_quantize(tensor_slice(w, o, n), part, linear_factors(l, g, o, n), l->fake->scheme,
                       l->fake->blend);
     }
     arena_release(scratch, mark);
     return w;
+}
+
+static Tensor factor_grads(const Linear *l, int64_t g, int64_t first, int64_t n) {
+    return l->factors && l->factors->trainable
+               ? tensor_slice(of_group(l, l->factors->grad, g), first, n)
+               : tensor_absent();
 }
 
 /* dW (out, in) f32 of the rounded weight, passed to the adapter's A and B of group `g`. */
@@ -117,8 +137,8 @@ static void rounded_backward(const Linear *l, int64_t g, Tensor dW, Arena *scrat
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
         linear_sum_rows(l, g, o, part);
-        fake_quantize_backward(tensor_slice(dW, o, n), tensor_absent(), part, tensor_absent(),
-                               l->fake->scheme, l->fake->blend);
+        fake_quantize_backward(tensor_slice(dW, o, n), factor_grads(l, g, o, n), part,
+                               linear_factors(l, g, o, n), l->fake->scheme, l->fake->blend);
     }
     if (sum.data) {
         matmul_ordered(NT, of_group(l, l->lora->B->grad, g), ADD, dW,

@@ -28,6 +28,8 @@ typedef struct Linear {
     Param *weight;             /* (out, in) or (groups, out, in) */
     Lora *lora;                /* NULL: no adapter */
     const FakeQuant *fake;     /* NULL: weights are used as they are */
+    Param *factors;            /* (groups, out, in / 32) f32, learned, of the rounding's scales;
+                                * groups dropped when 1; NULL: none */
     char name[PARAM_NAME_MAX]; /* full name of the module, or of the parameter when grouped */
     struct Linear *next;       /* the model's list of linears, in order of declaration */
 } Linear;
@@ -50,6 +52,13 @@ void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, cons
 typedef struct RowGroups {
     const int32_t *offsets, *counts;
 } RowGroups;
+
+/* Declares l->factors under the linear's name, trainable; they start as 1. */
+void linear_learn_scales(Linear *l, ParamList *params);
+
+/* The factors that go into the rounding of rows first .. first + n - 1 of group g; absent when
+ * there are none, or the scheme takes none. */
+Tensor linear_factors(const Linear *l, int64_t g, int64_t first, int64_t n);
 
 /* y (N, out) = x (N, in) W^T + adapter. */
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p);

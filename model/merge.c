@@ -18,3 +18,10 @@ void merged_rows(const Gemma *g, const Param *p, int64_t first, int64_t count, f
         linear_merged_rows(l, (first + done) / l->out, inside, tensor_slice(to, done, n));
     }
 }
+
+Tensor merged_factors(const Gemma *g, const Param *p, int64_t first, int64_t count) {
+    const Linear *l = gemma_owner(g, p);
+    if (!l || !l->factors) return tensor_absent();
+    Tensor t = l->factors->value;
+    return tensor_slice(RESHAPE(t, tensor_rows(t), tensor_cols(t)), first, count);
+}

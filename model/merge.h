@@ -9,4 +9,7 @@
  * merged in. A bf16 parameter under training gives its f32 master. */
 void merged_rows(const Gemma *g, const Param *p, int64_t first, int64_t count, float *out);
 
+/* The learned factors of the Q4_0 scales of those rows, (count, cols / 32); absent: none. */
+Tensor merged_factors(const Gemma *g, const Param *p, int64_t first, int64_t count);
+
 #endif

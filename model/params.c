@@ -60,6 +60,19 @@ Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *
     return p;
 }
 
+Param *params_add_adapter(ParamList *params, const char *module, const char *name, int ndim,
+                          const int64_t *shape) {
+    char path[PARAM_NAME_MAX];
+    memcpy(path, params->path, sizeof path);
+    CHECK(snprintf(params->path, sizeof params->path, "%s.", module) < (int)sizeof params->path,
+          "name too long: %s.%s", module, name);
+    Param *p = params_add(params, name, ndim, shape);
+    memcpy(params->path, path, sizeof path);
+    p->value.dtype = F32;
+    p->adapter = p->trainable = true;
+    return p;
+}
+
 Param *params_find(const ParamList *params, const char *name) {
     for (int i = 0; i < params->count; i++)
         if (!strcmp(params->items[i]->name, name)) return params->items[i];

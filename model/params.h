@@ -47,11 +47,15 @@ Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *
     params_add(params, name, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),            \
                (const int64_t[]){__VA_ARGS__})
 
+/* Declares `module`.name, whatever path is entered: a trainable f32 part of an adapter. */
+Param *params_add_adapter(ParamList *params, const char *module, const char *name, int ndim,
+                          const int64_t *shape);
+
 /* The parameter of that full name; NULL when there is none. */
 Param *params_find(const ParamList *params, const char *name);
 
-/* Whether the weight is one that is stored in few bits where it fits: a matrix, and no router, whose
- * choices are delicate. */
+/* Whether the weight is one that is stored in few bits where it fits: a matrix, and no router,
+ * whose choices are delicate. */
 bool param_takes_blocks(const Param *p);
 
 /* Bytes that params_place will take: frozen values, and the trainable space with gradients. */

@@ -9,6 +9,7 @@
 const char *const small_kinds[] = {"shared", "dense", "experts"};
 
 QuantScheme small_scheme = SCHEME_Q4_0;
+bool small_learned;
 
 static char *config_of(const char *kind) {
     bool shared = *kind == 's', experts = *kind == 'e';
@@ -61,6 +62,15 @@ void small_load(Loaded *m, const char *path, DType dtype, StackMode mode, Setup 
             scale_copy(A, SET, A, 0.1f);
             scale_copy(B, SET, B, 0.02f);
         }
+    for (Linear *l = m->g.linears.first; l; l = l->next) {
+        if (!l->factors) continue;
+        random_normal(l->factors->value.data, random_key_name(3, l->name), 0,
+                      tensor_count(l->factors->value));
+        for (int64_t i = 0; i < tensor_count(l->factors->value); i++) {
+            float *factor = (float *)l->factors->value.data + i;
+            *factor = 1.0f + 0.1f * *factor;
+        }
+    }
     m->options = (StepOptions){.mode = mode, .shortcut = true};
     EXPECT_OK(step_init(&m->memory, &m->g, SMALL_ROWS, &m->options));
 }
@@ -90,7 +100,10 @@ void small_run(Loaded *m) {
 void small_round(Loaded *m) {
     m->g.fake = (FakeQuant){small_scheme, 1, false, small_scheme == SCHEME_Q4_0};
     for (Linear *l = m->g.linears.first; l; l = l->next)
-        if (!strstr(l->name, ".router.")) l->fake = &m->g.fake;
+        if (!strstr(l->name, ".router.")) {
+            l->fake = &m->g.fake;
+            if (small_learned) linear_learn_scales(l, &m->g.params);
+        }
     m->g.per_layer_input.fake = &m->g.fake;
 }
 

@@ -39,6 +39,7 @@ void small_run(Loaded *m);
 /* Setups: adapters on most linears; training through rounding, every matrix by Q4_0 (or by
  * small_scheme, which then leaves the tables alone); both. */
 extern QuantScheme small_scheme;
+extern bool small_learned; /* with learned factors of the scales, random here */
 void small_adapt(Loaded *m);
 void small_round(Loaded *m);
 void small_round_adapted(Loaded *m);

@@ -1,5 +1,7 @@
 /* adapt.c - every method as settings of the model. */
 #include "train/adapt.h"
+#include "formats/learned_scales.h"
+#include "kernels/elementwise.h"
 #include "model/moe.h"
 
 #include <string.h>
@@ -97,6 +99,12 @@ static void adapt_rounding(Gemma *g, const RunConfig *config) {
     g->per_layer_input.fake = &g->fake;
 }
 
+/* Factors for the scales of what is trained: weights, or their sums with adapters. */
+static void adapt_scales(Gemma *g) {
+    for (Linear *l = g->linears.first; l; l = l->next)
+        if (l->fake && (l->weight->trainable || l->lora)) linear_learn_scales(l, &g->params);
+}
+
 float adapt_blend(const RunConfig *config, int64_t step) {
     int64_t since = step - config->quant.start_step;
     if (!method_rounds(config->method) || since < 0) return 0;
@@ -109,6 +117,7 @@ Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
     if (method_rounds(config->method)) adapt_rounding(g, config);
     if (!method_has_adapter(config->method)) {
         adapt_full(g, config);
+        if (method_rounds(config->method) && config->quant.learned_scale) adapt_scales(g);
         return OK;
     }
     Status status = OK;
@@ -125,13 +134,20 @@ Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
     for (Linear *l = g->linears.first; l; l = l->next) /* dropout masks differ from seed to seed */
         if (l->lora) l->lora->key ^= (uint64_t)config->seed * 0x9e3779b97f4a7c15u;
     if (config->method == METHOD_QLORA) adapt_base(g, config);
+    if (method_rounds(config->method) && config->quant.learned_scale) adapt_scales(g);
 done:
     if (status != OK) adapter_spec_free(spec);
     return status;
 }
 
 Status adapt_init(Gemma *g, const RunConfig *config) {
-    if (!method_has_adapter(config->method)) return OK;
-    adapter_init(g, (uint64_t)config->seed);
-    return config->lora.init ? peft_load(g, config->lora.init) : OK;
+    bool adapter = method_has_adapter(config->method);
+    if (adapter) adapter_init(g, (uint64_t)config->seed);
+    for (Linear *l = g->linears.first; l; l = l->next)
+        if (l->factors) fill(l->factors->value, 1.0f);
+    if (adapter && config->lora.init) {
+        TRY(peft_load(g, config->lora.init));
+        return learned_scales_load(g, config->lora.init);
+    }
+    return adapter ? OK : learned_scales_load(g, config->model);
 }

@@ -418,6 +418,7 @@ void CPU(check_finite)(bool *finite, Tensor x) {
 /* How one block is rounded: codes low .. high times `scale`. */
 typedef struct Rule {
     float scale, inverse; /* as stored; 1 / what it was before it was rounded to f16 */
+    float base;           /* what a learned factor multiplies */
     int low, high;
 } Rule;
 
@@ -426,21 +427,22 @@ static float round_scale(float scale) {
     return f16_to_f32(f32_to_f16(bf16_to_f32(f32_to_bf16(scale))));
 }
 
-static Rule rule_of(const float *x, int64_t n, QuantScheme scheme, const float *learned) {
-    float d;
+static Rule rule_of(const float *x, int64_t n, QuantScheme scheme, const float *factor) {
+    float d, base;
     switch (scheme) {
     case SCHEME_Q4_0:
-        d = learned ? *learned : signed_largest(x, (int)n) / -8.0f;
-        return (Rule){f16_to_f32(f32_to_f16(d)), inverse(d), -8, 7};
+        base = signed_largest(x, (int)n) / -8.0f;
+        d = factor ? base * *factor : base;
+        return (Rule){f16_to_f32(f32_to_f16(d)), inverse(d), base, -8, 7};
     case SCHEME_Q8_0:
         d = largest(x, n) / 127.0f;
-        return (Rule){f16_to_f32(f32_to_f16(d)), inverse(d), -127, 127};
+        return (Rule){f16_to_f32(f32_to_f16(d)), inverse(d), d, -127, 127};
     case SCHEME_INT8:
         d = round_scale(largest(x, n) / 127.5f);
-        return (Rule){d, inverse(d), -128, 127};
+        return (Rule){d, inverse(d), d, -128, 127};
     default:
         d = round_scale(largest(x, n) / 7.5f);
-        return (Rule){d, inverse(d), -8, 7};
+        return (Rule){d, inverse(d), d, -8, 7};
     }
 }
 
@@ -472,7 +474,7 @@ static void pass_through(Tensor y, Tensor x, QuantScheme scheme) {
     }
 }
 
-void CPU(fake_quantize)(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, float blend) {
+void CPU(fake_quantize)(Tensor y, Tensor x, Tensor factors, QuantScheme scheme, float blend) {
     if (!scheme_has_blocks(scheme)) {
         pass_through(y, x, scheme);
         return;
@@ -485,7 +487,7 @@ void CPU(fake_quantize)(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, f
         for (int64_t b = 0; b < blocks; b++) {
             float *out = memory + n;
             const float *v = load_f32(memory, x, b * n, n);
-            Rule r = rule_of(v, n, scheme, scales.data ? (const float *)scales.data + b : NULL);
+            Rule r = rule_of(v, n, scheme, factors.data ? (const float *)factors.data + b : NULL);
             for (int64_t i = 0; i < n; i++)
                 out[i] = r.scale * (float)hold(code_of(v[i], &r, scheme), &r);
             if (blend != 1.0f)
@@ -495,7 +497,7 @@ void CPU(fake_quantize)(Tensor y, Tensor x, Tensor scales, QuantScheme scheme, f
     }
 }
 
-void CPU(fake_quantize_backward)(Tensor dx, Tensor dscales, Tensor x, Tensor scales,
+void CPU(fake_quantize_backward)(Tensor dx, Tensor dfactors, Tensor x, Tensor factors,
                                  QuantScheme scheme, float blend) {
     if (!scheme_has_blocks(scheme)) return;
     int64_t n = scheme_block(scheme, tensor_cols(x)), blocks = tensor_count(x) / n;
@@ -506,19 +508,19 @@ void CPU(fake_quantize_backward)(Tensor dx, Tensor dscales, Tensor x, Tensor sca
         for (int64_t b = 0; b < blocks; b++) {
             const float *v = load_f32(memory, x, b * n, n);
             float *g = (float *)dx.data + b * n, sum = 0;
-            Rule r = rule_of(v, n, scheme, scales.data ? (const float *)scales.data + b : NULL);
+            Rule r = rule_of(v, n, scheme, factors.data ? (const float *)factors.data + b : NULL);
             for (int64_t i = 0; i < n; i++) {
                 int code = code_of(v[i], &r, scheme), held = hold(code, &r);
                 float slope = (float)held - (code == held ? v[i] * r.inverse : 0.0f);
                 sum += g[i] * slope;
                 if (code != held) g[i] *= 1.0f - blend;
             }
-            if (dscales.data) ((float *)dscales.data)[b] += blend * sum;
+            if (dfactors.data) ((float *)dfactors.data)[b] += blend * r.base * sum;
         }
     }
 }
 
-void CPU(quantize_scheme)(Tensor packed, Tensor x, Tensor scales, QuantScheme scheme) {
+void CPU(quantize_scheme)(Tensor packed, Tensor x, Tensor factors, QuantScheme scheme) {
     int64_t n = scheme_block(scheme, tensor_cols(x)), blocks = tensor_count(x) / n;
 #pragma omp parallel
     {
@@ -526,7 +528,7 @@ void CPU(quantize_scheme)(Tensor packed, Tensor x, Tensor scales, QuantScheme sc
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; b++) {
             const float *v = load_f32(memory, x, b * n, n);
-            Rule r = rule_of(v, n, scheme, scales.data ? (const float *)scales.data + b : NULL);
+            Rule r = rule_of(v, n, scheme, factors.data ? (const float *)factors.data + b : NULL);
             for (int64_t k = 0; k < n; k += 32) {
                 int64_t at = (b * n + k) / 32;
                 int codes[32];

@@ -76,8 +76,10 @@ CASE(gguf, tokenizer_and_template_come_back_out_of_the_file) {
 
 CASE(gguf, what_qat_computes_is_what_the_exported_file_computes) {
     for (int k = 0; k < SMALL_KINDS; k++)
-        for (int adapter = 0; adapter < 2; adapter++) {
+        for (int trial = 0; trial < 4; trial++) {
             Loaded trained, file;
+            bool adapter = trial % 2;
+            small_learned = trial / 2;
             char *dir = small_make(small_kinds[k]), *path;
             small_load(&trained, dir, F32, STACK_SCORE,
                        adapter ? small_round_adapted : small_round);
@@ -85,9 +87,8 @@ CASE(gguf, what_qat_computes_is_what_the_exported_file_computes) {
             path = save(&trained, small_kinds[k], Q4_0);
             small_load(&file, path, F32, STACK_SCORE, NULL);
             small_run(&file);
-            EXPECT(!memcmp(trained.nll, file.nll, sizeof file.nll),
-                   "%s, adapter %d: %.9g, not %.9g", small_kinds[k], adapter, file.nll[3],
-                   trained.nll[3]);
+            EXPECT(!memcmp(trained.nll, file.nll, sizeof file.nll), "%s, trial %d: %.9g, not %.9g",
+                   small_kinds[k], trial, file.nll[3], trained.nll[3]);
             small_unload(&trained);
             small_unload(&file);
             tree_remove(dir);
@@ -110,16 +111,31 @@ static void expect_grad(const Param *p, const float *expected, double tolerance)
     EXPECT(error < tolerance, "gradient of %s is off by %.2e", p->name, error);
 }
 
+static Tensor value_of(const Param *factors) {
+    return factors ? factors->value : tensor_absent();
+}
+
+/* What the gradient of learned factors has to be, to add to. */
+static Tensor zero_like(const Param *factors) {
+    if (!factors) return tensor_absent();
+    Tensor t = factors->value;
+    t.data = must_calloc((size_t)tensor_count(t), sizeof(float));
+    return t;
+}
+
 CASE(gguf, a_qat_gradient_is_that_of_the_rounded_model_where_codes_are_in_range) {
-    for (int k = 0; k < SMALL_KINDS; k++) {
+    for (int trial = 0; trial < 2 * SMALL_KINDS; trial++) {
         Loaded through, plain;
+        int k = trial / 2;
+        small_learned = trial % 2;
         char *dir = small_make(small_kinds[k]);
         small_load(&through, dir, F32, STACK_KEEP, train_rounded);
         small_load(&plain, dir, F32, STACK_KEEP, train_all);
         for (int i = 0; i < plain.g.params.count; i++) { /* the rounded model, as plain weights */
             Param *p = plain.g.params.items[i];
+            const Linear *l = gemma_owner(&through.g, through.g.params.items[i]);
             if (p->value.ndim > 1 && !strstr(p->name, ".router."))
-                fake_quantize(p->value, p->value, tensor_absent(), SCHEME_Q4_0, 1);
+                fake_quantize(p->value, p->value, value_of(l ? l->factors : NULL), SCHEME_Q4_0, 1);
         }
         small_run(&through);
         gemma_finish_gradients(&through.g);
@@ -129,10 +145,15 @@ CASE(gguf, a_qat_gradient_is_that_of_the_rounded_model_where_codes_are_in_range)
         for (int i = 0; i < plain.g.params.count; i++) {
             Param *p = plain.g.params.items[i], *q = through.g.params.items[i];
             if (p->buffer) continue;
+            const Linear *l = gemma_owner(&through.g, q);
+            const Param *factors = l ? l->factors : NULL;
+            Tensor dfactors = zero_like(factors);
             if (p->value.ndim > 1 && !strstr(p->name, ".router."))
-                fake_quantize_backward(p->grad, tensor_absent(), q->value, tensor_absent(),
-                                       SCHEME_Q4_0, 1);
+                fake_quantize_backward(p->grad, dfactors, q->value, value_of(factors), SCHEME_Q4_0,
+                                       1);
             expect_grad(q, p->grad.data, 1e-5);
+            if (factors) expect_grad(factors, dfactors.data, 1e-4);
+            free(dfactors.data);
         }
         small_unload(&through);
         small_unload(&plain);
@@ -141,8 +162,10 @@ CASE(gguf, a_qat_gradient_is_that_of_the_rounded_model_where_codes_are_in_range)
 }
 
 CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_its_factors) {
-    for (int k = 0; k < SMALL_KINDS; k++) {
+    for (int trial = 0; trial < 2 * SMALL_KINDS; trial++) {
         Loaded through, plain;
+        int k = trial / 2;
+        small_learned = trial % 2;
         char *dir = small_make(small_kinds[k]);
         small_load(&through, dir, F32, STACK_RECOMPUTE, small_round_adapted);
         small_load(&plain, dir, F32, STACK_KEEP, train_all);
@@ -150,9 +173,10 @@ CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_it
             Param *p = plain.g.params.items[i];
             int64_t cols = tensor_cols(p->value);
             if (p->value.ndim < 2 || strstr(p->name, ".router.")) continue;
-            merged_rows(&through.g, params_find(&through.g.params, p->name), 0,
-                        tensor_count(p->value) / cols, p->value.data);
-            fake_quantize(p->value, p->value, tensor_absent(), SCHEME_Q4_0, 1);
+            const Param *q = params_find(&through.g.params, p->name);
+            const Linear *l = gemma_owner(&through.g, q);
+            merged_rows(&through.g, q, 0, tensor_count(p->value) / cols, p->value.data);
+            fake_quantize(p->value, p->value, value_of(l ? l->factors : NULL), SCHEME_Q4_0, 1);
         }
         small_run(&through);
         small_run(&plain);
@@ -164,9 +188,11 @@ CASE(gguf, a_qat_lora_gradient_is_that_of_the_merged_rounded_weight_passed_to_it
             Tensor dW = params_find(&plain.g.params, l->weight->name)->grad;
             float *merged = must_malloc(tensor_bytes(dW));
             merged_rows(&through.g, l->weight, 0, l->groups * l->out, merged);
-            fake_quantize_backward(dW, tensor_absent(),
-                                   TENSOR(merged, F32, l->groups * l->out, l->in), tensor_absent(),
-                                   SCHEME_Q4_0, 1);
+            Tensor dfactors = zero_like(l->factors);
+            fake_quantize_backward(dW, dfactors, TENSOR(merged, F32, l->groups * l->out, l->in),
+                                   value_of(l->factors), SCHEME_Q4_0, 1);
+            if (l->factors) expect_grad(l->factors, dfactors.data, 1e-4);
+            free(dfactors.data);
             const float *A = l->lora->A->value.data, *g = dW.data;
             float *dB = must_calloc((size_t)tensor_count(l->lora->B->value), 4);
             for (int64_t e = 0; e < l->groups; e++)

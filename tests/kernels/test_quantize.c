@@ -190,7 +190,7 @@ CASE(quantize, training_sees_what_the_file_will_hold) {
 }
 
 CASE(quantize, the_gradient_passes_straight_through_but_not_where_codes_are_clipped) {
-    float x[32], g[32], dscale = 0;
+    float x[32], g[32], dfactor = 0;
     for (int i = 0; i < 32; i++) x[i] = 0.1f * (float)(i % 8), g[i] = 1;
     x[3] = -4; /* scale 0.5: codes reach 3.5 */
     x[7] = 3.9f;
@@ -199,24 +199,24 @@ CASE(quantize, the_gradient_passes_straight_through_but_not_where_codes_are_clip
                            1);
     for (int i = 0; i < 32; i++) EXPECT(g[i] == (i == 7 ? 0 : 1), "element %d: %g", i, g[i]);
 
-    /* The learned scale's gradient, against differences of what straight-through rounding means:
-     * code s - x where in range (the rounding taken as constant), code s where clipped. */
-    float s = 0.25f, y[32], up[32];
+    /* A learned factor f of the scale 0.5: y = 0.5 f code, and where in range the rounding counts
+     * as constant, so that dy/df is (y - x) / f, else y / f. */
+    float f = 0.25f, y[32], up[32];
     for (int i = 0; i < 32; i++) g[i] = (float)(i % 5) - 2;
     float keep[32];
     memcpy(keep, g, sizeof g);
-    Tensor scale = TENSOR(&s, F32, 1);
-    fake_quantize(TENSOR(y, F32, 1, 32), t, scale, SCHEME_Q4_0, 1);
+    Tensor factor = TENSOR(&f, F32, 1);
+    fake_quantize(TENSOR(y, F32, 1, 32), t, factor, SCHEME_Q4_0, 1);
     double expected = 0;
     for (int i = 0; i < 32; i++) {
-        float code = y[i] / s;
-        bool clipped = x[i] / s < -8.5f || x[i] / s >= 7.5f;
-        expected += (double)keep[i] * (clipped ? code : code - x[i] / s);
+        float slope = y[i] / f;
+        bool clipped = x[i] / (0.5f * f) < -8.5f || x[i] / (0.5f * f) >= 7.5f;
+        expected += (double)keep[i] * (clipped ? slope : slope - x[i] / f);
         up[i] = clipped ? 0 : keep[i];
     }
-    fake_quantize_backward(TENSOR(g, F32, 1, 32), TENSOR(&dscale, F32, 1), t, scale, SCHEME_Q4_0,
+    fake_quantize_backward(TENSOR(g, F32, 1, 32), TENSOR(&dfactor, F32, 1), t, factor, SCHEME_Q4_0,
                            1);
-    EXPECT_CLOSE(dscale, expected, 1e-4);
+    EXPECT_CLOSE(dfactor, expected, 1e-4);
     EXPECT(!memcmp(g, up, sizeof g));
 }
 

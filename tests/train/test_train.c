@@ -1,6 +1,7 @@
 /* test_train.c - whole runs of the tiny model through the program: resumed, killed, stopped,
  * refused. */
 #include "formats/file.h"
+#include "formats/learned_scales.h"
 #include "tests/fixture.h"
 #include "tests/program.h"
 #include "train/metrics.h"
@@ -93,6 +94,28 @@ CASE(train, eight_bit_states_resume) {
     EXPECT_EXIT(1, "the optimizer's states have 8 bits, but optimizer.states asks for 32",
                 "train %s/run.yaml output=%s/out2 optimizer.states=f32 steps=40 --resume",
                 test_folder(), test_folder());
+}
+
+/* Factors of the scales are saved beside the weights, go on in the next run, and an export proves
+ * that the file holds what training computed with. */
+CASE(train, learned_scales_resume_and_are_exported) {
+    const char *f = test_folder();
+    resumed_equals_uninterrupted("method: qat\nquant: {learned_scale: true}\n", "f32",
+                                 "model/" LEARNED_SCALES);
+    EXPECT_EXIT(0, "applied", "export --model %s/out1/model --to q4_0-gguf %s/a.gguf --verify", f,
+                f);
+    EXPECT(!strstr(program_err, "applied 0"), "%s", program_err);
+    tree_remove(path_join(f, "model"));
+    prepare("method: qat-lora\nquant: {learned_scale: true}\nlora: {rank: 4}\n");
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/out3", f, f);
+    EXPECT_RUN(
+        0, "export --model %s/model --adapter %s/out3/adapter --to q4_0-gguf %s/b.gguf --verify", f,
+        f, f);
+    EXPECT_EXIT(0, "its learned scales are left behind",
+                "train %s/run.yaml output=%s/out4 lora.init=%s/out3/adapter "
+                "quant.learned_scale=false steps=1",
+                f, f, f);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/out5 lora.init=%s/out3/adapter steps=1", f, f, f);
 }
 
 CASE(train, bf16_full_training_resumes_from_f32_masters) {
