@@ -2,7 +2,7 @@
 CC       ?= gcc
 PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8
 PKG      := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
-LIBS     := $(shell pkg-config --libs $(PKGS) 2>/dev/null) -ldnnl -lm
+LIBS      = $(shell pkg-config --libs $(PKGS) 2>/dev/null) $(if $(ONEDNN),-ldnnl) -lm
 SANITIZE ?=
 BUILD    := build/$(if $(SANITIZE),$(SANITIZE),cpu)
 WARN     := -Wall -Wextra -Werror -Wmissing-prototypes -Wno-unknown-pragmas
@@ -13,17 +13,26 @@ CFLAGS   += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 LDFLAGS  += -fsanitize=address,undefined
 endif
 
-# The CPU kernels, once for each instruction level.
+# The CPU kernels, once for each instruction level of the architecture.
+LEVEL         = -DLEVEL=$(1) -DLANES=$(2) -DLEVEL_PLAIN=$(3) -Wno-missing-prototypes
+FLAGS_generic = $(call LEVEL,generic,4,1)
+ifneq ($(filter aarch64%,$(shell $(CC) -dumpmachine)),)
+LEVELS       := generic dotprod i8mm
+FLAGS_dotprod = $(call LEVEL,dotprod,4,0) -march=armv8.2-a+fp16+dotprod
+FLAGS_i8mm    = $(call LEVEL,i8mm,4,0) -march=armv8.2-a+fp16+dotprod+i8mm
+else
 LEVELS       := generic avx2 avx512
-FLAGS_generic = -DLEVEL=generic -DLANES=4 -Wno-missing-prototypes
-FLAGS_avx2    = -DLEVEL=avx2 -DLANES=8 -mavx2 -mfma -mf16c -Wno-missing-prototypes
-FLAGS_avx512  = -DLEVEL=avx512 -DLANES=16 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c \
-                -mprefer-vector-width=512 -Wno-missing-prototypes
+FLAGS_avx2    = $(call LEVEL,avx2,8,0) -mavx2 -mfma -mf16c
+FLAGS_avx512  = $(call LEVEL,avx512,16,0) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c \
+                -mprefer-vector-width=512
+ONEDNN       := kernels/cpu/onednn.c
+DNNL         := libdnnl-dev
+endif
 
 FOLDERS  := kernels configs model formats data optim train infer
-ONCE     := kernels/cpu/onednn.c kernels/cpu/scratch.c
-SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE)
-LEVELED  := $(filter-out $(ONCE),$(wildcard kernels/cpu/*.c))
+ONCE     := kernels/cpu/scratch.c
+SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE) $(ONEDNN)
+LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c,$(wildcard kernels/cpu/*.c))
 CLI      := $(wildcard cli/*.c)
 OBJECTS  := $(SOURCES:%.c=$(BUILD)/%.o) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
 PROTO    := $(BUILD)/train/event.pb-c.o
@@ -73,7 +82,18 @@ $(RUNNER): $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(LIBRARY)
 	@echo "  ld $@"
 	@$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
 
-runner: $(RUNNER)
+# The products of packed weights for another architecture, where a cross-compiler is at hand; a case
+# runs them under emulation.
+AARCH64  := aarch64-linux-gnu
+runner: $(RUNNER) $(if $(shell command -v $(AARCH64)-gcc),aarch64)
+PRODUCTS := $(BUILD)/tests/products
+aarch64:
+	@$(MAKE) --no-print-directory CC=$(AARCH64)-gcc BUILD=build/aarch64 PKG= build/aarch64/tests/products
+
+$(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.c formats/file.c \
+                 $(wildcard kernels/*.c) $(ONCE)) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
+	@echo "  ld $@"
+	@$(CC) $(LDFLAGS) -static -o $@ $^ -lm
 
 test: deps
 	@$(MAKE) --no-print-directory all runner
@@ -84,18 +104,20 @@ demo: deps
 	@MODEL="$(MODEL)" DATA="$(DATA)" demo/run.sh
 
 # What the build needs, from Debian; asks for nothing when it is all there.
-DEPS     := gcc make pkg-config libyaml-dev libhdf5-dev libjansson-dev libdnnl-dev nettle-dev libpcre2-dev \
+EXTRA    := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+DEPS     := gcc make pkg-config libyaml-dev libhdf5-dev libjansson-dev $(DNNL) nettle-dev libpcre2-dev \
             libprotobuf-c-dev protobuf-c-compiler
 deps:
-	@missing=$$(for p in $(DEPS); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
+	@missing=$$(for p in $(DEPS) $(MORE); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
 	    echo "installing $$missing"; \
 	    if [ "$$(id -u)" = 0 ]; then as=; else as=sudo; fi; \
 	    $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
 	fi
 
-# Libraries of optional features; none so far.
-deps-all: deps
+# What only some tests need.
+deps-all:
+	@$(MAKE) --no-print-directory MORE="$(EXTRA)" deps
 
 # By hand: every instruction level, and a minute for each fuzz target under sanitizers.
 check-all: check
@@ -115,5 +137,5 @@ PREFIX   ?= /usr/local
 clean:
 	rm -rf build lapidary
 
-.PHONY: all runner test demo deps deps-all check check-all install clean
+.PHONY: all runner aarch64 test demo deps deps-all check check-all install clean
 -include $(shell find build -name '*.d' 2>/dev/null)

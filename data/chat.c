@@ -3,6 +3,7 @@
 #include "data/declaration.h"
 #include "formats/companion.h"
 #include "formats/file.h"
+#include "formats/sha256.h"
 
 #include <stdlib.h>
 #include <string.h>

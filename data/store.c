@@ -1,6 +1,7 @@
 /* store.c - building, checking and reading stores. */
 #include "data/store.h"
 #include "formats/file.h"
+#include "formats/sha256.h"
 #include "kernels/random.h"
 
 #include <inttypes.h>

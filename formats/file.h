@@ -51,8 +51,4 @@ void folder_abandon(char *temporary); /* removes it and frees the name; accepts 
 /* Removes a folder and everything in it, or a file. */
 void tree_remove(const char *path);
 
-/* SHA-256 in hexadecimal. */
-void sha256_text(char out[65], const void *bytes, size_t size);
-Status sha256_file(char out[65], const char *path);
-
 #endif

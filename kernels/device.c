@@ -4,10 +4,47 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __aarch64__
+#include <sys/auxv.h>
+#endif
 #include <sys/mman.h>
 #include <unistd.h>
 
-static const char *const level_names[] = {"generic", "avx2", "avx512"};
+#ifdef __aarch64__
+
+static const char *const level_names[CPU_LEVELS] = {"generic", "dotprod", "i8mm"};
+
+static CpuLevel best_level(void) {
+    CpuLevel best = CPU_GENERIC;
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) best = CPU_DOTPROD;
+    if (best == CPU_DOTPROD && getauxval(AT_HWCAP2) & HWCAP2_I8MM) best = CPU_I8MM;
+    return best;
+}
+
+bool cpu_has_bf16_products(void) {
+    return false;
+}
+
+#else
+
+static const char *const level_names[CPU_LEVELS] = {"generic", "avx2", "avx512"};
+
+static CpuLevel best_level(void) {
+    __builtin_cpu_init();
+    CpuLevel best = CPU_GENERIC;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = CPU_AVX2;
+    if (best == CPU_AVX2 && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        best = CPU_AVX512;
+    return best;
+}
+
+bool cpu_has_bf16_products(void) {
+    return cpu_level() == CPU_AVX512;
+}
+
+#endif
 
 Device *device_cpu(void) {
     static Device cpu = {DEVICE_CPU, 0};
@@ -30,22 +67,17 @@ Status device_open(Device **device, const char *name) {
 }
 
 static CpuLevel detect(void) {
-    __builtin_cpu_init();
-    CpuLevel best = CPU_GENERIC;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = CPU_AVX2;
-    if (best == CPU_AVX2 && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        best = CPU_AVX512;
+    CpuLevel best = best_level();
     const char *forced = getenv("LAPIDARY_CPU");
     if (!forced || !*forced) return best;
-    for (int level = CPU_GENERIC; level <= CPU_AVX512; level++) {
+    for (int level = CPU_GENERIC; level < CPU_LEVELS; level++) {
         if (strcmp(forced, level_names[level])) continue;
         if ((CpuLevel)level <= best) return level;
         note("LAPIDARY_CPU=%s is beyond this CPU, using %s", forced, level_names[best]);
         return best;
     }
-    note("LAPIDARY_CPU=%s is unknown (generic, avx2, avx512), using %s", forced, level_names[best]);
+    note("LAPIDARY_CPU=%s is unknown (%s, %s, %s), using %s", forced, level_names[0],
+         level_names[1], level_names[2], level_names[best]);
     return best;
 }
 
@@ -61,10 +93,6 @@ CpuLevel cpu_level(void) {
 
 const char *cpu_level_name(void) {
     return level_names[cpu_level()];
-}
-
-bool cpu_has_bf16_products(void) {
-    return cpu_level() == CPU_AVX512;
 }
 
 static const size_t HUGE_PAGE = 2u << 20;

@@ -1,7 +1,8 @@
 /* device.h - where tensors live and which instructions the CPU kernels may use.
  *
  * The CPU twins are compiled once per level from the same sources; the level is picked when the
- * program starts and LAPIDARY_CPU=generic|avx2|avx512 forces one. */
+ * program starts and LAPIDARY_CPU=generic|avx2|avx512 (aarch64: generic|dotprod|i8mm) forces one.
+ */
 #ifndef DEVICE_H
 #define DEVICE_H
 
@@ -20,7 +21,12 @@ typedef struct Device {
     int index; /* of the GPU; 0 for the CPU */
 } Device;
 
-typedef enum CpuLevel { CPU_GENERIC, CPU_AVX2, CPU_AVX512 } CpuLevel;
+/* From the least to the most; each has what those before it have. */
+#ifdef __aarch64__
+typedef enum CpuLevel { CPU_GENERIC, CPU_DOTPROD, CPU_I8MM, CPU_LEVELS } CpuLevel;
+#else
+typedef enum CpuLevel { CPU_GENERIC, CPU_AVX2, CPU_AVX512, CPU_LEVELS } CpuLevel;
+#endif
 
 /* Opens the device that a run file or --device names: auto, cpu, cuda or cuda:N. */
 Status device_open(Device **device, const char *name);

@@ -1,7 +1,7 @@
 /* cpu.h - what the CPU twins share: the level's vectors, converting rows, and fast exponentials.
  *
- * Every file here is compiled once per level (LEVEL is generic, avx2 or avx512, LANES the f32 lanes
- * of a register), except onednn.c, which has its own dispatch. */
+ * Every file here is compiled once per level (LEVEL is its name, LANES the f32 lanes of a register,
+ * LEVEL_PLAIN whether it is the generic one), except onednn.c, which has its own dispatch. */
 #ifndef CPU_H
 #define CPU_H
 

@@ -17,6 +17,8 @@
 
 #if LANES > 4
 #include <immintrin.h>
+#elif defined __aarch64__ && !LEVEL_PLAIN
+#include <arm_neon.h>
 #endif
 
 #define PREFETCH_BYTES 4608
@@ -120,6 +122,70 @@ static inline Floats add_scaled_ints(Floats total, Ints sum, Floats scale, float
 static inline void floats_store(float *out, Floats x) {
     _mm256_storeu_ps(out, x.a);
     _mm256_storeu_ps(out + 8, x.b);
+}
+
+#elif defined __aarch64__ && !LEVEL_PLAIN
+
+typedef struct Ints {
+    int32x4_t at[4];
+} Ints;
+typedef struct Floats {
+    float32x4_t at[4];
+} Floats;
+typedef struct Bytes {
+    uint8x16_t at[4]; /* 4 rows each */
+} Bytes;
+#define BYTE_BIAS 0 /* the dot product takes both operands signed */
+
+#define FOUR(expression) _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) expression
+
+static inline Ints ints_set(int32_t x) {
+    Ints v;
+    FOUR(v.at[i] = vdupq_n_s32(x));
+    return v;
+}
+static inline Floats floats_zero(void) {
+    Floats v;
+    FOUR(v.at[i] = vdupq_n_f32(0));
+    return v;
+}
+static inline Bytes bytes_load(const uint8_t *p) {
+    Bytes v;
+    FOUR(v.at[i] = vld1q_u8(p + 16 * i));
+    return v;
+}
+static inline Bytes bytes_low(Bytes v) {
+    FOUR(v.at[i] = vandq_u8(v.at[i], vdupq_n_u8(15)));
+    return v;
+}
+static inline Bytes bytes_high(Bytes v) {
+    FOUR(v.at[i] = vshrq_n_u8(v.at[i], 4));
+    return v;
+}
+static inline Bytes bytes_signed(Bytes v) {
+    FOUR(v.at[i] = veorq_u8(v.at[i], vdupq_n_u8(128)));
+    return v;
+}
+static inline Ints dot_nibbles(Ints sum, Bytes w, int32_t quad) {
+    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(quad));
+    FOUR(sum.at[i] = vdotq_s32(sum.at[i], vreinterpretq_s8_u8(w.at[i]), x));
+    return sum;
+}
+static inline Ints dot_bytes(Ints sum, Bytes w, int32_t quad) {
+    return dot_nibbles(sum, bytes_signed(w), quad);
+}
+static inline Floats scales_load(const uint16_t *d) {
+    Floats v;
+    FOUR(v.at[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(d + 4 * i))));
+    return v;
+}
+static inline Floats add_scaled_ints(Floats total, Ints sum, Floats scale, float d) {
+    FOUR(total.at[i] =
+             vfmaq_f32(total.at[i], vcvtq_f32_s32(sum.at[i]), vmulq_n_f32(scale.at[i], d)));
+    return total;
+}
+static inline void floats_store(float *out, Floats x) {
+    FOUR(vst1q_f32(out + 4 * i, x.at[i]));
 }
 
 #else
@@ -291,6 +357,64 @@ ALWAYS void half_tile(Floats *total, const int W, const bool bytes, const int ha
     for (int m = 0; m < W; m++) total[m] = add_scaled_ints(total[m], sum[m], scale, d[m]);
 }
 
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define HAS_PAIRS 1
+
+/* The same for an even W by products of 2 x 8 with 8 x 2: two quads of two weight rows side by side
+ * against two quads of two activation rows. */
+ALWAYS void half_tile_pairs(Floats *total, const int W, const bool bytes, const int half,
+                            const uint8_t (*qs)[64], const uint16_t *scales, const int8_t *q,
+                            const float *d, const int32_t *start) {
+    int32x4_t sum[8][WIDTH_MAX / 2]; /* weight rows 2 k, 2 k + 1 by activations 2 j, 2 j + 1 */
+#pragma GCC unroll 2
+    for (int j = 0; j < W / 2; j++) {
+        int32x2_t begin = vld1_s32(start + 2 * j);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) sum[k][j] = vcombine_s32(begin, begin);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        Bytes a = bytes_load(qs[bytes ? 8 * half + i : i]),
+              b = bytes_load(qs[bytes ? 8 * half + i + 1 : i + 1]);
+        if (bytes)
+            a = bytes_signed(a), b = bytes_signed(b);
+        else
+            a = half ? bytes_high(a) : bytes_low(a), b = half ? bytes_high(b) : bytes_low(b);
+        int8x16_t x[WIDTH_MAX / 2];
+#pragma GCC unroll 2
+        for (int j = 0; j < W / 2; j++) {
+            const int8_t *at = q + 4 * (i * W + 2 * j);
+            int32x2x2_t rows = vzip_s32(vreinterpret_s32_s8(vld1_s8(at)),
+                                        vreinterpret_s32_s8(vld1_s8(at + 4 * W)));
+            x[j] = vreinterpretq_s8_s32(vcombine_s32(rows.val[0], rows.val[1]));
+        }
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            int32x4_t u = vreinterpretq_s32_u8(a.at[part]), v = vreinterpretq_s32_u8(b.at[part]);
+            int8x16_t low = vreinterpretq_s8_s32(vzip1q_s32(u, v)),
+                      high = vreinterpretq_s8_s32(vzip2q_s32(u, v));
+#pragma GCC unroll 2
+            for (int j = 0; j < W / 2; j++) {
+                sum[2 * part][j] = vmmlaq_s32(sum[2 * part][j], low, x[j]);
+                sum[2 * part + 1][j] = vmmlaq_s32(sum[2 * part + 1][j], high, x[j]);
+            }
+        }
+    }
+    Floats scale = scales_load(scales);
+#pragma GCC unroll 2
+    for (int j = 0; j < W / 2; j++) {
+        Ints even, odd;
+        FOUR(even.at[i] = vuzp1q_s32(sum[2 * i][j], sum[2 * i + 1][j]));
+        FOUR(odd.at[i] = vuzp2q_s32(sum[2 * i][j], sum[2 * i + 1][j]));
+        total[2 * j] = add_scaled_ints(total[2 * j], even, scale, d[2 * j]);
+        total[2 * j + 1] = add_scaled_ints(total[2 * j + 1], odd, scale, d[2 * j + 1]);
+    }
+}
+#else
+#define HAS_PAIRS       0
+#define half_tile_pairs half_tile
+#endif
+
 /* Columns 16 group .. of the panel's rows of y; `bytes`: tiles of Q8_0, else of Q4_0. */
 ALWAYS void group_product(Tensor y, const int W, const bool bytes, const void *tiles,
                           int64_t tile_count, int64_t group, const Panel *p, const int8_t *q,
@@ -306,8 +430,13 @@ ALWAYS void group_product(Tensor y, const int W, const bool bytes, const void *t
         if (W <= 2 && prefetch)
             for (int line = 0; line < (bytes ? 17 : 9); line++)
                 __builtin_prefetch(tile + PREFETCH_BYTES + 64 * line);
-        half_tile(total, W, bytes, 0, qs, scales[0], q, d, start);
-        half_tile(total, W, bytes, 1, qs, scales[1], q + 32 * W, d + W, start + W);
+        if (HAS_PAIRS && W % 2 == 0) {
+            half_tile_pairs(total, W, bytes, 0, qs, scales[0], q, d, start);
+            half_tile_pairs(total, W, bytes, 1, qs, scales[1], q + 32 * W, d + W, start + W);
+        } else {
+            half_tile(total, W, bytes, 0, qs, scales[0], q, d, start);
+            half_tile(total, W, bytes, 1, qs, scales[1], q + 32 * W, d + W, start + W);
+        }
         q += 64 * W;
         d += 2 * W;
         start += 2 * W;

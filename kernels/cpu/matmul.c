@@ -1,11 +1,19 @@
 /* matmul.c - which engine a product takes, and the ordered product.
  *
  * Large products of one dtype go to oneDNN (bf16 where the CPU multiplies bf16, else converted in
- * panels to f32); at the generic level, and for two dtypes, the ordered product below does them. */
+ * panels to f32); at the generic level, on aarch64 and for two dtypes, the ordered product below
+ * does them. */
 #include "kernels/matmul.h"
 #include "kernels/cpu/onednn.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
+
+/* Where oneDNN is fast; elsewhere the ordered product does everything. */
+#ifdef __aarch64__
+#define HAS_ONEDNN 0
+#else
+#define HAS_ONEDNN !LEVEL_PLAIN
+#endif
 
 #define PANEL_M 96
 #define PANEL_N 256
@@ -228,9 +236,9 @@ static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     bool packed = dtype_is_packed(b.dtype);
     bool dense =
         (a.dtype == b.dtype || packed) && alpha == 1.0f && (y.dtype == a.dtype || y.dtype == F32);
-    if (layout == NT && tensor_rows(y) <= 4 && alpha == 1.0f && LANES > 4)
+    if (layout == NT && tensor_rows(y) <= 4 && alpha == 1.0f && !LEVEL_PLAIN)
         few_rows(y, write, a, b);
-    else if (!dense || LANES == 4)
+    else if (!dense || !HAS_ONEDNN)
         CPU(matmul_ordered)(layout, y, write, a, b, alpha);
     else if (packed)
         packed_product(layout, y, write, a, b);

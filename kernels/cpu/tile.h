@@ -8,7 +8,7 @@
 
 #include "kernels/cpu/cpu.h"
 
-#if LANES == 16
+#if LANES == 16 || (defined __aarch64__ && !LEVEL_PLAIN) /* 32 registers */
 #define TILE_ROWS 6
 #define TILE_VECS 4
 #else

@@ -1,6 +1,7 @@
 /* test_train.c - whole runs of the tiny model through the program: resumed, killed, stopped,
  * refused. */
 #include "formats/file.h"
+#include "formats/sha256.h"
 #include "formats/learned_scales.h"
 #include "tests/fixture.h"
 #include "tests/program.h"
