@@ -1,12 +1,14 @@
 """gguf_parity.py - the same GGUF in Lapidary and in llama.cpp: logits side by side.
 
-  python bench/gguf_parity.py FILE.gguf ROWS.jsonl [--lora FILE.gguf --adapter DIR] [--dtype f32|bf16]
+  python bench/gguf_parity.py FILE.gguf ROWS.jsonl [--lora FILE.gguf --adapter DIR] [--dtype f32|bf16] [--by-llama TYPE]
 
 Prints the mean and largest difference of logits, the KL divergence, and the share of positions with the same best
 token among those whose two best logits differ by more than 0.05.
 """
 import argparse
+import ctypes
 import json
+import os
 import tempfile
 
 import llama_cpp
@@ -25,6 +27,17 @@ def peers(model, sequences, lora, kv):
         llm.eval(ids)
         rows.append(np.array(llm.scores[: len(ids) - 1], dtype=np.float32))
     return np.concatenate(rows)
+
+
+def requantised(model, kind, folder):
+    """The file as llama.cpp itself quantises it."""
+    out = os.path.join(folder, kind + ".gguf")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, "LLAMA_FTYPE_MOSTLY_" + kind.upper())
+    params.allow_requantize = True
+    if llama_cpp.llama_model_quantize(model.encode(), out.encode(), ctypes.byref(params)):
+        raise SystemExit(f"llama.cpp cannot quantise {model} to {kind}")
+    return out
 
 
 def log_softmax(x):
@@ -50,16 +63,20 @@ def main():
     p.add_argument("--lora")
     p.add_argument("--adapter")
     p.add_argument("--kv", default="f32")
+    p.add_argument("--by-llama", help="a type such as q4_k_m: llama.cpp quantises the file to it first")
     p.add_argument("--limit", type=int, default=16)
     a = p.parse_args()
     texts = [json.loads(line)["text"] for line in open(a.rows)][: a.limit]
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as f:
-        f.writelines(json.dumps({"text": t}) + "\n" for t in texts)
-        f.flush()
-        mine = ours(a.model, f.name, a.dtype, a.adapter)
-    sequences = [[2] + ids for ids in ids_of(a.model, texts)]
-    theirs = peers(a.model, sequences, a.lora, a.kv)
-    print(json.dumps(compare(mine.reshape(theirs.shape), theirs)))
+    with tempfile.TemporaryDirectory() as d:
+        rows = os.path.join(d, "rows.jsonl")
+        with open(rows, "w") as f:
+            f.writelines(json.dumps({"text": t}) + "\n" for t in texts)
+        model = requantised(a.model, a.by_llama, d) if a.by_llama else a.model
+        mine = ours(model, rows, a.dtype, a.adapter)
+        sequences = [[2] + ids for ids in ids_of(model, texts)]
+        theirs = peers(model, sequences, a.lora, a.kv)
+        print(json.dumps(compare(mine.reshape(theirs.shape), theirs)))
 
 
-main()
+if __name__ == "__main__":
+    main()
