@@ -2,7 +2,7 @@
 
   python bench/decode.py FILE.gguf [--rounds N] [--prompt N] [--tokens N] [--depth N]
 
-Each round runs Lapidary, whose own probe reads memory just before and after, and then llama.cpp. Prints each round
+Each round runs Lapidary, whose own probe reads memory every few tokens, and then llama.cpp. Prints each round
 and the medians: tokens a second, ratios, share of the probed bandwidth, peak resident memory.
 """
 import argparse
@@ -63,7 +63,7 @@ def main():
                              str(a.tokens), "--depth", str(a.depth)])
         last, last_gb = run([sys.executable, "-c", PEER, a.model, str(a.prompt), str(a.tokens), str(a.depth), "0"])
         every, _ = run([sys.executable, "-c", PEER, a.model, str(a.prompt), "4", "0", "1"]) if a.prompt else ({"prefill": 0}, 0)
-        probe = sum(ours["probe_gb_per_s"]) / 2
+        probe = ours["probe_gb_per_s"]
         row = {"decode": ours["decode_tokens_per_s"], "decode llama.cpp": last["decode"],
                "bandwidth share": ours["decode_gb_per_s"] / probe, "probe GB/s": probe,
                "private GB": ours["private_gb"], "peak GB": ours_gb, "peak GB llama.cpp": last_gb}

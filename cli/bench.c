@@ -18,13 +18,30 @@ static double now(void) {
     return omp_get_wtime();
 }
 
-/* Bytes a second that all threads together read from memory, over half a second of passes through
- * what no cache holds: single passes are faster or slower by half. */
-static double read_rate(uint64_t *words, size_t count) {
-    memset(words, 1, count * sizeof *words); /* pages never written are all one page of zeros */
+/* Words that no cache holds, for measuring what memory gives. */
+typedef struct Probe {
+    Arena memory;
+    uint64_t *words;
+    size_t count;
+} Probe;
+
+static Status probe_open(Probe *p) {
+    p->count = (size_t)1 << 27;
+    TRY(arena_init(&p->memory, device_cpu(), p->count * sizeof *p->words, "the memory probe"));
+    p->words = (uint64_t *)p->memory.base;
+    memset(p->words, 1,
+           p->count * sizeof *p->words); /* pages never written are one page of zeros */
+    return OK;
+}
+
+/* Bytes a second that all threads together read from memory, over `seconds` of passes: single
+ * passes are faster or slower by half. */
+static double read_rate(Probe *p, double seconds) {
+    uint64_t *words = p->words;
+    size_t count = p->count;
     double start = now(), bytes = 0;
     uint64_t all = 0;
-    while (now() - start < 0.5) {
+    while (now() - start < seconds) {
         uint64_t total = 0;
 #pragma omp parallel for simd schedule(static) reduction(^ : total)
         for (size_t i = 0; i < count; i++) total ^= words[i];
@@ -153,13 +170,16 @@ static Status time_scoring(Model *m, const int32_t *ids, int64_t n, double *seco
     return status;
 }
 
+/* Tokens between two looks at memory, and how long one takes. */
+#define PROBE_TOKENS  8
+#define PROBE_SECONDS 0.1
+
 static Status bench_model(const ModelBench *b) {
     Model m;
     Decoder d = {0};
-    Arena memory = {0};
+    Probe probe = {0};
     Status status = OK;
-    size_t words = (size_t)1 << 27;
-    double prefill = 1e9, scoring = 0, decode = 0, before = 0, after = 0;
+    double prefill = 1e9, scoring = 0, decode = 0, reads = 0, used;
     DType kv = BF16;
     TRY(model_open(&m, b->model, NULL, "cpu", b->dtype, WEIGHTS_LOADED));
     int64_t vocab = m.g.config.vocab_size, n = b->prompt > b->depth ? b->prompt : b->depth;
@@ -181,24 +201,29 @@ static Status bench_model(const ModelBench *b) {
     TRY_DONE(decoder_init(&d, &m.g, b->depth + b->tokens + 8, 512, kv));
     if (b->depth) decoder_feed(&d, ids, b->depth, logits);
     decoder_feed(&d, ids, 4, logits);
-    TRY_DONE(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
-    before = read_rate((uint64_t *)memory.base, words);
-    arena_free(&memory);
-    double start = now();
-    for (int64_t i = 0; i < b->tokens; i++) decoder_feed(&d, ids + i % (n + 1), 1, logits);
-    decode = (now() - start) / (double)b->tokens;
-    double used = (double)process_private();
-    TRY_DONE(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
-    after = read_rate((uint64_t *)memory.base, words);
+    used = (double)process_private();
+    TRY_DONE(probe_open(&probe));
+    /* Memory is faster or slower from second to second: a few tokens, then a look at it, in turn.
+     */
+    reads = read_rate(&probe, PROBE_SECONDS);
+    for (int64_t i = 0; i < b->tokens; i += PROBE_TOKENS) {
+        int64_t end = i + PROBE_TOKENS < b->tokens ? i + PROBE_TOKENS : b->tokens;
+        double start = now();
+        for (int64_t k = i; k < end; k++) decoder_feed(&d, ids + k % (n + 1), 1, logits);
+        decode += now() - start;
+        reads += read_rate(&probe, PROBE_SECONDS);
+    }
+    decode /= (double)b->tokens;
+    reads /= 1 + (double)((b->tokens + PROBE_TOKENS - 1) / PROBE_TOKENS);
     double bytes = bytes_a_token(&m.g);
     printf(
         "{\"scoring_tokens_per_s\": %.1f, \"prefill_tokens_per_s\": %.1f, \"decode_tokens_per_s\": "
-        "%.2f, \"bytes_per_token\": %.0f, \"decode_gb_per_s\": %.2f, \"probe_gb_per_s\": [%.1f, "
-        "%.1f], \"private_gb\": %.3f}\n",
+        "%.2f, \"bytes_per_token\": %.0f, \"decode_gb_per_s\": %.2f, \"probe_gb_per_s\": %.2f, "
+        "\"private_gb\": %.3f}\n",
         b->prompt ? (double)b->prompt / scoring : 0, b->prompt ? (double)b->prompt / prefill : 0,
-        1 / decode, bytes, bytes / decode / 1e9, before / 1e9, after / 1e9, used / 1e9);
+        1 / decode, bytes, bytes / decode / 1e9, reads / 1e9, used / 1e9);
 done:
-    arena_free(&memory);
+    arena_free(&probe.memory);
     decoder_free(&d);
     free(ids);
     free(logits);
@@ -242,18 +267,15 @@ Status command_bench(int argc, char **argv) {
     if (b.prompt < 0 || b.tokens < 1 || b.depth < 0)
         FAIL(ERR_USAGE, "--prompt, --tokens or --depth is too small");
     if (b.model) return bench_model(&b);
-    size_t words = (size_t)1 << 27;
-    Arena memory;
-    TRY(arena_init(&memory, device_cpu(), words * 8, "the memory probe"));
-    double probe = read_rate((uint64_t *)memory.base, words);
+    Probe memory;
+    TRY(probe_open(&memory));
+    double probe = read_rate(&memory, 0.5);
     printf("level %s, %d threads, memory reads %.1f GB/s\n", cpu_level_name(),
            omp_get_max_threads(), probe / 1e9);
     Status status = OK;
     for (size_t i = 0; i < sizeof cases / sizeof *cases && status == OK; i++)
         if (!a.count || strstr(cases[i].name, a.positional[0])) status = run_case(&cases[i], probe);
-    if (status == OK)
-        printf("memory reads %.1f GB/s at the end\n",
-               read_rate((uint64_t *)memory.base, words) / 1e9);
-    arena_free(&memory);
+    if (status == OK) printf("memory reads %.1f GB/s at the end\n", read_rate(&memory, 0.5) / 1e9);
+    arena_free(&memory.memory);
     return status;
 }

@@ -23,6 +23,7 @@
 
 #define PREFETCH_BYTES 4608
 #define CACHE_BYTES    (320 * 1024) /* of tiles that are read again for the next rows */
+#define LEAST_GROUPS   4            /* of 16 weight rows that a thread takes at a time */
 
 /* ---- sixteen lanes: int32 sums, f32 totals, 64 weight bytes ---- */
 
@@ -516,6 +517,22 @@ static int64_t list_panels(Panel *panels, const Groups *g) {
     return count;
 }
 
+/* A thread's next share of `total` groups of weight rows, at most `most`: long runs while much is
+ * left, which memory likes, and short ones at the end, so that nobody waits long for the other. */
+static int64_t take(int64_t *next, int64_t total, int64_t most, int64_t *first) {
+    int64_t count, threads = omp_get_num_threads();
+    *first = __atomic_load_n(next, __ATOMIC_RELAXED);
+    do {
+        int64_t left = total - *first;
+        if (left <= 0) return 0;
+        count = left / (2 * threads);
+        count = count > most ? most : count < LEAST_GROUPS ? LEAST_GROUPS : count;
+        if (count > left) count = left;
+    } while (!__atomic_compare_exchange_n(next, first, *first + count, true, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    return count;
+}
+
 static void product(Tensor y, Tensor a, Tensor b, const Groups *g) {
     int64_t K = tensor_cols(a), M = tensor_rows(a), row_groups = tensor_cols(y) / TILE_HEIGHT;
     int bias = b.dtype == Q4_0_TILED ? 8 : BYTE_BIAS;
@@ -528,11 +545,7 @@ static void product(Tensor y, Tensor a, Tensor b, const Groups *g) {
     size_t bytes = (size_t)K / TILE_WIDTH * (bias == 8 ? sizeof(TileQ4_0) : sizeof(TileQ8_0));
     bool few = M <= 2; /* each thread rounds them for itself: cheaper than a barrier */
     bool prefetch = few && prefetch_pays();
-    int64_t run = (int64_t)(CACHE_BYTES / bytes),
-            most = row_groups * active / (4 * omp_get_max_threads());
-    if (run > most || few) run = most;
-    if (run < 1) run = 1;
-    int64_t runs = (row_groups + run - 1) / run;
+    int64_t most = few ? row_groups : (int64_t)(CACHE_BYTES / bytes) + 1, next = 0;
     double began = omp_get_wtime();
     float *shared = few ? NULL : thread_scratch(activation_floats(M, K));
 #pragma omp parallel
@@ -545,16 +558,16 @@ static void product(Tensor y, Tensor a, Tensor b, const Groups *g) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < panel_count; i++) quantize_panel(&x, &panels[i], a, bias);
         }
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < active * runs; item++) {
-            int64_t begin = item % runs * run,
-                    end = begin + run < row_groups ? begin + run : row_groups;
-            int64_t first = begins[item / runs], last = begins[item / runs + 1];
-            Tensor matrix = b.ndim == 3 ? tensor_at(b, panels[first].group) : b;
-            for (int64_t i = first; i < last; i++)
-                for (int64_t group = begin; group < end; group++)
-                    panel_product(y, matrix, group, &x, &panels[i], prefetch);
-        }
+        for (int64_t at, left; (left = take(&next, row_groups * active, most, &at));)
+            for (int64_t count; left; at += count, left -= count) { /* of one matrix */
+                int64_t begin = at % row_groups, matrix = at / row_groups;
+                count = row_groups - begin < left ? row_groups - begin : left;
+                int64_t first = begins[matrix], last = begins[matrix + 1];
+                Tensor w = b.ndim == 3 ? tensor_at(b, panels[first].group) : b;
+                for (int64_t i = first; i < last; i++)
+                    for (int64_t group = begin; group < begin + count; group++)
+                        panel_product(y, w, group, &x, &panels[i], prefetch);
+            }
     }
     if (few) trial_add(prefetch, bytes * (size_t)(row_groups * active), omp_get_wtime() - began);
 }
