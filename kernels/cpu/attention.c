@@ -69,8 +69,9 @@ static void load_keys(float *plain, float *transposed, Tensor k, const Shape *s,
                       int64_t first, int64_t count) {
     float buffer[512];
     for (int64_t j = 0; j < count; j++) {
-        const float *row = load_f32(buffer, k, ((first + j) * s->K + head) * s->C, s->C);
-        if (plain) memcpy(plain + j * s->C, row, (size_t)s->C * sizeof *row);
+        float *space = plain ? plain + j * s->C : buffer;
+        const float *row = load_f32(space, k, ((first + j) * s->K + head) * s->C, s->C);
+        if (plain && row != space) memcpy(space, row, (size_t)s->C * sizeof *row);
         if (transposed)
             for (int64_t c = 0; c < s->C; c++) transposed[c * TILE_KEYS + j] = row[c];
     }
@@ -103,6 +104,30 @@ static Running running_in(float *memory, const Shape *s, int64_t M) {
     return r;
 }
 
+/* score (M, TILE_KEYS) = query (M, C) keys (count, C)^T for the few rows of a single query: dot
+ * products along the keys as they lie, where turning them around would cost more than it saves. */
+static void dot_keys(float *score, const float *query, int64_t M, const float *keys, int64_t count,
+                     int64_t C) {
+    for (int64_t j = 0; j < TILE_KEYS; j++)
+        for (int64_t m = 0; m < M; m += 4) {
+            int64_t rows = M - m < 4 ? M - m : 4;
+            const float *key = keys + j * C, *a[4];
+            Vec sum[4] = {{0}};
+            for (int i = 0; i < 4; i++) a[i] = query + (m + (i < rows ? i : 0)) * C;
+            for (int64_t c = 0; j < count && c + LANES <= C; c += LANES) {
+                Vec x = *(const Vec *)(key + c);
+                for (int i = 0; i < 4; i++) sum[i] += *(const Vec *)(a[i] + c) * x;
+            }
+            for (int64_t i = 0; i < rows; i++) {
+                float total = 0;
+                for (int l = 0; l < LANES; l++) total += sum[i][l];
+                for (int64_t c = C / LANES * LANES; j < count && c < C; c++)
+                    total += a[i][c] * key[c];
+                score[(m + i) * TILE_KEYS + j] = total;
+            }
+        }
+}
+
 /* Keys begin .. end - 1, begin at a tile, added to the rows of a block, which start from nothing.
  */
 static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Tensor q, Tensor k,
@@ -113,10 +138,15 @@ static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Ten
     for (int64_t m = 0; m < m_count; m++) r->top[m] = -INFINITY, r->total[m] = 0;
     for (int64_t key = begin; key < end; key += TILE_KEYS) {
         int64_t count = s->S - key < TILE_KEYS ? s->S - key : TILE_KEYS;
-        load_keys(NULL, r->keys, k, s, head, key, count);
         load_keys(r->values, NULL, v, s, head, key, count);
-        tile_product(m_count, TILE_KEYS, s->C, r->query, s->C, 1, r->keys, TILE_KEYS, r->score,
-                     TILE_KEYS, false);
+        if (s->N == 1) {
+            load_keys(r->keys, NULL, k, s, head, key, count);
+            dot_keys(r->score, r->query, m_count, r->keys, count, s->C);
+        } else {
+            load_keys(NULL, r->keys, k, s, head, key, count);
+            tile_product(m_count, TILE_KEYS, s->C, r->query, s->C, 1, r->keys, TILE_KEYS, r->score,
+                         TILE_KEYS, false);
+        }
         for (int64_t m = 0; m < m_count; m++) {
             int64_t n = b->begin + m / s->group;
             int64_t low = from[n] > key ? from[n] - key : 0;
