@@ -20,6 +20,7 @@ static void read_q4_0(float *out, const BlockQ4_0 *b) {
 
 static void read_q8_0(float *out, const BlockQ8_0 *b) {
     float d = f16_to_f32(b->d);
+#pragma omp simd
     for (int j = 0; j < 32; j++) out[j] = d * (float)b->qs[j];
 }
 
@@ -173,6 +174,12 @@ static void read_unit(float *out, Tensor t, int64_t first) {
 
 void CPU(load_packed)(float *out, Tensor t, int64_t first, int64_t n) {
     int64_t unit = unit_of(t.dtype);
+    if (first % 32 == 0) { /* keys and values come in whole blocks, one behind the other */
+        for (; t.dtype == Q8_0 && n >= 32; out += 32, first += 32, n -= 32)
+            read_q8_0(out, (const BlockQ8_0 *)t.data + first / 32);
+        for (; t.dtype == Q4_0 && n >= 32; out += 32, first += 32, n -= 32)
+            read_q4_0(out, (const BlockQ4_0 *)t.data + first / 32);
+    }
     while (n > 0) {
         int64_t skip = first % unit, count = unit - skip < n ? unit - skip : n;
         if (count == unit) {
