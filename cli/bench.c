@@ -29,8 +29,8 @@ static Status probe_open(Probe *p) {
     p->count = (size_t)1 << 27;
     TRY(arena_init(&p->memory, device_cpu(), p->count * sizeof *p->words, "the memory probe"));
     p->words = (uint64_t *)p->memory.base;
-    memset(p->words, 1,
-           p->count * sizeof *p->words); /* pages never written are one page of zeros */
+    /* Pages never written are all one page of zeros. */
+    memset(p->words, 1, p->count * sizeof *p->words);
     return OK;
 }
 
@@ -203,8 +203,7 @@ static Status bench_model(const ModelBench *b) {
     decoder_feed(&d, ids, 4, logits);
     used = (double)process_private();
     TRY_DONE(probe_open(&probe));
-    /* Memory is faster or slower from second to second: a few tokens, then a look at it, in turn.
-     */
+    /* Memory's speed changes from second to second: a few tokens and a look at it take turns. */
     reads = read_rate(&probe, PROBE_SECONDS);
     for (int64_t i = 0; i < b->tokens; i += PROBE_TOKENS) {
         int64_t end = i + PROBE_TOKENS < b->tokens ? i + PROBE_TOKENS : b->tokens;

@@ -85,8 +85,7 @@ static void add_piece(Saving *s, const Param *p, Piece piece, const char *name, 
 /* The modules of a matrix: itself, or of every expert its own. */
 static void add_modules(Saving *s, const Param *p, Piece piece) {
     char name[PARAM_NAME_MAX + 32];
-    size_t base =
-        (size_t)(strrchr(p->name, '.') - p->name); /* without .weight, or the fused name */
+    size_t base = (size_t)(strrchr(p->name, '.') - p->name); /* leaves .weight or the fused name */
     if (p->value.ndim == 2) {
         snprintf(name, sizeof name, "%.*s", (int)base, p->name);
         add_piece(s, p, piece, name, 0, p->value.shape[0]);

@@ -99,8 +99,10 @@ static void adapt_rounding(Gemma *g, const RunConfig *config) {
     g->per_layer_input.fake = &g->fake;
 }
 
-/* Factors for the scales of what is trained: weights, or their sums with adapters. */
-static void adapt_scales(Gemma *g) {
+/* Factors for the scales of what is trained, if they shall be learned: of weights, or of their sums
+ * with adapters. */
+static void adapt_scales(Gemma *g, const RunConfig *config) {
+    if (!method_rounds(config->method) || !config->quant.learned_scale) return;
     for (Linear *l = g->linears.first; l; l = l->next)
         if (l->fake && (l->weight->trainable || l->lora)) linear_learn_scales(l, &g->params);
 }
@@ -117,7 +119,7 @@ Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
     if (method_rounds(config->method)) adapt_rounding(g, config);
     if (!method_has_adapter(config->method)) {
         adapt_full(g, config);
-        if (method_rounds(config->method) && config->quant.learned_scale) adapt_scales(g);
+        adapt_scales(g, config);
         return OK;
     }
     Status status = OK;
@@ -134,7 +136,7 @@ Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
     for (Linear *l = g->linears.first; l; l = l->next) /* dropout masks differ from seed to seed */
         if (l->lora) l->lora->key ^= (uint64_t)config->seed * 0x9e3779b97f4a7c15u;
     if (config->method == METHOD_QLORA) adapt_base(g, config);
-    if (method_rounds(config->method) && config->quant.learned_scale) adapt_scales(g);
+    adapt_scales(g, config);
 done:
     if (status != OK) adapter_spec_free(spec);
     return status;

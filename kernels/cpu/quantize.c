@@ -80,6 +80,10 @@ static void read_nf4(float *out, const uint8_t *qs, float absmax) {
     }
 }
 
+static void read_dynamic8(float *out, const BlockDynamic8 *b, const float *levels) {
+    for (int i = 0; i < DYNAMIC_BLOCK; i++) out[i] = b->absmax * levels[b->codes[i]];
+}
+
 /* 64 columns of one row of a tile. */
 static void read_tile_q4_0(float *out, const TileQ4_0 *t, int row) {
     uint8_t quads[32];
@@ -123,70 +127,69 @@ static int64_t unit_of(DType dtype) {
     }
 }
 
-/* The unit that begins at element `first`. */
-static void read_unit(float *out, Tensor t, int64_t first) {
-    int64_t cols = tensor_cols(t), block = first / unit_of(t.dtype);
-    switch (t.dtype) {
+#define FOR_UNITS(Block, statement)                                                                \
+    for (int64_t i = 0; i < count; i++, out += size) {                                             \
+        const Block *b = (const Block *)t->data + unit + i;                                        \
+        statement;                                                                                 \
+    }                                                                                              \
+    break
+
+/* `count` units from `unit` on, each of `size` elements. */
+static void read_units(float *out, const Tensor *t, int64_t unit, int64_t count, int64_t size) {
+    switch (t->dtype) {
     case Q4_0:
-        read_q4_0(out, (const BlockQ4_0 *)t.data + block);
-        break;
+        FOR_UNITS(BlockQ4_0, read_q4_0(out, b));
     case Q8_0:
-        read_q8_0(out, (const BlockQ8_0 *)t.data + block);
-        break;
+        FOR_UNITS(BlockQ8_0, read_q8_0(out, b));
     case Q4_K:
-        read_q4_k(out, (const BlockQ4_K *)t.data + block);
-        break;
+        FOR_UNITS(BlockQ4_K, read_q4_k(out, b));
     case Q5_K:
-        read_q5_k(out, (const BlockQ5_K *)t.data + block);
-        break;
+        FOR_UNITS(BlockQ5_K, read_q5_k(out, b));
     case Q6_K:
-        read_q6_k(out, (const BlockQ6_K *)t.data + block);
-        break;
-    case NF4: {
-        const BlockNF4 *b = (const BlockNF4 *)t.data + block;
-        read_nf4(out, b->qs, b->absmax);
-        break;
-    }
+        FOR_UNITS(BlockQ6_K, read_q6_k(out, b));
+    case NF4:
+        FOR_UNITS(BlockNF4, read_nf4(out, b->qs, b->absmax));
     case NF4_NESTED: {
-        int64_t at = block + t.origin / 64;
-        const BlockNF4Nested *b = (const BlockNF4Nested *)t.data + at / 256;
-        float level = dynamic_levels(true)[b->absmax[at % 256]];
-        read_nf4(out, b->qs[at % 256], level * b->scale + b->offset);
+        const float *levels = dynamic_levels(true);
+        for (int64_t i = 0; i < count; i++, out += size) {
+            int64_t at = unit + i + t->origin / 64;
+            const BlockNF4Nested *b = (const BlockNF4Nested *)t->data + at / 256;
+            read_nf4(out, b->qs[at % 256], levels[b->absmax[at % 256]] * b->scale + b->offset);
+        }
         break;
     }
     case DYNAMIC8:
     case DYNAMIC8_UNSIGNED: {
-        const BlockDynamic8 *b = (const BlockDynamic8 *)t.data + block;
-        const float *levels = dynamic_levels(t.dtype == DYNAMIC8);
-        for (int i = 0; i < DYNAMIC_BLOCK; i++) out[i] = b->absmax * levels[b->codes[i]];
-        break;
+        const float *levels = dynamic_levels(t->dtype == DYNAMIC8);
+        FOR_UNITS(BlockDynamic8, read_dynamic8(out, b, levels));
     }
     case Q4_0_TILED:
-        read_tile_q4_0(out, tile_at(t, first / cols, first % cols), (int)(first / cols % 16));
-        break;
     case Q8_0_TILED:
-        read_tile_q8_0(out, tile_at(t, first / cols, first % cols), (int)(first / cols % 16));
+        for (int64_t i = 0; i < count; i++, out += size) {
+            int64_t first = (unit + i) * size, row = first / tensor_cols(*t);
+            const void *tile = tile_at(*t, row, first % tensor_cols(*t));
+            if (t->dtype == Q4_0_TILED)
+                read_tile_q4_0(out, tile, (int)(row % TILE_HEIGHT));
+            else
+                read_tile_q8_0(out, tile, (int)(row % TILE_HEIGHT));
+        }
         break;
     default:
-        CHECK(false, "cannot read %s", dtype_name(t.dtype));
+        CHECK(false, "cannot read %s", dtype_name(t->dtype));
     }
 }
 
 void CPU(load_packed)(float *out, Tensor t, int64_t first, int64_t n) {
-    int64_t unit = unit_of(t.dtype);
-    if (first % 32 == 0) { /* keys and values come in whole blocks, one behind the other */
-        for (; t.dtype == Q8_0 && n >= 32; out += 32, first += 32, n -= 32)
-            read_q8_0(out, (const BlockQ8_0 *)t.data + first / 32);
-        for (; t.dtype == Q4_0 && n >= 32; out += 32, first += 32, n -= 32)
-            read_q4_0(out, (const BlockQ4_0 *)t.data + first / 32);
-    }
+    int64_t size = unit_of(t.dtype);
     while (n > 0) {
-        int64_t skip = first % unit, count = unit - skip < n ? unit - skip : n;
-        if (count == unit) {
-            read_unit(out, t, first);
-        } else { /* part of a unit */
+        int64_t unit = first / size, skip = first % size, count = size - skip;
+        if (skip == 0 && n >= size) { /* whole units, as many as there are */
+            count = n / size * size;
+            read_units(out, &t, unit, n / size, size);
+        } else { /* part of one */
             float whole[UNIT_MAX];
-            read_unit(whole, t, first - skip);
+            if (count > n) count = n;
+            read_units(whole, &t, unit, 1, size);
             memcpy(out, whole + skip, (size_t)count * sizeof *out);
         }
         out += count;
