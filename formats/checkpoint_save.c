@@ -38,6 +38,7 @@ typedef struct Saving {
     int count, capacity;
     const Param *unpacked; /* whose blocks are in file order below */
     uint8_t *blocks;
+    uint8_t *scales; /* of the module whose codes were just written: its scales come next */
 } Saving;
 
 /* ---- what goes into the folder ---- */
@@ -82,13 +83,20 @@ static void add_piece(Saving *s, const Param *p, Piece piece, const char *name, 
                                      : cols;
 }
 
+/* The shape of a module, or its codes and, right behind them, their scales. */
+static void add_module(Saving *s, const Param *p, bool shape, const char *name, int64_t first,
+                       int64_t rows) {
+    add_piece(s, p, shape ? SHAPE : CODES, name, first, rows);
+    if (!shape) add_piece(s, p, SCALES, name, first, rows);
+}
+
 /* The modules of a matrix: itself, or of every expert its own. */
-static void add_modules(Saving *s, const Param *p, Piece piece) {
+static void add_modules(Saving *s, const Param *p, bool shape) {
     char name[PARAM_NAME_MAX + 32];
     size_t base = (size_t)(strrchr(p->name, '.') - p->name); /* leaves .weight or the fused name */
     if (p->value.ndim == 2) {
         snprintf(name, sizeof name, "%.*s", (int)base, p->name);
-        add_piece(s, p, piece, name, 0, p->value.shape[0]);
+        add_module(s, p, shape, name, 0, p->value.shape[0]);
         return;
     }
     bool pairs = strstr(p->name, ".gate_up_proj") != NULL;
@@ -96,7 +104,7 @@ static void add_modules(Saving *s, const Param *p, Piece piece) {
     for (int64_t row = 0; row < p->value.shape[0] * out; row += rows) {
         const char *part = !pairs ? "down_proj" : row / rows % 2 ? "up_proj" : "gate_proj";
         snprintf(name, sizeof name, "%.*s.%d.%s", (int)base, p->name, (int)(row / out), part);
-        add_piece(s, p, piece, name, row, rows);
+        add_module(s, p, shape, name, row, rows);
     }
 }
 
@@ -106,16 +114,18 @@ static bool in_codes(const Saving *s, const Param *p) {
            fake_quant_fits(&fake, tensor_cols(p->value));
 }
 
-/* Wider elements come first, so that each is aligned. K and V that no layer uses go into dense
- * folders only: no loader of the others wants them. */
+/* Shapes, then codes with their scales, then what is dense: each is aligned so. K and V that no
+ * layer uses go into dense folders only: no loader of the others wants them. */
 static Status list_items(Saving *s) {
-    static const Piece order[] = {SHAPE, CODES, DENSE, SCALES};
-    for (int k = 0; k < 4; k++)
+    enum { SHAPES, MODULES, REST };
+    for (int pass = s->scheme == SCHEME_INT4 ? SHAPES : MODULES; pass <= REST; pass++)
         for (int i = 0; i < s->g->params.count; i++) {
             const Param *p = s->g->params.items[i];
-            if (p->adapter || (order[k] == SHAPE && s->scheme != SCHEME_INT4)) continue;
-            if (in_codes(s, p) && order[k] != DENSE) add_modules(s, p, order[k]);
-            if (!in_codes(s, p) && order[k] == DENSE) add_dense(s, p);
+            if (p->adapter || in_codes(s, p) != (pass != REST)) continue;
+            if (pass == REST)
+                add_dense(s, p);
+            else
+                add_modules(s, p, pass == SHAPES);
         }
     for (int i = 0; i < s->source->count; i++) {
         const CheckpointTensor *t = &s->source->tensors[i];
@@ -243,25 +253,28 @@ static int64_t rows_at_once(int64_t cols) {
     return cols > BLOCK ? 1 : BLOCK / (cols ? cols : 1) + 1;
 }
 
-static Status write_piece(Saving *s, SafetensorsWriter *w, const Item *item) {
+/* The codes of a module; its scales are kept. */
+static Status write_codes(Saving *s, SafetensorsWriter *w, const Item *item) {
     int64_t block = rows_at_once(item->cols), wide = item->cols / 32;
-    int64_t each = item->piece == SCALES && s->scheme == SCHEME_INT8 ? wide : 1;
-    size_t bytes = dtype_block(scheme_dtype(s->scheme)).bytes;
+    int64_t each = scheme_block(s->scheme, item->cols) / 32; /* blocks that share a scale */
+    size_t bytes = dtype_block(scheme_dtype(s->scheme)).bytes, scales = 0;
+    s->scales = must_realloc(s->scales, (size_t)(item->rows * wide / each) * 2);
     float *values = must_malloc((size_t)(block * item->cols) * sizeof *values);
     uint8_t *blocks = must_malloc((size_t)(block * wide) * bytes),
             *out = must_malloc((size_t)(block * item->cols));
     Status status = OK;
-    for (int64_t done = 0; done < item->rows && status == OK; done += block) {
-        int64_t n = item->rows - done < block ? item->rows - done : block;
+    for (int64_t row = 0; row < item->rows; row += block) {
+        int64_t n = item->rows - row < block ? item->rows - row : block;
         size_t size = 0;
-        status = make_blocks(s, item->p, item->first + done, n, values, blocks);
-        for (int64_t b = 0; b < n * wide; b += each) {
+        TRY_DONE(make_blocks(s, item->p, item->first + row, n, values, blocks));
+        for (int64_t b = 0; b < n * wide; b++) {
             const uint8_t *from = blocks + (size_t)b * bytes;
-            size += item->piece == SCALES ? put_scale(out + size, from)
-                                          : put_codes(out + size, from, s->scheme);
+            size += put_codes(out + size, from, s->scheme);
+            if (b % each == 0) scales += put_scale(s->scales + scales, from);
         }
-        if (status == OK) status = safetensors_write(w, out, size);
+        TRY_DONE(safetensors_write(w, out, size));
     }
+done:
     free(values);
     free(blocks);
     free(out);
@@ -300,7 +313,8 @@ static Status write_item(SafetensorsWriter *w, const ShardItem *shard, void *con
         int64_t shape[] = {item->rows, item->cols};
         return safetensors_write(w, shape, sizeof shape);
     }
-    status = item->piece == DENSE ? write_dense(s, w, item) : write_piece(s, w, item);
+    if (item->piece == SCALES) return safetensors_write(w, s->scales, shard->size);
+    status = item->piece == DENSE ? write_dense(s, w, item) : write_codes(s, w, item);
     checkpoint_release(s->source, item->p);
     return status;
 }
@@ -383,5 +397,6 @@ done:
     free(shards);
     free(s.items);
     free(s.blocks);
+    free(s.scales);
     return status;
 }
