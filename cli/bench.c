@@ -1,7 +1,7 @@
 /* bench.c - lapidary bench: kernels, or a model's prefill and decoding, on this machine against the
  * limits it shows in the same run. */
 #include "cli/command.h"
-#include "infer/decoder.h"
+#include "infer/engine.h"
 #include "infer/model.h"
 #include "kernels/arena.h"
 #include "kernels/matmul.h"
@@ -131,7 +131,7 @@ done:
 
 typedef struct ModelBench {
     const char *model, *dtype, *kv;
-    int64_t prompt, tokens, depth;
+    int64_t prompt, tokens, depth, sequences;
 } ModelBench;
 
 /* Bytes of weights that one decoded token reads: every matrix but the per-layer table, and of the
@@ -170,37 +170,52 @@ static Status time_scoring(Model *m, const int32_t *ids, int64_t n, double *seco
     return status;
 }
 
+/* An engine with so many sequences: prompts of n tokens, and answers that nothing stops. */
+static Status start_engine(Engine *e, Sequence **s, Model *m, int64_t sequences, const int32_t *ids,
+                           int64_t n, int64_t answer, DType kv) {
+    EngineOptions options = {.sequences = sequences,
+                             .tokens = sequences * (n + answer + PAGE_KEYS),
+                             .chunk = 512,
+                             .kv = kv};
+    Request request = {.ids = ids,
+                       .count = n,
+                       .sampling = {.max_tokens = answer, .top_p = 1, .repetition_penalty = 1}};
+    TRY(engine_init(e, &m->g, m->tokenizer, &options));
+    Status status = OK;
+    for (int64_t i = 0; i < sequences && status == OK; i++) status = engine_submit(e, s, &request);
+    return status;
+}
+
 /* Tokens between two looks at memory, and how long one takes. */
 #define PROBE_TOKENS  8
 #define PROBE_SECONDS 0.1
 
 static Status bench_model(const ModelBench *b) {
     Model m;
-    Decoder d = {0};
+    Engine e = {0};
+    Sequence *sequence = NULL;
     Probe probe = {0};
     Status status = OK;
     double prefill = 1e9, scoring = 0, decode = 0, reads = 0, used;
     DType kv = BF16;
     TRY(model_open(&m, b->model, NULL, "cpu", b->dtype, WEIGHTS_LOADED));
     int64_t vocab = m.g.config.vocab_size, n = b->prompt > b->depth ? b->prompt : b->depth;
-    int32_t *ids = must_malloc((size_t)(n + 1) * sizeof *ids);
-    float *logits = must_malloc((size_t)vocab * sizeof *logits);
-    for (int64_t i = 0; i <= n; i++)
+    int32_t *ids = must_malloc((size_t)(n + 4) * sizeof *ids);
+    for (int64_t i = 0; i < n + 4; i++)
         ids[i] = (int32_t)(3 + random_u64(9, (uint64_t)i) % (uint64_t)(vocab - 3));
     TRY_DONE(kv_dtype(&kv, &m.g, b->kv));
     if (b->prompt) {
         TRY_DONE(time_scoring(&m, ids, b->prompt, &scoring));
         for (int pass = 0; pass < 3; pass++) {
-            TRY_DONE(decoder_init(&d, &m.g, b->prompt + 1, 512, kv));
+            TRY_DONE(start_engine(&e, &sequence, &m, 1, ids, b->prompt, 1, kv));
             double start = now();
-            decoder_feed(&d, ids, b->prompt, logits);
+            while (sequence->ending == ENDING_NONE) engine_step(&e);
             if (now() - start < prefill) prefill = now() - start;
-            decoder_free(&d);
+            engine_free(&e);
         }
     }
-    TRY_DONE(decoder_init(&d, &m.g, b->depth + b->tokens + 8, 512, kv));
-    if (b->depth) decoder_feed(&d, ids, b->depth, logits);
-    decoder_feed(&d, ids, 4, logits);
+    TRY_DONE(start_engine(&e, &sequence, &m, b->sequences, ids, b->depth + 4, b->tokens + 1, kv));
+    while (sequence_answered(sequence) == 0) engine_step(&e);
     used = (double)process_private();
     TRY_DONE(probe_open(&probe));
     /* Memory's speed changes from second to second: a few tokens and a look at it take turns. */
@@ -208,7 +223,7 @@ static Status bench_model(const ModelBench *b) {
     for (int64_t i = 0; i < b->tokens; i += PROBE_TOKENS) {
         int64_t end = i + PROBE_TOKENS < b->tokens ? i + PROBE_TOKENS : b->tokens;
         double start = now();
-        for (int64_t k = i; k < end; k++) decoder_feed(&d, ids + k % (n + 1), 1, logits);
+        for (int64_t k = i; k < end; k++) engine_step(&e);
         decode += now() - start;
         reads += read_rate(&probe, PROBE_SECONDS);
     }
@@ -220,12 +235,11 @@ static Status bench_model(const ModelBench *b) {
         "%.2f, \"bytes_per_token\": %.0f, \"decode_gb_per_s\": %.2f, \"probe_gb_per_s\": %.2f, "
         "\"private_gb\": %.3f}\n",
         b->prompt ? (double)b->prompt / scoring : 0, b->prompt ? (double)b->prompt / prefill : 0,
-        1 / decode, bytes, bytes / decode / 1e9, reads / 1e9, used / 1e9);
+        (double)b->sequences / decode, bytes, bytes / decode / 1e9, reads / 1e9, used / 1e9);
 done:
     arena_free(&probe.memory);
-    decoder_free(&d);
+    engine_free(&e);
     free(ids);
-    free(logits);
     model_close(&m);
     return status;
 }
@@ -245,12 +259,13 @@ Status command_bench(int argc, char **argv) {
         {"train, backward: 512 rows, q4_0", Q4_0_TILED, NN, 512, false},
         {"train, backward: 512 rows, nf4", NF4_NESTED, NN, 512, false},
     };
-    ModelBench b = {.dtype = "bf16", .prompt = 512, .tokens = 64};
+    ModelBench b = {.dtype = "bf16", .prompt = 512, .tokens = 64, .sequences = 1};
     Option options[] = {
         {"--model", OPTION_TEXT, &b.model, "DIR  time this model's prefill and decoding instead"},
         {"--prompt", OPTION_INT, &b.prompt, "N  tokens of prefill (512)"},
         {"--tokens", OPTION_INT, &b.tokens, "N  tokens decoded (64)"},
         {"--depth", OPTION_INT, &b.depth, "N  tokens already there when decoding starts (0)"},
+        {"--sequences", OPTION_INT, &b.sequences, "N  decoded side by side (1)"},
         {"--dtype", OPTION_TEXT, &b.dtype, "bf16|f32  (bf16)"},
         {"--kv", OPTION_TEXT, &b.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {NULL, OPTION_FLAG, NULL, NULL}};
@@ -263,8 +278,8 @@ Status command_bench(int argc, char **argv) {
                    .most = 1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
-    if (b.prompt < 0 || b.tokens < 1 || b.depth < 0)
-        FAIL(ERR_USAGE, "--prompt, --tokens or --depth is too small");
+    if (b.prompt < 0 || b.tokens < 1 || b.depth < 0 || b.sequences < 1 || b.sequences > 512)
+        FAIL(ERR_USAGE, "--prompt, --tokens, --depth or --sequences is out of range");
     if (b.model) return bench_model(&b);
     Probe memory;
     TRY(probe_open(&memory));

@@ -50,49 +50,23 @@ static Status make_prompt(Prompt *p, Model *m, const char *text, const char *for
     return OK;
 }
 
-/* Tokens are shown as they come; a run of byte tokens waits until it ends. */
-typedef struct Shown {
-    Model *model;
-    Tokens all;
-    size_t written;
-} Shown;
-
-static void write_new(Shown *s, bool last) {
-    Text text = {0};
-    tokenizer_decode(s->model->tokenizer, &text, s->all.ids, s->all.count, false);
-    size_t end = text.size;
-    while (!last && end >= 3 && end > s->written &&
-           !memcmp(text.bytes + end - 3, "\xef\xbf\xbd", 3))
-        end -= 3;
-    if (end > s->written) fwrite(text.bytes + s->written, 1, end - s->written, stdout);
-    s->written = end > s->written ? end : s->written;
+/* The text that is new since the last call. */
+static void show_token(void *context, Sequence *s) {
+    size_t *shown = context;
+    fwrite(s->stream.text.bytes + *shown, 1, s->text_size - *shown, stdout);
+    *shown = s->text_size;
     fflush(stdout);
-    text_free(&text);
 }
 
-static void show_token(void *context, int32_t id) {
-    Shown *s = context;
-    tokens_add(&s->all, id);
-    write_new(s, false);
-}
-
-static void print_json(Model *m, const Tokens *out, const Sampling *s, const Prompt *prompt,
-                       bool raw) {
-    Text line = {0}, text = {0};
-    int64_t count = out->count;
-    for (int k = 0; count && k < s->stop_count; k++)
-        if (out->ids[count - 1] == s->stops[k]) {
-            count--;
-            break;
-        }
-    tokenizer_decode(m->tokenizer, &text, out->ids, count, false);
+static void print_json(const Tokens *ids, const Text *text, const Prompt *prompt, bool raw) {
+    Text line = {0};
     text_adds(&line, "{\"ids\": ");
-    text_add_ids(&line, out);
+    text_add_ids(&line, ids);
     text_adds(&line, ", \"text\": ");
-    text_add_json_string(&line, (Slice){text.bytes, text.size});
+    text_add_json_string(&line, (Slice){text->bytes, text->size});
     if (!raw) {
         json_t *message = answer_parse((Slice){prompt->text.bytes, prompt->text.size},
-                                       (Slice){text.bytes, text.size}, NULL);
+                                       (Slice){text->bytes, text->size}, NULL);
         text_adds(&line, ", \"message\": ");
         text_add_json(&line, message);
         json_decref(message);
@@ -100,7 +74,6 @@ static void print_json(Model *m, const Tokens *out, const Sampling *s, const Pro
     text_adds(&line, "}");
     printf("%s\n", line.bytes);
     text_free(&line);
-    text_free(&text);
 }
 
 Status command_generate(int argc, char **argv) {
@@ -108,7 +81,7 @@ Status command_generate(int argc, char **argv) {
     const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16", *format = "auto",
                *tools = NULL;
     bool raw = false, think = false, json = false;
-    double temperature = NAN, top_p = NAN;
+    double temperature = NAN, top_p = NAN, min_p = NAN, penalty = NAN;
     int64_t top_k = -1, seed = -1, max_tokens = -1;
     OptionList media = {0};
     Option options[] = {
@@ -123,6 +96,8 @@ Status command_generate(int argc, char **argv) {
         {"--temperature", OPTION_REAL, &temperature, "X  0 is greedy"},
         {"--top-k", OPTION_INT, &top_k, "N"},
         {"--top-p", OPTION_REAL, &top_p, "X"},
+        {"--min-p", OPTION_REAL, &min_p, "X  least share of the best token's probability"},
+        {"--repetition-penalty", OPTION_REAL, &penalty, "X  1 is none"},
         {"--seed", OPTION_INT, &seed, "N  (42)"},
         {"--kv", OPTION_TEXT, &kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {"--max-tokens", OPTION_INT, &max_tokens, "N  (1024)"},
@@ -140,8 +115,9 @@ Status command_generate(int argc, char **argv) {
     Model m;
     Sampling s;
     Prompt prompt = {0};
-    Tokens out = {0};
-    Shown shown = {.model = &m};
+    Tokens ids = {0};
+    Text text = {0};
+    size_t shown = 0;
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
@@ -153,21 +129,20 @@ Status command_generate(int argc, char **argv) {
     TRY_DONE(sampling_load(&s, &m));
     if (!isnan(temperature)) s.temperature = temperature;
     if (!isnan(top_p)) s.top_p = top_p;
+    if (!isnan(min_p)) s.min_p = min_p;
+    if (!isnan(penalty)) s.repetition_penalty = penalty;
     if (top_k >= 0) s.top_k = top_k;
     if (seed >= 0) s.seed = (uint64_t)seed;
     if (max_tokens >= 0) s.max_tokens = max_tokens;
-    s.kv = kv;
     TRY_DONE(make_prompt(&prompt, &m, a.positional[0], format, tools, raw, think));
-    TRY_DONE(generate(&m, &prompt.ids, &s, &out, json ? NULL : show_token, &shown));
-    if (json) {
-        print_json(&m, &out, &s, &prompt, raw);
-    } else {
-        write_new(&shown, true);
+    TRY_DONE(generate(&m, &prompt.ids, &s, kv, &ids, &text, json ? NULL : show_token, &shown));
+    if (json)
+        print_json(&ids, &text, &prompt, raw);
+    else
         putchar('\n');
-    }
 done:
-    tokens_free(&out);
-    tokens_free(&shown.all);
+    tokens_free(&ids);
+    text_free(&text);
     tokens_free(&prompt.ids);
     text_free(&prompt.text);
     model_close(&m);

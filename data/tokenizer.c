@@ -421,6 +421,10 @@ static int byte_of(const Tokenizer *t, int32_t id) {
     return t->bytes[value] == id ? value : -1;
 }
 
+bool tokenizer_is_byte(const Tokenizer *t, int32_t id) {
+    return id >= 0 && id < t->size && t->text[id].bytes && !t->special[id] && byte_of(t, id) >= 0;
+}
+
 static void end_run(Text *out, Text *run) {
     if (run->size && utf8_valid(run->bytes, run->size))
         text_add(out, run->bytes, run->size);

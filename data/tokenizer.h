@@ -36,6 +36,9 @@ const char *tokenizer_hash(const Tokenizer *t);
 int32_t tokenizer_find(const Tokenizer *t, const char *text);
 bool tokenizer_is_special(const Tokenizer *t, int32_t id);
 
+/* Whether the id stands for one byte of a text: only runs of them that are UTF-8 are text. */
+bool tokenizer_is_byte(const Tokenizer *t, int32_t id);
+
 /* Appends the ids of valid UTF-8 text. `literal`: ascending ranges without added tokens. With
  * `ends` the byte after each token is kept too. */
 void tokenizer_encode(const Tokenizer *t, Tokens *out, const char *text, size_t size,

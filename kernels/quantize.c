@@ -13,6 +13,14 @@ void quantize(Tensor packed, Tensor x) {
     ON_DEVICE(packed, quantize)(packed, x);
 }
 
+void store_rows(Tensor y, Tensor x, Tensor rows) {
+    CHECK(y.ndim == x.ndim && tensor_count(rows) == x.shape[0] &&
+              tensor_count(x) / x.shape[0] == tensor_count(y) / y.shape[0] &&
+              (y.dtype == x.dtype || y.dtype == Q4_0 || y.dtype == Q8_0),
+          "store_rows: %s into %s", tensor_text(x), tensor_text(y));
+    ON_DEVICE(y, store_rows)(y, x, rows);
+}
+
 void repack(Tensor y, Tensor x) {
     CHECK(tensor_count(y) == tensor_count(x) && tensor_cols(y) == tensor_cols(x) &&
               dtype_untiled(y.dtype) == dtype_untiled(x.dtype),

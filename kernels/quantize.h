@@ -14,6 +14,12 @@
  *   packed, x   (..., K), x f32 | bf16 | f16, finite */
 KERNEL(quantize, Tensor packed, Tensor x);
 
+/* y[rows[n]] = x[n], rounded as `quantize` rounds where y is packed: keys and values into a cache.
+ *   y     (S, ...)  f32 | bf16 | Q4_0 | Q8_0, not tiled
+ *   x     (N, ...)  f32 | bf16; y's dtype unless that is packed
+ *   rows  (N)       i32 in [0, S), distinct */
+KERNEL(store_rows, Tensor y, Tensor x, Tensor rows);
+
 /* y = x between file order and tiled order of Q4_0 and Q8_0; no bit of a block changes. */
 KERNEL(repack, Tensor y, Tensor x);
 

@@ -54,25 +54,24 @@ void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Te
     norm_forward(&a->q_norm, s->q, s->q_rstd, s->q_raw, tensor_absent());
     rope_forward(s->q, s->q, cos, sin);
     if (c->owns_kv) {
-        Tensor k_slot = tensor_slice(slot->k, slot->length, rows->count),
-               v_slot = tensor_slice(slot->v, slot->length, rows->count);
-        bool packed = dtype_is_packed(slot->k.dtype);
+        bool paged = tensor_present(rows->sequence);
         size_t mark = arena_mark(p->scratch);
-        Tensor k = packed ? arena_like(p->scratch, s->k_raw) : k_slot;
-        Tensor v = packed ? arena_like(p->scratch, s->v_raw) : v_slot;
+        Tensor k = paged ? arena_like(p->scratch, s->k_raw) : slot->k;
+        Tensor v = paged ? arena_like(p->scratch, s->v_raw) : slot->v;
         linear_forward(&a->k_proj, flat(s->k_raw), x, p);
         if (!c->v_from_k) linear_forward(&a->v_proj, flat(s->v_raw), x, p);
         norm_forward(&a->k_norm, k, s->k_rstd, s->k_raw, tensor_absent());
         rope_forward(k, k, cos, sin);
         norm_forward(&a->v_norm, v, s->v_rstd, s->v_raw, tensor_absent());
-        if (packed) {
-            quantize(k_slot, k);
-            quantize(v_slot, v);
+        if (paged) {
+            store_rows(slot->k, k, rows->place[c->kind]);
+            store_rows(slot->v, v, rows->place[c->kind]);
         }
         arena_release(p->scratch, mark);
     }
     attention_forward(s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind],
-                      rows->first[c->kind], rows->last[c->kind]);
+                      rows->first[c->kind], rows->last[c->kind], rows->sequence,
+                      rows->pages[c->kind]);
     linear_forward(&a->o_proj, y, flat(s->out), p);
 }
 

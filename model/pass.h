@@ -18,13 +18,16 @@ typedef struct Rows {
     Tensor last[ATTENTION_KINDS];
     Tensor cos[ATTENTION_KINDS]; /* (count, C/2) f32 */
     Tensor sin[ATTENTION_KINDS];
+    /* Keys and values in a cache of pages; absent where slots hold this pass alone, in order. */
+    Tensor sequence;               /* (count) i32, ascending: which sequence a row belongs to */
+    Tensor pages[ATTENTION_KINDS]; /* (sequences, P) i32: where the pages of its keys lie */
+    Tensor place[ATTENTION_KINDS]; /* (count) i32: where a row's own key goes; of all rows only */
 } Rows;
 
 /* K and V of one layer that owns them; layers that share point here. */
 typedef struct KvSlot {
-    Tensor k, v;    /* (S, K, C) */
-    Tensor dk, dv;  /* (S, K, C) f32; training only; zero whenever no backward pass is under way */
-    int64_t length; /* keys there before this pass; 0 in training */
+    Tensor k, v;   /* (S, K, C) */
+    Tensor dk, dv; /* (S, K, C) f32; training only; zero whenever no backward pass is under way */
 } KvSlot;
 
 /* Load of the experts over one pass, all layers pooled: what the balancing loss is made of. The

@@ -5,12 +5,13 @@
 #include "kernels/rope.h"
 
 #include <stdlib.h>
+#include <string.h>
 
-void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvSlot *slots,
+void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, const KvCache *cache,
                 Arena *scratch) {
     size_t L = (size_t)g->config.num_hidden_layers;
-    *s = (Stack){.g = g, .mode = mode, .N = N, .kept = kept, .lent = slots != NULL};
-    s->slots = slots ? slots : must_calloc(L, sizeof *s->slots);
+    *s = (Stack){.g = g, .mode = mode, .N = N, .kept = kept, .cache = cache};
+    s->slots = cache ? cache->slots : must_calloc(L, sizeof *s->slots);
     s->saved = must_calloc(L, sizeof *s->saved);
     s->residual = must_calloc(L + 1, sizeof *s->residual);
     s->pass = (Pass){.slots = s->slots,
@@ -20,12 +21,13 @@ void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvS
 }
 
 void stack_close(Stack *s) {
-    if (!s->lent) free(s->slots);
+    if (!s->cache) free(s->slots);
     free(s->saved);
     free(s->residual);
 }
 
-static void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, int64_t count) {
+static void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, const KvCache *cache,
+                         int64_t count) {
     *rows = (Rows){.count = count};
     int64_t width[ATTENTION_KINDS] = {0};
     for (int l = 0; l < c->num_hidden_layers; l++)
@@ -37,6 +39,15 @@ static void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, int64_t
         if (!width[kind]) continue;
         rows->cos[kind] = ARENA_TENSOR(arena, F32, count, width[kind]);
         rows->sin[kind] = ARENA_TENSOR(arena, F32, count, width[kind]);
+    }
+    if (cache) rows->sequence = ARENA_TENSOR(arena, I32, count);
+}
+
+/* Where the cache has the keys of all rows, and takes their own. */
+static void rows_reserve_pages(Rows *rows, Arena *arena, const KvCache *cache) {
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        rows->pages[kind] = ARENA_TENSOR(arena, I32, cache->sequences, cache->pages);
+        rows->place[kind] = ARENA_TENSOR(arena, I32, rows->count);
     }
 }
 
@@ -91,18 +102,20 @@ void stack_place(Stack *s, Arena *arena) {
     int L = (int)c->num_hidden_layers;
     int64_t D = c->hidden_size;
     s->boundary = s->kept < s->N ? model_config_kv_layers(c) : L;
-    rows_reserve(&s->all, arena, c, s->N);
+    rows_reserve(&s->all, arena, c, s->cache, s->N);
+    if (s->cache) rows_reserve_pages(&s->all, arena, s->cache);
     s->ids = ARENA_TENSOR(arena, I32, s->N);
     s->positions = ARENA_TENSOR(arena, I32, s->N);
     if (g->fake.embeddings && fake_quant_fits(&g->fake, D))
         s->rounded_table = ARENA_TENSOR(arena, g->dtype, c->vocab_size, D);
     s->some = s->all;
     if (s->kept < s->N) {
-        rows_reserve(&s->some, arena, c, s->kept);
+        rows_reserve(&s->some, arena, c, s->cache, s->kept);
+        memcpy(s->some.pages, s->all.pages, sizeof s->all.pages);
         s->some.source = ARENA_TENSOR(arena, I32, s->kept);
         s->kept_input = ARENA_TENSOR(arena, g->dtype, s->kept, D);
     }
-    if (!s->lent) reserve_slots(s, arena);
+    if (!s->cache) reserve_slots(s, arena);
     if (g->per_layer_input.L)
         per_layer_input_reserve(&s->per_layer, arena, &g->per_layer_input, g->dtype, s->N);
     for (int l = 0; l <= L; l++) {

@@ -15,6 +15,12 @@ typedef enum StackMode {
     STACK_RECOMPUTE, /* for a backward pass that makes a block's activations again */
 } StackMode;
 
+/* What an engine lends: slots of pages, and the size of the tables that find them. */
+typedef struct KvCache {
+    KvSlot *slots; /* one a layer: (pages * PAGE_KEYS, K, C) where the layer owns K and V */
+    int64_t sequences, pages; /* rows and columns of Rows.pages */
+} KvCache;
+
 typedef struct Stack {
     Gemma *g;
     StackMode mode;
@@ -25,8 +31,8 @@ typedef struct Stack {
     Tensor ids, positions;
     Tensor rounded_table; /* (V, D): the token table as it will be stored; only where that is
                              trained */
-    KvSlot *slots;        /* one a layer; the stack's own unless a decoder lends its cache */
-    bool lent;
+    KvSlot *slots;        /* one a layer; the stack's own unless a cache is lent */
+    const KvCache *cache; /* NULL: slots hold the keys of this pass alone */
     BlockSaved *saved; /* one a layer */
     Tensor *residual;  /* (N or kept, D): input of each layer, and of the final norm */
     Tensor kept_input; /* (kept, D): residual[boundary] of `some` */
@@ -35,8 +41,8 @@ typedef struct Stack {
     Pass pass;
 } Stack;
 
-/* `slots`: a decoder's cache, or NULL to have K and V of this pass only. */
-void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, KvSlot *slots,
+/* `cache`: of an engine, or NULL to have K and V of this pass only. */
+void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, const KvCache *cache,
                 Arena *scratch);
 void stack_close(Stack *s);
 

@@ -2,17 +2,25 @@
  *
  * A work item is one block of queries (by their place on the key axis) and one key head: the
  * block's rows of all query heads that read this key head form one (M, C) matrix, so a tile of keys
- * is converted once for all of them. Keys go in tiles at fixed places, with the running softmax of
- * FlashAttention (Dao et al. 2022); all arithmetic is f32. */
+ * is converted once for all of them. Keys go in tiles at fixed places (a tile is a page where there
+ * are pages), with the running softmax of FlashAttention (Dao et al. 2022); all arithmetic is f32.
+ */
 #include "kernels/attention.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
 
 #define BLOCK_ROWS 64 /* about as many matrix rows in a block of queries */
-#define TILE_KEYS  64
+#define TILE_KEYS  PAGE_KEYS
+#define PART_KEYS  512 /* keys of one part when a sequence has few queries: parts run side by side \
+                        */
+#define FEW 8
 
-typedef struct Block {               /* queries begin .. end - 1, all of the same block of places */
+typedef struct Block { /* queries begin .. end - 1, of one sequence and one block of places */
     int64_t begin, end, first, last; /* keys any of them sees, first rounded down to a tile */
+    int64_t parts;                   /* that the keys are cut in */
+    int64_t partial;                 /* parts of the blocks before, where those have several */
+    const int32_t *pages;            /* NULL: keys lie in order */
+    bool alone;                      /* the only query of its sequence */
 } Block;
 
 typedef struct Shape {
@@ -29,7 +37,8 @@ static Shape shape_of(Tensor q, Tensor k) {
 /* The block of queries that starts at `begin`. */
 static Block block_at(const Shape *s, int64_t begin, const int32_t *index, const int32_t *first,
                       const int32_t *last) {
-    Block b = {.begin = begin, .end = begin, .first = first[begin], .last = last[begin]};
+    Block b = {
+        .begin = begin, .end = begin, .first = first[begin], .last = last[begin], .parts = 1};
     int64_t place = index[begin] / s->rows;
     while (b.end < s->N && index[b.end] / s->rows == place) {
         if (first[b.end] < b.first) b.first = first[b.end];
@@ -45,6 +54,34 @@ static int64_t list_blocks(int64_t *begins, const Shape *s, const int32_t *index
     for (int64_t n = 0; n < s->N; n++)
         if (n == 0 || index[n] / s->rows != index[n - 1] / s->rows) begins[count++] = n;
     return count;
+}
+
+/* The blocks of paged sequences, one after the other. Where a sequence has few queries its keys are
+ * cut in parts: a rule of that sequence alone, so its bits do not depend on its neighbours. */
+static int64_t list_paged_blocks(Block *blocks, const Shape *s, const int32_t *index,
+                                 const int32_t *first, const int32_t *last, const int32_t *sequence,
+                                 Tensor pages) {
+    int64_t count = 0, partial = 0;
+    for (int64_t begin = 0, end; begin < s->N; begin = end) {
+        Shape mine = *s;
+        for (end = begin; end < s->N && sequence[end] == sequence[begin];) end++;
+        mine.N = end;
+        for (int64_t n = begin; n < end; n = blocks[count++].end) {
+            Block b = block_at(&mine, n, index, first, last);
+            b.pages = (const int32_t *)pages.data + sequence[n] * tensor_cols(pages);
+            b.alone = end - begin == 1;
+            b.partial = partial;
+            if (end - begin <= FEW) b.parts = (b.last - b.first) / PART_KEYS + 1;
+            if (b.parts > 1) partial += b.parts;
+            blocks[count] = b;
+        }
+    }
+    return count;
+}
+
+/* Where key `key`, the first of a tile, lies. */
+static int64_t row_of(const Block *b, int64_t key) {
+    return b->pages ? (int64_t)b->pages[key / PAGE_KEYS] * PAGE_KEYS : key;
 }
 
 /* Row (n, head) of the block's matrix, head fastest. */
@@ -137,13 +174,14 @@ static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Ten
     memset(r->out, 0, (size_t)(m_count * s->C) * sizeof *r->out);
     for (int64_t m = 0; m < m_count; m++) r->top[m] = -INFINITY, r->total[m] = 0;
     for (int64_t key = begin; key < end; key += TILE_KEYS) {
-        int64_t count = s->S - key < TILE_KEYS ? s->S - key : TILE_KEYS;
-        load_keys(r->values, NULL, v, s, head, key, count);
-        if (s->N == 1) {
-            load_keys(r->keys, NULL, k, s, head, key, count);
+        int64_t left = b->last + 1 - key, count = left < TILE_KEYS ? left : TILE_KEYS,
+                row_first = row_of(b, key);
+        load_keys(r->values, NULL, v, s, head, row_first, count);
+        if (b->alone) {
+            load_keys(r->keys, NULL, k, s, head, row_first, count);
             dot_keys(r->score, r->query, m_count, r->keys, count, s->C);
         } else {
-            load_keys(NULL, r->keys, k, s, head, key, count);
+            load_keys(NULL, r->keys, k, s, head, row_first, count);
             tile_product(m_count, TILE_KEYS, s->C, r->query, s->C, 1, r->keys, TILE_KEYS, r->score,
                          TILE_KEYS, false);
         }
@@ -171,62 +209,110 @@ static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Ten
     }
 }
 
-/* Keys of one part when a single query attends to many: parts run side by side and join in order,
- * whatever the number of threads. */
-#define PART_KEYS 512
+/* What a block's rows came to: y, and lse. */
+static void store_rows_of(Tensor y, Tensor lse, Running *r, const Shape *s, const Block *b,
+                          int64_t head) {
+    for (int64_t m = 0; m < (b->end - b->begin) * s->group; m++) {
+        int64_t n = b->begin + m / s->group, h = head * s->group + m % s->group;
+        float inverse = 1.0f / r->total[m];
+        for (int64_t c = 0; c < s->C; c++) r->out[m * s->C + c] *= inverse;
+        ((float *)lse.data)[n * s->H + h] = r->top[m] + logf(r->total[m]);
+    }
+    store_block(y, r->out, s, b, head);
+}
 
-static void one_query(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, const Shape *s,
-                      const Block *b, const int32_t *from, const int32_t *to) {
-    int64_t parts = (b->last - b->first) / PART_KEYS + 1, M = s->group, stride = M * (s->C + 2);
-    float *partial = outer_scratch((size_t)(parts * s->K * stride));
+/* Floats of one part of one head: out (M, C), top (M) and total (M). */
+static int64_t part_floats(const Shape *s) {
+    return s->rows * s->group * (s->C + 2);
+}
+
+/* The parts of a block join in order, whatever the number of threads. */
+static void join_parts(Running *r, const float *parts, const Shape *s, const Block *b) {
+    int64_t M = (b->end - b->begin) * s->group, stride = s->K * part_floats(s);
+    memset(r->out, 0, (size_t)(M * s->C) * sizeof *r->out);
+    for (int64_t m = 0; m < M; m++) {
+        float best = -INFINITY, total = 0, *out = r->out + m * s->C;
+        for (int64_t part = 0; part < b->parts; part++) {
+            float value = parts[part * stride + M * s->C + m];
+            best = value > best ? value : best;
+        }
+        for (int64_t part = 0; part < b->parts; part++) {
+            const float *p = parts + part * stride;
+            if (p[M * s->C + m] == -INFINITY) continue;
+            float fade = fast_exp(p[M * s->C + m] - best);
+            total += fade * p[M * s->C + M + m];
+            for (int64_t c = 0; c < s->C; c++) out[c] += fade * p[m * s->C + c];
+        }
+        r->top[m] = best;
+        r->total[m] = total;
+    }
+}
+
+static void paged_forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, const Shape *s,
+                          const Block *blocks, int64_t count, const int32_t *from,
+                          const int32_t *to) {
+    int64_t M = s->rows * s->group, items = 0, several = 0, begins[count + 1];
+    for (int64_t i = 0; i < count; i++) {
+        begins[i] = items;
+        items += blocks[i].parts;
+        if (blocks[i].parts > 1) several += blocks[i].parts;
+    }
+    begins[count] = items;
+    float *partial = several ? outer_scratch((size_t)(several * s->K * part_floats(s))) : NULL;
 #pragma omp parallel
     {
         Running r = running_in(thread_scratch(running_floats(s, M)), s, M);
 #pragma omp for schedule(dynamic) collapse(2)
-        for (int64_t head = 0; head < s->K; head++)
-            for (int64_t part = 0; part < parts; part++) {
-                int64_t begin = b->first + part * PART_KEYS, end = begin + PART_KEYS;
-                float *out = partial + (head * parts + part) * stride;
-                attend(&r, s, b, head, q, k, v, begin, end <= b->last ? end : b->last + 1, from,
-                       to);
-                memcpy(out, r.out, (size_t)(M * s->C) * sizeof *out);
-                memcpy(out + M * s->C, r.top, (size_t)M * sizeof *out);
-                memcpy(out + M * s->C + M, r.total, (size_t)M * sizeof *out);
+        for (int64_t item = 0; item < items; item++)
+            for (int64_t head = 0; head < s->K; head++) {
+                int64_t low = 0, high = count; /* blocks[low] is the item's */
+                while (high - low > 1) {
+                    int64_t middle = (low + high) / 2;
+                    if (begins[middle] <= item)
+                        low = middle;
+                    else
+                        high = middle;
+                }
+                const Block *b = &blocks[low];
+                int64_t part = item - begins[low], begin = b->first + part * PART_KEYS,
+                        end = b->parts > 1 && begin + PART_KEYS <= b->last ? begin + PART_KEYS
+                                                                           : b->last + 1;
+                attend(&r, s, b, head, q, k, v, begin, end, from, to);
+                if (b->parts == 1) {
+                    store_rows_of(y, lse, &r, s, b, head);
+                    continue;
+                }
+                int64_t rows = (b->end - b->begin) * s->group;
+                float *out = partial + ((b->partial + part) * s->K + head) * part_floats(s);
+                memcpy(out, r.out, (size_t)(rows * s->C) * sizeof *out);
+                memcpy(out + rows * s->C, r.top, (size_t)rows * sizeof *out);
+                memcpy(out + rows * s->C + rows, r.total, (size_t)rows * sizeof *out);
             }
-#pragma omp for schedule(static)
-        for (int64_t h = 0; h < s->H; h++) {
-            const float *first = partial + h / M * parts * stride;
-            int64_t m = h % M;
-            float top = -INFINITY, total = 0, *out = r.out;
-            for (int64_t part = 0; part < parts; part++) {
-                float value = first[part * stride + M * s->C + m];
-                top = value > top ? value : top;
-            }
-            memset(out, 0, (size_t)s->C * sizeof *out);
-            for (int64_t part = 0; part < parts; part++) {
-                const float *p = first + part * stride;
-                if (p[M * s->C + m] == -INFINITY) continue;
-                float fade = fast_exp(p[M * s->C + m] - top);
-                total += fade * p[M * s->C + M + m];
-                for (int64_t c = 0; c < s->C; c++) out[c] += fade * p[m * s->C + c];
-            }
-            for (int64_t c = 0; c < s->C; c++) out[c] /= total;
-            ((float *)lse.data)[h] = top + logf(total);
-            store_f32(y, h * s->C, s->C, out);
+        if (partial) {
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t head = 0; head < s->K; head++) {
+                    const Block *b = &blocks[i];
+                    if (b->parts == 1) continue;
+                    join_parts(&r, partial + (b->partial * s->K + head) * part_floats(s), s, b);
+                    store_rows_of(y, lse, &r, s, b, head);
+                }
         }
     }
 }
 
 void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
-                            Tensor first, Tensor last) {
+                            Tensor first, Tensor last, Tensor sequence, Tensor pages) {
     Shape s = shape_of(q, k);
     const int32_t *from = first.data, *to = last.data;
-    int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
-    if (s.N == 1) {
-        Block b = block_at(&s, 0, index.data, from, to);
-        one_query(y, lse, q, k, v, &s, &b, from, to);
+    int64_t M = s.rows * s.group;
+    if (tensor_present(pages)) {
+        Block blocks[s.N];
+        int64_t count = list_paged_blocks(blocks, &s, index.data, from, to, sequence.data, pages);
+        paged_forward(y, lse, q, k, v, &s, blocks, count, from, to);
         return;
     }
+    int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data);
 #pragma omp parallel
     {
         Running r = running_in(thread_scratch(running_floats(&s, M)), &s, M);
@@ -234,15 +320,8 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, 
         for (int64_t block = 0; block < blocks; block++)
             for (int64_t head = 0; head < s.K; head++) {
                 Block b = block_at(&s, begins[block], index.data, from, to);
-                int64_t m_count = (b.end - b.begin) * s.group;
                 attend(&r, &s, &b, head, q, k, v, b.first, b.last + 1, from, to);
-                for (int64_t m = 0; m < m_count; m++) {
-                    int64_t n = b.begin + m / s.group, h = head * s.group + m % s.group;
-                    float inverse = 1.0f / r.total[m];
-                    for (int64_t c = 0; c < s.C; c++) r.out[m * s.C + c] *= inverse;
-                    ((float *)lse.data)[n * s.H + h] = r.top[m] + logf(r.total[m]);
-                }
-                store_block(y, r.out, &s, &b, head);
+                store_rows_of(y, lse, &r, &s, &b, head);
             }
     }
 }

@@ -392,6 +392,24 @@ void CPU(quantize)(Tensor packed, Tensor x) {
     }
 }
 
+void CPU(store_rows)(Tensor y, Tensor x, Tensor rows) {
+    int64_t N = x.shape[0], K = tensor_count(x) / N;
+    size_t bytes = tensor_bytes(y) / (size_t)y.shape[0];
+    const int32_t *to = rows.data;
+#pragma omp parallel
+    {
+        float *buffer = thread_scratch((size_t)K);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            char *row = (char *)y.data + (size_t)to[n] * bytes;
+            if (y.dtype == x.dtype)
+                memcpy(row, (const char *)x.data + (size_t)n * bytes, bytes);
+            else
+                write_row(row, load_f32(buffer, x, n * K, K), K, y.dtype);
+        }
+    }
+}
+
 void CPU(repack)(Tensor y, Tensor x) {
     int64_t K = tensor_cols(x), rows = tensor_count(x) / K;
     if (x.dtype == y.dtype) {

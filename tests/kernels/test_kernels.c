@@ -9,6 +9,7 @@
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
 #include "kernels/norm.h"
+#include "kernels/quantize.h"
 #include "kernels/random.h"
 #include "kernels/rope.h"
 #include "kernels/routing.h"
@@ -303,7 +304,8 @@ CASE(kernel_attention, values_and_gradients_equal_a_plain_loop) {
         Tensor partial = G > 1 ? TENSOR(must_calloc((size_t)(2 * G * tensor_count(c.k)), 4), F32,
                                         2 * G, c.S, c.K, c.C)
                                : tensor_absent();
-        attention_forward(y, lse, c.q, c.k, c.v, c.index, c.first, c.last);
+        attention_forward(y, lse, c.q, c.k, c.v, c.index, c.first, c.last, tensor_absent(),
+                          tensor_absent());
         attention_plain(&c, expected);
         for (int64_t i = 0; i < tensor_count(y); i++) EXPECT_CLOSE(at(y, i), expected[i], 2e-6);
         attention_backward(dq, dk, dv, c.dy, y, lse, c.q, c.k, c.v, c.index, c.first, c.last,
@@ -499,21 +501,61 @@ CASE(kernel_copy, half_precision_files_convert) {
         EXPECT(out[i] == expected[i], "%g, expected %g", out[i], expected[i]);
 }
 
-CASE(kernel_attention, a_single_query_over_many_keys_equals_the_same_query_among_others) {
-    int64_t S = 1500, H = 4, K = 2, C = 64;
-    Tensor q = RANDOM_TENSOR(F32, 1, 2, H, C), k = RANDOM_TENSOR(F32, 2, S, K, C),
-           v = RANDOM_TENSOR(F32, 3, S, K, C);
-    int32_t index[] = {1200, 1499}, first[] = {0, 37}, last[] = {1200, 1499};
-    Tensor both = TENSOR(must_calloc(2 * 4 * 64, 4), F32, 2, H, C),
-           lse = TENSOR(must_calloc(8, 4), F32, 2, H);
-    attention_forward(both, lse, q, k, v, TENSOR(index, I32, 2), TENSOR(first, I32, 2),
-                      TENSOR(last, I32, 2));
-    for (int i = 0; i < 2; i++) {
-        Tensor one = TENSOR(must_calloc(4 * 64, 4), F32, 1, H, C),
-               one_lse = TENSOR(must_calloc(4, 4), F32, 1, H);
-        attention_forward(one, one_lse, tensor_slice(q, i, 1), k, v, TENSOR(index + i, I32, 1),
-                          TENSOR(first + i, I32, 1), TENSOR(last + i, I32, 1));
-        EXPECT(relative_error(one.data, tensor_slice(both, i, 1).data, 4 * 64) < 1e-5);
-        EXPECT(relative_error(one_lse.data, tensor_slice(lse, i, 1).data, 4) < 1e-5);
+/* Three sequences over scattered pages: one query over many keys, a few, and a long run. */
+CASE(kernel_attention, sequences_in_pages_equal_each_in_order) {
+    enum { H = 4, K = 2, C = 64, SEQUENCES = 3, PAGES = 24 };
+    static const int queries[SEQUENCES] = {1, 5, 100}, keys[SEQUENCES] = {1500, 700, 130};
+    int32_t table[SEQUENCES][PAGES], index[106], first[106], last[106], sequence[106];
+    int64_t pool = 40 * PAGE_KEYS, N = 0;
+    Tensor q = RANDOM_TENSOR(F32, 1, 106, H, C),
+           y = TENSOR(must_calloc(106 * H * C, 4), F32, 106, H, C),
+           lse = TENSOR(must_calloc(106 * H, 4), F32, 106, H),
+           k_pool = RANDOM_TENSOR(F32, 2, pool, K, C), v_pool = RANDOM_TENSOR(F32, 3, pool, K, C);
+    for (int r = 0, page = 0; r < SEQUENCES; r++) {
+        for (int i = 0; i < PAGES; i++) table[r][i] = -1;
+        for (int i = 0; i * PAGE_KEYS < keys[r]; i++) table[r][i] = page++ * 7 % 40;
+        for (int i = 0; i < queries[r]; i++, N++) {
+            index[N] = last[N] = keys[r] - queries[r] + i;
+            first[N] = i % 3 ? 0 : index[N] / 2;
+            sequence[N] = r;
+        }
+    }
+    attention_forward(y, lse, q, k_pool, v_pool, TENSOR(index, I32, N), TENSOR(first, I32, N),
+                      TENSOR(last, I32, N), TENSOR(sequence, I32, N),
+                      TENSOR(table, I32, SEQUENCES, PAGES));
+    for (int64_t r = 0, n = 0; r < SEQUENCES; n += queries[r++]) {
+        int64_t Q = queries[r], size = Q * H * C;
+        Tensor k = TENSOR(must_calloc((size_t)keys[r] * K * C, 4), F32, keys[r], K, C),
+               v = TENSOR(must_calloc((size_t)keys[r] * K * C, 4), F32, keys[r], K, C),
+               one = TENSOR(must_calloc((size_t)size, 4), F32, Q, H, C),
+               one_lse = TENSOR(must_calloc((size_t)(Q * H), 4), F32, Q, H);
+        for (int64_t s = 0; s < keys[r]; s++) {
+            int64_t from = table[r][s / PAGE_KEYS] * PAGE_KEYS + s % PAGE_KEYS;
+            memcpy(tensor_at(k, s).data, tensor_at(k_pool, from).data, K * C * 4);
+            memcpy(tensor_at(v, s).data, tensor_at(v_pool, from).data, K * C * 4);
+        }
+        attention_forward(one, one_lse, tensor_slice(q, n, Q), k, v, TENSOR(index + n, I32, Q),
+                          TENSOR(first + n, I32, Q), TENSOR(last + n, I32, Q), tensor_absent(),
+                          tensor_absent());
+        EXPECT(relative_error(one.data, tensor_slice(y, n, Q).data, size) < 1e-5);
+        EXPECT(relative_error(one_lse.data, tensor_slice(lse, n, Q).data, Q * H) < 1e-5);
+    }
+}
+
+CASE(kernel_attention, stored_rows_are_where_they_were_put) {
+    static const DType dtypes[] = {F32, Q8_0, Q4_0};
+    Tensor x = RANDOM_TENSOR(F32, 4, 3, 2, 64);
+    int32_t rows[] = {5, 0, 3};
+    for (int i = 0; i < 3; i++) {
+        size_t bytes = 3 * 128 / dtype_block(dtypes[i]).count * dtype_block(dtypes[i]).bytes;
+        char *out = must_calloc(2, bytes), *expected = must_calloc(1, bytes);
+        Tensor y = TENSOR(out, dtypes[i], 6, 2, 64), whole = TENSOR(expected, dtypes[i], 3, 2, 64);
+        store_rows(y, x, TENSOR(rows, I32, 3));
+        if (dtypes[i] == F32)
+            memcpy(expected, x.data, bytes);
+        else
+            quantize(whole, x);
+        for (int n = 0; n < 3; n++)
+            EXPECT(!memcmp(tensor_at(y, rows[n]).data, tensor_at(whole, n).data, bytes / 3));
     }
 }

@@ -2,7 +2,7 @@
  * invariants. */
 #include "formats/adapter.h"
 #include "formats/file.h"
-#include "infer/decoder.h"
+#include "infer/engine.h"
 #include "model/step.h"
 #include "optim/optimizer.h"
 #include "tests/fixture.h"
@@ -477,10 +477,9 @@ CASE(invariant, a_saved_checkpoint_holds_the_same_bits) {
     }
 }
 
-/* The likelihood of every token, decoded after a prefill of `prefill` tokens in chunks of `chunk`.
- */
+/* The likelihood of every token, read in chunks and in single tokens from a cache of pages. */
 CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
-    static const int64_t plans[][2] = {{1, 1}, {5, 2}, {9, 9}, {16, 4}};
+    static const int64_t chunks[] = {1, 2, 9, 64};
     for (size_t k = 0; k < KINDS; k++) {
         char name[64];
         snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
@@ -489,22 +488,23 @@ CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
         Run r;
         run_open(&r, f.dir, F32, false, NULL, STACK_SCORE);
         step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
-        int64_t V = r.g.config.vocab_size;
-        for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
-            Decoder d;
-            float *logits = must_malloc((size_t)V * sizeof *logits);
-            EXPECT_OK(decoder_init(&d, &r.g, p->batch.N, plans[i][1], F32));
-            decoder_feed(&d, p->ids, plans[i][0], logits);
-            for (int64_t n = plans[i][0] - 1; n + 1 < p->batch.N; n++) {
-                double sum = 0;
-                for (int64_t v = 0; v < V; v++) sum += exp(logits[v]);
-                EXPECT(fabs(log(sum) - logits[p->ids[n + 1]] - p->nll[n]) < 2e-4,
-                       "%s: row %d: %g, expected %g", kinds[k], (int)n,
-                       log(sum) - logits[p->ids[n + 1]], p->nll[n]);
-                decoder_feed(&d, &p->ids[n + 1], 1, logits);
-            }
-            decoder_free(&d);
-            free(logits);
+        for (size_t i = 0; i < sizeof chunks / sizeof *chunks; i++) {
+            EngineOptions options = {.sequences = 1, .tokens = 64, .chunk = chunks[i], .kv = F32};
+            Request request = {.ids = p->ids,
+                               .count = p->batch.N,
+                               .score_from = 1,
+                               .sampling = {.top_p = 1, .repetition_penalty = 1}};
+            Engine e;
+            Sequence *s;
+            EXPECT_OK(engine_init(&e, &r.g, NULL, &options));
+            EXPECT_OK(engine_submit(&e, &s, &request));
+            while (engine_step(&e)) continue;
+            for (int64_t n = 0; n + 1 < p->batch.N; n++)
+                EXPECT(fabs(s->logprobs[n + 1] + p->nll[n]) < 2e-4,
+                       "%s: row %d: %g, expected %g", kinds[k], (int)n, -s->logprobs[n + 1],
+                       p->nll[n]);
+            engine_drop(&e, s);
+            engine_free(&e);
         }
         run_close(&r);
         free(p);

@@ -1,0 +1,568 @@
+/* engine.c - planning a pass, running it, and reading its logits. */
+#include "infer/engine.h"
+#include "kernels/loss.h"
+#include "kernels/quantize.h"
+#include "kernels/sampling.h"
+#include "model/stack.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Rows of logits made at a time: (64, 262144) f32 is 67 MB. */
+#define HEAD_ROWS 64
+
+/* Prompts in line that are looked at when there is room for one. */
+#define LINE_LOOKED_AT 64
+
+/* Sliding pages kept beyond what running sequences need, so that prompts find their window. */
+#define SPARE_PAGES 256
+
+Status kv_dtype(DType *kv, const Gemma *g, const char *name) {
+    *kv = g->dtype;
+    if (!name || !strcmp(name, dtype_name(g->dtype))) return OK;
+    if (strcmp(name, "q8_0") && strcmp(name, "q4_0"))
+        FAIL(ERR_USAGE, "--kv is '%s', expected %s, q8_0 or q4_0", name, dtype_name(g->dtype));
+    *kv = strcmp(name, "q8_0") ? Q4_0 : Q8_0;
+    return OK;
+}
+
+/* ---- memory ---- */
+
+static void page_totals(const Engine *e, int64_t total[ATTENTION_KINDS]) {
+    const EngineOptions *o = &e->options;
+    int64_t window = e->g->config.sliding_window / PAGE_KEYS + 3;
+    total[FULL] = (o->tokens + PAGE_KEYS - 1) / PAGE_KEYS;
+    total[SLIDING] = o->sequences * window + o->chunk / PAGE_KEYS + 1;
+    total[SLIDING] += total[FULL] < SPARE_PAGES ? total[FULL] : SPARE_PAGES;
+}
+
+static void place_slots(Engine *e, Arena *arena) {
+    for (int l = 0; l < e->g->config.num_hidden_layers; l++) {
+        const BlockConfig *c = &e->g->blocks[l].config;
+        if (!c->owns_kv) continue;
+        e->slots[l].k = ARENA_TENSOR(arena, e->options.kv, e->pages.total[c->kind] * PAGE_KEYS,
+                                     c->num_key_value_heads, c->head_dim);
+        e->slots[l].v = arena_like(arena, e->slots[l].k);
+    }
+}
+
+/* What reads logits: a chunk of them, the best of each row, and a row to change. */
+typedef struct Reading {
+    Tensor z, values, ids, lse, scale; /* (n, V), (n, k), (n, k), (n, 2), (n) */
+    Tensor changed;                    /* (1, V) */
+} Reading;
+
+static Reading reading_reserve(Engine *e, Arena *arena, int64_t n, int64_t k) {
+    int64_t V = e->g->config.vocab_size;
+    return (Reading){.z = ARENA_TENSOR(arena, F32, n, V),
+                     .values = ARENA_TENSOR(arena, F32, n, k),
+                     .ids = ARENA_TENSOR(arena, I32, n, k),
+                     .lse = ARENA_TENSOR(arena, F32, n, 2),
+                     .scale = ARENA_TENSOR(arena, F32, n),
+                     .changed = ARENA_TENSOR(arena, F32, 1, V)};
+}
+
+static void head(Engine *e, Stack *s, int64_t first, Tensor z) {
+    project(z, tensor_slice(s->final, first, z.shape[0]), stack_table(s), s->pass.int8);
+    softcap_forward(z, (float)e->g->config.final_logit_softcapping);
+}
+
+/* The most that passes of up to `chunk` rows take. */
+static void measure(Engine *e, const KvCache *cache, size_t *activations, size_t *scratch) {
+    *activations = *scratch = 0;
+    for (int64_t N = 1;; N = 2 * N < e->options.chunk ? 2 * N : e->options.chunk) {
+        for (int64_t kept = N; kept >= N - 1 && kept > 0; kept--) {
+            Stack s;
+            Arena place = arena_measure(), temporary = arena_measure();
+            stack_open(&s, e->g, STACK_SCORE, N, kept, cache, &temporary);
+            stack_place(&s, &place);
+            stack_forward(&s);
+            int64_t rows = kept < HEAD_ROWS ? kept : HEAD_ROWS;
+            Reading r = reading_reserve(e, &temporary, rows, CANDIDATES_MAX);
+            head(e, &s, 0, r.z);
+            stack_close(&s);
+            if (place.peak > *activations) *activations = place.peak;
+            if (temporary.peak > *scratch) *scratch = temporary.peak;
+        }
+        if (N == e->options.chunk) return;
+    }
+}
+
+Status engine_init(Engine *e, Gemma *g, const Tokenizer *tokenizer, const EngineOptions *options) {
+    *e = (Engine){.g = g, .tokenizer = tokenizer, .options = *options};
+    CHECK(options->sequences > 0 && options->chunk >= options->sequences && options->tokens > 0,
+          "engine options");
+    Status status = OK;
+    int64_t total[ATTENTION_KINDS];
+    for (int l = 0; l < e->g->config.num_hidden_layers; l++)
+        if (!dtype_fits(options->kv, 1, e->g->blocks[l].config.head_dim))
+            FAIL(ERR_CONFIG, "heads of %" PRId64 " numbers do not fit blocks of %s",
+                 e->g->blocks[l].config.head_dim, dtype_name(options->kv));
+    page_totals(e, total);
+    pages_init(&e->pages, total, e->g->config.sliding_window, options->share);
+    e->slots = must_calloc((size_t)e->g->config.num_hidden_layers, sizeof *e->slots);
+    e->running = must_calloc((size_t)options->sequences, sizeof *e->running);
+    Arena measured = arena_measure();
+    place_slots(e, &measured);
+    size_t activations, scratch;
+    measure(e, &(KvCache){e->slots, options->sequences, total[FULL]}, &activations, &scratch);
+    TRY_DONE(arena_init(&e->cache, e->g->device, measured.peak, "the key and value cache"));
+    TRY_DONE(arena_init(&e->activations, e->g->device, activations, "the activations"));
+    TRY_DONE(arena_init(&e->scratch, e->g->device, scratch, "temporaries"));
+    place_slots(e, &e->cache);
+done:
+    if (status != OK) engine_free(e);
+    return status;
+}
+
+static void sequence_free(Sequence *s) {
+    page_list_free(&s->pages);
+    stream_free(&s->stream);
+    for (int i = 0; i < s->request.stop_text_count; i++) free((void *)s->request.stop_texts[i]);
+    free((void *)s->request.stop_texts);
+    free((void *)s->request.candidates);
+    free(s->ids);
+    free(s->logprobs);
+    free(s->best);
+    free(s->candidate_logprobs);
+    free(s->candidate_best);
+    free(s->tops);
+    free(s);
+}
+
+void engine_free(Engine *e) {
+    while (e->running_count) engine_drop(e, e->running[0]);
+    while (e->line) engine_drop(e, e->line);
+    pages_free(&e->pages);
+    arena_free(&e->cache);
+    arena_free(&e->activations);
+    arena_free(&e->scratch);
+    free(e->slots);
+    free(e->running);
+    *e = (Engine){0};
+}
+
+/* ---- coming and going ---- */
+
+static void *copied(const void *from, size_t count, size_t size) {
+    void *to = must_calloc(count + 1, size);
+    if (count) memcpy(to, from, count * size);
+    return to;
+}
+
+/* Room for one more token. */
+static void grow(Sequence *s) {
+    if (s->count < s->capacity) return;
+    s->capacity = 2 * s->capacity < s->limit ? 2 * s->capacity : s->limit;
+    size_t n = (size_t)s->capacity;
+    s->ids = must_realloc(s->ids, n * sizeof *s->ids);
+    s->logprobs = must_realloc(s->logprobs, n * sizeof *s->logprobs);
+    s->best = must_realloc(s->best, n);
+    if (s->request.top_logprobs)
+        s->tops = must_realloc(s->tops, n * (size_t)s->request.top_logprobs * sizeof *s->tops);
+}
+
+Status engine_submit(Engine *e, Sequence **out, const Request *r) {
+    int64_t most = e->g->config.max_position_embeddings, wanted = r->sampling.max_tokens;
+    int64_t least = r->count + (wanted > 0);
+    TRY(sampling_check(&r->sampling));
+    if (r->top_logprobs < 0 || r->top_logprobs > TOP_LOGPROBS_MAX)
+        FAIL(ERR_USAGE, "top_logprobs is %d, expected 0 to %d", r->top_logprobs, TOP_LOGPROBS_MAX);
+    if (r->count < 1) FAIL(ERR_CONFIG, "the prompt is empty");
+    if (least > most)
+        FAIL(ERR_CONFIG,
+             "the prompt has %" PRId64 " tokens, the model takes %" PRId64
+             " (max_position_embeddings)",
+             r->count, most);
+    if (least > e->options.tokens)
+        FAIL(ERR_CONFIG, "the prompt has %" PRId64 " tokens, the cache holds %" PRId64, r->count,
+             e->options.tokens);
+    for (int64_t i = 0; i < r->count; i++)
+        if (r->ids[i] < 0 || r->ids[i] >= e->g->config.vocab_size)
+            FAIL(ERR_CONFIG, "token %d of the prompt is not in the vocabulary", (int)r->ids[i]);
+    if (most > e->options.tokens) most = e->options.tokens;
+    Sequence *s = must_calloc(1, sizeof *s);
+    s->request = *r;
+    s->request.candidates = copied(r->candidates, (size_t)r->candidate_count, sizeof(int32_t));
+    const char **texts = must_calloc((size_t)r->stop_text_count + 1, sizeof *texts);
+    for (int i = 0; i < r->stop_text_count; i++) texts[i] = must_strdup(r->stop_texts[i]);
+    s->request.stop_texts = texts;
+    s->candidate_logprobs = must_calloc((size_t)r->candidate_count + 1, sizeof(float));
+    s->candidate_best = must_calloc((size_t)r->candidate_count + 1, sizeof(bool));
+    s->limit = wanted < most - r->count ? r->count + wanted : most;
+    s->count = s->capacity = r->count;
+    s->ids = copied(r->ids, (size_t)r->count, sizeof *r->ids);
+    s->request.ids = s->ids;
+    s->logprobs = must_malloc((size_t)r->count * sizeof *s->logprobs);
+    s->best = must_calloc((size_t)r->count, 1);
+    for (int64_t i = 0; i < r->count; i++) s->logprobs[i] = NAN;
+    s->scored = r->score_from > 0 ? r->score_from : r->count;
+    s->stream.tokenizer = e->tokenizer;
+    page_list_init(&s->pages, s->limit);
+    Sequence **end = &e->line;
+    while (*end) end = &(*end)->next;
+    *out = *end = s;
+    return OK;
+}
+
+static void leave_line(Engine *e, Sequence *s) {
+    Sequence **at = &e->line;
+    while (*at && *at != s) at = &(*at)->next;
+    if (*at) *at = s->next;
+    s->next = NULL;
+}
+
+static void leave_running(Engine *e, Sequence *s) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < e->running_count; i++)
+        if (e->running[i] != s) e->running[kept++] = e->running[i];
+    e->running_count = kept;
+    s->running = false;
+    pages_release(&e->pages, &s->pages);
+}
+
+void engine_drop(Engine *e, Sequence *s) {
+    if (s->running)
+        leave_running(e, s);
+    else
+        leave_line(e, s);
+    sequence_free(s);
+}
+
+static void end(Engine *e, Sequence *s, Ending ending) {
+    s->ending = ending;
+    if (s->running) {
+        pages_advance(&e->pages, &s->pages, s->ids, s->done, 0, true);
+        leave_running(e, s);
+    } else {
+        leave_line(e, s);
+    }
+    if (s->request.on_token) s->request.on_token(s->request.context, s);
+}
+
+/* The first token whose keys are needed for what is wanted of the prompt. */
+static int64_t reusable(const Sequence *s) {
+    return s->scored < s->count ? s->scored - 1 : s->count - 1;
+}
+
+/* Whether a running sequence is about to compute more of this prompt's beginning than `found`. */
+static bool worth_waiting(const Engine *e, const Sequence *s, int64_t found) {
+    int64_t most = reusable(s);
+    for (int64_t i = 0; i < e->running_count && e->options.share; i++) {
+        const Sequence *other = e->running[i];
+        int64_t n = 0;
+        while (n < most && n < other->request.count && other->ids[n] == s->ids[n]) n++;
+        n = n / PAGE_KEYS * PAGE_KEYS;
+        if (n > found && n > other->done) return true;
+    }
+    return false;
+}
+
+/* Fills a page that begins like another's. */
+static void copy_page(Engine *e, const PageCopy *copy) {
+    for (int l = 0; l < e->g->config.num_hidden_layers; l++) {
+        const BlockConfig *c = &e->g->blocks[l].config;
+        if (!c->owns_kv) continue;
+        Tensor parts[] = {e->slots[l].k, e->slots[l].v};
+        for (int i = 0; i < 2; i++) {
+            int32_t rows[PAGE_KEYS];
+            for (int j = 0; j < PAGE_KEYS; j++) rows[j] = copy->to[c->kind] * PAGE_KEYS + j;
+            store_rows(parts[i],
+                       tensor_slice(parts[i], (int64_t)copy->from[c->kind] * PAGE_KEYS, PAGE_KEYS),
+                       TENSOR(rows, I32, PAGE_KEYS));
+        }
+    }
+}
+
+/* Lets sequences in while there is room for them. */
+static void admit(Engine *e) {
+    Sequence *s = e->line;
+    for (int looked = 0; s && looked < LINE_LOOKED_AT && e->running_count < e->options.sequences;
+         looked++) {
+        Sequence *next = s->next;
+        PageCopy copy;
+        int64_t found = pages_match(&e->pages, &s->pages, s->ids, reusable(s), 0, &copy);
+        bool wait = worth_waiting(e, s, found / PAGE_KEYS * PAGE_KEYS);
+        int64_t want = s->count - found < e->options.chunk ? s->count : found + e->options.chunk;
+        if (wait || (!pages_extend(&e->pages, &s->pages, want) && e->running_count)) {
+            pages_release(&e->pages, &s->pages);
+            if (!wait) return; /* no room: nobody overtakes */
+        } else {
+            if (copy.wanted) copy_page(e, &copy);
+            leave_line(e, s);
+            s->done = found;
+            s->reused = found < s->request.count ? found : s->request.count;
+            e->counts.reused += found;
+            s->running = true;
+            e->running[e->running_count++] = s;
+        }
+        s = next;
+    }
+}
+
+/* The youngest starts again, first in line, with what it has answered as part of its prompt. */
+static void restart(Engine *e, Sequence *s) {
+    pages_advance(&e->pages, &s->pages, s->ids, s->done, 0, false);
+    leave_running(e, s);
+    s->done = 0;
+    s->next = e->line;
+    e->line = s;
+    e->counts.restarts++;
+}
+
+/* ---- a pass ---- */
+
+/* What a sequence has in a pass: tokens done .. done + rows - 1. */
+typedef struct Share {
+    Sequence *s;
+    int64_t rows;
+} Share;
+
+/* A row whose logits are wanted: those after token `at` of its sequence. */
+typedef struct Wanted {
+    Sequence *s;
+    int64_t at;
+    int32_t row;
+} Wanted;
+
+/* Shares of the running sequences, the oldest first; younger ones make room when pages run out. */
+static int64_t share_out(Engine *e, Share *shares) {
+    int64_t room = e->options.chunk, count = 0;
+    for (int64_t i = 0; i < e->running_count; i++)
+        room -= e->running[i]->count - e->running[i]->done == 1;
+    for (int64_t i = 0; i < e->running_count; i++) {
+        Sequence *s = e->running[i];
+        int64_t rows = s->count - s->done;
+        if (rows > 1) {
+            if (rows > room) rows = room;
+            room -= rows;
+        }
+        if (!rows) continue;
+        while (!pages_extend(&e->pages, &s->pages, s->done + rows)) {
+            Sequence *youngest = e->running[e->running_count - 1];
+            CHECK(youngest != s || i > 0, "the cache is too small for one sequence");
+            restart(e, youngest);
+            if (youngest == s) return count;
+        }
+        shares[count++] = (Share){s, rows};
+    }
+    return count;
+}
+
+static bool wants(const Sequence *s, int64_t at) {
+    if (at + 1 < s->count) return at + 1 >= s->scored;
+    return s->request.sampling.max_tokens > 0 || s->request.candidate_count > 0;
+}
+
+static int64_t list_wanted(Wanted *wanted, const Share *shares, int64_t count) {
+    int64_t n = 0;
+    int32_t row = 0;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < shares[i].rows; k++, row++)
+            if (wants(shares[i].s, shares[i].s->done + k))
+                wanted[n++] = (Wanted){shares[i].s, shares[i].s->done + k, row};
+    return n;
+}
+
+static void fill_pages(Stack *s, const Share *shares, int64_t count) {
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        int32_t *table = s->all.pages[kind].data;
+        int64_t columns = tensor_cols(s->all.pages[kind]);
+        for (int64_t i = 0; i < count; i++)
+            memcpy(table + i * columns, shares[i].s->pages.page[kind],
+                   (size_t)shares[i].s->pages.count * sizeof *table);
+    }
+}
+
+static void fill_rows(Engine *e, Stack *s, const Share *shares, int64_t count) {
+    int64_t W = e->g->config.sliding_window, n = 0;
+    int32_t *ids = s->ids.data, *positions = s->positions.data, *sequence = s->all.sequence.data;
+    fill_pages(s, shares, count);
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < shares[i].rows; k++, n++) {
+            const Sequence *owner = shares[i].s;
+            int64_t at = owner->done + k;
+            ids[n] = owner->ids[at];
+            positions[n] = (int32_t)at;
+            sequence[n] = (int32_t)i;
+            for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+                ((int32_t *)s->all.index[kind].data)[n] = (int32_t)at;
+                ((int32_t *)s->all.last[kind].data)[n] = (int32_t)at;
+                ((int32_t *)s->all.first[kind].data)[n] =
+                    (int32_t)(kind == SLIDING && at - W + 1 > 0 ? at - W + 1 : 0);
+                ((int32_t *)s->all.place[kind].data)[n] =
+                    owner->pages.page[kind][at / PAGE_KEYS] * PAGE_KEYS + (int32_t)(at % PAGE_KEYS);
+            }
+        }
+}
+
+/* The rows that go on past the last layer that owns keys. */
+static void fill_some(Stack *s, const Wanted *wanted, int64_t count) {
+    if (s->kept == s->N) return;
+    for (int64_t i = 0; i < s->kept; i++) {
+        int32_t row = count ? wanted[i].row : (int32_t)(s->N - 1);
+        ((int32_t *)s->some.source.data)[i] = row;
+        ((int32_t *)s->some.sequence.data)[i] = ((int32_t *)s->all.sequence.data)[row];
+        for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+            ((int32_t *)s->some.index[kind].data)[i] = ((int32_t *)s->all.index[kind].data)[row];
+            ((int32_t *)s->some.first[kind].data)[i] = ((int32_t *)s->all.first[kind].data)[row];
+            ((int32_t *)s->some.last[kind].data)[i] = ((int32_t *)s->all.last[kind].data)[row];
+        }
+    }
+}
+
+/* ---- reading logits ---- */
+
+/* Whether the answer's text holds a stop text, and what is left before it. */
+static bool stopped_by_text(Sequence *s, size_t before) {
+    size_t first = s->stream.text.size;
+    for (int i = 0; i < s->request.stop_text_count; i++) {
+        size_t size = strlen(s->request.stop_texts[i]),
+               from = before + 1 > size ? before + 1 - size : 0;
+        Slice text = {s->stream.text.bytes, s->stream.text.size};
+        size_t at = size ? slice_find(text, s->request.stop_texts[i], from) : text.size;
+        if (at < first) first = at;
+    }
+    s->text_size = first;
+    return first < s->stream.text.size;
+}
+
+static void add_token(Sequence *s, int32_t id, float logprob, bool best) {
+    grow(s);
+    s->request.ids = s->ids;
+    s->ids[s->count] = id;
+    s->logprobs[s->count] = logprob;
+    s->best[s->count++] = best;
+    s->scored = s->count;
+}
+
+/* The next token of an answer, from row i. */
+static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t V) {
+    const Sampling *sampling = &s->request.sampling;
+    const float *z = (const float *)r->z.data + i * V, *lse = (const float *)r->lse.data + 2 * i;
+    int64_t k = tensor_cols(r->values), index = sequence_answered(s);
+    int32_t best = ((const int32_t *)r->ids.data)[i * k];
+    Candidates c = {
+        z, V,     (const float *)r->values.data + i * k, (const int32_t *)r->ids.data + i * k,
+        k, lse[1]};
+    grow(s); /* room for the tops too */
+    for (int t = 0; t < s->request.top_logprobs; t++)
+        s->tops[index * s->request.top_logprobs + t] =
+            (TokenChoice){c.ids[t], c.values[t] - lse[0]};
+    float log_sum = lse[0];
+    if (sampler_edits(sampling)) {
+        memcpy(r->changed.data, z, (size_t)V * sizeof *z);
+        sampler_edit(sampling, r->changed.data, V, s->ids, s->count);
+        top_logits(tensor_slice(r->values, i, 1), tensor_slice(r->ids, i, 1),
+                   tensor_slice(r->lse, i, 1), r->changed, tensor_slice(r->scale, i, 1));
+        c.logits = r->changed.data;
+        c.lse = lse[1];
+    }
+    int32_t id = sampler_pick(sampling, &c, index);
+    add_token(s, id, z[id] - log_sum, id == best);
+    bool stop = sampling_stops(sampling, id);
+    size_t before = s->stream.text.size;
+    if (!stop && e->tokenizer) stream_add(&s->stream, id);
+    bool last = stop || s->count == s->limit || sequence_answered(s) == sampling->max_tokens;
+    if (last && e->tokenizer) stream_end(&s->stream);
+    s->text_size = s->stream.text.size;
+    if (s->stream.text.size > before) stop |= stopped_by_text(s, before);
+    if (stop || last)
+        end(e, s, stop ? ENDING_STOP : ENDING_LENGTH);
+    else if (s->request.on_token)
+        s->request.on_token(s->request.context, s);
+}
+
+/* What is wanted of one row: the log-probability of the prompt's next token, those of candidates,
+ * a token of the answer. */
+static void read_row(Engine *e, const Wanted *w, const Reading *r, int64_t i) {
+    int64_t V = e->g->config.vocab_size, k = tensor_cols(r->values);
+    const float *z = (const float *)r->z.data + i * V;
+    float lse = ((const float *)r->lse.data)[2 * i];
+    int32_t best = ((const int32_t *)r->ids.data)[i * k];
+    Sequence *s = w->s;
+    if (w->at + 1 < s->count) {
+        int32_t id = s->ids[w->at + 1];
+        s->logprobs[w->at + 1] = z[id] - lse;
+        s->best[w->at + 1] = id == best;
+        s->scored = w->at + 2;
+        return;
+    }
+    for (int c = 0; c < s->request.candidate_count && s->count == s->request.count; c++) {
+        s->candidate_logprobs[c] = z[s->request.candidates[c]] - lse;
+        s->candidate_best[c] = s->request.candidates[c] == best;
+    }
+    if (s->request.sampling.max_tokens > 0) answer(e, s, r, i, V);
+}
+
+static void read_logits(Engine *e, Stack *stack, const Wanted *wanted, int64_t count) {
+    int64_t k = 1, V = e->g->config.vocab_size;
+    for (int64_t i = 0; i < count; i++) {
+        const Request *r = &wanted[i].s->request;
+        int64_t need = sampler_candidates(&r->sampling, V);
+        if (r->top_logprobs > need) need = r->top_logprobs;
+        if (need > k) k = need;
+    }
+    for (int64_t first = 0; first < count; first += HEAD_ROWS) {
+        int64_t n = count - first < HEAD_ROWS ? count - first : HEAD_ROWS;
+        size_t mark = arena_mark(&e->scratch);
+        Reading r = reading_reserve(e, &e->scratch, n, k);
+        for (int64_t i = 0; i < n; i++) {
+            double t = wanted[first + i].s->request.sampling.temperature;
+            ((float *)r.scale.data)[i] = t > 0 ? (float)(1 / t) : 1.0f;
+        }
+        head(e, stack, first, r.z);
+        top_logits(r.values, r.ids, r.lse, r.z, r.scale);
+        for (int64_t i = 0; i < n; i++) read_row(e, &wanted[first + i], &r, i);
+        arena_release(&e->scratch, mark);
+    }
+}
+
+static void drop_cancelled(Engine *e) {
+    for (int64_t i = e->running_count; i-- > 0;)
+        if (e->running[i]->cancelled) end(e, e->running[i], ENDING_CANCELLED);
+    for (Sequence *s = e->line, *next; s; s = next) {
+        next = s->next;
+        if (s->cancelled) end(e, s, ENDING_CANCELLED);
+    }
+}
+
+bool engine_step(Engine *e) {
+    drop_cancelled(e);
+    admit(e);
+    if (!e->running_count) return false;
+    Share shares[e->options.sequences];
+    Wanted *wanted = must_malloc((size_t)e->options.chunk * sizeof *wanted);
+    int64_t count = share_out(e, shares), n = 0, pages = 1;
+    for (int64_t i = 0; i < count; i++) {
+        n += shares[i].rows;
+        if (shares[i].s->pages.count > pages) pages = shares[i].s->pages.count;
+    }
+    int64_t wanted_count = list_wanted(wanted, shares, count);
+    Stack stack;
+    KvCache cache = {e->slots, count, pages};
+    e->activations.used = e->scratch.used = 0;
+    stack_open(&stack, e->g, STACK_SCORE, n, wanted_count ? wanted_count : 1, &cache, &e->scratch);
+    stack_place(&stack, &e->activations);
+    fill_rows(e, &stack, shares, count);
+    fill_some(&stack, wanted, wanted_count);
+    stack_forward(&stack);
+    e->counts.passes++;
+    e->counts.rows += n;
+    for (int64_t i = 0; i < count; i++) {
+        Sequence *s = shares[i].s;
+        s->done += shares[i].rows;
+        pages_advance(&e->pages, &s->pages, s->ids, s->done, 0, false);
+    }
+    read_logits(e, &stack, wanted, wanted_count);
+    stack_close(&stack);
+    free(wanted);
+    for (int64_t i = 0; i < count; i++) { /* prompts that were only to be read */
+        Sequence *s = shares[i].s;
+        if (s->running && s->done == s->count && s->request.sampling.max_tokens == 0)
+            end(e, s, ENDING_LENGTH);
+    }
+    return true;
+}
