@@ -29,7 +29,7 @@ ONEDNN       := kernels/cpu/onednn.c
 DNNL         := libdnnl-dev
 endif
 
-FOLDERS  := kernels configs model formats data optim train infer
+FOLDERS  := kernels configs model formats data optim train infer eval
 ONCE     := kernels/cpu/scratch.c
 SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE) $(ONEDNN)
 LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c,$(wildcard kernels/cpu/*.c))

@@ -250,6 +250,7 @@ Status command_bench(int argc, char **argv) {
         {"decode: 1 row, q8_0, 8-bit activations", Q8_0_TILED, NT, 1, true},
         {"decode: 1 row, bf16", BF16, NT, 1, false},
         {"decode: 4 rows, q4_0, 8-bit activations", Q4_0_TILED, NT, 4, true},
+        {"decode: 16 rows, q4_0, 8-bit activations", Q4_0_TILED, NT, 16, true},
         {"prefill: 512 rows, q4_0, 8-bit activations", Q4_0_TILED, NT, 512, true},
         {"prefill: 512 rows, q8_0, 8-bit activations", Q8_0_TILED, NT, 512, true},
         {"train: 512 rows, bf16", BF16, NT, 512, false},
