@@ -1,6 +1,7 @@
 /* eval.c - lapidary eval: suites of questions, saved responses, and comparisons. */
 #include "cli/command.h"
 #include "eval/rescore.h"
+#include "eval/run.h"
 #include "formats/file.h"
 
 #include <stdio.h>
@@ -44,10 +45,51 @@ done:
     return status;
 }
 
+static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, const char *device,
+                        const char *dtype, const char *format) {
+    Results results = {0};
+    Model m;
+    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED));
+    Status status = OK;
+    if (eval_needs_chat(o)) status = chat_format_find(&o->prompt.format, model, format);
+    file_stop_on_signals();
+    if (status == OK) status = eval_run(&results, &m, adapter, o);
+    if (status == OK) results_print(&results, stdout);
+    results_free(&results);
+    model_close(&m);
+    return status;
+}
+
 Status command_eval(int argc, char **argv) {
-    const char *out = NULL, *task = NULL, *group = NULL;
+    const char *out = NULL, *task = NULL, *group = NULL, *model = NULL, *adapter = NULL,
+               *device = "auto", *dtype = "bf16", *format = "auto";
     OptionList files = {0};
+    EvalOptions o = eval_options_default();
+    int64_t seed = -1;
     Option options[] = {
+        {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder or GGUF"},
+        {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
+        {"--tasks", OPTION_TEXT, &o.tasks, "A,B  names, or YAML files of one's own"},
+        {"--data", OPTION_TEXT, &o.data, "DIR  where the questions are; or one file"},
+        {"--limit", OPTION_REAL, &o.limit, "N  questions of each task; below 1 a share (all)"},
+        {"--shots", OPTION_INT, &o.prompt.shots, "N  few-shot examples (the task's number)"},
+        {"--samples", OPTION_INT, &o.samples, "N  answers to each question (the task's number)"},
+        {"--chat", OPTION_FLAG, &o.prompt.chat, "ask in chat form where the rules ask plainly"},
+        {"--system", OPTION_TEXT, &o.prompt.system, "TEXT  an instruction before everything"},
+        {"--think", OPTION_FLAG, &o.prompt.think, "let the model think; thoughts are not scored"},
+        {"--think-most", OPTION_INT, &o.think_most, "N  tokens of a thought (no limit)"},
+        {"--max-tokens", OPTION_INT, &o.max_tokens, "N  tokens of an answer (the task's)"},
+        {"--temperature", OPTION_REAL, &o.temperature, "X  0 is greedy (the task's)"},
+        {"--top-k", OPTION_INT, &o.top_k, "N"},
+        {"--top-p", OPTION_REAL, &o.top_p, "X"},
+        {"--min-p", OPTION_REAL, &o.min_p, "X"},
+        {"--seed", OPTION_INT, &seed, "N  of sampling (42)"},
+        {"--batch", OPTION_INT, &o.batch, "N  sequences at once (16)"},
+        {"--kv", OPTION_TEXT, &o.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
+        {"--bootstrap", OPTION_INT, &o.bootstrap, "N  resamples for errors (100000)"},
+        {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
+        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
         {"--rescore", OPTION_LIST, &files,
          "FILE  score saved responses: rows, or a harness's samples (may be repeated)"},
         {"--task", OPTION_TEXT, &task, "NAME  the rules of samples (their file's name)"},
@@ -59,5 +101,10 @@ Status command_eval(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (files.count) return rescore(&files, task, group, out);
-    FAIL(ERR_USAGE, "nothing to do: lapidary %s", a.usage);
+    if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
+    if (!o.tasks) FAIL(ERR_USAGE, "--tasks is missing: lapidary %s", a.usage);
+    if (!o.data) FAIL(ERR_USAGE, "--data is missing: lapidary %s", a.usage);
+    if (seed >= 0) o.seed = (uint64_t)seed;
+    o.out = out;
+    return run_tasks(&o, model, adapter, device, dtype, format);
 }

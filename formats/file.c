@@ -93,6 +93,10 @@ void file_stop_on_signals(void) {
     sigaction(SIGTERM, &action, NULL);
 }
 
+bool file_stopping(void) {
+    return stop_requested;
+}
+
 Status file_writer_write(FileWriter *w, const void *bytes, size_t size) {
     if (stop_requested) FAIL(ERR_STOPPED, "%s: stopped, nothing is left behind", w->path);
     if (fwrite(bytes, 1, size, w->stream) != size)

@@ -22,6 +22,9 @@ char *path_join(const char *dir, const char *name);
  * removes what it has begun. For commands whose whole work is a file. */
 void file_stop_on_signals(void);
 
+/* Whether such a signal came. */
+bool file_stopping(void);
+
 /* A file written under a temporary name beside its own; commit syncs and renames it, abandon
  * removes it. */
 typedef struct FileWriter {

@@ -242,9 +242,15 @@ static void end(Engine *e, Sequence *s, Ending ending) {
     if (s->request.on_token) s->request.on_token(s->request.context, s);
 }
 
+/* How many tokens go through the model: the last one only where something after it is wanted. */
+static int64_t to_feed(const Sequence *s) {
+    bool after = s->request.sampling.max_tokens > 0 || s->request.candidate_count > 0;
+    return after || s->count == 1 ? s->count : s->count - 1;
+}
+
 /* The first token whose keys are needed for what is wanted of the prompt. */
 static int64_t reusable(const Sequence *s) {
-    return s->scored < s->count ? s->scored - 1 : s->count - 1;
+    return s->scored < s->count ? s->scored - 1 : to_feed(s) - 1;
 }
 
 /* Whether a running sequence is about to compute more of this prompt's beginning than `found`. */
@@ -285,7 +291,8 @@ static void admit(Engine *e) {
         PageCopy copy;
         int64_t found = pages_match(&e->pages, &s->pages, s->ids, reusable(s), 0, &copy);
         bool wait = worth_waiting(e, s, found / PAGE_KEYS * PAGE_KEYS);
-        int64_t want = s->count - found < e->options.chunk ? s->count : found + e->options.chunk;
+        int64_t feed = to_feed(s);
+        int64_t want = feed - found < e->options.chunk ? feed : found + e->options.chunk;
         if (wait || (!pages_extend(&e->pages, &s->pages, want) && e->running_count)) {
             pages_release(&e->pages, &s->pages);
             if (!wait) return; /* no room: nobody overtakes */
@@ -331,10 +338,10 @@ typedef struct Wanted {
 static int64_t share_out(Engine *e, Share *shares) {
     int64_t room = e->options.chunk, count = 0;
     for (int64_t i = 0; i < e->running_count; i++)
-        room -= e->running[i]->count - e->running[i]->done == 1;
+        room -= to_feed(e->running[i]) - e->running[i]->done == 1;
     for (int64_t i = 0; i < e->running_count; i++) {
         Sequence *s = e->running[i];
-        int64_t rows = s->count - s->done;
+        int64_t rows = to_feed(s) - s->done;
         if (rows > 1) {
             if (rows > room) rows = room;
             room -= rows;
@@ -461,14 +468,22 @@ static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t 
         c.lse = lse[1];
     }
     int32_t id = sampler_pick(sampling, &c, index);
+    if (s->request.thought_most && s->thought > s->request.thought_most)
+        id = s->request.thought_end;
     add_token(s, id, z[id] - log_sum, id == best);
-    bool stop = sampling_stops(sampling, id);
+    bool stop = sampling_stops(sampling, id), quiet = s->thought > 0;
     size_t before = s->stream.text.size;
+    if (s->request.thought_begin && id == s->request.thought_begin)
+        s->thought = 1;
+    else if (id == s->request.thought_end)
+        s->thought = 0;
+    else if (s->thought)
+        s->thought++;
     if (!stop && e->tokenizer) stream_add(&s->stream, id);
     bool last = stop || s->count == s->limit || sequence_answered(s) == sampling->max_tokens;
     if (last && e->tokenizer) stream_end(&s->stream);
     s->text_size = s->stream.text.size;
-    if (s->stream.text.size > before) stop |= stopped_by_text(s, before);
+    if (s->stream.text.size > before && !quiet && !s->thought) stop |= stopped_by_text(s, before);
     if (stop || last)
         end(e, s, stop ? ENDING_STOP : ENDING_LENGTH);
     else if (s->request.on_token)
@@ -561,7 +576,7 @@ bool engine_step(Engine *e) {
     free(wanted);
     for (int64_t i = 0; i < count; i++) { /* prompts that were only to be read */
         Sequence *s = shares[i].s;
-        if (s->running && s->done == s->count && s->request.sampling.max_tokens == 0)
+        if (s->running && s->done == to_feed(s) && s->request.sampling.max_tokens == 0)
             end(e, s, ENDING_LENGTH);
     }
     return true;

@@ -34,6 +34,8 @@ typedef struct Request {
     int top_logprobs;              /* best tokens kept beside each one of the answer */
     const char *const *stop_texts; /* the answer ends before the first of these */
     int stop_text_count;
+    int32_t thought_begin, thought_end; /* between these stop texts mean nothing; 0: no thoughts */
+    int64_t thought_most;       /* tokens of a thought before its end is put there; 0: any number */
     SequenceFunction *on_token; /* after every token of the answer, and at the end; may set
                                  * `cancelled`, may not drop; NULL: nobody */
     void *context;
@@ -63,8 +65,9 @@ struct Sequence {
     TextStream stream; /* text of the answer, without the stop token */
     size_t text_size;  /* of that, what counts: a stop text and what follows do not */
     Ending ending;
-    bool cancelled; /* set by whoever no longer wants it */
-    int64_t reused; /* prompt tokens whose keys were found in the cache */
+    int64_t thought; /* tokens of the thought under way; 0: none is */
+    bool cancelled;  /* set by whoever no longer wants it */
+    int64_t reused;  /* prompt tokens whose keys were found in the cache */
     /* the engine's own */
     PageList pages;
     int64_t limit;  /* most tokens */

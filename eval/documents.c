@@ -1,0 +1,615 @@
+/* documents.c - finding files, reading rows, and the layouts of the benchmarks. */
+#include "eval/documents.h"
+#include "eval/mersenne.h"
+#include "formats/file.h"
+#include "formats/sha256.h"
+
+#include <errno.h>
+#include <glob.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <zlib.h>
+
+#define FILE_MAX ((size_t)1 << 30)
+
+/* ---- files to rows ---- */
+
+static bool ends_in(const char *path, const char *ending) {
+    size_t n = strlen(path), m = strlen(ending);
+    if (n > 3 && !strcmp(path + n - 3, ".gz")) n -= 3;
+    return n >= m && !memcmp(path + n - m, ending, m);
+}
+
+/* Plain or gzipped. */
+static Status read_all(Text *out, const char *path) {
+    gzFile file = gzopen(path, "rb");
+    if (!file) FAIL(ERR_IO, "%s: %s", path, strerror(errno));
+    char buffer[1 << 16];
+    int n;
+    text_add(out, "", 0);
+    while ((n = gzread(file, buffer, sizeof buffer)) > 0 && out->size < FILE_MAX)
+        text_add(out, buffer, (size_t)n);
+    int reason = Z_OK;
+    const char *message = n < 0 ? gzerror(file, &reason) : NULL;
+    Status status = OK;
+    if (n < 0)
+        status = status_fail(ERR_IO, "%s: %s", path, reason == Z_ERRNO ? strerror(errno) : message);
+    else if (out->size >= FILE_MAX)
+        status = status_fail(ERR_FORMAT, "%s: larger than %zu bytes", path, FILE_MAX);
+    gzclose(file);
+    return status;
+}
+
+Status csv_parse(json_t **rows, Slice text, const char *name) {
+    json_t *all = json_array(), *row = json_array();
+    Text cell = {0};
+    int line = 1;
+    bool quoted = false, closed = false, any = false;
+    if (text.size >= 3 && !memcmp(text.bytes, "\xef\xbb\xbf", 3))
+        text = (Slice){text.bytes + 3, text.size - 3};
+    text_add(&cell, "", 0);
+    for (size_t i = 0; i <= text.size; i++) {
+        char c = i < text.size ? text.bytes[i] : '\n';
+        line += c == '\n';
+        if (quoted && i < text.size) {
+            if (c != '"') {
+                text_add(&cell, &c, 1);
+            } else if (i + 1 < text.size && text.bytes[i + 1] == '"') {
+                text_add(&cell, &c, 1);
+                i++;
+            } else {
+                quoted = false;
+                closed = true;
+            }
+            continue;
+        }
+        if (quoted) break;
+        if (c == '"' && !cell.size && !closed) {
+            quoted = any = true;
+        } else if (c == ',' || c == '\n') {
+            if (c == '\n' && cell.size && cell.bytes[cell.size - 1] == '\r' && !closed) cell.size--;
+            json_t *string = json_stringn(cell.bytes, cell.size);
+            if (!string) break;
+            any |= c == ',' || cell.size;
+            json_array_append_new(row, string);
+            cell.size = 0;
+            closed = false;
+            if (c == '\n') {
+                if (any) json_array_append(all, row);
+                json_decref(row);
+                row = json_array();
+                any = false;
+            }
+        } else if (c != '\r' || !closed) {
+            text_add(&cell, &c, 1);
+        }
+        if (i == text.size) {
+            text_free(&cell);
+            json_decref(row);
+            *rows = all;
+            return OK;
+        }
+    }
+    text_free(&cell);
+    json_decref(row);
+    json_decref(all);
+    FAIL(ERR_FORMAT, "%s:%d: %s", name, line,
+         quoted ? "a quoted cell is never closed" : "a cell is not UTF-8");
+}
+
+/* Cells under the names of the first row. */
+static Status named_cells(json_t **rows, const json_t *cells, const char *path) {
+    const json_t *header = json_array_get(cells, 0);
+    json_t *out = json_array();
+    for (size_t i = 1; i < json_array_size(cells); i++) {
+        const json_t *row = json_array_get(cells, i);
+        if (json_array_size(row) != json_array_size(header)) {
+            json_decref(out);
+            FAIL(ERR_FORMAT, "%s: row %zu has %zu cells, the header %zu", path, i,
+                 json_array_size(row), json_array_size(header));
+        }
+        json_t *object = json_object();
+        for (size_t k = 0; k < json_array_size(row); k++)
+            json_object_set(object, json_string_value(json_array_get(header, k)),
+                            json_array_get(row, k));
+        json_array_append_new(out, object);
+    }
+    *rows = out;
+    return OK;
+}
+
+static Status json_lines(json_t **rows, Slice text, const char *path) {
+    json_t *out = json_array();
+    int64_t number = 0;
+    for (size_t at = 0; at < text.size;) {
+        size_t end = slice_find(text, "\n", at);
+        Slice line = slice_strip((Slice){text.bytes + at, end - at});
+        at = end + 1;
+        number++;
+        if (!line.size) continue;
+        char *name = must_format("%s:%" PRId64, path, number);
+        json_t *row = NULL;
+        Status status = json_read(&row, line.bytes, line.size, name);
+        if (status == OK && !json_is_object(row))
+            status = status_fail(ERR_FORMAT, "%s: a row is no object", name);
+        free(name);
+        if (status != OK) {
+            json_decref(row);
+            json_decref(out);
+            return status;
+        }
+        json_array_append_new(out, row);
+    }
+    *rows = out;
+    return OK;
+}
+
+Status rows_load(json_t **rows, const char *path) {
+    Text text = {0};
+    json_t *cells = NULL;
+    Status status = OK;
+    *rows = NULL;
+    TRY_DONE(read_all(&text, path));
+    Slice s = {text.bytes, text.size}, stripped = slice_strip(s);
+    if (!utf8_valid(s.bytes, s.size)) FAIL_DONE(ERR_FORMAT, "%s: not UTF-8", path);
+    if (ends_in(path, ".csv")) {
+        TRY_DONE(csv_parse(&cells, s, path));
+        TRY_DONE(named_cells(rows, cells, path));
+    } else if (ends_in(path, ".txt")) {
+        *rows = json_pack("[{s:o}]", "text", json_stringn(s.bytes, s.size));
+    } else if (stripped.size && *stripped.bytes == '[') {
+        TRY_DONE(json_read(rows, stripped.bytes, stripped.size, path));
+    } else {
+        TRY_DONE(json_lines(rows, s, path));
+    }
+    for (size_t i = 0; i < json_array_size(*rows); i++)
+        if (!json_is_object(json_array_get(*rows, i)))
+            FAIL_DONE(ERR_FORMAT, "%s: row %zu is no object", path, i + 1);
+done:
+    json_decref(cells);
+    text_free(&text);
+    return status;
+}
+
+/* ---- known releases ---- */
+
+/* SHA-256 of files as they were published. */
+static const struct {
+    const char *sha256, *release;
+} releases[] = {
+    {"3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14", "GSM8K test (2021)"},
+    {"17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465", "GSM8K train (2021)"},
+    {"b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef", "HumanEval (2021)"},
+    {"e428f83ec735201c9db2a232727f4c20dbce87079ed386b6e3fb7f756d078756", "AIME 2024, NeMo-Skills"},
+    {"b672f9c6660b68dd42f5fc705b17405f24eaa9991c98991d63463c6b683468a8", "AIME 2025, NeMo-Skills"},
+    {"31fa88574e75103bcfee15811fec860aabd727af5cfe9327756305dbed8f5d70", "AIME 2026, LLMEval"},
+    {"82dd63ba502eb2520c6b5d1d9a5c4b590e03ff261565175561f6228a367d1991", "BFCL v4, simple Python"},
+    {"19f51a82eff42e5d62541aa500115a056eb78f437c2ba1f10415fd7c8e5dda84", "BFCL v4, parallel"},
+    {"8863ea8433239f55c5f016154cf0830853c89f693c6ea270396a2fa121960579",
+     "BFCL v4, parallel multiple"},
+    {"2b6ed4c2e992cdcf5f1678a701851f944bef7550ee026ed1ddb89efed5be01a6", "BFCL v4, irrelevance"},
+};
+
+static Status note_file(Documents *d, const char *path) {
+    SourceFile f = {.path = must_strdup(path)};
+    Status status = sha256_file(f.sha256, path);
+    if (status != OK) {
+        free(f.path);
+        return status;
+    }
+    for (size_t i = 0; i < sizeof releases / sizeof *releases; i++)
+        if (!strcmp(releases[i].sha256, f.sha256)) f.release = releases[i].release;
+    d->files = must_realloc(d->files, (size_t)(d->file_count + 1) * sizeof *d->files);
+    d->files[d->file_count++] = f;
+    return OK;
+}
+
+static Status rows_noted(json_t **rows, Documents *d, const char *path) {
+    TRY(note_file(d, path));
+    return rows_load(rows, path);
+}
+
+/* ---- finding them ---- */
+
+/* The files of the first pattern below dir that matches any; or dir itself, when that is a file. */
+static Status find_files(glob_t *found, const Texts *patterns, const char *dir) {
+    struct stat info;
+    memset(found, 0, sizeof *found);
+    if (stat(dir, &info)) FAIL(ERR_IO, "%s: %s", dir, strerror(errno));
+    if (!S_ISDIR(info.st_mode)) {
+        glob(dir, GLOB_NOCHECK, NULL, found);
+        return OK;
+    }
+    for (int i = 0; i < patterns->count; i++) {
+        char *path = must_format("%s/%s", dir, patterns->items[i]);
+        int failed = glob(path, 0, NULL, found);
+        free(path);
+        if (!failed) return OK;
+        globfree(found);
+        memset(found, 0, sizeof *found);
+    }
+    return OK;
+}
+
+static Status must_find(glob_t *found, const Task *task, const char *dir) {
+    TRY(find_files(found, &task->files, dir));
+    if (found->gl_pathc) return OK;
+    Text list = {0};
+    for (int i = 0; i < task->files.count; i++)
+        text_addf(&list, "%s%s", i ? ", " : "", task->files.items[i]);
+    Status status = status_fail(ERR_IO, "%s: no questions for task '%s', expected %s", dir,
+                                task->name, list.size ? list.bytes : "a file: give --data FILE");
+    text_free(&list);
+    return status;
+}
+
+static Suite *add_suite(Documents *d, const char *name, const char *alias, const char *group) {
+    d->suites = must_realloc(d->suites, (size_t)(d->count + 1) * sizeof *d->suites);
+    Suite *s = &d->suites[d->count++];
+    *s = (Suite){.name = must_strdup(name),
+                 .alias = must_strdup(alias),
+                 .group = group ? must_strdup(group) : NULL,
+                 .docs = json_array(),
+                 .examples = json_array()};
+    return s;
+}
+
+/* dir, or the folder of dir when that is a file. */
+static char *folder_of(const char *dir) {
+    struct stat info;
+    char *copy = must_strdup(dir), *slash = strrchr(copy, '/');
+    if (!stat(dir, &info) && S_ISDIR(info.st_mode)) return copy;
+    if (slash)
+        *slash = 0;
+    else
+        strcpy(copy, ".");
+    return copy;
+}
+
+/* Few-shot examples: rows of the first of the task's files that is there. `subject` fills the
+ * pattern's {subject}. */
+static Status find_examples(json_t **rows, Documents *d, const Task *task, const char *dir,
+                            const char *subject) {
+    char *folder = folder_of(dir);
+    Status status = OK;
+    *rows = NULL;
+    for (int i = 0; i < task->fewshot_files.count && !*rows && status == OK; i++) {
+        const char *pattern = task->fewshot_files.items[i], *brace = strstr(pattern, "{subject}");
+        char *path = brace ? must_format("%s/%.*s%s%s", folder, (int)(brace - pattern), pattern,
+                                         subject ? subject : "", brace + 9)
+                           : must_format("%s/%s", folder, pattern);
+        glob_t found;
+        if (!glob(path, 0, NULL, &found)) {
+            status = rows_noted(rows, d, found.gl_pathv[0]);
+            globfree(&found);
+        }
+        free(path);
+    }
+    free(folder);
+    return status;
+}
+
+/* ---- readers ---- */
+
+/* Rows as they are; split by a field where the task says so. */
+static Status read_rows(Documents *d, const Task *task, const char *dir) {
+    glob_t found;
+    json_t *examples = NULL, *rows = NULL, *row;
+    size_t i;
+    Status status = OK;
+    TRY(must_find(&found, task, dir));
+    TRY_DONE(find_examples(&examples, d, task, dir, NULL));
+    for (size_t f = 0; f < found.gl_pathc; f++) {
+        TRY_DONE(rows_noted(&rows, d, found.gl_pathv[f]));
+        json_array_foreach(rows, i, row) {
+            const char *part = task->by ? json_string_value(json_object_get(row, task->by)) : NULL;
+            char *name = must_strdup(task->name);
+            if (task->by && !part) {
+                free(name);
+                FAIL_DONE(ERR_FORMAT, "%s: row %zu has no '%s'", found.gl_pathv[f], i + 1,
+                          task->by);
+            }
+            if (part) {
+                free(name);
+                name = must_format("%s_%s", task->name, part);
+                for (char *c = name; *c; c++)
+                    if (*c == ' ') *c = '_';
+            }
+            Suite *suite = NULL;
+            for (int k = 0; k < d->count; k++)
+                if (!strcmp(d->suites[k].name, name)) suite = &d->suites[k];
+            if (!suite) suite = add_suite(d, name, part ? part : name, part ? task->name : NULL);
+            json_array_append(suite->docs, row);
+            free(name);
+        }
+        json_decref(rows);
+        rows = NULL;
+    }
+    for (int k = 0; k < d->count; k++) json_array_foreach(examples, i, row) {
+            const char *part = task->by ? json_string_value(json_object_get(row, task->by)) : NULL;
+            if (!task->by || (part && !strcmp(part, d->suites[k].alias)))
+                json_array_append(d->suites[k].examples, row);
+        }
+done:
+    json_decref(rows);
+    json_decref(examples);
+    globfree(&found);
+    return status;
+}
+
+/* MMLU: {question, subject, choices, answer}, the answer an index. Files have a header or none, and
+ * the answer is a letter or an index. */
+static Status mmlu_docs(json_t **docs, Documents *d, const char *path, const char *subject) {
+    json_t *rows = NULL, *out = json_array(), *row;
+    size_t i;
+    Text text = {0};
+    Status status = OK;
+    TRY_DONE(note_file(d, path));
+    if (!ends_in(path, ".csv")) {
+        TRY_DONE(rows_load(&rows, path));
+        json_array_foreach(rows, i, row) {
+            json_t *copy = json_copy(row);
+            if (!json_object_get(copy, "subject"))
+                json_object_set_new(copy, "subject", json_string(subject));
+            json_array_append_new(out, copy);
+        }
+        goto done;
+    }
+    TRY_DONE(read_all(&text, path));
+    TRY_DONE(csv_parse(&rows, (Slice){text.bytes, text.size}, path));
+    json_array_foreach(rows, i, row) {
+        const char *answer = json_string_value(json_array_get(row, 5));
+        if (json_array_size(row) != 6)
+            FAIL_DONE(ERR_FORMAT,
+                      "%s: row %zu has %zu cells, expected question, four choices and "
+                      "answer",
+                      path, i + 1, json_array_size(row));
+        if (i == 0 && !strcmp(answer, "answer")) continue;
+        int64_t index = *answer >= 'A' && *answer <= 'D' ? *answer - 'A' : *answer - '0';
+        if (!*answer || answer[1] || index < 0 || index > 3)
+            FAIL_DONE(ERR_FORMAT, "%s: row %zu: answer '%s', expected A to D or 0 to 3", path,
+                      i + 1, answer);
+        json_array_append_new(out, json_pack("{s:O, s:s, s:[O,O,O,O], s:I}", "question",
+                                             json_array_get(row, 0), "subject", subject, "choices",
+                                             json_array_get(row, 1), json_array_get(row, 2),
+                                             json_array_get(row, 3), json_array_get(row, 4),
+                                             "answer", (json_int_t)index));
+    }
+done:
+    text_free(&text);
+    json_decref(rows);
+    if (status == OK)
+        *docs = out;
+    else
+        json_decref(out);
+    return status;
+}
+
+/* The subject in a path that matches PREFIX*SUFFIX: anatomy of .../anatomy_test.csv. */
+static char *subject_of(const char *path) {
+    const char *slash = strrchr(path, '/');
+    char *name = must_strdup(slash ? slash + 1 : path);
+    char *end = strstr(name, "_test.");
+    if (!end) end = strstr(name, "_dev.");
+    if (end) {
+        *end = 0;
+        return name;
+    }
+    free(name); /* mmlu/anatomy/test.jsonl */
+    char *copy = must_strdup(path), *cut = strrchr(copy, '/');
+    if (cut) *cut = 0;
+    slash = strrchr(copy, '/');
+    name = must_strdup(slash ? slash + 1 : copy);
+    free(copy);
+    return name;
+}
+
+static Status read_mmlu(Documents *d, const Task *task, const char *dir) {
+    glob_t found;
+    Status status = OK;
+    TRY(must_find(&found, task, dir));
+    for (size_t f = 0; f < found.gl_pathc && status == OK; f++) {
+        char *subject = subject_of(found.gl_pathv[f]),
+             *name = must_format("%s_%s", task->name, subject), *folder = folder_of(dir);
+        Suite *suite = add_suite(d, name, subject, task->name);
+        json_t *docs = NULL;
+        status = mmlu_docs(&docs, d, found.gl_pathv[f], subject);
+        if (docs) json_decref(suite->docs), suite->docs = docs;
+        for (int i = 0; i < task->fewshot_files.count && status == OK; i++) {
+            const char *pattern = task->fewshot_files.items[i],
+                       *brace = strstr(pattern, "{subject}");
+            if (!brace) continue;
+            char *path = must_format("%s/%.*s%s%s", folder, (int)(brace - pattern), pattern,
+                                     subject, brace + 9);
+            json_t *examples = NULL;
+            glob_t dev;
+            if (!glob(path, 0, NULL, &dev)) {
+                status = mmlu_docs(&examples, d, dev.gl_pathv[0], subject);
+                globfree(&dev);
+            }
+            free(path);
+            if (!examples) continue;
+            json_decref(suite->examples);
+            suite->examples = examples;
+            break;
+        }
+        free(subject);
+        free(name);
+        free(folder);
+    }
+    globfree(&found);
+    return status;
+}
+
+/* MMMLU: a CSV a language, with Question, A to D, Answer and Subject. */
+static Status read_mmmlu(Documents *d, const Task *task, const char *dir) {
+    glob_t found;
+    json_t *rows = NULL, *row;
+    size_t i;
+    Status status = OK;
+    TRY(must_find(&found, task, dir));
+    for (size_t f = 0; f < found.gl_pathc; f++) {
+        const char *slash = strrchr(found.gl_pathv[f], '/');
+        char *language = must_strdup(slash ? slash + 1 : found.gl_pathv[f]),
+             *dot = strchr(language, '.');
+        if (dot) *dot = 0;
+        char *name = must_format("%s_%s", task->name,
+                                 strncmp(language, "mmlu_", 5) ? language : language + 5);
+        Suite *suite = add_suite(d, name, name + strlen(task->name) + 1, task->name);
+        free(language);
+        free(name);
+        TRY_DONE(rows_noted(&rows, d, found.gl_pathv[f]));
+        json_array_foreach(rows, i, row) {
+            static const char *const keys[] = {"Question", "A", "B", "C", "D", "Answer"};
+            const char *cells[6];
+            for (int k = 0; k < 6; k++)
+                if (!(cells[k] = json_string_value(json_object_get(row, keys[k]))))
+                    FAIL_DONE(ERR_FORMAT, "%s: row %zu has no '%s'", found.gl_pathv[f], i + 1,
+                              keys[k]);
+            if (strlen(cells[5]) != 1 || *cells[5] < 'A' || *cells[5] > 'D')
+                FAIL_DONE(ERR_FORMAT, "%s: row %zu: answer '%s', expected A to D",
+                          found.gl_pathv[f], i + 1, cells[5]);
+            const char *subject = json_string_value(json_object_get(row, "Subject"));
+            json_array_append_new(
+                suite->docs, json_pack("{s:s, s:s, s:[s,s,s,s], s:i}", "question", cells[0],
+                                       "subject", subject ? subject : "", "choices", cells[1],
+                                       cells[2], cells[3], cells[4], "answer", *cells[5] - 'A'));
+        }
+        json_decref(rows);
+        rows = NULL;
+    }
+done:
+    json_decref(rows);
+    globfree(&found);
+    return status;
+}
+
+/* An answer of GPQA as both harnesses clean it. */
+static char *gpqa_clean(const char *text) {
+    Slice s = slice_strip(slice_of(text));
+    Text out = {0};
+    text_add(&out, "", 0);
+    for (size_t i = 0; i < s.size; i++) {
+        if (s.size - i >= 8 && !memcmp(s.bytes + i, " [title]", 8)) {
+            text_adds(&out, ". ");
+            i += 7;
+        } else {
+            text_add(&out, s.bytes + i, 1);
+        }
+    }
+    Text single = {0};
+    text_add(&single, "", 0);
+    for (size_t i = 0; i < out.size; i++) { /* pairs of spaces, from the left, once */
+        text_add(&single, out.bytes + i, 1);
+        if (out.bytes[i] == ' ' && i + 1 < out.size && out.bytes[i + 1] == ' ') i++;
+    }
+    text_free(&out);
+    return single.bytes;
+}
+
+/* GPQA: four answers in an order drawn by a generator of its own, seeded 0. `simple`: as
+ * simple-evals draws it, a permutation for each of four rounds over the right answer and the wrong
+ * ones; else as the harness does, a shuffle of the wrong ones and the right. */
+static Status read_gpqa(Documents *d, const Task *task, const char *dir, bool simple) {
+    static const char *const keys[] = {"Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2",
+                                       "Incorrect Answer 3", "Question"};
+    glob_t found;
+    json_t *rows = NULL, *row;
+    size_t i;
+    Mersenne m;
+    Status status = OK;
+    TRY(must_find(&found, task, dir));
+    mersenne_seed(&m, 0);
+    Suite *suite = add_suite(d, task->name, task->name, NULL);
+    TRY_DONE(rows_noted(&rows, d, found.gl_pathv[0]));
+    for (int round = 0; round < (simple ? 4 : 1); round++) json_array_foreach(rows, i, row) {
+            char *texts[4];
+            int64_t order[] = {1, 2, 3, 0};
+            for (int k = 0; k < 5; k++)
+                if (!json_is_string(json_object_get(row, keys[k])))
+                    FAIL_DONE(ERR_FORMAT, "%s: row %zu has no '%s'", found.gl_pathv[0], i + 1,
+                              keys[k]);
+            for (int k = 0; k < 4; k++) {
+                const char *text = json_string_value(json_object_get(row, keys[k]));
+                texts[k] = simple ? must_strdup(text) : gpqa_clean(text);
+            }
+            if (simple)
+                mersenne_sample(&m, order, 4, 4);
+            else
+                mersenne_shuffle(&m, order, 4);
+            int right = 0;
+            while (strcmp(texts[order[right]], texts[0])) right++;
+            char letter[] = {'(', (char)('A' + right), ')', 0};
+            json_array_append_new(suite->docs,
+                                  json_pack("{s:O, s:s, s:s, s:s, s:s, s:[s,s,s,s], s:s, s:i}",
+                                            "Question", json_object_get(row, "Question"), "choice1",
+                                            texts[order[0]], "choice2", texts[order[1]], "choice3",
+                                            texts[order[2]], "choice4", texts[order[3]], "choices",
+                                            texts[order[0]], texts[order[1]], texts[order[2]],
+                                            texts[order[3]], "answer", letter, "problem", (int)i));
+            for (int k = 0; k < 4; k++) free(texts[k]);
+        }
+done:
+    json_decref(rows);
+    globfree(&found);
+    return status;
+}
+
+/* MBPP: problems 11 to 510 are asked, 2 to 4 are the examples. */
+static Status read_mbpp(Documents *d, const Task *task, const char *dir) {
+    glob_t found;
+    json_t *rows = NULL, *row;
+    size_t i;
+    Status status = OK;
+    TRY(must_find(&found, task, dir));
+    Suite *suite = add_suite(d, task->name, task->name, NULL);
+    TRY_DONE(rows_noted(&rows, d, found.gl_pathv[0]));
+    json_array_foreach(rows, i, row) {
+        json_int_t id = json_integer_value(json_object_get(row, "task_id"));
+        if (id >= 2 && id <= 4) json_array_append(suite->examples, row);
+        if (id >= 11 && id <= 510) json_array_append(suite->docs, row);
+    }
+done:
+    json_decref(rows);
+    globfree(&found);
+    return status;
+}
+
+Status documents_load(Documents *d, const Task *task, const char *dir) {
+    Status status;
+    *d = (Documents){0};
+    if (!strcmp(task->reads, "rows"))
+        status = read_rows(d, task, dir);
+    else if (!strcmp(task->reads, "mmlu"))
+        status = read_mmlu(d, task, dir);
+    else if (!strcmp(task->reads, "mmmlu"))
+        status = read_mmmlu(d, task, dir);
+    else if (!strncmp(task->reads, "gpqa", 4))
+        status = read_gpqa(d, task, dir, task->reads[4] != 0);
+    else if (!strcmp(task->reads, "mbpp"))
+        status = read_mbpp(d, task, dir);
+    else
+        status = status_fail(ERR_CONFIG,
+                             "task '%s' reads '%s', expected rows, mmlu, mmmlu, gpqa or "
+                             "mbpp",
+                             task->name, task->reads);
+    if (status != OK) documents_free(d);
+    return status;
+}
+
+void documents_free(Documents *d) {
+    for (int i = 0; i < d->count; i++) {
+        free(d->suites[i].name);
+        free(d->suites[i].alias);
+        free(d->suites[i].group);
+        json_decref(d->suites[i].docs);
+        json_decref(d->suites[i].examples);
+    }
+    for (int i = 0; i < d->file_count; i++) free(d->files[i].path);
+    free(d->suites);
+    free(d->files);
+    *d = (Documents){0};
+}

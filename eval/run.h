@@ -1,0 +1,39 @@
+/* run.h - asking a model all questions of some tasks, and scoring what it says.
+ *
+ * Every answer is written to OUT/responses.jsonl the moment it is there, so a run that was stopped
+ * goes on where it was. In the end OUT holds results.json, samples_TASK.jsonl and report.html. */
+#ifndef RUN_EVAL_H
+#define RUN_EVAL_H
+
+#include "eval/prompt.h"
+#include "eval/results.h"
+#include "infer/engine.h"
+
+typedef struct EvalOptions {
+    const char *tasks; /* names, with commas between */
+    const char *data;  /* folder of questions, or one file */
+    const char *out;   /* folder; NULL: nothing is written */
+    double limit;      /* documents of each task: a share below 1, else a number; 0: all */
+    PromptOptions prompt;
+    int64_t samples;                /* answers to each question; 0: the task's own number */
+    int64_t max_tokens, think_most; /* 0: the task's own; no budget */
+    double temperature, top_p, min_p;
+    int64_t top_k;     /* NAN and -1: the task's own, or the model's */
+    uint64_t seed;     /* of sampling */
+    int64_t batch;     /* sequences at once */
+    const char *kv;    /* how keys and values are kept */
+    int64_t bootstrap; /* iterations */
+    bool run_code;     /* consent to run generated programs, in a sandbox */
+    bool quiet;        /* no progress line */
+} EvalOptions;
+
+EvalOptions eval_options_default(void);
+
+/* Whether any of the tasks is asked in chat form: then prompt.format must be known. Tasks that
+ * cannot be found are eval_run's to report. */
+bool eval_needs_chat(const EvalOptions *o);
+
+/* Runs the tasks on an open model. `adapter` and `format` are only named in the results. */
+Status eval_run(Results *r, Model *m, const char *adapter, const EvalOptions *o);
+
+#endif
