@@ -1,5 +1,6 @@
 /* run.c - questions to requests, answers to figures, everything kept on the way. */
 #include "eval/run.h"
+#include "eval/questions.h"
 #include "eval/rules.h"
 #include "eval/template.h"
 #include "formats/companion.h"
@@ -15,45 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#define THOUGHT_BEGIN "<|channel>"
-#define THOUGHT_END   "<channel|>"
-#define CHUNK         512
-
-/* A document as it is asked. */
-typedef struct Item {
-    int suite;         /* of the run's list */
-    int64_t doc;       /* its place in the suite */
-    const json_t *row; /* the document */
-    Text prompt;
-    char prompt_hash[65];
-    json_t *answers; /* (jobs) what came back of each job; null: nothing yet */
-    int64_t jobs;    /* answers, choices or windows that are wanted */
-    bool together;   /* one job gives all choices: they differ in one token after the same ones */
-} Item;
-
-typedef struct RunSuite {
-    const Task *task;
-    const Suite *suite;
-    int64_t original;
-} RunSuite;
-
-typedef struct Run {
-    Model *m;
-    const EvalOptions *o;
-    Task *tasks;
-    Documents *documents;
-    int task_count;
-    RunSuite *suites;
-    int suite_count;
-    Item *items;
-    int64_t item_count, item_capacity;
-    Sampling sampling; /* the model's own */
-    int32_t bos, thought_begin, thought_end;
-    FILE *log;
-    int64_t answered, total;
-    double began, shown;
-    EngineCounts counts;
-} Run;
+#define CHUNK 512
 
 EvalOptions eval_options_default(void) {
     return (EvalOptions){.prompt = {.shots = -1, .seed = 1234},
@@ -123,10 +86,6 @@ static int64_t limited(const Run *r, int64_t count) {
     return most < count ? most : count;
 }
 
-static int64_t samples_of(const Run *r, const Task *t) {
-    return r->o->samples ? r->o->samples : t->samples;
-}
-
 static Status add_item(Run *r, int suite, int64_t doc, Shots *shots) {
     const RunSuite *s = &r->suites[suite];
     int64_t picked[shots->count + 1];
@@ -169,10 +128,6 @@ static Status list_items(Run *r) {
 
 /* ---- tokens ---- */
 
-static const Task *task_of(const Run *r, const Item *item) {
-    return r->suites[item->suite].task;
-}
-
 /* <bos> unless the text has it, and the ids of text and more behind it. */
 static void encode(const Run *r, Tokens *ids, Slice text, Slice more) {
     Text whole = {0};
@@ -197,7 +152,7 @@ static Status encode_choice(const Run *r, const Item *item, int64_t i, Tokens *i
     size_t size = context_size(prompt);
     Text choice = {0};
     text_add(&choice, prompt.bytes + size, prompt.size - size);
-    TRY(prompt_choice(&choice, task_of(r, item), &r->o->prompt, item->row, i));
+    TRY(prompt_choice(&choice, item_task(r, item), &r->o->prompt, item->row, i));
     encode(r, ids, (Slice){prompt.bytes, size}, (Slice){"", 0});
     *context = ids->count;
     encode(r, ids, (Slice){prompt.bytes, size}, slice_text(&choice));
@@ -208,12 +163,12 @@ static Status encode_choice(const Run *r, const Item *item, int64_t i, Tokens *i
 /* How many jobs a document is: choices together where they are single tokens after the same ones.
  */
 static Status count_jobs(Run *r, Item *item) {
-    const Task *t = task_of(r, item);
+    const Task *t = item_task(r, item);
     Tokens ids = {0}, first = {0};
     int64_t context, n, most = r->m->g.config.max_position_embeddings;
     Status status = OK;
     if (t->output == OUTPUT_TEXT) {
-        item->jobs = samples_of(r, t);
+        item->jobs = run_samples(r, t);
     } else if (t->output == OUTPUT_ROLLING) {
         Window w;
         encode(r, &ids, slice_text(&item->prompt), (Slice){"", 0});
@@ -247,7 +202,7 @@ typedef struct Job {
 
 static void set_sampling(const Run *r, const Item *item, int64_t sample, Sampling *s) {
     const EvalOptions *o = r->o;
-    const Task *t = task_of(r, item);
+    const Task *t = item_task(r, item);
     *s = r->sampling;
     if (!prompt_is_chat(t, &o->prompt) || t->temperature > 0) { /* the rules' own */
         s->temperature = t->temperature;
@@ -261,7 +216,7 @@ static void set_sampling(const Run *r, const Item *item, int64_t sample, Samplin
     if (o->top_k >= 0) s->top_k = o->top_k;
     s->seed = random_key(random_key_name(o->seed, r->suites[item->suite].suite->name),
                          (uint64_t)(item->doc * 4096 + sample));
-    s->max_tokens = o->max_tokens ? o->max_tokens : t->max_tokens;
+    s->max_tokens = run_max_tokens(r, t);
 }
 
 /* Cuts from the left what the model has no positions for. */
@@ -271,7 +226,7 @@ static int64_t overlong(const Tokens *ids, int64_t most) {
 
 static Status submit(Run *r, Engine *e, Job *job) {
     Item *item = job->item;
-    const Task *t = task_of(r, item);
+    const Task *t = item_task(r, item);
     int64_t most = r->m->g.config.max_position_embeddings, context = 0, cut, n;
     Request request = {.sampling = {.top_p = 1, .repetition_penalty = 1}};
     Tokens ids = {0};
@@ -334,7 +289,7 @@ done:
 
 /* The answer's text: after the last thought, special tokens dropped, up to the first stop text. */
 static json_t *answer_of(const Run *r, const Item *item, const Sequence *s) {
-    const Task *t = task_of(r, item);
+    const Task *t = item_task(r, item);
     int64_t from = s->request.count, end = s->count;
     bool thought = false, open = false;
     if (end > from && sampling_stops(&s->request.sampling, s->ids[end - 1])) end--;
@@ -367,7 +322,7 @@ static json_t *collect(const Run *r, const Job *job) {
     Item *item = job->item;
     const Sequence *s = job->sequence;
     json_t *value;
-    if (task_of(r, item)->output == OUTPUT_TEXT) {
+    if (item_task(r, item)->output == OUTPUT_TEXT) {
         value = answer_of(r, item, s);
     } else if (item->together) {
         value = json_array();
@@ -497,9 +452,8 @@ static Status longest_of(Run *r, int64_t *longest) {
     int64_t most = r->m->g.config.max_position_embeddings;
     *longest = 1;
     for (int64_t i = 0; i < r->item_count; i++) {
-        const Task *t = task_of(r, &r->items[i]);
-        int64_t answer =
-            t->output == OUTPUT_TEXT ? r->o->max_tokens ? r->o->max_tokens : t->max_tokens : 128;
+        const Task *t = item_task(r, &r->items[i]);
+        int64_t answer = t->output == OUTPUT_TEXT ? run_max_tokens(r, t) : 128;
         encode(r, &ids, slice_text(&r->items[i].prompt), (Slice){"", 0});
         int64_t n = ids.count + answer < most ? ids.count + answer : most;
         if (n > *longest) *longest = n;
@@ -554,372 +508,13 @@ done:
     return status;
 }
 
-/* ---- figures ---- */
-
-static void add_metric(TaskResult *t, const char *metric, const char *filter, int64_t doc,
-                       double value) {
-    result_value(t, metric, filter, FIGURE_MEAN, doc, value, 1);
-}
-
-static Status score_choices(const Run *r, const Item *item, TaskResult *t, json_t *sample) {
-    const Task *task = task_of(r, item);
-    int64_t n = item->jobs, gold;
-    double lls[n];
-    Text texts[n];
-    Slice slices[n];
-    PromptOptions bare = {.chat = true}; /* without the delimiter */
-    TRY(prompt_gold(&gold, task, item->row));
-    for (int64_t i = 0; i < n; i++) {
-        lls[i] = json_number_value(json_array_get(json_array_get(item->answers, (size_t)i), 0));
-        texts[i] = (Text){0};
-        TRY(prompt_choice(&texts[i], task, &bare, item->row, i));
-        slices[i] = slice_text(&texts[i]);
-    }
-    Choosing c = choose(lls, slices, n);
-    for (int64_t i = 0; i < n; i++) text_free(&texts[i]);
-    json_t *names = json_array();
-    for (int i = 0; i < task->metrics.count; i++) {
-        const char *metric = task->metrics.items[i];
-        int64_t chosen = !strcmp(metric, "acc_norm")    ? c.by_characters
-                         : !strcmp(metric, "acc_bytes") ? c.by_bytes
-                                                        : c.by_sum;
-        add_metric(t, metric, "none", item->doc, chosen == gold);
-        json_array_append_new(names, json_string(metric));
-        json_object_set_new(sample, metric, json_real(chosen == gold));
-    }
-    json_t *resps = json_array(), *one;
-    size_t i;
-    json_array_foreach(item->answers, i, one) json_array_append_new(resps, json_pack("[O]", one));
-    json_object_set_new(sample, "target", json_integer(gold));
-    json_object_set_new(sample, "resps", resps);
-    json_object_set(sample, "filtered_resps", item->answers);
-    json_object_set_new(sample, "filter", json_string("none"));
-    json_object_set_new(sample, "metrics", names);
-    return OK;
-}
-
-static Status score_rolling(const Run *r, const Item *item, TaskResult *t, json_t *sample) {
-    const Task *task = task_of(r, item);
-    double sum = 0;
-    Slice text = slice_text(&item->prompt);
-    json_t *names = json_array();
-    for (int64_t i = 0; i < item->jobs; i++)
-        sum += json_number_value(json_array_get(json_array_get(item->answers, (size_t)i), 0));
-    for (int i = 0; i < task->metrics.count; i++) {
-        const char *metric = task->metrics.items[i];
-        bool words = !strcmp(metric, "word_perplexity"), bits = !strcmp(metric, "bits_per_byte");
-        double weight = words ? (double)count_words(text) : (double)text.size;
-        result_value(t, metric, "none", bits ? FIGURE_BITS : FIGURE_PERPLEXITY, item->doc, sum,
-                     weight);
-        json_array_append_new(names, json_string(metric));
-        json_object_set_new(sample, metric, json_pack("[f, f]", sum, weight));
-    }
-    json_object_set_new(sample, "resps", json_pack("[[f]]", sum));
-    json_object_set_new(sample, "filtered_resps", json_pack("[f]", sum));
-    json_object_set_new(sample, "filter", json_string("none"));
-    json_object_set_new(sample, "metrics", names);
-    return OK;
-}
-
-/* Answers of one document under one filter. */
-static Status score_answers(const Run *r, const Item *item, const FilterChain *chain, TaskResult *t,
-                            json_t *sample) {
-    const Task *task = task_of(r, item);
-    int64_t n = item->jobs, right = 0, votes = 0;
-    const char *metric = rule_metric(task);
-    bool voting = false;
-    for (int i = 0; i < chain->count; i++) voting |= chain->filters[i].kind == FILTER_MAJORITY;
-    json_t *texts = json_array(), *kept = json_array(), *names = json_array();
-    Slice *extracted = must_calloc((size_t)n, sizeof *extracted);
-    double *scores = must_calloc((size_t)n, sizeof *scores);
-    Verdict *verdicts = must_calloc((size_t)n, sizeof *verdicts);
-    Status status = OK;
-    for (int64_t i = 0; i < n; i++)
-        json_array_append(texts, json_object_get(json_array_get(item->answers, (size_t)i), "text"));
-    for (int64_t i = 0; i < (voting ? 1 : n); i++) {
-        Verdict *v = &verdicts[i];
-        TRY_DONE(rule_score(v, task, chain, item->row,
-                            voting ? texts : json_array_get(texts, (size_t)i)));
-        if (json_is_string(v->score)) { /* an option is drawn */
-            Mersenne m;
-            mersenne_seed(&m, 12345 + (uint64_t)(item->doc * 4096 + i));
-            Text gold = {0};
-            TRY_DONE(template_render(&gold, task->answer ? task->answer : "{answer}", task,
-                                     item->row, NULL));
-            json_decref(v->score);
-            v->score = json_real(*gold.bytes == 'A' + (char)mersenne_below(&m, 10));
-            text_free(&gold);
-        }
-        json_array_append(kept, v->extracted);
-        scores[i] = json_number_value(v->score);
-        right += scores[i] > 0;
-        if (v->parsed && json_is_string(v->extracted))
-            extracted[votes++] = json_slice(v->extracted);
-    }
-    if (json_is_object(verdicts[0].score)) { /* several figures of the first answer */
-        const char *name;
-        json_t *value, *one;
-        size_t k;
-        json_object_foreach(verdicts[0].score, name, value) {
-            if (json_is_array(value))
-                json_array_foreach(value, k, one) result_value(t, name, chain->name, FIGURE_FLAT,
-                                                               item->doc, json_is_true(one), 1);
-            else
-                add_metric(t, name, chain->name, item->doc, json_is_true(value));
-            json_object_set(sample, name, value);
-            json_array_append_new(names, json_string(name));
-        }
-    } else {
-        for (int64_t i = 0; i < (voting ? 1 : n); i++) {
-            char *name = n > 1 && !voting ? must_format("avg@%" PRId64, n) : must_strdup(metric);
-            add_metric(t, name, chain->name, item->doc, scores[i]);
-            if (i == 0) json_array_append_new(names, json_string(name));
-            free(name);
-        }
-        json_object_set_new(sample, metric, json_real(scores[0]));
-        if (n > 1 && !voting) {
-            char *maj = must_format("maj@%" PRId64, n), *pass = must_format("pass@%" PRId64, n);
-            double won = 0;
-            if (votes) {
-                Slice winner = extracted[majority_vote(extracted, votes)];
-                for (int64_t i = n; i-- > 0;) {
-                    Slice mine = json_slice(verdicts[i].extracted);
-                    if (mine.size == winner.size && !memcmp(mine.bytes, winner.bytes, mine.size))
-                        won = scores[i];
-                }
-            }
-            add_metric(t, maj, chain->name, item->doc, won);
-            add_metric(t, pass, chain->name, item->doc, pass_at_k(n, right, n));
-            json_object_set_new(sample, maj, json_real(won));
-            free(maj);
-            free(pass);
-        }
-        json_t *verified = json_object_get(verdicts[0].more, "math_verify");
-        if (verified) {
-            add_metric(t, "math_verify", chain->name, item->doc, json_number_value(verified));
-            json_object_set(sample, "math_verify", verified);
-        }
-    }
-    if (chain == &task->chains[0])
-        for (int64_t i = 0; i < n; i++) {
-            const json_t *a = json_array_get(item->answers, (size_t)i);
-            t->responses++;
-            t->unparsed += i < (voting ? 1 : n) && !verdicts[i].parsed;
-            t->truncated += json_is_true(json_object_get(a, "truncated"));
-            t->unclosed += json_is_true(json_object_get(a, "unclosed"));
-        }
-    json_object_set_new(sample, "resps", json_pack("[O]", texts));
-    json_object_set(sample, "filtered_resps", kept);
-    json_object_set_new(sample, "filter", json_string(chain->name));
-    json_object_set(sample, "metrics", names);
-done:
-    for (int64_t i = 0; i < n; i++) verdict_free(&verdicts[i]);
-    free(verdicts);
-    free(scores);
-    free(extracted);
-    json_decref(texts);
-    json_decref(kept);
-    json_decref(names);
-    return status;
-}
-
-static void set_hash(json_t *sample, const char *key, Slice text) {
-    char hash[65];
-    sha256_text(hash, text.bytes, text.size);
-    json_object_set_new(sample, key, json_string(hash));
-}
-
-/* What every line of a samples file has. */
-static Status sample_head(json_t **out, const Run *r, const Item *item) {
-    const Task *t = task_of(r, item);
-    json_t *sample = json_pack("{s:I, s:O}", "doc_id", (json_int_t)item->doc, "doc", item->row),
-           *arguments = json_object();
-    Text target = {0};
-    char *doc = json_dumps(item->row, JSON_INDENT(2));
-    Status status = OK;
-    int64_t requests = t->output == OUTPUT_CHOICES ? item->jobs : 1;
-    if (t->output == OUTPUT_TEXT && t->scorer != SCORER_IFEVAL) {
-        const char *text = t->scorer == SCORER_PYTHON ? t->tests : t->answer;
-        status = template_render(&target, text ? text : "{answer}", t, item->row, NULL);
-        json_object_set_new(sample, "target",
-                            json_stringn(target.bytes ? target.bytes : "", target.size));
-    }
-    for (int64_t i = 0; i < requests && status == OK; i++) {
-        char *key = must_format("gen_args_%" PRId64, i);
-        Text choice = {0};
-        json_t *pair = json_object();
-        json_object_set_new(pair, "arg_0", json_stringn(item->prompt.bytes, item->prompt.size));
-        if (t->output == OUTPUT_CHOICES) {
-            status = prompt_choice(&choice, t, &r->o->prompt, item->row, i);
-            json_object_set_new(pair, "arg_1", json_stringn(choice.bytes, choice.size));
-        }
-        json_object_set_new(arguments, key, pair);
-        text_free(&choice);
-        free(key);
-    }
-    json_object_set_new(sample, "arguments", arguments);
-    set_hash(sample, "doc_hash", slice_of(doc));
-    json_object_set_new(sample, "prompt_hash", json_string(item->prompt_hash));
-    set_hash(sample, "target_hash", slice_text(&target));
-    free(doc);
-    text_free(&target);
-    *out = sample;
-    return status;
-}
-
-static Status write_line(FileWriter *w, const json_t *row) {
-    char *line = json_dumps(row, JSON_COMPACT | JSON_REAL_PRECISION(17));
-    Status status = w ? file_writer_write(w, line, strlen(line)) : OK;
-    if (status == OK && w) status = file_writer_write(w, "\n", 1);
-    free(line);
-    return status;
-}
-
-/* Figures and samples of one suite. */
-static Status score_suite(Run *r, Results *results, int suite) {
-    const RunSuite *s = &r->suites[suite];
-    const Task *task = s->task;
-    FileWriter writer = {0}, *w = r->o->out ? &writer : NULL;
-    Status status = OK;
-    TaskResult *t = results_add(results, s->suite->name);
-    free(t->alias);
-    t->alias = must_strdup(s->suite->alias);
-    t->group = s->suite->group ? must_strdup(s->suite->group) : NULL;
-    t->version = task->version;
-    t->shots = r->o->prompt.shots >= 0 && task->shots > 0 ? r->o->prompt.shots : task->shots;
-    t->original = s->original;
-    t->samples = task->output == OUTPUT_TEXT ? samples_of(r, task) : 1;
-    t->generates = task->output == OUTPUT_TEXT;
-    char *path = r->o->out ? must_format("%s/samples_%s.jsonl", r->o->out, s->suite->name) : NULL;
-    if (w) TRY_DONE(file_writer_open(w, path));
-    int chains = task->output == OUTPUT_TEXT ? task->chain_count : 1;
-    if (!chains)
-        FAIL_DONE(ERR_CONFIG, "task '%s' has no filters: it says nothing of its answers",
-                  task->name);
-    for (int c = 0; c < chains; c++)
-        for (int64_t i = 0; i < r->item_count; i++) {
-            const Item *item = &r->items[i];
-            json_t *sample = NULL;
-            if (item->suite != suite) continue;
-            t->effective += c == 0;
-            status = sample_head(&sample, r, item);
-            if (status == OK)
-                status = task->output == OUTPUT_CHOICES ? score_choices(r, item, t, sample)
-                         : task->output == OUTPUT_ROLLING
-                             ? score_rolling(r, item, t, sample)
-                             : score_answers(r, item, &task->chains[c], t, sample);
-            if (status == OK) status = write_line(w, sample);
-            json_decref(sample);
-            TRY_DONE(status);
-        }
-    if (w) TRY_DONE(file_writer_commit(w));
-done:
-    if (w) file_writer_abandon(w);
-    free(path);
-    return status;
-}
-
-/* ---- settings ---- */
-
-static void set_companion_hash(json_t *out, const char *key, const char *model, const char *name) {
-    char *bytes = NULL, hash[65];
-    size_t size;
-    if (companion_find(&bytes, &size, model, name) == OK && bytes) {
-        sha256_text(hash, bytes, size);
-        json_object_set_new(out, key, json_string(hash));
-    }
-    free(bytes);
-}
-
-static json_t *number_or_null(double x) {
-    return isnan(x) ? json_null() : json_real(x);
-}
-
-/* Everything that decides what comes out. */
-static json_t *settings_of(const Run *r, const char *adapter) {
-    const EvalOptions *o = r->o;
-    json_t *out = json_object(), *tasks = json_object(), *files = json_array();
-    for (int i = 0; i < r->task_count; i++) {
-        const Task *t = &r->tasks[i];
-        json_object_set_new(tasks, t->name,
-                            json_pack("{s:s, s:f, s:s*, s:I, s:I, s:b}", "rules", t->rules,
-                                      "version", t->version, "question", t->question, "max_tokens",
-                                      (json_int_t)(o->max_tokens ? o->max_tokens : t->max_tokens),
-                                      "samples", (json_int_t)samples_of(r, t), "chat",
-                                      prompt_is_chat(t, &o->prompt)));
-        for (int k = 0; k < r->documents[i].file_count; k++) {
-            const SourceFile *f = &r->documents[i].files[k];
-            const char *slash = strrchr(f->path, '/');
-            json_array_append_new(files, json_pack("{s:s, s:s, s:s, s:s?}", "task", t->name, "file",
-                                                   slash ? slash + 1 : f->path, "sha256", f->sha256,
-                                                   "release", f->release));
-        }
-    }
-    json_object_set_new(out, "model", json_string(r->m->dir));
-    json_object_set_new(out, "adapter", adapter ? json_string(adapter) : json_null());
-    json_object_set_new(out, "dtype", json_string(dtype_name(r->m->g.dtype)));
-    json_object_set_new(out, "weights",
-                        json_string(dtype_name(r->m->g.linears.first->weight->value.dtype)));
-    json_object_set_new(out, "kv", o->kv ? json_string(o->kv) : json_null());
-    json_object_set_new(out, "tokenizer_sha256", json_string(tokenizer_hash(r->m->tokenizer)));
-    set_companion_hash(out, "config_sha256", r->m->dir, "config.json");
-    set_companion_hash(out, "chat_template_sha", r->m->dir, "chat_template.jinja");
-    json_object_set_new(out, "chat", json_boolean(o->prompt.chat));
-    json_object_set_new(out, "chat_format", json_string(chat_format_name(o->prompt.format)));
-    json_object_set_new(out, "enable_thinking", json_boolean(o->prompt.think));
-    json_object_set_new(out, "think_end", o->prompt.think ? json_string(THOUGHT_END) : json_null());
-    json_object_set_new(out, "think_most", json_integer(o->think_most));
-    json_object_set_new(out, "system_instruction",
-                        o->prompt.system ? json_string(o->prompt.system) : json_null());
-    json_object_set_new(out, "num_fewshot", json_integer(o->prompt.shots));
-    json_object_set_new(out, "fewshot_seed", json_integer((json_int_t)o->prompt.seed));
-    json_object_set_new(out, "limit", o->limit > 0 ? json_real(o->limit) : json_null());
-    json_object_set_new(out, "temperature", number_or_null(o->temperature));
-    json_object_set_new(out, "top_p", number_or_null(o->top_p));
-    json_object_set_new(out, "min_p", number_or_null(o->min_p));
-    json_object_set_new(out, "top_k", o->top_k >= 0 ? json_integer(o->top_k) : json_null());
-    json_object_set_new(out, "model_sampling",
-                        json_pack("{s:f, s:I, s:f}", "temperature", r->sampling.temperature,
-                                  "top_k", (json_int_t)r->sampling.top_k, "top_p",
-                                  r->sampling.top_p));
-    json_object_set_new(out, "random_seed", json_integer((json_int_t)o->seed));
-    json_object_set_new(out, "tasks", tasks);
-    json_object_set_new(out, "data", files);
-    return out;
-}
-
-/* A folder that holds another run's answers is refused. */
-static Status check_settings(const Run *r, json_t *settings) {
-    char *path = must_format("%s/settings.json", r->o->out), *bytes = NULL;
-    size_t size;
-    json_t *before = NULL;
-    Status status = OK;
-    if (file_exists(path)) {
-        TRY_DONE(file_read(&bytes, &size, path, (size_t)64 << 20));
-        TRY_DONE(json_read(&before, bytes, size, path));
-        const char *key;
-        json_t *value;
-        json_object_foreach(settings, key,
-                            value) if (!json_equal(value, json_object_get(before, key)))
-            FAIL_DONE(ERR_CONFIG, "%s: holds a run with another '%s': give another --out",
-                      r->o->out, key);
-        goto done;
-    }
-    TRY_DONE(json_write(settings, path));
-done:
-    json_decref(before);
-    free(bytes);
-    free(path);
-    return status;
-}
-
 /* ---- all of it ---- */
 
 static Status open_log(Run *r, json_t *settings) {
     char *path = must_format("%s/responses.jsonl", r->o->out);
     Status status = OK;
     TRY_DONE(folder_make(r->o->out));
-    TRY_DONE(check_settings(r, settings));
+    TRY_DONE(settings_check(r, settings));
     TRY_DONE(load_log(r, path));
     if (!(r->log = fopen(path, "ab"))) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
 done:
