@@ -66,6 +66,8 @@ $(BUILD)/%.$(1).o: %.c
 endef
 $(foreach l,$(LEVELS),$(eval $(call LEVEL_RULE,$(l))))
 
+$(BUILD)/eval/task.o: eval/tasks.yaml
+
 # TensorBoard's event record.
 $(BUILD)/train/event.pb-c.c: train/event.proto
 	@mkdir -p $(@D)

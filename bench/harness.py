@@ -197,10 +197,11 @@ def main():
     parser.add_argument("shared")
     parser.add_argument("--subjects", default="anatomy,high_school_european_history")
     parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--parts", default="mmlu,gsm8k,perplexity")
     args = parser.parse_args()
     from lm_eval.models.huggingface import HFLM
 
-    subjects = args.subjects.split(",")
+    subjects, parts = args.subjects.split(","), args.parts.split(",")
     limit = args.limit or None
     with tempfile.TemporaryDirectory() as folder:
         mmlu, gsm, perplexity = harness_tasks(folder, args.shared, subjects)
@@ -216,38 +217,41 @@ def main():
             pretrained=args.model, dtype="float32", device="cpu", batch_size=1, add_bos_token=True
         )
         more = ["--limit", str(limit)] if limit else []
-        theirs, their_results, their_time = run_harness(lm, mmlu, limit)
-        ours, our_results, our_time = run_ours(
-            args.model, f"{folder}/data", f"{folder}/ours", "mmlu", more
-        )
-        worst, _, _ = compare(ours, theirs, our_results, their_results)
-        n = sum(len(s) for s in theirs.values())
-        print(
-            f"mmlu, {len(subjects)} subjects, 5 shots, {n} questions: largest difference of a "
-            f"log-likelihood {worst:.1e}; {their_time:.1f} s and {our_time:.1f} s, "
-            f"{their_time / our_time:.1f} times as fast"
-        )
-        theirs, their_results, their_time = run_harness(lm, [gsm], 20)
-        ours, our_results, our_time = run_ours(
-            args.model, args.shared, f"{folder}/gsm", "gsm8k",
-            ["--limit", "20", "--max-tokens", "32"],
-        )
-        _, answers, same = compare(ours, theirs, our_results, their_results)
-        print(
-            f"gsm8k, 20 questions: {same} of {answers} answers the same; {their_time:.1f} s and "
-            f"{our_time:.1f} s"
-        )
-        theirs, their_results, their_time = run_harness(lm, [perplexity], None)
-        ours, our_results, our_time = run_ours(
-            args.model, f"{folder}", f"{folder}/ppl", "perplexity", []
-        )
-        worst, _, _ = compare(ours, theirs, our_results, their_results)
-        word = their_results["perplexity"]["word_perplexity,none"]
-        print(
-            f"perplexity: largest difference of a log-likelihood {worst:.1e}, word perplexity "
-            f"{word:.2f} and {our_results['perplexity']['word_perplexity,none']:.2f}; "
-            f"{their_time:.1f} s and {our_time:.1f} s"
-        )
+        if "mmlu" in parts:
+            theirs, their_results, their_time = run_harness(lm, mmlu, limit)
+            ours, our_results, our_time = run_ours(
+                args.model, f"{folder}/data", f"{folder}/ours", "mmlu", more
+            )
+            worst, _, _ = compare(ours, theirs, our_results, their_results)
+            n = sum(len(s) for s in theirs.values())
+            print(
+                f"mmlu, {len(subjects)} subjects, 5 shots, {n} questions: largest difference of a "
+                f"log-likelihood {worst:.1e}; {their_time:.1f} s and {our_time:.1f} s, "
+                f"{their_time / our_time:.1f} times as fast"
+            )
+        if "gsm8k" in parts:
+            theirs, their_results, their_time = run_harness(lm, [gsm], 20)
+            ours, our_results, our_time = run_ours(
+                args.model, args.shared, f"{folder}/gsm", "gsm8k",
+                ["--limit", "20", "--max-tokens", "32"],
+            )
+            _, answers, same = compare(ours, theirs, our_results, their_results)
+            print(
+                f"gsm8k, 20 questions: {same} of {answers} answers the same; {their_time:.1f} s and "
+                f"{our_time:.1f} s"
+            )
+        if "perplexity" in parts:
+            theirs, their_results, their_time = run_harness(lm, [perplexity], None)
+            ours, our_results, our_time = run_ours(
+                args.model, f"{folder}", f"{folder}/ppl", "perplexity", []
+            )
+            worst, _, _ = compare(ours, theirs, our_results, their_results)
+            word = their_results["perplexity"]["word_perplexity,none"]
+            print(
+                f"perplexity: largest difference of a log-likelihood {worst:.1e}, word perplexity "
+                f"{word:.2f} and {our_results['perplexity']['word_perplexity,none']:.2f}; "
+                f"{their_time:.1f} s and {our_time:.1f} s"
+            )
 
 
 if __name__ == "__main__":

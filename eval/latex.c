@@ -138,6 +138,22 @@ static bool skip_words(Reader *r, double *x) {
     return false;
 }
 
+static bool function(Reader *r, double *x);
+static double power_of(Reader *r);
+static bool starts_atom(Reader *r);
+
+/* What a function without braces takes: factors up to the next sign or function. */
+static double operand(Reader *r) {
+    bool bracket = peek(r) == '(';
+    double x = power_of(r), ignored;
+    while (!bracket && !r->failed && starts_atom(r)) {
+        Reader ahead = *r;
+        if (function(&ahead, &ignored)) break;
+        x *= power_of(r);
+    }
+    return x;
+}
+
 static bool function(Reader *r, double *x) {
     static const struct {
         const char *name;
@@ -150,7 +166,7 @@ static bool function(Reader *r, double *x) {
             double base = 0, power = 1;
             if (i == 7 && accept(r, "_")) base = argument(r);
             if (accept(r, "^")) power = argument(r);
-            double value = peek(r) == '{' || peek(r) == '(' ? argument(r) : sum_of(r);
+            double value = peek(r) == '{' ? argument(r) : operand(r);
             *x = base > 0 ? log(value) / log(base) : functions[i].f(value);
             *x = power == -1 ? NAN : pow(*x, power);
             return true;
