@@ -96,6 +96,11 @@ Status engine_init(Engine *e, Gemma *g, const Tokenizer *tokenizer, const Engine
           "engine options");
     Status status = OK;
     int64_t total[ATTENTION_KINDS];
+    for (const Linear *l = g->linears.first; l; l = l->next)
+        for (const Lora *lora = l->lora; lora; lora = lora->next) {
+            e->adapters = lora->number > e->adapters ? lora->number : e->adapters;
+            e->apart |= l->groups > 1;
+        }
     for (int l = 0; l < e->g->config.num_hidden_layers; l++)
         if (!dtype_fits(options->kv, 1, e->g->blocks[l].config.head_dim))
             FAIL(ERR_CONFIG, "heads of %" PRId64 " numbers do not fit blocks of %s",
@@ -166,10 +171,12 @@ static void grow(Sequence *s) {
 
 Status engine_submit(Engine *e, Sequence **out, const Request *r) {
     int64_t most = e->g->config.max_position_embeddings, wanted = r->sampling.max_tokens;
-    int64_t least = r->count + (wanted > 0);
+    int64_t least = r->count + (wanted > 0) - (!wanted && !r->candidate_count); /* go through */
     TRY(sampling_check(&r->sampling));
     if (r->top_logprobs < 0 || r->top_logprobs > TOP_LOGPROBS_MAX)
         FAIL(ERR_USAGE, "top_logprobs is %d, expected 0 to %d", r->top_logprobs, TOP_LOGPROBS_MAX);
+    if (r->adapter < 0 || r->adapter > e->adapters)
+        FAIL(ERR_USAGE, "adapter %d of %d", r->adapter, e->adapters);
     if (r->count < 1) FAIL(ERR_CONFIG, "the prompt is empty");
     if (least > most)
         FAIL(ERR_CONFIG,
@@ -191,7 +198,7 @@ Status engine_submit(Engine *e, Sequence **out, const Request *r) {
     s->request.stop_texts = texts;
     s->candidate_logprobs = must_calloc((size_t)r->candidate_count + 1, sizeof(float));
     s->candidate_best = must_calloc((size_t)r->candidate_count + 1, sizeof(bool));
-    s->limit = wanted < most - r->count ? r->count + wanted : most;
+    s->limit = wanted == 0 ? r->count : wanted < most - r->count ? r->count + wanted : most;
     s->count = s->capacity = r->count;
     s->ids = copied(r->ids, (size_t)r->count, sizeof *r->ids);
     s->request.ids = s->ids;
@@ -234,7 +241,7 @@ void engine_drop(Engine *e, Sequence *s) {
 static void end(Engine *e, Sequence *s, Ending ending) {
     s->ending = ending;
     if (s->running) {
-        pages_advance(&e->pages, &s->pages, s->ids, s->done, 0, true);
+        pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, true);
         leave_running(e, s);
     } else {
         leave_line(e, s);
@@ -259,6 +266,7 @@ static bool worth_waiting(const Engine *e, const Sequence *s, int64_t found) {
     for (int64_t i = 0; i < e->running_count && e->options.share; i++) {
         const Sequence *other = e->running[i];
         int64_t n = 0;
+        if (other->request.adapter != s->request.adapter) continue;
         while (n < most && n < other->request.count && other->ids[n] == s->ids[n]) n++;
         n = n / PAGE_KEYS * PAGE_KEYS;
         if (n > found && n > other->done) return true;
@@ -289,7 +297,8 @@ static void admit(Engine *e) {
          looked++) {
         Sequence *next = s->next;
         PageCopy copy;
-        int64_t found = pages_match(&e->pages, &s->pages, s->ids, reusable(s), 0, &copy);
+        int64_t found =
+            pages_match(&e->pages, &s->pages, s->ids, reusable(s), s->request.adapter, &copy);
         bool wait = worth_waiting(e, s, found / PAGE_KEYS * PAGE_KEYS);
         int64_t feed = to_feed(s);
         int64_t want = feed - found < e->options.chunk ? feed : found + e->options.chunk;
@@ -311,7 +320,7 @@ static void admit(Engine *e) {
 
 /* The youngest starts again, first in line, with what it has answered as part of its prompt. */
 static void restart(Engine *e, Sequence *s) {
-    pages_advance(&e->pages, &s->pages, s->ids, s->done, 0, false);
+    pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, false);
     leave_running(e, s);
     s->done = 0;
     s->next = e->line;
@@ -334,13 +343,32 @@ typedef struct Wanted {
     int32_t row;
 } Wanted;
 
+/* Where adapters cannot share a pass they take turns: the next one that has a sequence running. */
+static int next_turn(Engine *e) {
+    for (int step = 1; step <= e->adapters + 1; step++) {
+        int adapter = (e->turn + step) % (e->adapters + 1);
+        for (int64_t i = 0; i < e->running_count; i++)
+            if (e->running[i]->request.adapter == adapter) return adapter;
+    }
+    return e->turn;
+}
+
+static int by_adapter(const void *a, const void *b) {
+    const Share *x = a, *y = b;
+    if (x->s->request.adapter != y->s->request.adapter)
+        return x->s->request.adapter < y->s->request.adapter ? -1 : 1;
+    return x < y ? -1 : x > y;
+}
+
 /* Shares of the running sequences, the oldest first; younger ones make room when pages run out. */
 static int64_t share_out(Engine *e, Share *shares) {
     int64_t room = e->options.chunk, count = 0;
+    if (e->apart) e->turn = next_turn(e);
     for (int64_t i = 0; i < e->running_count; i++)
         room -= to_feed(e->running[i]) - e->running[i]->done == 1;
     for (int64_t i = 0; i < e->running_count; i++) {
         Sequence *s = e->running[i];
+        if (e->apart && s->request.adapter != e->turn) continue;
         int64_t rows = to_feed(s) - s->done;
         if (rows > 1) {
             if (rows > room) rows = room;
@@ -351,11 +379,30 @@ static int64_t share_out(Engine *e, Share *shares) {
             Sequence *youngest = e->running[e->running_count - 1];
             CHECK(youngest != s || i > 0, "the cache is too small for one sequence");
             restart(e, youngest);
-            if (youngest == s) return count;
+            if (youngest == s) goto done;
         }
         shares[count++] = (Share){s, rows};
     }
+done:
+    if (e->adapters) qsort(shares, (size_t)count, sizeof *shares, by_adapter);
     return count;
+}
+
+/* Where the rows of each adapter begin: of all rows, or of those that go on. */
+static void list_adapters(Engine *e, Stack *stack, const Share *shares, int64_t count,
+                          const Wanted *wanted, int64_t wanted_count, int64_t *all, int64_t *some) {
+    if (!e->adapters) return;
+    memset(all, 0, (size_t)(e->adapters + 2) * sizeof *all);
+    memset(some, 0, (size_t)(e->adapters + 2) * sizeof *some);
+    for (int64_t i = 0; i < count; i++) all[shares[i].s->request.adapter + 1] += shares[i].rows;
+    for (int64_t i = 0; i < wanted_count; i++) some[wanted[i].s->request.adapter + 1]++;
+    if (!wanted_count) some[shares[count - 1].s->request.adapter + 1] = 1;
+    for (int a = 0; a <= e->adapters; a++) {
+        all[a + 1] += all[a];
+        some[a + 1] += some[a];
+    }
+    stack->all.adapters = all;
+    stack->some.adapters = stack->kept == stack->N ? all : some;
 }
 
 static bool wants(const Sequence *s, int64_t at) {
@@ -549,6 +596,7 @@ bool engine_step(Engine *e) {
     admit(e);
     if (!e->running_count) return false;
     Share shares[e->options.sequences];
+    int64_t all_adapters[e->adapters + 2], some_adapters[e->adapters + 2];
     Wanted *wanted = must_malloc((size_t)e->options.chunk * sizeof *wanted);
     int64_t count = share_out(e, shares), n = 0, pages = 1;
     for (int64_t i = 0; i < count; i++) {
@@ -563,13 +611,14 @@ bool engine_step(Engine *e) {
     stack_place(&stack, &e->activations);
     fill_rows(e, &stack, shares, count);
     fill_some(&stack, wanted, wanted_count);
+    list_adapters(e, &stack, shares, count, wanted, wanted_count, all_adapters, some_adapters);
     stack_forward(&stack);
     e->counts.passes++;
     e->counts.rows += n;
     for (int64_t i = 0; i < count; i++) {
         Sequence *s = shares[i].s;
         s->done += shares[i].rows;
-        pages_advance(&e->pages, &s->pages, s->ids, s->done, 0, false);
+        pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, false);
     }
     read_logits(e, &stack, wanted, wanted_count);
     stack_close(&stack);

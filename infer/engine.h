@@ -30,6 +30,7 @@ typedef struct Request {
     int64_t score_from;        /* prompt tokens from here on get a log-probability; 0: none */
     const int32_t *candidates; /* tokens whose log-probability right after the prompt is wanted */
     int candidate_count;
+    int adapter;                   /* 0: the base model alone; else one of Model's, from 1 */
     Sampling sampling;             /* max_tokens 0: nothing is answered */
     int top_logprobs;              /* best tokens kept beside each one of the answer */
     const char *const *stop_texts; /* the answer ends before the first of these */
@@ -93,6 +94,9 @@ typedef struct Engine {
     int64_t running_count;
     Sequence *line; /* of those who wait */
     EngineCounts counts;
+    int adapters; /* how many there are */
+    bool apart;   /* rows of different adapters cannot share a pass: some are on experts */
+    int turn;     /* whose pass is next, where they cannot */
 } Engine;
 
 /* The dtype that an option names: NULL or the model's own dtype, q8_0, q4_0. */

@@ -18,11 +18,80 @@ static void release_layer(void *context, int layer) {
             checkpoint_release(&m->checkpoint, m->g.params.items[i]);
 }
 
-Status model_open(Model *m, const char *dir, const char *adapter, const char *device_name,
-                  const char *dtype, Residence residence) {
+/* Every linear's Lora of one adapter, taken off and hung on again. */
+static void take_off(Gemma *g, Lora **loras) {
+    int64_t i = 0;
+    for (Linear *l = g->linears.first; l; l = l->next, i++) {
+        loras[i] = l->lora;
+        l->lora = NULL;
+    }
+}
+
+static void hang_on(Gemma *g, Lora **loras) {
+    int64_t i = 0;
+    for (Linear *l = g->linears.first; l; l = l->next) l->lora = loras[i++];
+}
+
+static int64_t count_linears(const Gemma *g) {
+    int64_t n = 0;
+    for (const Linear *l = g->linears.first; l; l = l->next) n++;
+    return n;
+}
+
+/* Adapters are attached one at a time, each to a bare model, and in the end hang behind each other.
+ */
+static Status attach_all(Model *m, const char *const *adapters, int count, Lora **loras) {
+    int64_t n = count_linears(&m->g);
+    for (int a = 0; a < count; a++) {
+        AdapterSpec spec = {0};
+        Status status = peft_load_spec(&spec, adapters[a]);
+        if (status == OK && count > 1 && spec.train_also.count)
+            status = status_fail(ERR_CONFIG,
+                                 "%s: modules_to_save replace weights of the model, which several "
+                                 "adapters cannot share",
+                                 adapters[a]);
+        if (status == OK) status = adapter_attach(&m->g, &spec);
+        take_off(&m->g, loras + a * n);
+        if (a == 0)
+            m->spec = spec;
+        else
+            adapter_spec_free(&spec);
+        m->has_adapter = true;
+        m->adapters = a + 1;
+        TRY(status);
+    }
+    return OK;
+}
+
+static Status load_all(Model *m, const char *const *adapters, int count, Lora **loras) {
+    int64_t n = count_linears(&m->g);
+    Status status = OK;
+    for (int a = 0; a < count && status == OK; a++) {
+        hang_on(&m->g, loras + a * n);
+        status = peft_load(&m->g, adapters[a]);
+        take_off(&m->g, loras + a * n);
+    }
+    return status;
+}
+
+static void chain(Model *m, int count, Lora **loras) {
+    int64_t n = count_linears(&m->g), i = 0;
+    for (Linear *l = m->g.linears.first; l; l = l->next, i++)
+        for (int a = count - 1; a >= 0; a--) {
+            Lora *lora = loras[a * n + i];
+            if (!lora) continue;
+            lora->number = a + 1;
+            lora->next = l->lora;
+            l->lora = lora;
+        }
+}
+
+static Status open_model(Model *m, const char *dir, const char *const *adapters, int count,
+                         const char *device_name, const char *dtype, Residence residence) {
     *m = (Model){.dir = must_strdup(dir)};
     Device *device;
     Arena measure = arena_measure(), scratch = {0};
+    Lora **loras = NULL;
     Status status = OK;
     if (strcmp(dtype, "bf16") && strcmp(dtype, "f32"))
         FAIL_DONE(ERR_CONFIG, "dtype '%s', expected bf16 or f32", dtype);
@@ -35,26 +104,39 @@ Status model_open(Model *m, const char *dir, const char *adapter, const char *de
     gemma_declare(&m->g, &m->checkpoint.config, strcmp(dtype, "bf16") ? F32 : BF16, device);
     m->g.int8 = m->g.dtype == BF16 && residence == WEIGHTS_LOADED;
     if (residence == WEIGHTS_MAPPED) m->g.watch = (LayerWatch){release_layer, m};
-    if (adapter) {
-        TRY_DONE(peft_load_spec(&m->spec, adapter));
-        TRY_DONE(adapter_attach(&m->g, &m->spec));
-        m->has_adapter = true;
-    }
-    TRY_DONE(learned_scales_map(&m->g, &m->learned_scales, adapter ? adapter : dir));
+    loras = must_calloc((size_t)(count * count_linears(&m->g)) + 1, sizeof(Lora *));
+    status = attach_all(m, adapters, count, loras);
+    if (status == OK)
+        status = learned_scales_map(&m->g, &m->learned_scales, count == 1 ? adapters[0] : dir);
     for (int i = 0; i < m->g.params.count; i++)
         m->g.params.items[i]->mapped |=
             residence == WEIGHTS_MAPPED && !m->g.params.items[i]->adapter;
-    checkpoint_formats(&m->checkpoint, &m->g);
-    TRY_DONE(params_place(&m->g.params, device, false));
-    TRY_DONE(checkpoint_load(&m->checkpoint, &m->g));
-    if (adapter) TRY_DONE(peft_load(&m->g, adapter));
+    if (status == OK) {
+        checkpoint_formats(&m->checkpoint, &m->g);
+        status = params_place(&m->g.params, device, false);
+    }
+    if (status == OK) status = checkpoint_load(&m->checkpoint, &m->g);
+    if (status == OK) status = load_all(m, adapters, count, loras);
+    chain(m, count, loras);
+    TRY_DONE(status);
     gemma_refresh(&m->g, &measure);
     TRY_DONE(arena_init(&scratch, device, measure.peak, "temporaries"));
     gemma_refresh(&m->g, &scratch);
 done:
+    free(loras);
     arena_free(&scratch);
     if (status != OK) model_close(m);
     return status;
+}
+
+Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
+                  const char *dtype, Residence residence) {
+    return open_model(m, dir, &adapter, adapter != NULL, device, dtype, residence);
+}
+
+Status model_open_several(Model *m, const char *dir, const char *const *adapters, int count,
+                          const char *device, const char *dtype) {
+    return open_model(m, dir, adapters, count, device, dtype, WEIGHTS_LOADED);
 }
 
 void model_close(Model *m) {

@@ -11,8 +11,9 @@ typedef struct Model {
     char *dir;
     Checkpoint checkpoint;
     Tokenizer *tokenizer;
-    AdapterSpec spec;
+    AdapterSpec spec; /* of the adapter; where there are several they are only run */
     bool has_adapter;
+    int adapters;               /* how many */
     Safetensors learned_scales; /* of the adapter, or of the model */
     Gemma g;
 } Model;
@@ -24,6 +25,11 @@ typedef enum Residence { WEIGHTS_LOADED, WEIGHTS_MAPPED } Residence;
 /* adapter may be NULL; device and dtype as in a run file. */
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
                   const char *dtype, Residence residence);
+
+/* The same with several adapters, which requests choose from by number: 0 is the base model, i + 1
+ * adapters[i]. */
+Status model_open_several(Model *m, const char *dir, const char *const *adapters, int count,
+                          const char *device, const char *dtype);
 void model_close(Model *m);
 
 #endif

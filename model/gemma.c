@@ -24,8 +24,11 @@ void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *dev
 
 void gemma_free(Gemma *g) {
     for (Linear *l = g->linears.first; l; l = l->next) {
-        if (l->lora) free(l->lora->factor.data);
-        free(l->lora);
+        for (Lora *lora = l->lora, *next; lora; lora = next) {
+            next = lora->next;
+            free(lora->factor.data);
+            free(lora);
+        }
     }
     params_free(&g->params);
     free(g->blocks);

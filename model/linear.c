@@ -35,10 +35,10 @@ void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, cons
 }
 
 /* x as the adapter sees it: dropped out while training. */
-static Tensor adapter_input(const Linear *l, Tensor x, Pass *p) {
-    if (!p->training || l->lora->dropout == 0) return x;
+static Tensor adapter_input(const Lora *lora, Tensor x, Pass *p) {
+    if (!p->training || lora->dropout == 0) return x;
     Tensor dropped = arena_like(p->scratch, x);
-    dropout(dropped, x, l->lora->dropout, random_key(l->lora->key, p->key));
+    dropout(dropped, x, lora->dropout, random_key(lora->key, p->key));
     return dropped;
 }
 
@@ -206,6 +206,29 @@ static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy,
 
 /* ---- forward and backward ---- */
 
+/* y += scale x A^T B^T for the rows of that adapter. Rows of experts are in an order of their own,
+ * so there all of them must belong to it, or none. */
+static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor x,
+                            const int32_t *offsets, Pass *p) {
+    const int64_t *ends = p->rows->adapters;
+    if (ends && ends[lora->number] == ends[lora->number + 1]) return;
+    if (ends && l->groups == 1) {
+        int64_t first = ends[lora->number], count = ends[lora->number + 1] - first;
+        y = tensor_slice(y, first, count);
+        x = tensor_slice(x, first, count);
+    } else if (ends) {
+        CHECK(ends[lora->number] == 0 && ends[lora->number + 1] == p->rows->count,
+              "%s: rows of several adapters", l->name);
+    }
+    size_t mark = arena_mark(p->scratch);
+    Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank);
+    Tensor input = adapter_input(lora, x, p);
+    adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
+    adapter_product(l, NT, y, ADD, u, lora->B->value, offsets, lora->scale);
+    if (lora->magnitude) scale_columns(y, SET, y, lora->factor);
+    arena_release(p->scratch, mark);
+}
+
 static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
     const int32_t *offsets = groups.offsets;
     size_t mark = arena_mark(p->scratch);
@@ -220,13 +243,8 @@ static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass 
         grouped_matmul_int8(y, x, l->weight->value, offsets, groups.counts, l->groups);
     else
         grouped_matmul(NT, y, SET, x, l->weight->value, offsets, l->groups, 1.0f);
-    if (l->lora) {
-        Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), l->lora->rank);
-        Tensor input = adapter_input(l, x, p);
-        adapter_product(l, NT, u, SET, input, l->lora->A->value, offsets, 1.0f);
-        adapter_product(l, NT, y, ADD, u, l->lora->B->value, offsets, l->lora->scale);
-        if (l->lora->magnitude) scale_columns(y, SET, y, l->lora->factor);
-    }
+    for (const Lora *lora = l->lora; lora; lora = lora->next)
+        forward_adapter(l, lora, y, x, offsets, p);
     arena_release(p->scratch, mark);
 }
 
@@ -273,7 +291,7 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
     if (lora) {
         Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank),
                du = arena_like(p->scratch, u);
-        Tensor input = adapter_input(l, x, p);
+        Tensor input = adapter_input(lora, x, p);
         adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
         if (lora->A->trainable) {
             adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
@@ -312,22 +330,28 @@ void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy,
 }
 
 /* factor = m / |W + s B A| by output row, the sum formed in blocks of rows. */
-void linear_refresh(Linear *l, Arena *scratch) {
-    if (!l->lora || !l->lora->magnitude) return;
+static void refresh(Linear *l, Lora *lora, Arena *scratch) {
+    if (!lora->magnitude) return;
+    Linear one = *l; /* the sum with this adapter alone */
+    one.lora = lora;
     int64_t block = l->out < SUM_ROWS ? l->out : SUM_ROWS;
     size_t mark = arena_mark(scratch);
     Tensor sum = ARENA_TENSOR(scratch, F32, block, l->in);
     for (int64_t o = 0; o < l->out && sum.data; o += block) {
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
-        linear_sum_rows(l, 0, o, part);
+        linear_sum_rows(&one, 0, o, part);
         for (int64_t i = 0; i < n; i++) {
             const float *row = (const float *)part.data + i * l->in;
             double square = 0;
             for (int64_t k = 0; k < l->in; k++) square += (double)row[k] * row[k];
-            ((float *)l->lora->factor.data)[o + i] =
-                ((float *)l->lora->magnitude->value.data)[o + i] / (float)sqrt(square);
+            ((float *)lora->factor.data)[o + i] =
+                ((float *)lora->magnitude->value.data)[o + i] / (float)sqrt(square);
         }
     }
     arena_release(scratch, mark);
+}
+
+void linear_refresh(Linear *l, Arena *scratch) {
+    for (Lora *lora = l->lora; lora; lora = lora->next) refresh(l, lora, scratch);
 }

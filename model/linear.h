@@ -20,7 +20,9 @@ typedef struct Lora {
     Tensor factor;    /* (out) f32: m / |W + scale B A|, renewed by linear_refresh; DoRA only */
     int64_t rank;
     float scale, dropout;
-    uint64_t key; /* of the dropout masks */
+    uint64_t key;      /* of the dropout masks */
+    int number;        /* which of several adapters it belongs to, from 1; see Rows.adapters */
+    struct Lora *next; /* another adapter's; only where models are run, not trained */
 } Lora;
 
 typedef struct Linear {

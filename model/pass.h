@@ -22,6 +22,9 @@ typedef struct Rows {
     Tensor sequence;               /* (count) i32, ascending: which sequence a row belongs to */
     Tensor pages[ATTENTION_KINDS]; /* (sequences, P) i32: where the pages of its keys lie */
     Tensor place[ATTENTION_KINDS]; /* (count) i32: where a row's own key goes; of all rows only */
+    /* With several adapters: rows sorted by adapter, those of number a from adapters[a] to
+     * adapters[a + 1], 0 being none. Host memory; NULL: every row goes through every adapter. */
+    const int64_t *adapters;
 } Rows;
 
 /* K and V of one layer that owns them; layers that share point here. */

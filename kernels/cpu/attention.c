@@ -11,8 +11,9 @@
 
 #define BLOCK_ROWS 64 /* about as many matrix rows in a block of queries */
 #define TILE_KEYS  PAGE_KEYS
-#define PART_KEYS  512 /* keys of one part when a sequence has few queries: parts run side by side \
-                        */
+#define PART_KEYS                                                                                  \
+    512 /* keys of one part when a sequence has few queries: parts run side by side                \
+         */
 #define FEW 8
 
 typedef struct Block { /* queries begin .. end - 1, of one sequence and one block of places */
@@ -170,11 +171,15 @@ static void dot_keys(float *score, const float *query, int64_t M, const float *k
 static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Tensor q, Tensor k,
                    Tensor v, int64_t begin, int64_t end, const int32_t *from, const int32_t *to) {
     int64_t m_count = (b->end - b->begin) * s->group;
+    /* Behind the last key of a sequence a page holds anything; keys in order are all there, and
+     * going on to the end of the tile keeps even the signs of zeros whatever queries are left out.
+     */
+    int64_t limit = b->pages ? b->last + 1 : s->S;
     load_block(r->query, q, s, b, head);
     memset(r->out, 0, (size_t)(m_count * s->C) * sizeof *r->out);
     for (int64_t m = 0; m < m_count; m++) r->top[m] = -INFINITY, r->total[m] = 0;
     for (int64_t key = begin; key < end; key += TILE_KEYS) {
-        int64_t left = b->last + 1 - key, count = left < TILE_KEYS ? left : TILE_KEYS,
+        int64_t left = limit - key, count = left < TILE_KEYS ? left : TILE_KEYS,
                 row_first = row_of(b, key);
         load_keys(r->values, NULL, v, s, head, row_first, count);
         if (b->alone) {
