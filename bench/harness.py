@@ -241,6 +241,7 @@ def main():
                 f"{our_time:.1f} s"
             )
         if "perplexity" in parts:
+            lm.add_bos_token = False  # windows have a <bos> of their own in front
             theirs, their_results, their_time = run_harness(lm, [perplexity], None)
             ours, our_results, our_time = run_ours(
                 args.model, f"{folder}", f"{folder}/ppl", "perplexity", []

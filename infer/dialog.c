@@ -1,0 +1,142 @@
+/* dialog.c - rendering, and following an answer through its marks. */
+#include "infer/dialog.h"
+#include "data/rows.h"
+#include "infer/answer.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- prompts ---- */
+
+static Status refuse_media(const json_t *messages) {
+    size_t i, k;
+    json_t *message, *part;
+    json_array_foreach(messages, i, message) {
+        json_t *content = json_object_get(message, "content");
+        if (!json_is_array(content)) continue;
+        json_array_foreach(content, k, part) {
+            const char *type = json_string_value(json_object_get(part, "type"));
+            if (type && strcmp(type, "text"))
+                FAIL(ERR_FORMAT, "messages[%zu].content[%zu] is '%s': this version reads text only",
+                     i, k, type);
+        }
+    }
+    return OK;
+}
+
+Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, const json_t *tools,
+                     const ChatOptions *options) {
+    DataConfig config = data_config_default();
+    Rendered rendered = {0};
+    uint8_t *mask = NULL;
+    *p = (DialogPrompt){0};
+    TRY(refuse_media(messages));
+    json_t *repaired = messages_repaired(&config, messages);
+    Status status = chat_render(&rendered, repaired, tools, options);
+    json_decref(repaired);
+    if (status == OK) {
+        chat_encode(m->tokenizer, &rendered, false, &p->ids, &mask);
+        text_add(&p->text, rendered.text.bytes, rendered.text.size);
+    }
+    free(mask);
+    rendered_free(&rendered);
+    return status;
+}
+
+void dialog_prompt_free(DialogPrompt *p) {
+    tokens_free(&p->ids);
+    text_free(&p->text);
+    *p = (DialogPrompt){0};
+}
+
+/* ---- pieces ---- */
+
+#define THOUGHT_BEGIN "<|channel>"
+#define THOUGHT_END   "<channel|>"
+#define CALL_BEGIN    "<|tool_call>"
+#define CALL_END      "<tool_call|>"
+
+static size_t find_last(Slice s, const char *mark) {
+    size_t found = s.size;
+    for (size_t at = 0; (at = slice_find(s, mark, at)) < s.size; at++) found = at;
+    return found;
+}
+
+void pieces_init(Pieces *p, Slice prompt, const json_t *tools, PieceFunction *give, void *context) {
+    *p = (Pieces){.tools = tools, .give = give, .context = context, .kind = PIECE_CONTENT};
+    size_t open = find_last(prompt, THOUGHT_BEGIN), shut = find_last(prompt, THOUGHT_END);
+    if (open < prompt.size && (shut == prompt.size || shut < open)) p->kind = PIECE_THOUGHT;
+}
+
+/* Text whose white space at the end waits for more. */
+static void give_text(Pieces *p, Slice text, size_t end, bool closes) {
+    Slice s = {text.bytes + p->at, end - p->at};
+    if (!p->begun) {
+        Slice stripped = slice_strip(s);
+        size_t skip = stripped.size ? (size_t)(stripped.bytes - s.bytes) : s.size;
+        if (!stripped.size && !closes) return; /* only white space so far: later */
+        s = (Slice){s.bytes + skip, s.size - skip};
+    }
+    Slice kept = slice_strip(s);
+    size_t size = kept.size ? (size_t)(kept.bytes + kept.size - s.bytes) : 0;
+    if (size) {
+        p->begun = true;
+        p->give(p->context, p->kind, (Slice){s.bytes, size}, NULL);
+    }
+    p->at = closes ? end : (size_t)(s.bytes + size - text.bytes);
+}
+
+static void give_call(Pieces *p, Slice whole) {
+    json_t *message = answer_parse((Slice){"", 0}, whole, p->tools),
+           *call = json_array_get(json_object_get(message, "tool_calls"), 0);
+    if (call) {
+        p->calls++;
+        p->give(p->context, PIECE_CALL, whole, json_object_get(call, "function"));
+    } else {
+        p->give(p->context, PIECE_CONTENT, whole, NULL);
+    }
+    json_decref(message);
+}
+
+/* The next mark of content, and what it opens. */
+static size_t next_mark(Slice s, size_t from, PieceKind *opens) {
+    size_t thought = slice_find(s, THOUGHT_BEGIN, from), call = slice_find(s, CALL_BEGIN, from);
+    *opens = thought < call ? PIECE_THOUGHT : PIECE_CALL;
+    return thought < call ? thought : call;
+}
+
+void pieces_feed(Pieces *p, Slice answer, bool last) {
+    while (p->at < answer.size || (last && p->at <= answer.size)) {
+        if (p->kind == PIECE_CONTENT) {
+            PieceKind opens;
+            size_t mark = next_mark(answer, p->at, &opens);
+            give_text(p, answer, mark, mark < answer.size || last);
+            if (mark == answer.size) return;
+            p->kind = opens;
+            p->at = opens == PIECE_THOUGHT ? mark + strlen(THOUGHT_BEGIN) : mark;
+            p->head = opens == PIECE_THOUGHT;
+            if (opens == PIECE_THOUGHT) p->begun = false;
+        } else if (p->kind == PIECE_THOUGHT) {
+            size_t end = slice_find(answer, THOUGHT_END, p->at);
+            if (p->head) { /* the channel's name, up to the end of its line */
+                size_t line = slice_find(answer, "\n", p->at);
+                if (line == answer.size && end == answer.size && !last) return;
+                p->at = line < end ? line + 1 : end;
+                p->head = false;
+            }
+            give_text(p, answer, end, end < answer.size || last);
+            if (end == answer.size) return;
+            p->at = end + strlen(THOUGHT_END);
+            p->kind = PIECE_CONTENT;
+            p->begun = false;
+        } else {
+            size_t end = slice_find(answer, CALL_END, p->at);
+            if (end == answer.size && !last) return;
+            end = end == answer.size ? end : end + strlen(CALL_END);
+            give_call(p, (Slice){answer.bytes + p->at, end - p->at});
+            p->at = end;
+            p->kind = PIECE_CONTENT;
+        }
+        if (p->at >= answer.size) return;
+    }
+}
