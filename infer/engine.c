@@ -483,6 +483,20 @@ static bool stopped_by_text(Sequence *s, size_t before) {
     return first < s->stream.text.size;
 }
 
+/* What a stop text may begin with at the end of the answer so far does not count yet. */
+static void hold_back(Sequence *s) {
+    Slice text = {s->stream.text.bytes, s->text_size};
+    for (int i = 0; i < s->request.stop_text_count; i++) {
+        const char *stop = s->request.stop_texts[i];
+        size_t most = strlen(stop);
+        for (size_t n = most < text.size ? most : text.size; n > 0; n--)
+            if (n < most && !memcmp(text.bytes + text.size - n, stop, n)) {
+                if (text.size - n < s->text_size) s->text_size = text.size - n;
+                break;
+            }
+    }
+}
+
 static void add_token(Sequence *s, int32_t id, float logprob, bool best) {
     grow(s);
     s->request.ids = s->ids;
@@ -531,6 +545,7 @@ static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t 
     if (last && e->tokenizer) stream_end(&s->stream);
     s->text_size = s->stream.text.size;
     if (s->stream.text.size > before && !quiet && !s->thought) stop |= stopped_by_text(s, before);
+    if (!stop && !last && !quiet) hold_back(s);
     if (stop || last)
         end(e, s, stop ? ENDING_STOP : ENDING_LENGTH);
     else if (s->request.on_token)

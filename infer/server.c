@@ -525,7 +525,6 @@ static void stream_part(Stream *t, Part *p) {
         add_delta(t, p, json_pack("{s:s, s:s}", "role", "assistant", "content", ""), NULL);
     sent->opened = true;
     if (t->chat) {
-        /* A stop text may be on its way: what could begin one waits. */
         pieces_feed(&sent->pieces, text, last);
     } else if (text.size > sent->text) {
         add_event(t, json_pack("{s:i, s:o, s:o, s:n}", "index", p->index, "text",
