@@ -1,6 +1,6 @@
 # Lapidary. `make` builds ./lapidary; `make demo`, `make test`, `make check` do what they say.
 CC       ?= gcc
-PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8 zlib libmicrohttpd
+PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8 zlib libmicrohttpd libedit
 PKG      := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
 LIBS      = $(shell pkg-config --libs $(PKGS) 2>/dev/null) $(if $(ONEDNN),-ldnnl) -lm
 SANITIZE ?=
@@ -108,7 +108,7 @@ demo: deps
 
 # What the build needs, from Debian; asks for nothing when it is all there.
 EXTRA    := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
-DEPS     := gcc make pkg-config libyaml-dev libhdf5-dev libjansson-dev $(DNNL) nettle-dev libpcre2-dev zlib1g-dev libmicrohttpd-dev \
+DEPS     := gcc make pkg-config libyaml-dev libhdf5-dev libjansson-dev $(DNNL) nettle-dev libpcre2-dev zlib1g-dev libmicrohttpd-dev libedit-dev \
             libprotobuf-c-dev protobuf-c-compiler
 deps:
 	@missing=$$(for p in $(DEPS) $(MORE); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \

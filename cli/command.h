@@ -80,6 +80,7 @@ Status command_doctor(int argc, char **argv);
 Status command_train(int argc, char **argv);
 Status command_score(int argc, char **argv);
 Status command_generate(int argc, char **argv);
+Status command_chat(int argc, char **argv);
 Status command_serve(int argc, char **argv);
 Status command_eval(int argc, char **argv);
 Status command_export(int argc, char **argv);

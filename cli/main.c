@@ -21,6 +21,7 @@ static const struct {
     {"generate", command_generate, "one answer"},
     {"tokenize", command_tokenize, "text or chats to ids, ids to text"},
     {"parse", command_parse, "model output to a message"},
+    {"chat", command_chat, "a conversation at the terminal"},
     {"serve", command_serve, "an OpenAI-compatible server with a chat page"},
     {"eval", command_eval, "run suites of questions, score saved responses, compare"},
     {"export", command_export, "merge an adapter into a checkpoint, or rewrite an adapter"},
