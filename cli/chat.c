@@ -133,15 +133,17 @@ static bool obey(Chat *c, const char *line) {
 static char *read_message(const Terminal *t) {
     Text all = {0};
     char *line;
+    bool any = false;
     while ((line = read_line(t, all.size ? "... " : "> "))) {
         size_t n = strlen(line);
         bool more = n && line[n - 1] == '\\';
         text_add(&all, line, n - more);
         if (more) text_adds(&all, "\n");
         free(line);
+        any = true;
         if (!more) break;
     }
-    return line || all.size ? all.bytes : NULL;
+    return any ? all.bytes : NULL;
 }
 
 /* The history of lines, in the user's state folder. */
