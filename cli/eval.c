@@ -9,24 +9,23 @@
 #include <string.h>
 
 static Status score_row(void *context, const json_t *row, Text *out) {
-    (void)context;
     json_t *scored = json_copy((json_t *)row);
-    Status status = rescore_row(scored);
+    Status status = rescore_row(scored, *(bool *)context);
     if (status == OK) text_add_json(out, scored);
     json_decref(scored);
     return status;
 }
 
 /* Saved responses: rows one by one, or samples files with their figures. */
-static Status rescore(const OptionList *files, const char *task, const char *group,
-                      const char *out) {
+static Status rescore(const OptionList *files, const char *task, const char *group, const char *out,
+                      bool run_code) {
     Results results = {0};
     bool samples = false;
     Status status = OK;
     if (strcmp(files->items[0], "-")) TRY(rescore_is_samples(&samples, files->items[0]));
     if (!samples) {
         for (int i = 0; i < files->count; i++)
-            TRY(rows_run(files->items[i], NULL, false, score_row, NULL));
+            TRY(rows_run(files->items[i], NULL, false, score_row, &run_code));
         return OK;
     }
     for (int i = 0; i < files->count; i++)
@@ -86,6 +85,8 @@ Status command_eval(int argc, char **argv) {
         {"--seed", OPTION_INT, &seed, "N  of sampling (42)"},
         {"--batch", OPTION_INT, &o.batch, "N  sequences at once (16)"},
         {"--kv", OPTION_TEXT, &o.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
+        {"--run-code", OPTION_FLAG, &o.run_code,
+         "run programs that the model writes, in a sandbox"},
         {"--bootstrap", OPTION_INT, &o.bootstrap, "N  resamples for errors (100000)"},
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
@@ -100,7 +101,7 @@ Status command_eval(int argc, char **argv) {
         .usage = "eval --rescore FILE", .about = "Scores saved responses.", .options = options};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
-    if (files.count) return rescore(&files, task, group, out);
+    if (files.count) return rescore(&files, task, group, out, o.run_code);
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
     if (!o.tasks) FAIL(ERR_USAGE, "--tasks is missing: lapidary %s", a.usage);
     if (!o.data) FAIL(ERR_USAGE, "--data is missing: lapidary %s", a.usage);

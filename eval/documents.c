@@ -1,5 +1,6 @@
 /* documents.c - finding files, reading rows, and the layouts of the benchmarks. */
 #include "eval/documents.h"
+#include "eval/judge.h"
 #include "eval/mersenne.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
@@ -578,6 +579,57 @@ done:
     return status;
 }
 
+/* LiveCodeBench: {question_content, starter_code, public_test_cases, private_test_cases, metadata,
+ * ...}; the cases of both kinds become test_cases, a method's name func_name. */
+static Status read_livecodebench(Documents *d, const Task *task, const char *dir) {
+    glob_t found;
+    json_t *rows = NULL, *row;
+    size_t i;
+    Status status = OK;
+    TRY(must_find(&found, task, dir));
+    Suite *suite = add_suite(d, task->name, task->name, NULL);
+    for (size_t f = 0; f < found.gl_pathc; f++) {
+        TRY_DONE(rows_noted(&rows, d, found.gl_pathv[f]));
+        json_array_foreach(rows, i, row) {
+            json_t *cases = json_array(), *more = NULL, *metadata = NULL;
+            static const char *const keys[] = {"public_test_cases", "private_test_cases"};
+            for (int k = 0; k < 2 && status == OK; k++) {
+                json_t *given = json_object_get(row, keys[k]);
+                if (json_is_array(given)) {
+                    json_array_extend(cases, given);
+                } else if (json_is_string(given)) {
+                    status = judge_decode(&more, json_slice(given));
+                    if (status == OK) json_array_extend(cases, more);
+                    json_decref(more);
+                    more = NULL;
+                }
+            }
+            Slice text = json_slice(json_object_get(row, "metadata"));
+            if (status == OK && text.size)
+                status = json_read(&metadata, text.bytes, text.size, "metadata");
+            if (status != OK)
+                status = status_fail(status, "%s: row %zu: %s", found.gl_pathv[f], i + 1,
+                                     status_message());
+            json_t *doc = json_copy(row);
+            json_object_del(doc, "private_test_cases");
+            json_object_set_new(doc, "test_cases", cases);
+            if (!json_object_get(doc, "starter_code"))
+                json_object_set_new(doc, "starter_code", json_string(""));
+            json_t *name = json_object_get(metadata, "func_name");
+            if (json_is_string(name)) json_object_set(doc, "func_name", name);
+            json_decref(metadata);
+            json_array_append_new(suite->docs, doc);
+            TRY_DONE(status);
+        }
+        json_decref(rows);
+        rows = NULL;
+    }
+done:
+    json_decref(rows);
+    globfree(&found);
+    return status;
+}
+
 Status documents_load(Documents *d, const Task *task, const char *dir) {
     Status status;
     *d = (Documents){0};
@@ -591,11 +643,13 @@ Status documents_load(Documents *d, const Task *task, const char *dir) {
         status = read_gpqa(d, task, dir, task->reads[4] != 0);
     else if (!strcmp(task->reads, "mbpp"))
         status = read_mbpp(d, task, dir);
+    else if (!strcmp(task->reads, "livecodebench"))
+        status = read_livecodebench(d, task, dir);
     else
-        status = status_fail(ERR_CONFIG,
-                             "task '%s' reads '%s', expected rows, mmlu, mmmlu, gpqa or "
-                             "mbpp",
-                             task->name, task->reads);
+        status = status_fail(
+            ERR_CONFIG,
+            "task '%s' reads '%s', expected rows, mmlu, mmmlu, gpqa, mbpp or livecodebench",
+            task->name, task->reads);
     if (status != OK) documents_free(d);
     return status;
 }

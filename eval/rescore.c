@@ -1,5 +1,6 @@
 /* rescore.c - from saved responses to figures. */
 #include "eval/rescore.h"
+#include "eval/judge.h"
 #include "eval/regex.h"
 
 #include <errno.h>
@@ -14,7 +15,7 @@ static const FilterChain *find_chain(const Task *t, const char *name) {
     return NULL;
 }
 
-Status rescore_row(json_t *row) {
+Status rescore_row(json_t *row, bool run_code) {
     const char *name = json_string_value(json_object_get(row, "task")),
                *suite = json_string_value(json_object_get(row, "suite")),
                *filter = json_string_value(json_object_get(row, "filter"));
@@ -31,6 +32,10 @@ Status rescore_row(json_t *row) {
     if (!task.chain_count || !chain)
         FAIL_DONE(ERR_FORMAT, "task '%s' has no filter '%s'", name, filter ? filter : "");
     TRY_DONE(rule_score(&v, &task, chain, doc, response));
+    if (run_code && task.scorer == SCORER_PYTHON &&
+        (json_object_get(doc, "test") || json_object_get(doc, "test_list") ||
+         json_object_get(doc, "test_cases")))
+        TRY_DONE(judge_program(&v, &task, doc));
     if (v.more) json_object_update(row, v.more);
     json_object_set(row, "extracted", v.extracted);
     json_object_set(row, "score", v.score);

@@ -6,8 +6,8 @@
 #include "eval/rules.h"
 
 /* A row {"task", "suite", "filter", "doc", "response"} gains "extracted", "score" and what else the
- * rule says. */
-Status rescore_row(json_t *row);
+ * rule says. Programs are run (with `run_code`) where the document has their tests. */
+Status rescore_row(json_t *row, bool run_code);
 
 /* Whether a file's first row is a harness's sample (it has "resps"). */
 Status rescore_is_samples(bool *samples, const char *path);

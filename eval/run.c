@@ -2,6 +2,7 @@
 #include "eval/run.h"
 #include "eval/questions.h"
 #include "eval/rules.h"
+#include "eval/sandbox.h"
 #include "eval/template.h"
 #include "formats/companion.h"
 #include "formats/file.h"
@@ -532,6 +533,15 @@ static Status check_options(const Run *r) {
                  "task '%s' goes by likelihoods: with --think a thought would stand in the "
                  "answer's place",
                  r->tasks[i].name);
+    for (int i = 0; i < r->task_count; i++) {
+        if (r->tasks[i].scorer != SCORER_PYTHON) continue;
+        if (!o->run_code)
+            FAIL(ERR_USAGE,
+                 "task '%s' runs programs that the model writes, in a sandbox: --run-code says "
+                 "that you want that",
+                 r->tasks[i].name);
+        TRY(sandbox_check());
+    }
     for (int i = 0; i < r->task_count; i++)
         if (o->prompt.think && !prompt_is_chat(&r->tasks[i], &o->prompt))
             FAIL(ERR_USAGE, "task '%s' is asked as plain text: --think needs --chat",

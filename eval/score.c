@@ -1,4 +1,5 @@
 /* score.c - from answers to figures and samples, one suite after the other. */
+#include "eval/judge.h"
 #include "eval/questions.h"
 #include "eval/rules.h"
 #include "eval/template.h"
@@ -108,6 +109,7 @@ static Status score_answers(const Run *r, const Item *item, const FilterChain *c
             v->score = json_real(*gold.bytes == 'A' + (char)mersenne_below(&m, 10));
             text_free(&gold);
         }
+        if (task->scorer == SCORER_PYTHON) TRY_DONE(judge_program(v, task, item->row));
         json_array_append(kept, v->extracted);
         scores[i] = json_number_value(v->score);
         right += scores[i] > 0;

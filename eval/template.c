@@ -67,6 +67,16 @@ static void add_fenced(Text *out, Slice reply) {
     text_free(&fenced);
 }
 
+/* The lines between the last two fences. */
+static void add_last_block(Text *out, Slice reply) {
+    size_t open = reply.size, shut = reply.size;
+    for (size_t at = 0; (at = slice_find(reply, "```", at)) < reply.size; at += 3)
+        open = shut, shut = at;
+    if (open == reply.size) return;
+    size_t line = slice_find(reply, "\n", open);
+    if (line < shut) text_add(out, reply.bytes + line + 1, shut - line - 1);
+}
+
 /* Whether `rule` is `name`. */
 static bool is(Slice rule, const char *name) {
     return slice_is(rule, name);
@@ -109,6 +119,20 @@ static Status add_ruled(Text *out, const json_t *value, Slice rule, const char *
                              0);
         regex_replace(out, r, s, "");
         regex_close(r);
+    } else if (is(rule, "starter_format")) {
+        text_addf(out,
+                  s.size ? "### Format: You will use the following starter code to write the "
+                           "solution to the problem and enclose your code within "
+                           "delimiters.\n```python\n%.*s\n```\n\n"
+                         : "### Format: Read the inputs from stdin solve the problem and "
+                           "write the answer to stdout (do not directly test on the sample "
+                           "inputs). Enclose your code within delimiters as follows. Ensure "
+                           "that when the python program runs, it reads the inputs, runs the "
+                           "algorithm and writes output to STDOUT.\n```python\n# YOUR CODE "
+                           "HERE\n```\n\n%.*s",
+                  (int)s.size, s.bytes);
+    } else if (is(rule, "last_block")) {
+        add_last_block(out, s);
     } else if (is(rule, "before_fence")) {
         text_add(out, s.bytes, slice_find(s, "```", 0));
     } else if (is(rule, "fenced")) {

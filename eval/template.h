@@ -4,8 +4,9 @@
  * }} are braces. Rules: strip; words (underscores to spaces); letter (0 to A); lettered (a list as
  * lines "A. text", ten at most; lettered_stripped: each one stripped); without X (X deleted where
  * it stands); after_hashes (behind the last "### "); boxed (the last \boxed of a solution);
- * without_box_request (an added wish for a box taken off); before_fence and fenced (code up to, and
- * in, the first ``` of a reply). */
+ * without_box_request (an added wish for a box taken off); last_block
+ * (the lines of the last fenced block); starter_format (how LiveCodeBench asks for code);
+ * before_fence and fenced (code up to, and in, the first ``` of a reply). */
 #ifndef TEMPLATE_H
 #define TEMPLATE_H
 

@@ -42,7 +42,7 @@ CASE(eval, saved_responses_score_as_the_harnesses_score_them) {
         json_t *mine = json_object();
         const char *const given[] = {"task", "suite", "filter", "doc", "response"};
         for (int k = 0; k < 5; k++) json_object_set(mine, given[k], json_object_get(row, given[k]));
-        EXPECT_OK(rescore_row(mine));
+        EXPECT_OK(rescore_row(mine, false));
         for (int k = 0; k < 6; k++) {
             const json_t *expected = json_object_get(row, keys[k]);
             if (expected)
