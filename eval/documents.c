@@ -1,5 +1,6 @@
 /* documents.c - finding files, reading rows, and the layouts of the benchmarks. */
 #include "eval/documents.h"
+#include "eval/bfcl.h"
 #include "eval/judge.h"
 #include "eval/mersenne.h"
 #include "formats/file.h"
@@ -579,6 +580,63 @@ done:
     return status;
 }
 
+/* BFCL: a file a category, its accepted calls beside it in possible_answer/. Single turns only:
+ * conversations with services that keep state are left out. */
+static Status read_bfcl(Documents *d, const Task *task, const char *dir) {
+    glob_t found;
+    json_t *rows = NULL, *answers = NULL, *row, *function;
+    size_t i, k;
+    Status status = OK;
+    TRY(must_find(&found, task, dir));
+    for (size_t f = 0; f < found.gl_pathc; f++) {
+        const char *path = found.gl_pathv[f], *slash = strrchr(path, '/'),
+                   *file = slash ? slash + 1 : path;
+        if (strstr(file, "multi_turn")) continue;
+        const char *head = strncmp(file, "BFCL_v4_", 8) ? file : file + 8;
+        char *category = must_format("%.*s", (int)strcspn(head, "."), head),
+             *name = must_format("%s_%s", task->name, category),
+             *beside =
+                 must_format("%.*s/possible_answer/%s", (int)(file - path ? file - path - 1 : 1),
+                             file - path ? path : ".", file);
+        Suite *suite = add_suite(d, name, category, task->name);
+        bool none = strstr(category, "irrelevance") != NULL;
+        free(category);
+        free(name);
+        status = rows_noted(&rows, d, path);
+        if (status == OK && !none) status = rows_noted(&answers, d, beside);
+        free(beside);
+        TRY_DONE(status);
+        if (!none && json_array_size(rows) != json_array_size(answers))
+            FAIL_DONE(ERR_FORMAT, "%s: %zu questions, and %zu accepted answers", path,
+                      json_array_size(rows), json_array_size(answers));
+        json_array_foreach(rows, i, row) {
+            json_t *doc = json_copy(row), *tools = json_array(),
+                   *answer = json_array_get(answers, i);
+            if (!none && !json_equal(json_object_get(row, "id"), json_object_get(answer, "id"))) {
+                json_decref(doc);
+                json_decref(tools);
+                FAIL_DONE(ERR_FORMAT, "%s: row %zu and its accepted answer have different ids",
+                          path, i + 1);
+            }
+            json_array_foreach(json_object_get(row, "function"), k, function)
+                json_array_append_new(tools, bfcl_tool(function));
+            json_object_set(doc, "messages", json_array_get(json_object_get(row, "question"), 0));
+            json_object_set_new(doc, "tools", tools);
+            if (answer)
+                json_object_set(doc, "ground_truth", json_object_get(answer, "ground_truth"));
+            json_array_append_new(suite->docs, doc);
+        }
+        json_decref(rows);
+        json_decref(answers);
+        rows = answers = NULL;
+    }
+done:
+    json_decref(rows);
+    json_decref(answers);
+    globfree(&found);
+    return status;
+}
+
 /* LiveCodeBench: {question_content, starter_code, public_test_cases, private_test_cases, metadata,
  * ...}; the cases of both kinds become test_cases, a method's name func_name. */
 static Status read_livecodebench(Documents *d, const Task *task, const char *dir) {
@@ -643,12 +701,14 @@ Status documents_load(Documents *d, const Task *task, const char *dir) {
         status = read_gpqa(d, task, dir, task->reads[4] != 0);
     else if (!strcmp(task->reads, "mbpp"))
         status = read_mbpp(d, task, dir);
+    else if (!strcmp(task->reads, "bfcl"))
+        status = read_bfcl(d, task, dir);
     else if (!strcmp(task->reads, "livecodebench"))
         status = read_livecodebench(d, task, dir);
     else
         status = status_fail(
             ERR_CONFIG,
-            "task '%s' reads '%s', expected rows, mmlu, mmmlu, gpqa, mbpp or livecodebench",
+            "task '%s' reads '%s', expected rows, mmlu, mmmlu, gpqa, mbpp, bfcl or livecodebench",
             task->name, task->reads);
     if (status != OK) documents_free(d);
     return status;

@@ -94,6 +94,12 @@ static Status render_chat(Text *out, const Task *task, const PromptOptions *o, c
         TRY_DONE(template_render(&lead, task->description, task, doc, NULL));
     }
     if (lead.size) add_message(messages, "system", &lead);
+    if (task->messages) {
+        json_array_extend(messages, json_object_get(doc, "messages"));
+        TRY_DONE(chat_render(&rendered, messages, json_object_get(doc, "tools"), &chat));
+        text_add(out, rendered.text.bytes, rendered.text.size);
+        goto done;
+    }
     for (int64_t i = 0; i < count; i++) {
         const json_t *example = json_array_get(suite->examples, (size_t)picked[i]);
         TRY_DONE(add_rendered(messages, "user", task, task->question, example));
@@ -116,7 +122,8 @@ done:
 Status prompt_render(Text *out, const Task *task, const PromptOptions *o, const Suite *suite,
                      const json_t *doc, const int64_t *picked, int64_t count) {
     text_add(out, "", 0);
-    if (!task->question) FAIL(ERR_CONFIG, "task '%s' has no 'question'", task->name);
+    if (!task->question && !task->messages)
+        FAIL(ERR_CONFIG, "task '%s' has no 'question'", task->name);
     return (prompt_is_chat(task, o) ? render_chat : render_plain)(out, task, o, suite, doc, picked,
                                                                   count);
 }

@@ -1,9 +1,11 @@
 /* rules.c - scorers, one after the other. */
 #include "eval/rules.h"
+#include "eval/bfcl.h"
 #include "eval/ifeval.h"
 #include "eval/math_answer.h"
 #include "eval/regex.h"
 #include "eval/template.h"
+#include "infer/answer.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -166,6 +168,26 @@ static Status score_python(Verdict *v, const Task *t, const FilterChain *chain, 
     return status;
 }
 
+/* The calls of an answer, against those that are accepted. */
+static void score_calls(Verdict *v, const json_t *doc, const json_t *response) {
+    /* Types count, so nothing is cast to what the declarations say. */
+    json_t *message = answer_parse((Slice){"", 0}, first_response(response), NULL),
+           *calls = json_array(), *call;
+    size_t i;
+    json_array_foreach(json_object_get(message, "tool_calls"), i, call) {
+        const json_t *function = json_object_get(call, "function");
+        json_t *one = json_object();
+        json_object_set(one, json_string_value(json_object_get(function, "name")),
+                        json_object_get(function, "arguments"));
+        json_array_append_new(calls, one);
+    }
+    v->parsed = !json_object_get(message, "bad_calls");
+    v->score = json_real(bfcl_accepts(calls, json_object_get(doc, "ground_truth"),
+                                      json_object_get(doc, "function")));
+    v->extracted = calls;
+    json_decref(message);
+}
+
 static Status score_cleanup(Verdict *v, const json_t *doc, const json_t *response) {
     Texts until = {0};
     const json_t *list = json_object_get(doc, "until"), *end = json_object_get(doc, "think_end");
@@ -202,6 +224,9 @@ Status rule_score(Verdict *v, const Task *t, const FilterChain *chain, const jso
         return score_ifeval(v, doc, response);
     case SCORER_PYTHON:
         return score_python(v, t, chain, doc, response);
+    case SCORER_BFCL:
+        score_calls(v, doc, response);
+        return OK;
     case SCORER_CLEANUP:
         return score_cleanup(v, doc, response);
     default:
@@ -219,6 +244,7 @@ void verdict_free(Verdict *v) {
 const char *rule_metric(const Task *task) {
     switch (task->scorer) {
     case SCORER_NONE:
+    case SCORER_BFCL:
         return "acc";
     case SCORER_PYTHON:
         return "pass@1";

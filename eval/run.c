@@ -299,7 +299,8 @@ static json_t *answer_of(const Run *r, const Item *item, const Sequence *s) {
         if (s->ids[i] == r->thought_end) from = i + 1, thought = true, open = false;
     }
     Text text = {0};
-    tokenizer_decode(r->m->tokenizer, &text, s->ids + from, end - from, true);
+    bool marks = t->scorer == SCORER_BFCL; /* calls are read by them */
+    tokenizer_decode(r->m->tokenizer, &text, s->ids + from, end - from, !marks);
     Slice kept = slice_text(&text);
     if (thought) { /* white space in front goes */
         Slice stripped = slice_strip(kept);

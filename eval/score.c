@@ -198,7 +198,7 @@ static Status sample_head(json_t **out, const Run *r, const Item *item) {
     char *doc = json_dumps(item->row, JSON_INDENT(2));
     Status status = OK;
     int64_t requests = t->output == OUTPUT_CHOICES ? item->jobs : 1;
-    if (t->output == OUTPUT_TEXT && t->scorer != SCORER_IFEVAL) {
+    if (t->output == OUTPUT_TEXT && t->scorer != SCORER_IFEVAL && t->scorer != SCORER_BFCL) {
         const char *text = t->scorer == SCORER_PYTHON ? t->tests : t->answer;
         status = template_render(&target, text ? text : "{answer}", t, item->row, NULL);
         json_object_set_new(sample, "target",

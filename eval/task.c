@@ -110,7 +110,8 @@ static Status read_chains(Task *t, Node *map) {
 
 static Status read_task(Task *t, const Definition *d) {
     static const char *const outputs[] = {"text", "choices", "rolling"};
-    static const char *const forms[] = {"text", "chat"}, *const picks[] = {"first", "drawn"};
+    static const char *const forms[] = {"text", "chat", "messages"}, *const picks[] = {"first",
+                                                                                       "drawn"};
     int output = 0, form = 0, pick = 0, scorer = 0;
     Node *node;
     t->max_tokens = 256;
@@ -128,7 +129,7 @@ static Status read_task(Task *t, const Definition *d) {
     TRY(get_text(&t->choices, d, "choices"));
     TRY(get_text(&t->delimiter, d, "delimiter"));
     TRY(read_choice(&output, d, "output", outputs, 3));
-    TRY(read_choice(&form, d, "form", forms, 2));
+    TRY(read_choice(&form, d, "form", forms, 3));
     TRY(read_choice(&pick, d, "pick", picks, 2));
     TRY(read_choice(&scorer, d, "scorer", scorers, sizeof scorers / sizeof *scorers));
     if ((node = find(d, "version"))) TRY(node_to_double(node, "version", &t->version));
@@ -145,7 +146,8 @@ static Status read_task(Task *t, const Definition *d) {
     TRY(exact_match_read(&t->exact, find(d, "exact_match")));
     t->has_until = find(d, "until") != NULL;
     t->output = (TaskOutput)output;
-    t->chat = form == 1;
+    t->chat = form >= 1;
+    t->messages = form == 2;
     t->drawn = pick == 1;
     t->scorer = (Scorer)scorer;
     if (!t->rules) t->rules = must_strdup("own");

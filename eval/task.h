@@ -50,7 +50,8 @@ typedef struct Task {
     int field_count;
     char *by; /* field that splits it into tasks of their own; NULL: none */
     TaskOutput output;
-    bool chat; /* the question is a user's message */
+    bool chat;     /* the question is a user's message */
+    bool messages; /* the document brings its own: "messages", and "tools" */
     /* templates (prompt.h); NULL: none */
     char *description, *question, *answer, *worked, *opening, *tests, *program;
     char *choices;   /* letters, bracketed or texts */
