@@ -1,5 +1,6 @@
 /* eval.c - lapidary eval: suites of questions, saved responses, and comparisons. */
 #include "cli/command.h"
+#include "eval/compare.h"
 #include "eval/rescore.h"
 #include "eval/run.h"
 #include "formats/file.h"
@@ -59,6 +60,15 @@ static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, 
     return status;
 }
 
+static Status compare(const char *a, const char *b, const char *out) {
+    json_t *list;
+    TRY(runs_compare(&list, a, b));
+    comparison_print(list, a, b, stdout);
+    Status status = out ? json_write(list, out) : OK;
+    json_decref(list);
+    return status;
+}
+
 Status command_eval(int argc, char **argv) {
     const char *out = NULL, *task = NULL, *group = NULL, *model = NULL, *adapter = NULL,
                *device = "auto", *dtype = "bf16", *format = "auto";
@@ -98,9 +108,18 @@ Status command_eval(int argc, char **argv) {
         {"--out", OPTION_TEXT, &out, "DIR  where results.json goes"},
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {
-        .usage = "eval --rescore FILE", .about = "Scores saved responses.", .options = options};
+        .usage = "eval --model DIR --tasks A,B --data DIR [--out DIR] | eval --rescore FILE | "
+                 "eval compare A B",
+        .about = "Asks a model the questions of some tasks and scores its answers, scores saved "
+                 "ones, or\ncompares two runs question by question.",
+        .options = options,
+        .most = 3};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
+    if (a.count && strcmp(a.positional[0], "compare"))
+        FAIL(ERR_USAGE, "'%s' is no part of this: lapidary %s", a.positional[0], a.usage);
+    if (a.count && a.count != 3) FAIL(ERR_USAGE, "two folders are compared: eval compare A B");
+    if (a.count) return compare(a.positional[1], a.positional[2], out);
     if (files.count) return rescore(&files, task, group, out, o.run_code);
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
     if (!o.tasks) FAIL(ERR_USAGE, "--tasks is missing: lapidary %s", a.usage);

@@ -114,6 +114,18 @@ Estimate figure_estimate(const Figure *f, int64_t iterations) {
     return (Estimate){weighted_rate(f, NULL), rate_error(f, iterations), f->count};
 }
 
+void figure_interval(const Figure *f, Estimate e, double *low, double *high) {
+    bool binary = f && f->kind == FIGURE_MEAN;
+    for (int64_t i = 0; binary && i < f->count; i++)
+        binary = (f->values[i] == 0 || f->values[i] == 1) && (!i || f->docs[i] != f->docs[i - 1]);
+    *low = e.mean - 1.96 * e.stderr_;
+    *high = e.mean + 1.96 * e.stderr_;
+    if (binary && f->count) wilson_interval(e.mean, f->count, low, high);
+    if (e.mean < 0 || e.mean > 1 || (f && f->kind > FIGURE_FLAT)) return;
+    *low = *low < 0 ? 0 : *low;
+    *high = *high > 1 ? 1 : *high;
+}
+
 /* ---- JSON ---- */
 
 static json_t *number_or_na(double x) {
@@ -233,15 +245,19 @@ Status json_write(const json_t *value, const char *path) {
 /* ---- the table ---- */
 
 static void print_row(FILE *out, const char *name, int64_t n, int64_t shots, const char *metric,
-                      const char *filter, Estimate e) {
+                      const char *filter, const Figure *f, Estimate e) {
     char error[64] = "", interval[64] = "";
     if (!isnan(e.stderr_)) {
-        snprintf(error, sizeof error, "%.4f", e.stderr_);
-        snprintf(interval, sizeof interval, "%.4f to %.4f", e.mean - 1.96 * e.stderr_,
-                 e.mean + 1.96 * e.stderr_);
+        bool large = fabs(e.mean) >= 1e4;
+        double low, high;
+        figure_interval(f, e, &low, &high);
+        snprintf(error, sizeof error, large ? "%.3g" : "%.4f", e.stderr_);
+        snprintf(interval, sizeof interval, large ? "%.4g to %.4g" : "%.4f to %.4f", low, high);
     }
-    fprintf(out, "%-34s %6" PRId64 " %5" PRId64 "  %-22s %-18s %9.4f  %7s  %s\n", name, n, shots,
-            metric, filter, e.mean, error, interval);
+    fprintf(out,
+            fabs(e.mean) < 1e4 ? "%-34s %6" PRId64 " %5" PRId64 "  %-22s %-18s %9.4f  %7s  %s\n"
+                               : "%-34s %6" PRId64 " %5" PRId64 "  %-22s %-18s %9.4g  %7s  %s\n",
+            name, n, shots, metric, filter, e.mean, error, interval);
 }
 
 void results_print(const Results *r, FILE *out) {
@@ -251,7 +267,7 @@ void results_print(const Results *r, FILE *out) {
         const TaskResult *t = &r->tasks[i];
         for (int k = 0; k < t->count; k++)
             print_row(out, k ? "" : t->name, t->effective, t->shots, t->figures[k].metric,
-                      t->figures[k].filter, figure_estimate(&t->figures[k], 1000));
+                      t->figures[k].filter, &t->figures[k], figure_estimate(&t->figures[k], 1000));
         if (t->generates && t->responses)
             fprintf(out,
                     "%-34s %6s %5s  unparsed %.1f %%, truncated %.1f %%, thought not closed "
@@ -268,7 +284,7 @@ void results_print(const Results *r, FILE *out) {
             json_t *e = json_object_get(group, error);
             print_row(out, k ? "" : t->group,
                       json_integer_value(json_object_get(group, "sample_len")), t->shots,
-                      t->figures[k].metric, t->figures[k].filter,
+                      t->figures[k].metric, t->figures[k].filter, NULL,
                       (Estimate){json_number_value(json_object_get(group, key)),
                                  json_is_number(e) ? json_number_value(e) : NAN, 0});
             free(key);

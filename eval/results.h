@@ -50,6 +50,10 @@ void result_value(TaskResult *t, const char *metric, const char *filter, FigureK
 /* The figure itself. */
 Estimate figure_estimate(const Figure *f, int64_t iterations);
 
+/* A 95 % interval: Wilson's for shares of right and wrong, else the normal one; within 0 and 1
+ * where the figure is. `f` NULL: of a group. */
+void figure_interval(const Figure *f, Estimate e, double *low, double *high);
+
 /* {results, groups, group_subtasks, versions, n-shot, higher_is_better, n-samples, ...settings}.
  * Caller decrefs. `iterations`: of the bootstrap; 0 for no errors of that kind. */
 json_t *results_json(const Results *r, int64_t iterations);

@@ -1,6 +1,7 @@
 /* run.c - questions to requests, answers to figures, everything kept on the way. */
 #include "eval/run.h"
 #include "eval/questions.h"
+#include "eval/report.h"
 #include "eval/rules.h"
 #include "eval/sandbox.h"
 #include "eval/template.h"
@@ -598,9 +599,12 @@ Status eval_run(Results *results, Model *m, const char *adapter, const EvalOptio
     if (o->out) {
         char *path = must_format("%s/results.json", o->out);
         json_t *json = results_json(results, o->bootstrap);
+        char *page = must_format("%s/report.html", o->out);
         status = json_write(json, path);
+        if (status == OK) status = report_write(results, json, page);
         json_decref(json);
         free(path);
+        free(page);
     }
 done:
     json_decref(settings);

@@ -138,6 +138,13 @@ static Status score_answers(const Run *r, const Item *item, const FilterChain *c
         }
         json_object_set_new(sample, metric, json_real(scores[0]));
         if (n > 1 && !voting) {
+            char *name = must_format("avg@%" PRId64, n);
+            double sum = 0;
+            for (int64_t i = 0; i < n; i++) sum += scores[i];
+            json_object_set_new(sample, name, json_real(sum / (double)n));
+            free(name);
+        }
+        if (n > 1 && !voting) {
             char *maj = must_format("maj@%" PRId64, n), *pass = must_format("pass@%" PRId64, n);
             double won = 0;
             if (votes) {
@@ -151,6 +158,7 @@ static Status score_answers(const Run *r, const Item *item, const FilterChain *c
             add_metric(t, maj, chain->name, item->doc, won);
             add_metric(t, pass, chain->name, item->doc, pass_at_k(n, right, n));
             json_object_set_new(sample, maj, json_real(won));
+            json_array_append_new(names, json_string(maj));
             free(maj);
             free(pass);
         }
