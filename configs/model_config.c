@@ -136,7 +136,7 @@ static Status check_sizes(const ModelConfig *c, const char *name) {
     TRY(check_range(name, "intermediate_size", c->intermediate_size, 1, 1 << 20));
     TRY(check_range(name, "sliding_window", c->sliding_window, 1, 1 << 30));
     TRY(check_range(name, "num_kv_shared_layers", c->num_kv_shared_layers, 0,
-                    c->num_hidden_layers - 1));
+                    c->num_hidden_layers - !c->assistant));
     TRY(check_range(name, "hidden_size_per_layer_input", c->hidden_size_per_layer_input, 0, 32768));
     TRY(check_range(name, "vocab_size_per_layer_input", c->vocab_size_per_layer_input, 1, 1 << 24));
     TRY(check_range(name, "num_experts", c->num_experts, 0, EXPERTS_MAX));
@@ -156,12 +156,36 @@ static Status check_sizes(const ModelConfig *c, const char *name) {
                  "%s: layer %" PRId64 ": head_dim %" PRId64 " or %" PRId64
                  " key heads do not divide",
                  name, l, c->layer[l].head_dim, c->layer[l].num_key_value_heads);
-        if (l >= c->num_hidden_layers - c->num_kv_shared_layers &&
+        if (!c->assistant && l >= c->num_hidden_layers - c->num_kv_shared_layers &&
             block_config(c, (int)l).kv_layer < 0)
             FAIL(ERR_CONFIG,
                  "%s: layer %" PRId64 " shares K and V but no earlier layer of its type owns any",
                  name, l);
     }
+    return OK;
+}
+
+/* What a drafter's config says beside its layers. */
+static Status read_assistant(ModelConfig *c, Node *root, const char *name) {
+    bool ordered = false;
+    c->num_kv_shared_layers = c->num_hidden_layers;
+    c->hidden_size_per_layer_input = 0;
+    c->vocab_size_per_layer_input = c->vocab_size;
+    c->num_centroids = 2048;
+    c->centroid_intermediate_top_k = 32;
+    c->backbone_hidden_size = 1536;
+    TRY(node_get_int(root, "backbone_hidden_size", &c->backbone_hidden_size, false));
+    TRY(node_get_bool(root, "use_ordered_embeddings", &ordered, false));
+    TRY(node_get_int(root, "num_centroids", &c->num_centroids, false));
+    TRY(node_get_int(root, "centroid_intermediate_top_k", &c->centroid_intermediate_top_k, false));
+    TRY(check_range(name, "backbone_hidden_size", c->backbone_hidden_size, 1, 32768));
+    TRY(check_range(name, "num_centroids", c->num_centroids, 1, c->vocab_size));
+    TRY(check_range(name, "centroid_intermediate_top_k", c->centroid_intermediate_top_k, 1,
+                    c->num_centroids));
+    if (!ordered) c->num_centroids = 0;
+    if (ordered && c->vocab_size % c->num_centroids)
+        FAIL(ERR_CONFIG, "%s: %" PRId64 " centroids do not divide %" PRId64 " tokens", name,
+             c->num_centroids, c->vocab_size);
     return OK;
 }
 
@@ -174,7 +198,8 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
     const char *type;
     if (root->kind != NODE_MAP) FAIL(ERR_CONFIG, "%s: is not a map", name);
     TRY(node_get_text(root, "model_type", &type, true));
-    bool known = !strcmp(type, "gemma4") || !strcmp(type, "gemma4_unified") ||
+    c->assistant = !strcmp(type, "gemma4_assistant") || !strcmp(type, "gemma4_unified_assistant");
+    bool known = c->assistant || !strcmp(type, "gemma4") || !strcmp(type, "gemma4_unified") ||
                  !strcmp(type, "gemma4_text") || !strcmp(type, "gemma4_unified_text");
     if (!known)
         FAIL(ERR_CONFIG,
@@ -187,7 +212,7 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
         architectures->items[0]->kind == NODE_SCALAR)
         snprintf(c->architecture, sizeof c->architecture, "%s", architectures->items[0]->text);
     c->multimodal = !strcmp(type, "gemma4") || !strcmp(type, "gemma4_unified");
-    Node *text = c->multimodal ? node_find(root, "text_config") : root;
+    Node *text = c->multimodal || c->assistant ? node_find(root, "text_config") : root;
     if (node_is_null(text) || text->kind != NODE_MAP)
         FAIL(ERR_CONFIG, "%s: text_config is missing", name);
 
@@ -235,6 +260,7 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
     TRY(node_get_int(root, "image_token_id", &c->image_token_id, false));
     TRY(node_get_int(root, "audio_token_id", &c->audio_token_id, false));
     TRY(node_get_int(root, "video_token_id", &c->video_token_id, false));
+    if (c->assistant) TRY(read_assistant(c, root, name));
     TRY(read_layer_types(c, text));
     TRY(read_heads(c, text));
     TRY(read_rope(c, text));

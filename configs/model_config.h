@@ -34,7 +34,10 @@ typedef struct ModelConfig {
     int eos_count;
     bool attention_k_eq_v, use_double_wide_mlp;
     Bidirectional use_bidirectional_attention;
-    double rms_norm_eps, final_logit_softcapping; /* softcapping 0: none */
+    bool assistant; /* a drafter: every layer reads K and V of the model it drafts for */
+    int64_t backbone_hidden_size;                       /* that model's hidden_size */
+    int64_t num_centroids, centroid_intermediate_top_k; /* 0: its head looks at every token */
+    double rms_norm_eps, final_logit_softcapping;       /* softcapping 0: none */
     RopeConfig rope[ATTENTION_KINDS];
     struct {
         AttentionKind kind;

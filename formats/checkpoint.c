@@ -112,6 +112,8 @@ static Status classify(Checkpoint *c) {
             t->role = ROLE_TOWER;
         else if (!strcmp(name, "lm_head.weight"))
             t->role = ROLE_TIED;
+        else if (c->config.assistant && !strcmp(name, TOKEN_ORDERING))
+            t->role = ROLE_ORDER;
         else if (c->is_gguf && !strcmp(name, GGUF_ROPE_FREQS))
             t->role = ROLE_DERIVED;
         else

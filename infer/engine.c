@@ -1,5 +1,6 @@
 /* engine.c - planning a pass, running it, and reading its logits. */
 #include "infer/engine.h"
+#include "kernels/elementwise.h"
 #include "kernels/loss.h"
 #include "kernels/quantize.h"
 #include "kernels/sampling.h"
@@ -32,7 +33,7 @@ Status kv_dtype(DType *kv, const Gemma *g, const char *name) {
 
 static void page_totals(const Engine *e, int64_t total[ATTENTION_KINDS]) {
     const EngineOptions *o = &e->options;
-    int64_t window = e->g->config.sliding_window / PAGE_KEYS + 3;
+    int64_t window = e->g->config.sliding_window / PAGE_KEYS + 3 + (o->draft + 1) / PAGE_KEYS + 1;
     total[FULL] = (o->tokens + PAGE_KEYS - 1) / PAGE_KEYS;
     total[SLIDING] = o->sequences * window + o->chunk / PAGE_KEYS + 1;
     total[SLIDING] += total[FULL] < SPARE_PAGES ? total[FULL] : SPARE_PAGES;
@@ -46,6 +47,12 @@ static void place_slots(Engine *e, Arena *arena) {
                                      c->num_key_value_heads, c->head_dim);
         e->slots[l].v = arena_like(arena, e->slots[l].k);
     }
+}
+
+static void place_states(Engine *e, Arena *arena) {
+    if (!e->options.drafter) return;
+    e->states = ARENA_TENSOR(arena, e->g->dtype, e->options.sequences, e->g->config.hidden_size);
+    e->guessing = arena_like(arena, e->states);
 }
 
 /* What reads logits: a chunk of them, the best of each row, and a row to change. */
@@ -92,7 +99,8 @@ static void measure(Engine *e, const KvCache *cache, size_t *activations, size_t
 
 Status engine_init(Engine *e, Gemma *g, const Tokenizer *tokenizer, const EngineOptions *options) {
     *e = (Engine){.g = g, .tokenizer = tokenizer, .options = *options};
-    CHECK(options->sequences > 0 && options->chunk >= options->sequences && options->tokens > 0,
+    CHECK(options->sequences > 0 && options->tokens > 0 && options->draft <= DRAFT_MAX &&
+              options->chunk >= options->sequences * (options->drafter ? options->draft + 1 : 1),
           "engine options");
     Status status = OK;
     int64_t total[ATTENTION_KINDS];
@@ -106,17 +114,24 @@ Status engine_init(Engine *e, Gemma *g, const Tokenizer *tokenizer, const Engine
             FAIL(ERR_CONFIG, "heads of %" PRId64 " numbers do not fit blocks of %s",
                  e->g->blocks[l].config.head_dim, dtype_name(options->kv));
     page_totals(e, total);
-    pages_init(&e->pages, total, e->g->config.sliding_window, options->share);
+    /* A drafter's sliding layers see one key more. */
+    pages_init(&e->pages, total, e->g->config.sliding_window + 1, options->share);
     e->slots = must_calloc((size_t)e->g->config.num_hidden_layers, sizeof *e->slots);
     e->running = must_calloc((size_t)options->sequences, sizeof *e->running);
+    e->seats = must_calloc((size_t)options->sequences, sizeof *e->seats);
     Arena measured = arena_measure();
     place_slots(e, &measured);
+    place_states(e, &measured);
     size_t activations, scratch;
     measure(e, &(KvCache){e->slots, options->sequences, total[FULL]}, &activations, &scratch);
     TRY_DONE(arena_init(&e->cache, e->g->device, measured.peak, "the key and value cache"));
     TRY_DONE(arena_init(&e->activations, e->g->device, activations, "the activations"));
     TRY_DONE(arena_init(&e->scratch, e->g->device, scratch, "temporaries"));
     place_slots(e, &e->cache);
+    place_states(e, &e->cache);
+    if (options->drafter)
+        TRY_DONE(drafter_reserve(options->drafter, options->sequences,
+                                 &(KvCache){e->slots, options->sequences, total[FULL]}));
 done:
     if (status != OK) engine_free(e);
     return status;
@@ -146,6 +161,7 @@ void engine_free(Engine *e) {
     arena_free(&e->scratch);
     free(e->slots);
     free(e->running);
+    free(e->seats);
     *e = (Engine){0};
 }
 
@@ -226,6 +242,7 @@ static void leave_running(Engine *e, Sequence *s) {
     for (int64_t i = 0; i < e->running_count; i++)
         if (e->running[i] != s) e->running[kept++] = e->running[i];
     e->running_count = kept;
+    e->seats[s->seat] = false;
     s->running = false;
     pages_release(&e->pages, &s->pages);
 }
@@ -249,10 +266,21 @@ static void end(Engine *e, Sequence *s, Ending ending) {
     if (s->request.on_token) s->request.on_token(s->request.context, s);
 }
 
-/* How many tokens go through the model: the last one only where something after it is wanted. */
+/* How many tokens go through the model: guesses after the last one, and that itself only where
+ * something after it is wanted. */
 static int64_t to_feed(const Sequence *s) {
     bool after = s->request.sampling.max_tokens > 0 || s->request.candidate_count > 0;
-    return after || s->count == 1 ? s->count : s->count - 1;
+    return (after || s->count == 1 ? s->count : s->count - 1) + s->guess_count;
+}
+
+/* A token of the sequence, or one that is guessed to follow. */
+static int32_t token_at(const Sequence *s, int64_t at) {
+    return at < s->count ? s->ids[at] : s->guesses[at - s->count];
+}
+
+/* Whether it takes part in a pass with its last token, and guesses, alone. */
+static bool is_answering(const Sequence *s) {
+    return to_feed(s) - s->done == 1 + s->guess_count;
 }
 
 /* The first token whose keys are needed for what is wanted of the prompt. */
@@ -312,6 +340,8 @@ static void admit(Engine *e) {
             s->reused = found < s->request.count ? found : s->request.count;
             e->counts.reused += found;
             s->running = true;
+            for (s->seat = 0; e->seats[s->seat];) s->seat++;
+            e->seats[s->seat] = true;
             e->running[e->running_count++] = s;
         }
         s = next;
@@ -322,7 +352,7 @@ static void admit(Engine *e) {
 static void restart(Engine *e, Sequence *s) {
     pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, false);
     leave_running(e, s);
-    s->done = 0;
+    s->done = s->guess_count = 0;
     s->next = e->line;
     e->line = s;
     e->counts.restarts++;
@@ -341,6 +371,7 @@ typedef struct Wanted {
     Sequence *s;
     int64_t at;
     int32_t row;
+    int64_t given; /* tokens of the sequence when the pass began; guesses follow */
 } Wanted;
 
 /* Where adapters cannot share a pass they take turns: the next one that has a sequence running. */
@@ -365,12 +396,12 @@ static int64_t share_out(Engine *e, Share *shares) {
     int64_t room = e->options.chunk, count = 0;
     if (e->apart) e->turn = next_turn(e);
     for (int64_t i = 0; i < e->running_count; i++)
-        room -= to_feed(e->running[i]) - e->running[i]->done == 1;
+        room -= is_answering(e->running[i]) ? 1 + e->running[i]->guess_count : 0;
     for (int64_t i = 0; i < e->running_count; i++) {
         Sequence *s = e->running[i];
         if (e->apart && s->request.adapter != e->turn) continue;
         int64_t rows = to_feed(s) - s->done;
-        if (rows > 1) {
+        if (!is_answering(s)) {
             if (rows > room) rows = room;
             room -= rows;
         }
@@ -407,6 +438,7 @@ static void list_adapters(Engine *e, Stack *stack, const Share *shares, int64_t 
 
 static bool wants(const Sequence *s, int64_t at) {
     if (at + 1 < s->count) return at + 1 >= s->scored;
+    if (at + 1 > s->count) return true; /* behind a guess */
     return s->request.sampling.max_tokens > 0 || s->request.candidate_count > 0;
 }
 
@@ -416,7 +448,7 @@ static int64_t list_wanted(Wanted *wanted, const Share *shares, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; k < shares[i].rows; k++, row++)
             if (wants(shares[i].s, shares[i].s->done + k))
-                wanted[n++] = (Wanted){shares[i].s, shares[i].s->done + k, row};
+                wanted[n++] = (Wanted){shares[i].s, shares[i].s->done + k, row, shares[i].s->count};
     return n;
 }
 
@@ -438,7 +470,7 @@ static void fill_rows(Engine *e, Stack *s, const Share *shares, int64_t count) {
         for (int64_t k = 0; k < shares[i].rows; k++, n++) {
             const Sequence *owner = shares[i].s;
             int64_t at = owner->done + k;
-            ids[n] = owner->ids[at];
+            ids[n] = token_at(owner, at);
             positions[n] = (int32_t)at;
             sequence[n] = (int32_t)i;
             for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
@@ -554,24 +586,34 @@ static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t 
 
 /* What is wanted of one row: the log-probability of the prompt's next token, those of candidates,
  * a token of the answer. */
-static void read_row(Engine *e, const Wanted *w, const Reading *r, int64_t i) {
+static void read_row(Engine *e, const Stack *stack, const Wanted *w, const Reading *r, int64_t i,
+                     int64_t row) {
     int64_t V = e->g->config.vocab_size, k = tensor_cols(r->values);
     const float *z = (const float *)r->z.data + i * V;
     float lse = ((const float *)r->lse.data)[2 * i];
     int32_t best = ((const int32_t *)r->ids.data)[i * k];
     Sequence *s = w->s;
-    if (w->at + 1 < s->count) {
+    if (w->at + 1 < s->request.count) {
         int32_t id = s->ids[w->at + 1];
         s->logprobs[w->at + 1] = z[id] - lse;
         s->best[w->at + 1] = id == best;
         s->scored = w->at + 2;
         return;
     }
+    if (s->ending != ENDING_NONE || w->at + 1 != s->count) return; /* a guess before it was wrong */
+    if (w->at >= w->given && s->ids[w->at] != s->guesses[w->at - w->given]) return;
+    s->checked += w->at >= w->given;
     for (int c = 0; c < s->request.candidate_count && s->count == s->request.count; c++) {
         s->candidate_logprobs[c] = z[s->request.candidates[c]] - lse;
         s->candidate_best[c] = s->request.candidates[c] == best;
     }
-    if (s->request.sampling.max_tokens > 0) answer(e, s, r, i, V);
+    s->done = w->at + 1;
+    if (s->request.sampling.max_tokens > 0) {
+        if (e->options.drafter)
+            scale_copy(tensor_slice(e->states, s->seat, 1), SET, tensor_slice(stack->final, row, 1),
+                       1.0f);
+        answer(e, s, r, i, V);
+    }
 }
 
 static void read_logits(Engine *e, Stack *stack, const Wanted *wanted, int64_t count) {
@@ -592,7 +634,7 @@ static void read_logits(Engine *e, Stack *stack, const Wanted *wanted, int64_t c
         }
         head(e, stack, first, r.z);
         top_logits(r.values, r.ids, r.lse, r.z, r.scale);
-        for (int64_t i = 0; i < n; i++) read_row(e, &wanted[first + i], &r, i);
+        for (int64_t i = 0; i < n; i++) read_row(e, stack, &wanted[first + i], &r, i, first + i);
         arena_release(&e->scratch, mark);
     }
 }
@@ -603,6 +645,40 @@ static void drop_cancelled(Engine *e) {
     for (Sequence *s = e->line, *next; s; s = next) {
         next = s->next;
         if (s->cancelled) end(e, s, ENDING_CANCELLED);
+    }
+}
+
+/* The drafter's guesses for every sequence that is answering. Where room ends there are fewer. */
+static void guess(Engine *e) {
+    int64_t n = 0, steps = e->options.draft, W = e->g->config.sliding_window;
+    int64_t who[e->options.sequences];
+    int32_t seats[e->options.sequences];
+    int32_t out[e->options.sequences * DRAFT_MAX];
+    DraftRow rows[e->options.sequences];
+    for (int64_t i = 0; i < e->running_count; i++) {
+        Sequence *s = e->running[i];
+        int64_t position = s->count - 1;
+        if (s->done != position || s->count == s->request.count || s->limit - s->count < 1)
+            continue;
+        seats[n] = (int32_t)s->seat;
+        rows[n] = (DraftRow){.token = s->ids[position],
+                             .position = position,
+                             .sliding_first = position > W ? position - W : 0,
+                             .pages = {s->pages.page[0], s->pages.page[1]},
+                             .page_count = s->pages.count};
+        who[n++] = i;
+    }
+    if (!n) return;
+    Tensor hidden = tensor_slice(e->guessing, 0, n);
+    gather_rows(hidden, e->states, TENSOR(seats, I32, n));
+    drafter_guess(e->options.drafter, e->slots, rows, n, steps, hidden, out);
+    for (int64_t k = 0; k < n; k++) {
+        Sequence *s = e->running[who[k]];
+        int64_t most = s->limit - s->count,
+                left = s->request.sampling.max_tokens - sequence_answered(s) - 1;
+        if (left < most) most = left;
+        s->guess_count = (int)(most < 0 ? 0 : most < steps ? most : steps);
+        memcpy(s->guesses, out + k * steps, (size_t)s->guess_count * sizeof *s->guesses);
     }
 }
 
@@ -632,16 +708,23 @@ bool engine_step(Engine *e) {
     e->counts.rows += n;
     for (int64_t i = 0; i < count; i++) {
         Sequence *s = shares[i].s;
-        s->done += shares[i].rows;
-        pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, false);
+        bool guessed = s->guess_count > 0;
+        if (!guessed) s->done += shares[i].rows;
+        e->counts.guessed += s->guess_count;
+        s->checked = 0;
     }
     read_logits(e, &stack, wanted, wanted_count);
     stack_close(&stack);
     free(wanted);
-    for (int64_t i = 0; i < count; i++) { /* prompts that were only to be read */
+    for (int64_t i = 0; i < count; i++) {
         Sequence *s = shares[i].s;
-        if (s->running && s->done == to_feed(s) && s->request.sampling.max_tokens == 0)
+        e->counts.right += s->checked;
+        s->guess_count = 0;
+        if (!s->running) continue;
+        pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, false);
+        if (s->done == to_feed(s) && s->request.sampling.max_tokens == 0) /* it was only read */
             end(e, s, ENDING_LENGTH);
     }
+    if (e->options.drafter) guess(e);
     return true;
 }

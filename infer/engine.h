@@ -7,6 +7,7 @@
 #ifndef ENGINE_H
 #define ENGINE_H
 
+#include "infer/drafter.h"
 #include "infer/pages.h"
 #include "infer/sampler.h"
 #include "infer/stream.h"
@@ -19,6 +20,8 @@ typedef struct EngineOptions {
     int64_t chunk;     /* rows of a pass, at most */
     DType kv;          /* of keys and values: the model's dtype, Q8_0 or Q4_0 */
     bool share;        /* prompts that begin alike share pages */
+    Drafter *drafter;  /* guesses tokens ahead, which the model checks; NULL: none. Borrowed */
+    int64_t draft;     /* tokens it guesses each time */
 } EngineOptions;
 
 typedef struct Sequence Sequence;
@@ -74,6 +77,9 @@ struct Sequence {
     int64_t limit;  /* most tokens */
     int64_t done;   /* tokens whose keys are there */
     int64_t scored; /* tokens before this have their log-probability, where one is wanted */
+    int32_t guesses[DRAFT_MAX]; /* of the tokens after the last */
+    int guess_count, checked;   /* how many; and how many proved right so far */
+    int64_t seat;               /* among those running */
     bool running;
     struct Sequence *next; /* in line */
 };
@@ -81,6 +87,7 @@ struct Sequence {
 typedef struct EngineCounts {
     int64_t passes, rows, reused; /* rows computed, and prompt tokens that needed none */
     int64_t restarts;             /* sequences that gave up their pages */
+    int64_t guessed, right;       /* tokens that the drafter guessed, and that came */
 } EngineCounts;
 
 typedef struct Engine {
@@ -90,6 +97,10 @@ typedef struct Engine {
     Pages pages;
     KvSlot *slots;
     Arena cache, activations, scratch;
+    /* with a drafter only, (sequences, D): the final state behind each sequence's last token, by
+     * its seat; and those of the sequences being guessed on */
+    Tensor states, guessing;
+    bool *seats;        /* (sequences) which are taken */
     Sequence **running; /* (sequences) the oldest first */
     int64_t running_count;
     Sequence *line; /* of those who wait */

@@ -97,6 +97,11 @@ static Status open_model(Model *m, const char *dir, const char *const *adapters,
         FAIL_DONE(ERR_CONFIG, "dtype '%s', expected bf16 or f32", dtype);
     TRY_DONE(device_open(&device, device_name));
     TRY_DONE(checkpoint_open(&m->checkpoint, dir));
+    if (m->checkpoint.config.assistant)
+        FAIL_DONE(ERR_CONFIG,
+                  "%s: a drafter answers nothing by itself: give it as --draft beside "
+                  "its model",
+                  dir);
     TRY_DONE(tokenizer_load(&m->tokenizer, dir));
     if (tokenizer_size(m->tokenizer) > m->checkpoint.config.vocab_size)
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, dir,

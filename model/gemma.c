@@ -5,6 +5,22 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* These lie beside the model, not in it. */
+static void declare_assistant(Gemma *g) {
+    const ModelConfig *c = &g->config;
+    char path[PARAM_NAME_MAX];
+    memcpy(path, g->params.path, sizeof path);
+    g->params.path[0] = 0;
+    linear_declare(&g->pre_projection, &g->params, &g->linears, "pre_projection", c->hidden_size,
+                   2 * c->backbone_hidden_size);
+    linear_declare(&g->post_projection, &g->params, &g->linears, "post_projection",
+                   c->backbone_hidden_size, c->hidden_size);
+    if (c->num_centroids)
+        linear_declare(&g->centroids, &g->params, &g->linears, "masked_embedding.centroids",
+                       c->num_centroids, c->hidden_size);
+    memcpy(g->params.path, path, sizeof path);
+}
+
 void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *device) {
     *g = (Gemma){.config = *config, .dtype = dtype, .device = device};
     const ModelConfig *c = &g->config;
@@ -20,6 +36,7 @@ void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *dev
         block_declare(&g->blocks[l], &g->params, &g->linears, &block);
     }
     norm_declare(&g->norm, &g->params, "norm", c->hidden_size, (float)c->rms_norm_eps);
+    if (c->assistant) declare_assistant(g);
 }
 
 void gemma_free(Gemma *g) {

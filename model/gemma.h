@@ -24,6 +24,9 @@ typedef struct Gemma {
     PerLayerInput per_layer_input; /* L == 0: the model has none */
     Block *blocks;
     Norm norm;
+    /* of a drafter only: (token, state) of the other model in, its state out; and what tokens are
+     * grouped by, where they are */
+    Linear pre_projection, post_projection, centroids;
 } Gemma;
 
 /* Declares every parameter; nothing is taken yet. */

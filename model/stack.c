@@ -165,24 +165,32 @@ void stack_enter(Stack *s, int l) {
     s->pass.rows = l < s->boundary ? &s->all : &s->some;
 }
 
-void stack_forward(Stack *s) {
+void stack_begin(Stack *s) {
+    s->pass.rows = &s->all;
+    rows_rotate(&s->all, &s->g->config, s->positions);
+    if (s->kept == s->N) return;
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        if (!tensor_present(s->all.cos[kind])) continue;
+        gather_rows(s->some.cos[kind], s->all.cos[kind], s->some.source);
+        gather_rows(s->some.sin[kind], s->all.sin[kind], s->some.source);
+    }
+}
+
+static void embed(Stack *s) {
     Gemma *g = s->g;
-    Pass *p = &s->pass;
-    int L = (int)g->config.num_hidden_layers;
-    p->rows = &s->all;
-    rows_rotate(&s->all, &g->config, s->positions);
-    if (s->kept < s->N)
-        for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-            if (!tensor_present(s->all.cos[kind])) continue;
-            gather_rows(s->some.cos[kind], s->all.cos[kind], s->some.source);
-            gather_rows(s->some.sin[kind], s->all.sin[kind], s->some.source);
-        }
     if (gemma_rounds_embedding(g))
         fake_quantize(s->rounded_table, g->embed_tokens->value, tensor_absent(), g->fake.scheme,
                       g->fake.blend);
     embedding_forward(s->residual[0], stack_table(s), 0, s->ids, gemma_embedding_scale(g));
     if (g->per_layer_input.L)
-        per_layer_input_forward(&g->per_layer_input, &s->per_layer, s->residual[0], s->ids, p);
+        per_layer_input_forward(&g->per_layer_input, &s->per_layer, s->residual[0], s->ids,
+                                &s->pass);
+}
+
+void stack_layers(Stack *s) {
+    Gemma *g = s->g;
+    Pass *p = &s->pass;
+    int L = (int)g->config.num_hidden_layers;
     for (int l = 0; l < L; l++) {
         size_t mark = arena_mark(p->scratch);
         if (l == s->boundary && s->kept < s->N)
@@ -196,4 +204,10 @@ void stack_forward(Stack *s) {
     if (s->boundary == L && s->kept < s->N)
         gather_rows(s->kept_input, s->residual[L], s->some.source);
     norm_forward(&g->norm, s->final, s->final_rstd, stack_input(s, L), tensor_absent());
+}
+
+void stack_forward(Stack *s) {
+    stack_begin(s);
+    embed(s);
+    stack_layers(s);
 }

@@ -33,9 +33,9 @@ typedef struct Stack {
                              trained */
     KvSlot *slots;        /* one a layer; the stack's own unless a cache is lent */
     const KvCache *cache; /* NULL: slots hold the keys of this pass alone */
-    BlockSaved *saved; /* one a layer */
-    Tensor *residual;  /* (N or kept, D): input of each layer, and of the final norm */
-    Tensor kept_input; /* (kept, D): residual[boundary] of `some` */
+    BlockSaved *saved;    /* one a layer */
+    Tensor *residual;     /* (N or kept, D): input of each layer, and of the final norm */
+    Tensor kept_input;    /* (kept, D): residual[boundary] of `some` */
     PerLayerInputSaved per_layer;
     Tensor final, final_rstd; /* (kept, D), (kept) */
     Pass pass;
@@ -51,6 +51,11 @@ void stack_place(Stack *s, Arena *arena);
 
 /* From ids, positions and filled rows to s->final. */
 void stack_forward(Stack *s);
+
+/* The same in its parts, for who fills residual[0] otherwise: what positions give, and the layers
+ * with the final norm. */
+void stack_begin(Stack *s);
+void stack_layers(Stack *s);
 
 /* The token table that embeds, and the head that it also is. */
 Tensor stack_table(const Stack *s);

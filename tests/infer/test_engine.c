@@ -1,6 +1,8 @@
 /* test_engine.c - what a sequence answers depends on its own request alone. */
 #include "formats/file.h"
+#include "formats/initial.h"
 #include "infer/engine.h"
+#include "kernels/elementwise.h"
 #include "kernels/random.h"
 #include "kernels/sampling.h"
 #include "tests/small_model.h"
@@ -83,17 +85,20 @@ CASE(engine, answers_do_not_depend_on_what_runs_beside_them) {
         const char *name;
         EngineOptions options;
     } plans[] = {
-        {"batched", {16, 8192, 512, F32, false}},
-        {"sharing", {16, 8192, 512, F32, true}},
-        {"small chunks", {8, 8192, 16, F32, true}},
-        {"few pages", {16, 640, 64, F32, true}},
+        {"batched", {.sequences = 16, .tokens = 8192, .chunk = 512, .kv = F32, .share = false}},
+        {"sharing", {.sequences = 16, .tokens = 8192, .chunk = 512, .kv = F32, .share = true}},
+        {"small chunks", {.sequences = 8, .tokens = 8192, .chunk = 16, .kv = F32, .share = true}},
+        {"few pages", {.sequences = 16, .tokens = 640, .chunk = 64, .kv = F32, .share = true}},
     };
     Prompts *p = make_prompts();
     for (int k = 0; k < SMALL_KINDS; k++) {
         Loaded m;
         char *dir = small_make(small_kinds[k]);
         small_load(&m, dir, F32, STACK_SCORE, NULL);
-        Answers *alone = run_all(&m.g, p, &(EngineOptions){1, 400, 400, F32, false});
+        Answers *alone =
+            run_all(&m.g, p,
+                    &(EngineOptions){
+                        .sequences = 1, .tokens = 400, .chunk = 400, .kv = F32, .share = false});
         for (size_t i = 0; i < sizeof plans / sizeof *plans; i++) {
             Answers *a = run_all(&m.g, p, &plans[i].options);
             compare(p, alone, a, plans[i].name);
@@ -109,13 +114,96 @@ CASE(engine, answers_do_not_depend_on_what_runs_beside_them) {
     }
 }
 
+/* A drafter for a small model: two layers, its own width. */
+static char *make_drafter(const Gemma *target) {
+    char *dir = must_format("%s/drafter", test_folder());
+    const ModelConfig *c = &target->config;
+    AttentionKind kinds[] = {SLIDING, FULL};
+    int64_t heads[2] = {0}, kv[2] = {0};
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        for (int k = 0; k < 2; k++)
+            if (c->layer[l].kind == kinds[k])
+                heads[k] = c->layer[l].head_dim, kv[k] = c->layer[l].num_key_value_heads;
+    char *json = must_format(
+        "{\"model_type\": \"gemma4_assistant\", \"architectures\": "
+        "[\"Gemma4AssistantForCausalLM\"], \"backbone_hidden_size\": 128, \"text_config\": "
+        "{\"model_type\": \"gemma4_text\", \"vocab_size\": 2048, \"hidden_size\": 128, "
+        "\"num_hidden_layers\": 2, \"layer_types\": [\"sliding_attention\", "
+        "\"full_attention\"], \"num_attention_heads\": 4, \"num_key_value_heads\": %d, "
+        "\"num_global_key_value_heads\": %d, \"attention_k_eq_v\": true, \"head_dim\": %d, "
+        "\"global_head_dim\": %d, \"intermediate_size\": 64, \"sliding_window\": 16, "
+        "\"hidden_size_per_layer_input\": 0, \"vocab_size_per_layer_input\": 0, "
+        "\"num_kv_shared_layers\": 2, \"hidden_activation\": \"gelu_pytorch_tanh\", "
+        "\"rms_norm_eps\": 1e-6, \"tie_word_embeddings\": true, \"rope_parameters\": "
+        "{\"full_attention\": {\"partial_rotary_factor\": 0.25, \"rope_theta\": 1000000.0, "
+        "\"rope_type\": \"proportional\"}, \"sliding_attention\": {\"rope_theta\": 10000.0, "
+        "\"rope_type\": \"default\"}}}}",
+        (int)kv[0], (int)kv[1], (int)heads[0], (int)heads[1]);
+    EXPECT_OK(initial_checkpoint(json, "demo/tokenizer", 6, F32, dir));
+    free(json);
+    return dir;
+}
+
+/* Blocks that add nothing: what comes is a function of the last token alone. */
+static void quieten(Gemma *g) {
+    for (int i = 0; i < g->params.count; i++) {
+        const char *name = g->params.items[i]->name;
+        if (strstr(name, "o_proj") || strstr(name, "down_proj") ||
+            strstr(name, "per_layer_projection"))
+            fill(g->params.items[i]->value, 0.0f);
+    }
+}
+
+CASE(engine, a_drafter_changes_no_answer) {
+    Prompts *p = make_prompts();
+    for (int k = 0; k < SMALL_KINDS; k++)
+        for (int quiet = 0; quiet < 2; quiet++) {
+            Loaded m;
+            Drafter d;
+            char *dir = small_make(small_kinds[k]), *small;
+            EngineOptions options = {
+                .sequences = 8, .tokens = 8192, .chunk = 64, .kv = F32, .share = true};
+            small_load(&m, dir, F32, STACK_SCORE, NULL);
+            small = make_drafter(&m.g);
+            if (quiet) quieten(&m.g);
+            Answers *alone = run_all(&m.g, p, &options);
+            EXPECT_OK(drafter_open(&d, small, &m.g));
+            if (quiet) { /* the same function of the last token: every guess is right */
+                quieten(&d.g);
+                Tensor pre = d.g.pre_projection.weight->value;
+                fill(pre, 0.0f);
+                for (int i = 0; i < 128; i++) ((float *)pre.data)[i * 256 + i] = 1;
+                scale_copy(d.g.embed_tokens->value, SET, m.g.embed_tokens->value, 1.0f);
+                scale_copy(d.g.norm.weight->value, SET, m.g.norm.weight->value, 1.0f);
+            }
+            options.drafter = &d;
+            options.draft = 4;
+            Answers *a = run_all(&m.g, p, &options);
+            compare(p, alone, a, small_kinds[k]);
+            EXPECT(a->counts.guessed > 0);
+            bool plain = quiet && k != 2; /* experts still add */
+            EXPECT(!plain || a->counts.passes < alone->counts.passes,
+                   "%s: %d passes with, %d without", small_kinds[k], (int)a->counts.passes,
+                   (int)alone->counts.passes);
+            EXPECT(!plain || a->counts.right > a->counts.guessed / 4, "%d of %d guesses are right",
+                   (int)a->counts.right, (int)a->counts.guessed);
+            free(a), free(alone);
+            drafter_close(&d);
+            small_unload(&m);
+            tree_remove(dir);
+            tree_remove(small);
+        }
+}
+
 CASE(engine, a_prompt_that_does_not_fit_is_refused_and_an_answer_ends_where_room_does) {
     Loaded m;
     Engine e;
     Sequence *s;
     int32_t ids[600] = {2};
     small_load(&m, small_make("shared"), F32, STACK_SCORE, NULL);
-    EXPECT_OK(engine_init(&e, &m.g, NULL, &(EngineOptions){2, 128, 64, F32, true}));
+    EXPECT_OK(engine_init(
+        &e, &m.g, NULL,
+        &(EngineOptions){.sequences = 2, .tokens = 128, .chunk = 64, .kv = F32, .share = true}));
     Request r = {.ids = ids, .count = 600, .sampling = {.top_p = 1, .repetition_penalty = 1}};
     EXPECT_ERROR(engine_submit(&e, &s, &r), "512 (max_position_embeddings)");
     r.count = 500;
@@ -147,7 +235,9 @@ CASE(engine, the_best_tokens_come_ranked_with_their_log_probabilities) {
     int32_t ids[] = {2, 5, 9}, all[2048];
     for (int i = 0; i < 2048; i++) all[i] = i;
     small_load(&m, small_make("dense"), F32, STACK_SCORE, NULL);
-    EXPECT_OK(engine_init(&e, &m.g, NULL, &(EngineOptions){1, 64, 64, F32, true}));
+    EXPECT_OK(engine_init(
+        &e, &m.g, NULL,
+        &(EngineOptions){.sequences = 1, .tokens = 64, .chunk = 64, .kv = F32, .share = true}));
     Request r = {
         .ids = ids,
         .count = 3,
