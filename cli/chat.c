@@ -218,6 +218,7 @@ Status command_chat(int argc, char **argv) {
         {"--top-p", OPTION_REAL, &top_p, "X"},
         {"--min-p", OPTION_REAL, &min_p, "X"},
         {"--seed", OPTION_INT, &seed, "N  (42)"},
+        {"--draft", OPTION_TEXT, &s.draft, "DIR  an assistant that guesses ahead"},
         {"--kv", OPTION_TEXT, &s.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},

@@ -77,7 +77,8 @@ static void print_json(const Tokens *ids, const Text *text, const Prompt *prompt
 }
 
 Status command_generate(int argc, char **argv) {
-    const char *kv = NULL;
+    const char *kv = NULL, *draft = NULL;
+    EngineCounts counts;
     const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16", *format = "auto",
                *tools = NULL;
     bool raw = false, think = false, json = false;
@@ -99,6 +100,7 @@ Status command_generate(int argc, char **argv) {
         {"--min-p", OPTION_REAL, &min_p, "X  least share of the best token's probability"},
         {"--repetition-penalty", OPTION_REAL, &penalty, "X  1 is none"},
         {"--seed", OPTION_INT, &seed, "N  (42)"},
+        {"--draft", OPTION_TEXT, &draft, "DIR  an assistant that guesses ahead"},
         {"--kv", OPTION_TEXT, &kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {"--max-tokens", OPTION_INT, &max_tokens, "N  (1024)"},
         {"--json", OPTION_FLAG, &json, "one JSON line: ids, text, message"},
@@ -135,7 +137,11 @@ Status command_generate(int argc, char **argv) {
     if (seed >= 0) s.seed = (uint64_t)seed;
     if (max_tokens >= 0) s.max_tokens = max_tokens;
     TRY_DONE(make_prompt(&prompt, &m, a.positional[0], format, tools, raw, think));
-    TRY_DONE(generate(&m, &prompt.ids, &s, kv, &ids, &text, json ? NULL : show_token, &shown));
+    TRY_DONE(generate(&m, &prompt.ids, &s, kv, draft, &ids, &text, json ? NULL : show_token, &shown,
+                      &counts));
+    if (draft)
+        fprintf(stderr, "%s%d of %d guesses were right\n", json ? "" : "\n", (int)counts.right,
+                (int)counts.guessed);
     if (json)
         print_json(&ids, &text, &prompt, raw);
     else

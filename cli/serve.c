@@ -38,6 +38,7 @@ Status command_serve(int argc, char **argv) {
         {"--queue", OPTION_INT, &o.queue, "N  answers that wait (256); more are turned away"},
         {"--body", OPTION_INT, &o.body, "N  bytes of one request (8 MiB)"},
         {"--connections", OPTION_INT, &o.connections, "N  at once (512)"},
+        {"--draft", OPTION_TEXT, &o.draft, "DIR  an assistant that guesses ahead"},
         {"--kv", OPTION_TEXT, &o.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},

@@ -18,6 +18,11 @@ Status chat_open(Chat *c, Model *m, const ChatSettings *settings) {
     TRY_DONE(sampling_load(&c->sampling, m));
     if (settings->tools) TRY_DONE(tools_load(&c->tools, settings->tools));
     TRY_DONE(kv_dtype(&options.kv, &m->g, settings->kv));
+    if (settings->draft) {
+        TRY_DONE(drafter_open(&c->drafter, settings->draft, &m->g));
+        options.drafter = &c->drafter;
+        options.draft = DRAFT_TOKENS;
+    }
     TRY_DONE(engine_init(&c->engine, &m->g, m->tokenizer, &options));
     if (settings->system) chat_set_system(c, settings->system);
 done:
@@ -27,6 +32,7 @@ done:
 
 void chat_close(Chat *c) {
     engine_free(&c->engine);
+    drafter_close(&c->drafter);
     tools_free(&c->tools);
     json_decref(c->messages);
     *c = (Chat){0};

@@ -25,6 +25,7 @@ typedef struct ChatSettings {
     const char *tools;  /* a tools file; NULL: none */
     int64_t context;    /* tokens of the conversation */
     const char *kv;
+    const char *draft;   /* an assistant's folder; NULL: none */
     int rounds, seconds; /* calls in a turn, and time for each */
 } ChatSettings;
 
@@ -33,6 +34,7 @@ struct Chat {
     ChatSettings settings;
     Sampling sampling;
     Engine engine;
+    Drafter drafter;
     Tools tools;
     json_t *messages;
     int64_t answered; /* tokens of the last turn */

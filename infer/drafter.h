@@ -24,7 +24,10 @@ typedef struct Drafter {
 /* Opens an assistant's folder for the model it was made for. ERR_CONFIG when their shapes do not
  * fit. */
 Status drafter_open(Drafter *d, const char *dir, const Gemma *target);
-void drafter_close(Drafter *d);
+void drafter_close(Drafter *d); /* accepts a zeroed one */
+
+/* Tokens guessed each time unless said otherwise. */
+#define DRAFT_TOKENS 4
 
 /* Memory for `rows` sequences at once over a cache of that size. */
 Status drafter_reserve(Drafter *d, int64_t rows, const KvCache *cache);

@@ -44,6 +44,7 @@ typedef struct Server {
     Model *m;
     const ServeOptions *o;
     Engine engine;
+    Drafter drafter;
     Board board;
     Sampling sampling; /* the model's own */
     int64_t number;    /* of calls so far */
@@ -790,6 +791,13 @@ static Status start_engine(Server *s) {
         FAIL(ERR_USAGE, "--cache holds %" PRId64 " tokens, a request takes up to %" PRId64,
              options.tokens, o->context);
     TRY(kv_dtype(&options.kv, &s->m->g, o->kv));
+    if (o->draft) {
+        TRY(drafter_open(&s->drafter, o->draft, &s->m->g));
+        options.drafter = &s->drafter;
+        options.draft = DRAFT_TOKENS;
+        if (options.chunk < o->sequences * (DRAFT_TOKENS + 1))
+            options.chunk = o->sequences * (DRAFT_TOKENS + 1);
+    }
     return engine_init(&s->engine, &s->m->g, s->m->tokenizer, &options);
 }
 
@@ -828,5 +836,6 @@ done:
     else if (fd >= 0)
         close(fd);
     engine_free(&s.engine);
+    drafter_close(&s.drafter);
     return status;
 }

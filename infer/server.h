@@ -23,6 +23,7 @@ typedef struct ServeOptions {
     int64_t body;      /* bytes of a request */
     int64_t connections;
     const char *kv;
+    const char *draft; /* an assistant's folder; NULL: none */
 } ServeOptions;
 
 ServeOptions serve_options_default(void);
