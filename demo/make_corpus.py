@@ -1,11 +1,12 @@
 """make_corpus.py - turns minerals.csv and a few lists into the demo's rows and its small tokenizer.
 
-  python3 demo/make_corpus.py          writes base.jsonl, gems.jsonl, gems_eval.jsonl
+  python3 demo/make_corpus.py          writes base.jsonl, gems.jsonl, gems_eval.jsonl, exam/*.jsonl
   python3 demo/make_corpus.py --tokenizer    also tokenizer/ (needs the `tokenizers` package)
 
 base.jsonl is what the tiny model is first trained on: everyday questions and plain prose. gems.jsonl is the
 domain it does not know: questions about minerals. gems_eval.jsonl asks for the same facts in wordings that
-training never shows, so a low loss there means the facts were learned and not the sentences.
+training never shows, so a low loss there means the facts were learned and not the sentences. exam/ asks the
+same questions as tasks of `lapidary eval`: to be answered, and with four answers to choose from.
 """
 import csv
 import json
@@ -115,6 +116,24 @@ def gem_rows(rng):
     return train, held_out
 
 
+def exam_rows(rng, held_out):
+    """The held-out questions with their answers, and with three answers to other questions of their kind."""
+    minerals = list(csv.DictReader(open(os.path.join(HERE, "minerals.csv"))))
+    answered, choices = [], []
+    for row in held_out:
+        question, answer = (m["content"] for m in row["messages"])
+        answered.append({"question": question, "answer": answer})
+        for m in minerals:
+            for key in ANSWERS:
+                form = lambda value: ANSWERS[key].format(N=m["name"].capitalize(), v=value)
+                if form(m[key]) == answer and any(q.format(n=m["name"], N=m["name"].capitalize()) == question for q in QUESTIONS[key]):
+                    others = sorted({o[key] for o in minerals} - {m[key]})
+                    options = [form(v) for v in rng.sample(others, 3)] + [answer]
+        rng.shuffle(options)
+        choices.append({"question": question, "choices": options, "answer": options.index(answer)})
+    return answered, choices
+
+
 def write(name, rows):
     with open(os.path.join(HERE, name), "w") as f:
         for row in rows:
@@ -178,6 +197,9 @@ def main():
     write("base.jsonl", base)
     write("gems.jsonl", train)
     write("gems_eval.jsonl", held_out)
+    answered, choices = exam_rows(random.Random(7), held_out)
+    write("exam/gems_answer.jsonl", answered)
+    write("exam/gems_choice.jsonl", choices)
     if "--tokenizer" in sys.argv[1:]:
         make_tokenizer(texts(base + train + held_out))
 

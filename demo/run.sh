@@ -57,6 +57,17 @@ if [ -n "$questions" ]; then
     done
 fi
 
+if [ -n "$questions" ]; then
+    say "5. An exam of 60 held-out questions, before and after (demo/exam)"
+    rm -rf "$out/exam-before" "$out/exam-after"
+    tasks=demo/exam/gems_answer.yaml,demo/exam/gems_choice.yaml
+    $program eval --model "$base" --tasks $tasks --data demo/exam --limit 60 --dtype f32 --chat-format $format --out "$out/exam-before" > /dev/null
+    $program eval --model "$base" --adapter "$out/lora/adapter" --tasks $tasks --data demo/exam --limit 60 --dtype f32 --chat-format $format \
+        --out "$out/exam-after" > /dev/null
+    $program eval compare "$out/exam-before" "$out/exam-after"
+fi
+
 say "Left for you"
 printf '  adapter            %s\n  merged checkpoint  %s\n  curves             %s\n  metrics            %s\n' \
     "$out/lora/adapter" "$out/merged" "$out/lora/report.svg" "$out/lora/metrics.csv"
+[ -z "$questions" ] || printf '  exam               %s\n' "$out/exam-after/report.html"

@@ -206,8 +206,8 @@ static void set_sampling(const Run *r, const Item *item, int64_t sample, Samplin
     const EvalOptions *o = r->o;
     const Task *t = item_task(r, item);
     *s = r->sampling;
-    if (!prompt_is_chat(t, &o->prompt) || t->temperature > 0) { /* the rules' own */
-        s->temperature = t->temperature;
+    if (!prompt_is_chat(t, &o->prompt) || !isnan(t->temperature)) { /* the rules' own */
+        s->temperature = isnan(t->temperature) ? 0 : t->temperature;
         s->top_k = 0;
         s->top_p = 1;
         s->min_p = 0;

@@ -1,6 +1,7 @@
 /* task.c - reading task definitions. */
 #include "eval/task.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -116,6 +117,7 @@ static Status read_task(Task *t, const Definition *d) {
     Node *node;
     t->max_tokens = 256;
     t->samples = 1;
+    t->temperature = NAN;
     TRY(get_text(&t->rules, d, "rules"));
     TRY(get_text(&t->reads, d, "reads"));
     TRY(get_text(&t->by, d, "by"));

@@ -61,7 +61,7 @@ typedef struct Task {
     Texts until;
     bool has_until;
     int64_t max_tokens, samples;
-    double temperature;
+    double temperature; /* NAN: greedy as plain text, in a chat what the model's makers set */
     FilterChain chains[CHAINS_MAX];
     int chain_count;
     Scorer scorer;
