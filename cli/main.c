@@ -38,12 +38,13 @@ static void print_usage(FILE *out) {
     fprintf(out, "\nlapidary COMMAND --help tells more.\n");
 }
 
-/* Threads that wait actively meet at a barrier in under a microsecond, passive ones in twenty.
- * OpenMP reads its environment when the program is loaded, so the program starts itself once more
- * with it set. */
+/* Threads that wait actively meet at a barrier in under a microsecond, passive ones in twenty;
+ * after some tenths of a second without work (a server's, a chat's) they sleep. OpenMP reads its
+ * environment when the program is loaded, so the program starts itself once more with it set. */
 static void settle_threads(char **argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("LAPIDARY_SETTLED")) return;
     setenv("OMP_WAIT_POLICY", "active", 0);
+    setenv("GOMP_SPINCOUNT", "20000000", 0);
     setenv("OMP_PROC_BIND", "true", 0);
     setenv("LAPIDARY_SETTLED", "1", 1);
     execv("/proc/self/exe", argv); /* where that is not possible, it is only slower */

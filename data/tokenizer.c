@@ -425,6 +425,17 @@ bool tokenizer_is_byte(const Tokenizer *t, int32_t id) {
     return id >= 0 && id < t->size && t->text[id].bytes && !t->special[id] && byte_of(t, id) >= 0;
 }
 
+int tokenizer_byte(const Tokenizer *t, int32_t id) {
+    return tokenizer_is_byte(t, id) ? byte_of(t, id) : -1;
+}
+
+int tokenizer_first_byte(const Tokenizer *t, int32_t id) {
+    if (id < 0 || id >= t->size || t->special[id] || !t->text[id].size) return -1;
+    if (byte_of(t, id) >= 0) return byte_of(t, id);
+    bool space = t->text[id].size >= 3 && !memcmp(t->text[id].bytes, SPACE_MARK, 3);
+    return space ? ' ' : (uint8_t)t->text[id].bytes[0];
+}
+
 static void end_run(Text *out, Text *run) {
     if (run->size && utf8_valid(run->bytes, run->size))
         text_add(out, run->bytes, run->size);

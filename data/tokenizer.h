@@ -38,6 +38,10 @@ bool tokenizer_is_special(const Tokenizer *t, int32_t id);
 
 /* Whether the id stands for one byte of a text: only runs of them that are UTF-8 are text. */
 bool tokenizer_is_byte(const Tokenizer *t, int32_t id);
+int tokenizer_byte(const Tokenizer *t, int32_t id); /* which; -1: none */
+
+/* The first byte of what the id decodes to; -1 for special and unknown ones. */
+int tokenizer_first_byte(const Tokenizer *t, int32_t id);
 
 /* Appends the ids of valid UTF-8 text. `literal`: ascending ranges without added tokens. With
  * `ends` the byte after each token is kept too. */

@@ -6,7 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#define BAR_WIDTH 260.0
+#define BAR_WIDTH 220.0
 
 static void add_escaped(Text *t, const char *s) {
     for (; *s; s++) {

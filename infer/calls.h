@@ -26,7 +26,8 @@ typedef struct Call {
     Tokens prompt;
     Text prompt_text;
     json_t *body, *tools;
-    const char *model; /* as the client named it */
+    Grammar *grammar, *call_grammar; /* what the answer, and calls in it, are held to; or NULL */
+    const char *model;               /* as the client named it */
     Part *parts;
     int count, ended;
     bool cancelled;

@@ -2,6 +2,7 @@
 #include "infer/chat.h"
 #include "formats/file.h"
 #include "infer/answer.h"
+#include "infer/schema.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -76,6 +77,7 @@ static Status answer(Chat *c, const ChatView *view, json_t **out, bool *stopped)
                            .enable_thinking = c->settings.think};
     DialogPrompt prompt;
     Sequence *s;
+    Grammar *calls = NULL;
     Hearing hearing = {.view = view};
     Status status = OK;
     TRY(dialog_prompt(&prompt, c->m, c->messages, c->tools.list, &options));
@@ -90,6 +92,11 @@ static Status answer(Chat *c, const ChatView *view, json_t **out, bool *stopped)
                        .context = &hearing};
     request.sampling.max_tokens = c->settings.context;
     request.sampling.seed += (uint64_t)json_array_size(c->messages);
+    if (json_array_size(c->tools.list)) {
+        TRY_DONE(grammar_calls(&calls, c->m->tokenizer, c->tools.list, NULL, false));
+        request.call_grammar = calls;
+        request.call_begin = tokenizer_find(c->m->tokenizer, "<|tool_call>");
+    }
     if (prompt.ids.count + 1 > c->settings.context)
         FAIL_DONE(ERR_CONFIG, "the conversation has %d tokens, the context %d: /clear starts anew",
                   (int)prompt.ids.count, (int)c->settings.context);
@@ -102,6 +109,7 @@ static Status answer(Chat *c, const ChatView *view, json_t **out, bool *stopped)
                      c->tools.list);
     engine_drop(&c->engine, s);
 done:
+    grammar_free(calls);
     dialog_prompt_free(&prompt);
     return status;
 }

@@ -140,6 +140,7 @@ done:
 static void sequence_free(Sequence *s) {
     page_list_free(&s->pages);
     stream_free(&s->stream);
+    grammar_end(&s->form_state);
     for (int i = 0; i < s->request.stop_text_count; i++) free((void *)s->request.stop_texts[i]);
     free((void *)s->request.stop_texts);
     free((void *)s->request.candidates);
@@ -185,6 +186,12 @@ static void grow(Sequence *s) {
         s->tops = must_realloc(s->tops, n * (size_t)s->request.top_logprobs * sizeof *s->tops);
 }
 
+/* From here on the answer is held to a form. */
+static void hold_to(Sequence *s, const Grammar *form) {
+    s->form = form;
+    grammar_begin(form, &s->form_state);
+}
+
 Status engine_submit(Engine *e, Sequence **out, const Request *r) {
     int64_t most = e->g->config.max_position_embeddings, wanted = r->sampling.max_tokens;
     int64_t least = r->count + (wanted > 0) - (!wanted && !r->candidate_count); /* go through */
@@ -193,6 +200,8 @@ Status engine_submit(Engine *e, Sequence **out, const Request *r) {
         FAIL(ERR_USAGE, "top_logprobs is %d, expected 0 to %d", r->top_logprobs, TOP_LOGPROBS_MAX);
     if (r->adapter < 0 || r->adapter > e->adapters)
         FAIL(ERR_USAGE, "adapter %d of %d", r->adapter, e->adapters);
+    if ((r->grammar || r->call_grammar) && !e->tokenizer)
+        FAIL(ERR_USAGE, "a grammar speaks of texts: the engine needs a tokenizer");
     if (r->count < 1) FAIL(ERR_CONFIG, "the prompt is empty");
     if (least > most)
         FAIL(ERR_CONFIG,
@@ -224,6 +233,7 @@ Status engine_submit(Engine *e, Sequence **out, const Request *r) {
     s->scored = r->score_from > 0 ? r->score_from : r->count;
     s->stream.tokenizer = e->tokenizer;
     page_list_init(&s->pages, s->limit);
+    if (r->grammar) hold_to(s, r->grammar);
     Sequence **end = &e->line;
     while (*end) end = &(*end)->next;
     *out = *end = s;
@@ -538,6 +548,57 @@ static void add_token(Sequence *s, int32_t id, float logprob, bool best) {
     s->scored = s->count;
 }
 
+/* Whether the next token must fit a form: not within thoughts. */
+static bool is_held(const Sequence *s) {
+    return s->form && !s->thought;
+}
+
+/* An answer may begin with a thought whatever it is held to. */
+static bool may_think(const Sequence *s) {
+    return s->request.thought_begin > 0 && s->count == s->request.count;
+}
+
+static bool may_come(const Engine *e, const Sequence *s, int32_t id) {
+    if (id == s->request.thought_begin && may_think(s)) return true;
+    if (sampling_stops(&s->request.sampling, id) && grammar_complete(&s->form_state)) return true;
+    return grammar_allows(s->form, &s->form_state, e->tokenizer, id);
+}
+
+/* The best logits of row i after a change of all of them. */
+static void read_changed(const Reading *r, Candidates *c, int64_t i) {
+    top_logits(tensor_slice(r->values, i, 1), tensor_slice(r->ids, i, 1),
+               tensor_slice(r->lse, i, 1), r->changed, tensor_slice(r->scale, i, 1));
+    c->logits = r->changed.data;
+    c->lse = ((const float *)r->lse.data)[2 * i + 1];
+}
+
+/* A token that fits the form, instead of one that does not: drawn anew among those that do, which
+ * together is a draw among those from the start. -1: none fits. */
+static int32_t pick_fitting(const Engine *e, const Sequence *s, const Reading *r, Candidates *c,
+                            int64_t i, const float *z) {
+    const Sampling *sampling = &s->request.sampling;
+    float *changed = r->changed.data;
+    if (c->logits != changed) memcpy(changed, z, (size_t)c->vocab * sizeof *z);
+    float think = may_think(s) ? changed[s->request.thought_begin] : 0;
+    grammar_mask(s->form, &s->form_state, e->tokenizer, sampling->stops, sampling->stop_count,
+                 changed, c->vocab);
+    if (may_think(s)) changed[s->request.thought_begin] = think;
+    read_changed(r, c, i);
+    if (c->values[0] == -INFINITY) return -1;
+    return sampler_pick(sampling, c, ~sequence_answered(s));
+}
+
+/* A token of an answer is there: where the answer now is in what it is held to. */
+static void follow_form(const Engine *e, Sequence *s, int32_t id) {
+    bool thinks = id == s->request.thought_begin && s->count == s->request.count + 1;
+    if (is_held(s) && !thinks) {
+        grammar_take(s->form, &s->form_state, e->tokenizer, id);
+        if (s->form == s->request.call_grammar && grammar_complete(&s->form_state)) s->form = NULL;
+    } else if (!s->thought && s->request.call_grammar && id == s->request.call_begin) {
+        hold_to(s, s->request.call_grammar);
+    }
+}
+
 /* The next token of an answer, from row i. */
 static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t V) {
     const Sampling *sampling = &s->request.sampling;
@@ -555,17 +616,20 @@ static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t 
     if (sampler_edits(sampling)) {
         memcpy(r->changed.data, z, (size_t)V * sizeof *z);
         sampler_edit(sampling, r->changed.data, V, s->ids, s->count);
-        top_logits(tensor_slice(r->values, i, 1), tensor_slice(r->ids, i, 1),
-                   tensor_slice(r->lse, i, 1), r->changed, tensor_slice(r->scale, i, 1));
-        c.logits = r->changed.data;
-        c.lse = lse[1];
+        read_changed(r, &c, i);
     }
     int32_t id = sampler_pick(sampling, &c, index);
+    if (is_held(s) && !may_come(e, s, id)) id = pick_fitting(e, s, r, &c, i, z);
+    if (id < 0) {
+        end(e, s, ENDING_LENGTH);
+        return;
+    }
     if (s->request.thought_most && s->thought > s->request.thought_most)
         id = s->request.thought_end;
     add_token(s, id, z[id] - log_sum, id == best);
     bool stop = sampling_stops(sampling, id), quiet = s->thought > 0;
     size_t before = s->stream.text.size;
+    if (!stop) follow_form(e, s, id);
     if (s->request.thought_begin && id == s->request.thought_begin)
         s->thought = 1;
     else if (id == s->request.thought_end)

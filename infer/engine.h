@@ -8,6 +8,7 @@
 #define ENGINE_H
 
 #include "infer/drafter.h"
+#include "infer/grammar.h"
 #include "infer/pages.h"
 #include "infer/sampler.h"
 #include "infer/stream.h"
@@ -39,7 +40,11 @@ typedef struct Request {
     const char *const *stop_texts; /* the answer ends before the first of these */
     int stop_text_count;
     int32_t thought_begin, thought_end; /* between these stop texts mean nothing; 0: no thoughts */
-    int64_t thought_most;       /* tokens of a thought before its end is put there; 0: any number */
+    int64_t thought_most; /* tokens of a thought before its end is put there; 0: any number */
+    /* Borrowed; NULL: anything. What the answer must be outside thoughts, and what a call must be
+     * once its first token came. */
+    const Grammar *grammar, *call_grammar;
+    int32_t call_begin;         /* that token */
     SequenceFunction *on_token; /* after every token of the answer, and at the end; may set
                                  * `cancelled`, may not drop; NULL: nobody */
     void *context;
@@ -74,9 +79,11 @@ struct Sequence {
     int64_t reused;  /* prompt tokens whose keys were found in the cache */
     /* the engine's own */
     PageList pages;
-    int64_t limit;  /* most tokens */
-    int64_t done;   /* tokens whose keys are there */
-    int64_t scored; /* tokens before this have their log-probability, where one is wanted */
+    int64_t limit;       /* most tokens */
+    int64_t done;        /* tokens whose keys are there */
+    int64_t scored;      /* tokens before this have their log-probability, where one is wanted */
+    const Grammar *form; /* the grammar that holds now; NULL: none */
+    GrammarState form_state;
     int32_t guesses[DRAFT_MAX]; /* of the tokens after the last */
     int guess_count, checked;   /* how many; and how many proved right so far */
     int64_t seat;               /* among those running */

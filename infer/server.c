@@ -2,6 +2,7 @@
 #include "infer/server.h"
 #include "infer/answer.h"
 #include "infer/calls.h"
+#include "infer/schema.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -194,6 +195,39 @@ static Status check_room(const Server *s, Call *call) {
     return OK;
 }
 
+/* What the answer is held to: calls that are asked for, calls that begin, JSON. */
+static Status get_forms(const Server *s, Call *call, const json_t *choice, const json_t *format) {
+    const char *word = json_string_value(choice),
+               *named =
+                   json_string_value(json_object_get(json_object_get(choice, "function"), "name")),
+               *shape = json_string_value(json_object_get(format, "type"));
+    bool forced = named || (word && !strcmp(word, "required"));
+    Request *r = &call->request;
+    if (choice && !json_is_null(choice) && !forced &&
+        !(word && (!strcmp(word, "auto") || !strcmp(word, "none"))))
+        return wrong("tool_choice", "auto, none, required or a function");
+    if (forced && !call->tools) FAIL(ERR_USAGE, "'tool_choice' asks for a call of no tools");
+    r->call_begin = tokenizer_find(s->m->tokenizer, "<|tool_call>");
+    if (call->tools)
+        TRY(grammar_calls(&call->call_grammar, s->m->tokenizer, call->tools, NULL, false));
+    r->call_grammar = call->call_grammar;
+    if (forced) {
+        TRY(grammar_calls(&call->grammar, s->m->tokenizer, call->tools, named, true));
+    } else if (format && !json_is_null(format)) {
+        const json_t *schema = json_object_get(json_object_get(format, "json_schema"), "schema");
+        bool object = shape && !strcmp(shape, "json_object"),
+             given = shape && !strcmp(shape, "json_schema");
+        if (!object && !given && !(shape && !strcmp(shape, "text")))
+            return wrong("response_format", "text, json_object or json_schema");
+        if (given && !json_is_object(schema))
+            return wrong("response_format.json_schema.schema", "a schema");
+        if (object || given)
+            TRY(grammar_json(&call->grammar, given ? schema : NULL, s->m->tokenizer, call->tools));
+    }
+    r->grammar = call->grammar;
+    return OK;
+}
+
 static Status read_chat(const Server *s, Call *call) {
     const json_t *body = call->body, *messages = json_object_get(body, "messages"),
                  *tools = json_object_get(body, "tools"),
@@ -209,13 +243,7 @@ static Status read_chat(const Server *s, Call *call) {
     if (!json_is_array(messages) || !json_array_size(messages))
         return wrong("messages", "a list of messages");
     if (tools && !json_is_null(tools) && !json_is_array(tools)) return wrong("tools", "a list");
-    const char *kind = json_string_value(choice),
-               *shape = json_string_value(json_object_get(format, "type"));
-    if (choice && !json_is_null(choice) &&
-        !(kind && (!strcmp(kind, "auto") || !strcmp(kind, "none"))))
-        FAIL(ERR_USAGE, "'tool_choice' is neither auto nor none: a call cannot be forced here");
-    if (format && !json_is_null(format) && !(shape && !strcmp(shape, "text")))
-        FAIL(ERR_USAGE, "'response_format' is not text: answers cannot be held to a form here");
+    const char *kind = json_string_value(choice);
     if (json_is_array(tools) && json_array_size(tools) && !(kind && !strcmp(kind, "none")))
         call->tools = json_incref((json_t *)tools);
     TRY(get_bool(&chat.enable_thinking, settings, "enable_thinking"));
@@ -229,6 +257,7 @@ static Status read_chat(const Server *s, Call *call) {
     call->request.top_logprobs = (int)top;
     call->request.thought_begin = tokenizer_find(s->m->tokenizer, "<|channel>");
     call->request.thought_end = tokenizer_find(s->m->tokenizer, "<channel|>");
+    TRY(get_forms(s, call, choice, format));
     TRY(dialog_prompt(&prompt, s->m, messages, call->tools, &chat));
     call->prompt = prompt.ids;
     call->prompt_text = prompt.text;
@@ -279,6 +308,8 @@ static void call_free(Call *call) {
     text_free(&call->prompt_text);
     json_decref(call->tools);
     json_decref(call->body);
+    grammar_free(call->grammar);
+    grammar_free(call->call_grammar);
     free(call->error);
     pthread_cond_destroy(&call->changed);
     free(call);

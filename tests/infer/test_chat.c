@@ -11,6 +11,7 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -110,6 +111,7 @@ static void start_server(const char *more) {
         char *command = must_format("exec %s serve --model %s --port 0 --dtype f32 --chat-format "
                                     "small --context 400 %s",
                                     program_path(), model, more);
+        prctl(PR_SET_PDEATHSIG, SIGTERM); /* a failed test leaves no server */
         dup2(ends[1], 2);
         execl("/bin/sh", "sh", "-c", command, NULL);
         _exit(127);
@@ -176,6 +178,30 @@ CASE(serve, calls_come_and_go_and_what_is_wrong_is_said) {
     EXPECT_REPLY(200, "Two carat.", "POST", CHAT_PATH, "", "{\"messages\": [" OVER_HTTP "]" GREEDY);
     EXPECT_REPLY(200, "\"tool_calls\": [{\"index\": 0", "POST", CHAT_PATH, "",
                  "{\"stream\": true, \"messages\": [" SAY("user", "Weigh the ruby.") "]" GREEDY);
+    EXPECT_REPLY(
+        200, "\"name\": \"polish\", \"arguments\": \"{\\\"stone\\\":", "POST", CHAT_PATH, "",
+        "{\"messages\": [" SAY(
+            "user",
+            "Weigh the ruby.") "], \"tool_choice\": {\"type\": "
+                               "\"function\", \"function\": {\"name\": \"polish\"}}" GREEDY);
+    EXPECT_REPLY(200, "\"tool_calls\"", "POST", CHAT_PATH, "",
+                 "{\"messages\": [" SAY("user", "Hello") "], \"tool_choice\": \"required\"" GREEDY);
+    EXPECT_REPLY(200, "\\\"cut\\\":", "POST", CHAT_PATH, "",
+                 "{\"messages\": [" SAY(
+                     "user", "Weigh the ruby.") "], \"temperature\": 0, "
+                                                "\"response_format\": {\"type\": \"json_schema\", "
+                                                "\"json_schema\": {\"schema\": "
+                                                "{\"properties\": {\"cut\": {\"type\": "
+                                                "\"boolean\"}}, \"required\": [\"cut\"]}}}}");
+    EXPECT_REPLY(
+        400, "'pattern' is not understood", "POST", CHAT_PATH, "",
+        "{\"messages\": [" SAY(
+            "user", "x") "], \"response_format\": {\"type\": "
+                         "\"json_schema\", \"json_schema\": {\"schema\": {\"pattern\": \"a\"}}}}");
+    EXPECT_REPLY(400, "no function 'cut'", "POST", CHAT_PATH, "",
+                 "{\"messages\": [" SAY(
+                     "user", "x") "], \"tool_choice\": {\"type\": "
+                                  "\"function\", \"function\": {\"name\": \"cut\"}}" GREEDY);
     EXPECT_REPLY(200, "data: [DONE]", "POST", "/v1/completions", "",
                  "{\"stream\": true, \"prompt\": \"Weigh\", \"max_tokens\": 3}");
     EXPECT_REPLY(404, "\"error\"", "GET", "/nothing", "", "");
