@@ -1,7 +1,7 @@
 /* compare.c - pairing samples, and what their differences say. */
 #include "eval/compare.h"
-#include "eval/documents.h"
 #include "eval/metrics.h"
+#include "eval/table.h"
 
 #include <glob.h>
 #include <inttypes.h>
@@ -27,7 +27,7 @@ static Status load_run(json_t **out, const char *dir) {
     for (size_t f = 0; status == OK && f < found.gl_pathc; f++) {
         const char *file = strrchr(found.gl_pathv[f], '/') + strlen("/samples_");
         char *task = must_format("%.*s", (int)strlen(file) - 6, file);
-        status = rows_load(&rows, found.gl_pathv[f]);
+        status = table_load(&rows, found.gl_pathv[f]);
         json_array_foreach(rows, i, row) {
             const char *filter = json_string_value(json_object_get(row, "filter")),
                        *hash = json_string_value(json_object_get(row, "doc_hash"));

@@ -3,6 +3,7 @@
 #include "eval/bfcl.h"
 #include "eval/judge.h"
 #include "eval/mersenne.h"
+#include "eval/table.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
 
@@ -13,168 +14,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <zlib.h>
-
-#define FILE_MAX ((size_t)1 << 30)
-
-/* ---- files to rows ---- */
-
-static bool ends_in(const char *path, const char *ending) {
-    size_t n = strlen(path), m = strlen(ending);
-    if (n > 3 && !strcmp(path + n - 3, ".gz")) n -= 3;
-    return n >= m && !memcmp(path + n - m, ending, m);
-}
-
-/* Plain or gzipped. */
-static Status read_all(Text *out, const char *path) {
-    gzFile file = gzopen(path, "rb");
-    if (!file) FAIL(ERR_IO, "%s: %s", path, strerror(errno));
-    char buffer[1 << 16];
-    int n;
-    text_add(out, "", 0);
-    while ((n = gzread(file, buffer, sizeof buffer)) > 0 && out->size < FILE_MAX)
-        text_add(out, buffer, (size_t)n);
-    int reason = Z_OK;
-    const char *message = n < 0 ? gzerror(file, &reason) : NULL;
-    Status status = OK;
-    if (n < 0)
-        status = status_fail(ERR_IO, "%s: %s", path, reason == Z_ERRNO ? strerror(errno) : message);
-    else if (out->size >= FILE_MAX)
-        status = status_fail(ERR_FORMAT, "%s: larger than %zu bytes", path, FILE_MAX);
-    gzclose(file);
-    return status;
-}
-
-Status csv_parse(json_t **rows, Slice text, const char *name) {
-    json_t *all = json_array(), *row = json_array();
-    Text cell = {0};
-    int line = 1;
-    bool quoted = false, closed = false, any = false;
-    if (text.size >= 3 && !memcmp(text.bytes, "\xef\xbb\xbf", 3))
-        text = (Slice){text.bytes + 3, text.size - 3};
-    text_add(&cell, "", 0);
-    for (size_t i = 0; i <= text.size; i++) {
-        char c = i < text.size ? text.bytes[i] : '\n';
-        line += c == '\n';
-        if (quoted && i < text.size) {
-            if (c != '"') {
-                text_add(&cell, &c, 1);
-            } else if (i + 1 < text.size && text.bytes[i + 1] == '"') {
-                text_add(&cell, &c, 1);
-                i++;
-            } else {
-                quoted = false;
-                closed = true;
-            }
-            continue;
-        }
-        if (quoted) break;
-        if (c == '"' && !cell.size && !closed) {
-            quoted = any = true;
-        } else if (c == ',' || c == '\n') {
-            if (c == '\n' && cell.size && cell.bytes[cell.size - 1] == '\r' && !closed) cell.size--;
-            json_t *string = json_stringn(cell.bytes, cell.size);
-            if (!string) break;
-            any |= c == ',' || cell.size;
-            json_array_append_new(row, string);
-            cell.size = 0;
-            closed = false;
-            if (c == '\n') {
-                if (any) json_array_append(all, row);
-                json_decref(row);
-                row = json_array();
-                any = false;
-            }
-        } else if (c != '\r' || !closed) {
-            text_add(&cell, &c, 1);
-        }
-        if (i == text.size) {
-            text_free(&cell);
-            json_decref(row);
-            *rows = all;
-            return OK;
-        }
-    }
-    text_free(&cell);
-    json_decref(row);
-    json_decref(all);
-    FAIL(ERR_FORMAT, "%s:%d: %s", name, line,
-         quoted ? "a quoted cell is never closed" : "a cell is not UTF-8");
-}
-
-/* Cells under the names of the first row. */
-static Status named_cells(json_t **rows, const json_t *cells, const char *path) {
-    const json_t *header = json_array_get(cells, 0);
-    json_t *out = json_array();
-    for (size_t i = 1; i < json_array_size(cells); i++) {
-        const json_t *row = json_array_get(cells, i);
-        if (json_array_size(row) != json_array_size(header)) {
-            json_decref(out);
-            FAIL(ERR_FORMAT, "%s: row %zu has %zu cells, the header %zu", path, i,
-                 json_array_size(row), json_array_size(header));
-        }
-        json_t *object = json_object();
-        for (size_t k = 0; k < json_array_size(row); k++)
-            json_object_set(object, json_string_value(json_array_get(header, k)),
-                            json_array_get(row, k));
-        json_array_append_new(out, object);
-    }
-    *rows = out;
-    return OK;
-}
-
-static Status json_lines(json_t **rows, Slice text, const char *path) {
-    json_t *out = json_array();
-    int64_t number = 0;
-    for (size_t at = 0; at < text.size;) {
-        size_t end = slice_find(text, "\n", at);
-        Slice line = slice_strip((Slice){text.bytes + at, end - at});
-        at = end + 1;
-        number++;
-        if (!line.size) continue;
-        char *name = must_format("%s:%" PRId64, path, number);
-        json_t *row = NULL;
-        Status status = json_read(&row, line.bytes, line.size, name);
-        if (status == OK && !json_is_object(row))
-            status = status_fail(ERR_FORMAT, "%s: a row is no object", name);
-        free(name);
-        if (status != OK) {
-            json_decref(row);
-            json_decref(out);
-            return status;
-        }
-        json_array_append_new(out, row);
-    }
-    *rows = out;
-    return OK;
-}
-
-Status rows_load(json_t **rows, const char *path) {
-    Text text = {0};
-    json_t *cells = NULL;
-    Status status = OK;
-    *rows = NULL;
-    TRY_DONE(read_all(&text, path));
-    Slice s = {text.bytes, text.size}, stripped = slice_strip(s);
-    if (!utf8_valid(s.bytes, s.size)) FAIL_DONE(ERR_FORMAT, "%s: not UTF-8", path);
-    if (ends_in(path, ".csv")) {
-        TRY_DONE(csv_parse(&cells, s, path));
-        TRY_DONE(named_cells(rows, cells, path));
-    } else if (ends_in(path, ".txt")) {
-        *rows = json_pack("[{s:o}]", "text", json_stringn(s.bytes, s.size));
-    } else if (stripped.size && *stripped.bytes == '[') {
-        TRY_DONE(json_read(rows, stripped.bytes, stripped.size, path));
-    } else {
-        TRY_DONE(json_lines(rows, s, path));
-    }
-    for (size_t i = 0; i < json_array_size(*rows); i++)
-        if (!json_is_object(json_array_get(*rows, i)))
-            FAIL_DONE(ERR_FORMAT, "%s: row %zu is no object", path, i + 1);
-done:
-    json_decref(cells);
-    text_free(&text);
-    return status;
-}
 
 /* ---- known releases ---- */
 
@@ -211,10 +50,29 @@ static Status note_file(Documents *d, const char *path) {
 
 static Status rows_noted(json_t **rows, Documents *d, const char *path) {
     TRY(note_file(d, path));
-    return rows_load(rows, path);
+    return table_load(rows, path);
 }
 
 /* ---- finding them ---- */
+
+/* The files that a pattern below dir matches; where there are none, those of HDF5 that would be
+ * called the same. Frees the pattern. */
+static bool find_pattern(glob_t *found, char *pattern) {
+    bool good = !glob(pattern, 0, NULL, found);
+    char *dot = strrchr(pattern, '.');
+    if (!good && dot) {
+        globfree(found);
+        char *other = must_format("%.*s.h5", (int)(dot - pattern), pattern);
+        good = !glob(other, 0, NULL, found);
+        free(other);
+    }
+    if (!good) {
+        globfree(found);
+        memset(found, 0, sizeof *found);
+    }
+    free(pattern);
+    return good;
+}
 
 /* The files of the first pattern below dir that matches any; or dir itself, when that is a file. */
 static Status find_files(glob_t *found, const Texts *patterns, const char *dir) {
@@ -225,14 +83,8 @@ static Status find_files(glob_t *found, const Texts *patterns, const char *dir) 
         glob(dir, GLOB_NOCHECK, NULL, found);
         return OK;
     }
-    for (int i = 0; i < patterns->count; i++) {
-        char *path = must_format("%s/%s", dir, patterns->items[i]);
-        int failed = glob(path, 0, NULL, found);
-        free(path);
-        if (!failed) return OK;
-        globfree(found);
-        memset(found, 0, sizeof *found);
-    }
+    for (int i = 0; i < patterns->count; i++)
+        if (find_pattern(found, must_format("%s/%s", dir, patterns->items[i]))) break;
     return OK;
 }
 
@@ -280,15 +132,13 @@ static Status find_examples(json_t **rows, Documents *d, const Task *task, const
     *rows = NULL;
     for (int i = 0; i < task->fewshot_files.count && !*rows && status == OK; i++) {
         const char *pattern = task->fewshot_files.items[i], *brace = strstr(pattern, "{subject}");
-        char *path = brace ? must_format("%s/%.*s%s%s", folder, (int)(brace - pattern), pattern,
-                                         subject ? subject : "", brace + 9)
-                           : must_format("%s/%s", folder, pattern);
         glob_t found;
-        if (!glob(path, 0, NULL, &found)) {
-            status = rows_noted(rows, d, found.gl_pathv[0]);
-            globfree(&found);
-        }
-        free(path);
+        if (!find_pattern(&found, brace ? must_format("%s/%.*s%s%s", folder, (int)(brace - pattern),
+                                                      pattern, subject ? subject : "", brace + 9)
+                                        : must_format("%s/%s", folder, pattern)))
+            continue;
+        status = rows_noted(rows, d, found.gl_pathv[0]);
+        globfree(&found);
     }
     free(folder);
     return status;
@@ -350,8 +200,8 @@ static Status mmlu_docs(json_t **docs, Documents *d, const char *path, const cha
     Text text = {0};
     Status status = OK;
     TRY_DONE(note_file(d, path));
-    if (!ends_in(path, ".csv")) {
-        TRY_DONE(rows_load(&rows, path));
+    if (!table_is(path, ".csv")) {
+        TRY_DONE(table_load(&rows, path));
         json_array_foreach(rows, i, row) {
             json_t *copy = json_copy(row);
             if (!json_object_get(copy, "subject"))
@@ -360,8 +210,8 @@ static Status mmlu_docs(json_t **docs, Documents *d, const char *path, const cha
         }
         goto done;
     }
-    TRY_DONE(read_all(&text, path));
-    TRY_DONE(csv_parse(&rows, (Slice){text.bytes, text.size}, path));
+    TRY_DONE(table_text(&text, path));
+    TRY_DONE(table_csv(&rows, (Slice){text.bytes, text.size}, path));
     json_array_foreach(rows, i, row) {
         const char *answer = json_string_value(json_array_get(row, 5));
         if (json_array_size(row) != 6)
@@ -424,15 +274,13 @@ static Status read_mmlu(Documents *d, const Task *task, const char *dir) {
             const char *pattern = task->fewshot_files.items[i],
                        *brace = strstr(pattern, "{subject}");
             if (!brace) continue;
-            char *path = must_format("%s/%.*s%s%s", folder, (int)(brace - pattern), pattern,
-                                     subject, brace + 9);
             json_t *examples = NULL;
             glob_t dev;
-            if (!glob(path, 0, NULL, &dev)) {
-                status = mmlu_docs(&examples, d, dev.gl_pathv[0], subject);
-                globfree(&dev);
-            }
-            free(path);
+            if (!find_pattern(&dev, must_format("%s/%.*s%s%s", folder, (int)(brace - pattern),
+                                                pattern, subject, brace + 9)))
+                continue;
+            status = mmlu_docs(&examples, d, dev.gl_pathv[0], subject);
+            globfree(&dev);
             if (!examples) continue;
             json_decref(suite->examples);
             suite->examples = examples;

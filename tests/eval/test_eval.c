@@ -5,6 +5,7 @@
 #include "eval/mersenne.h"
 #include "eval/prompt.h"
 #include "eval/rescore.h"
+#include "eval/table.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
 #include "tests/test.h"
@@ -15,7 +16,7 @@
 static json_t *shared_rows(const char *name) {
     json_t *rows;
     char *path = shared_path(name);
-    EXPECT_OK(rows_load(&rows, path));
+    EXPECT_OK(table_load(&rows, path));
     return rows;
 }
 
@@ -360,7 +361,7 @@ CASE(eval, expressions_are_equal_by_value) {
 
 CASE(eval, csv_keeps_quotes_commas_and_line_breaks) {
     json_t *rows;
-    EXPECT_OK(csv_parse(&rows,
+    EXPECT_OK(table_csv(&rows,
                         slice_of("\xef\xbb\xbf"
                                  "a,b\r\n\"x, \"\"y\"\"\nz\",\n,2"),
                         "t"));
@@ -369,7 +370,24 @@ CASE(eval, csv_keeps_quotes_commas_and_line_breaks) {
     EXPECT(!strcmp(json_string_value(json_array_get(json_array_get(rows, 1), 0)), "x, \"y\"\nz"));
     EXPECT(!strcmp(json_string_value(json_array_get(json_array_get(rows, 1), 1)), ""));
     EXPECT(!strcmp(json_string_value(json_array_get(json_array_get(rows, 2), 1)), "2"));
-    EXPECT_ERROR(csv_parse(&rows, slice_of("a\n\"open"), "t.csv"), "t.csv:3: a quoted cell");
+    EXPECT_ERROR(table_csv(&rows, slice_of("a\n\"open"), "t.csv"), "t.csv:3: a quoted cell");
+}
+
+CASE(eval, questions_of_h5py_are_rows) {
+    static const char expected[] =
+        "{\"question\": \"What colour is a sapph\\u00efre, most often?\", \"choices\": [\"red\", "
+        "\"blue\"], \"answer\": 1, \"mohs\": 9.0, \"checked\": false, \"source\": \"book\", "
+        "\"tags\": []}";
+    json_t *rows, *row;
+    char path[512];
+    EXPECT_OK(table_load(&rows, "tests/fixtures/questions.h5"));
+    EXPECT_OK(json_read(&row, expected, strlen(expected), "row"));
+    EXPECT(json_array_size(rows) == 3 && json_equal(json_array_get(rows, 1), row), "%s",
+           json_dumps(rows, 0));
+    EXPECT(json_array_size(json_object_get(json_array_get(rows, 0), "tags")) == 2);
+    snprintf(path, sizeof path, "%s/cut.h5", test_folder());
+    EXPECT_OK(file_write(path, "\x89HDF\r\n\x1a\nrest", 12));
+    EXPECT_ERROR(table_load(&rows, path), "cut.h5: is no readable HDF5 file");
 }
 
 CASE(eval, bad_tasks_are_named) {

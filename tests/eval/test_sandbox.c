@@ -3,6 +3,7 @@
 #include "eval/judge.h"
 #include "eval/rescore.h"
 #include "eval/sandbox.h"
+#include "eval/table.h"
 #include "tests/test.h"
 
 #include <sys/stat.h>
@@ -116,7 +117,7 @@ CASE(judge, hidden_cases_are_read_and_run) {
 CASE(judge, the_authors_solutions_pass_and_broken_ones_do_not) {
     json_t *rows, *row;
     size_t i;
-    EXPECT_OK(rows_load(&rows, shared_path("data/humaneval/HumanEval.jsonl.gz")));
+    EXPECT_OK(table_load(&rows, shared_path("data/humaneval/HumanEval.jsonl.gz")));
     need();
     json_array_foreach(rows, i, row) {
         if (i % 4) continue;

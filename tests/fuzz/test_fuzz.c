@@ -8,11 +8,13 @@
 #include "configs/run_config.h"
 #include "data/rows.h"
 #include "data/store.h"
+#include "eval/table.h"
 #include "formats/adapter.h"
 #include "formats/file.h"
 #include "formats/gguf_model.h"
 #include "formats/parts.h"
 #include "infer/answer.h"
+#include "infer/schema.h"
 #include "kernels/random.h"
 #include "tests/fixture.h"
 #include "train/metrics.h"
@@ -311,6 +313,41 @@ CASE(fuzz, datasets) {
     fuzz_file(path, on_store);
     tokenizer_free(t);
     free(rows), free(path);
+}
+
+static void on_questions(const char *bytes, size_t size) {
+    char *path = path_join(test_folder(), "questions.h5");
+    json_t *questions;
+    on_file("questions.h5", bytes, size);
+    if (table_load(&questions, path) == OK) json_decref(questions);
+    free(path);
+}
+
+static void on_schema(const char *bytes, size_t size) {
+    json_t *schema;
+    Grammar *g;
+    GrammarState state = {0};
+    if (json_read(&schema, bytes, size, "fuzz") != OK) return;
+    if (grammar_json(&g, schema, NULL, NULL) == OK) {
+        grammar_begin(g, &state);
+        grammar_end(&state);
+        grammar_free(g);
+    }
+    json_decref(schema);
+}
+
+CASE(fuzz, schemas) {
+    FUZZ_TEXTS(
+        on_schema,
+        "{\"type\": \"object\", \"properties\": {\"a\": {\"$ref\": \"#\"}, \"b\": {\"enum\": "
+        "[\"x\", 1]}}, \"required\": [\"b\"]}",
+        "{\"anyOf\": [{\"type\": [\"integer\", \"null\"]}, {\"type\": \"array\", \"items\": "
+        "{\"$ref\": \"#/anyOf\"}, \"minItems\": 1, \"maxItems\": 3}]}");
+}
+
+/* HDF5 that others wrote is read by another process, which may fall. */
+CASE(fuzz, questions) {
+    fuzz_file("tests/fixtures/questions.h5", on_questions);
 }
 
 static void on_metrics(const char *bytes, size_t size) {
