@@ -53,7 +53,7 @@ static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, 
     Status status = OK;
     if (eval_needs_chat(o)) status = chat_format_find(&o->prompt.format, model, format);
     file_stop_on_signals();
-    if (status == OK) status = eval_run(&results, &m, adapter, o);
+    if (status == OK) status = eval_run(&results, &(Examinee){model, adapter, &m.g, m.tokenizer}, o);
     if (status == OK) results_print(&results, stdout);
     results_free(&results);
     model_close(&m);

@@ -128,7 +128,7 @@ Status command_generate(int argc, char **argv) {
              "images, audio and video need the towers, which this version does not have");
     TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED));
     Status status = OK;
-    TRY_DONE(sampling_load(&s, &m));
+    TRY_DONE(sampling_load(&s, m.dir, &m.g.config));
     if (!isnan(temperature)) s.temperature = temperature;
     if (!isnan(top_p)) s.top_p = top_p;
     if (!isnan(min_p)) s.min_p = min_p;

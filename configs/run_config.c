@@ -310,6 +310,28 @@ static void mention_unused(RunConfig *c, Node *root) {
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) node_find(quant, known[i]);
 }
 
+static Status read_eval_tasks(RunConfig *c, Node *root) {
+    Node *map;
+    c->eval_tasks.shots = -1;
+    c->eval_tasks.batch = 16;
+    TRY(get_map(root, "eval_tasks", &map));
+    if (!map) return OK;
+    TRY(get_names(map, "names", &c->eval_tasks.names));
+    TRY(node_get_text(map, "data", &c->eval_tasks.data, true));
+    TRY(get_range(map, "limit", 0, 1e12, &c->eval_tasks.limit));
+    TRY(node_get_int(map, "shots", &c->eval_tasks.shots, false));
+    TRY(get_count(map, "samples", 1, &c->eval_tasks.samples));
+    TRY(get_count(map, "max_tokens", 1, &c->eval_tasks.max_tokens));
+    TRY(get_count(map, "batch", 1, &c->eval_tasks.batch));
+    TRY(node_get_bool(map, "chat", &c->eval_tasks.chat, false));
+    TRY(node_get_bool(map, "think", &c->eval_tasks.think, false));
+    TRY(node_get_bool(map, "run_code", &c->eval_tasks.run_code, false));
+    if (!c->eval_tasks.names.count)
+        FAIL(ERR_CONFIG, "%s:%d: eval_tasks has no names", map->file, map->line);
+    if (!c->eval_every) FAIL(ERR_CONFIG, "%s:%d: eval_tasks need eval_every", map->file, map->line);
+    return OK;
+}
+
 static Status read_run(RunConfig *c, Node *root) {
     Node *map;
     int index = 0;
@@ -368,6 +390,7 @@ static Status read_run(RunConfig *c, Node *root) {
     c->eval_every = 200;
     TRY(get_count(root, "eval_every", 1, &c->eval_every));
     TRY(get_count(root, "early_stop", 1, &c->early_stop));
+    TRY(read_eval_tasks(c, root));
     index = 0;
     TRY(get_choice(root, "on_bad_step", bad_steps, &index));
     c->stop_on_bad_step = index;
@@ -447,6 +470,7 @@ void run_config_free(RunConfig *c) {
     free(c->lora.alpha_pattern.values);
     free(c->data.train.items);
     free(c->data.eval.items);
+    free(c->eval_tasks.names.items);
     free(c->data.field_names.items);
     free(c->data.field_values.items);
     node_free(c->tree);
@@ -529,6 +553,19 @@ static void put_lora(Out *o, const RunConfig *c) {
     put(o, "\n");
 }
 
+static void put_eval_tasks(Out *o, const RunConfig *c) {
+    put(o, "eval_tasks:\n  names: ");
+    put_names(o, &c->eval_tasks.names);
+    put(o, "\n  data: ");
+    put_quoted(o, c->eval_tasks.data);
+    put(o, "\n  limit: %.17g\n  shots: %" PRId64 "\n  ", c->eval_tasks.limit, c->eval_tasks.shots);
+    put_count_or_null(o, "samples", c->eval_tasks.samples);
+    put(o, "  ");
+    put_count_or_null(o, "max_tokens", c->eval_tasks.max_tokens);
+    put(o, "  batch: %" PRId64 "\n  chat: %s\n  think: %s\n  run_code: %s\n", c->eval_tasks.batch,
+        yes(c->eval_tasks.chat), yes(c->eval_tasks.think), yes(c->eval_tasks.run_code));
+}
+
 static void put_data(Out *o, const RunConfig *c) {
     put(o, "data:\n  train: ");
     put_names(o, &c->data.train);
@@ -595,6 +632,7 @@ char *run_config_text(const RunConfig *c) {
         c->save_keep, yes(c->save_best));
     put_count_or_null(&o, "eval_every", c->eval_every);
     put_count_or_null(&o, "early_stop", c->early_stop);
+    if (c->eval_tasks.names.count) put_eval_tasks(&o, c);
     put(&o, "on_bad_step: %s\n", bad_steps[c->stop_on_bad_step]);
     return o.text;
 }

@@ -102,6 +102,14 @@ typedef struct RunConfig {
     int64_t save_every, save_keep;
     bool save_best;
     int64_t eval_every, early_stop; /* 0: never */
+    struct {                        /* suites that the model is asked at every evaluation */
+        NameList names;
+        const char *data;                   /* folder of questions */
+        double limit;                       /* questions of each; 0: all */
+        int64_t shots;                      /* -1: the task's own */
+        int64_t samples, max_tokens, batch; /* 0: the task's own */
+        bool chat, think, run_code;
+    } eval_tasks;
     bool stop_on_bad_step;
     Node *tree; /* owns every text above */
 } RunConfig;

@@ -26,7 +26,7 @@ typedef struct RunSuite {
 } RunSuite;
 
 typedef struct Run {
-    Model *m;
+    const Examinee *m;
     const EvalOptions *o;
     Task *tasks;
     Documents *documents;
@@ -60,7 +60,7 @@ static inline int64_t run_max_tokens(const Run *r, const Task *t) {
 Status score_suite(Run *r, Results *results, int suite);
 
 /* Everything that decides what comes out (settings.c). Caller decrefs. */
-json_t *settings_of(const Run *r, const char *adapter);
+json_t *settings_of(const Run *r);
 
 /* A folder that holds another run's answers is refused; a new one gets the settings. */
 Status settings_check(const Run *r, json_t *settings);

@@ -28,7 +28,8 @@ EvalOptions eval_options_default(void) {
                          .top_k = -1,
                          .seed = 42,
                          .batch = 16,
-                         .bootstrap = 100000};
+                         .bootstrap = 100000,
+                         .stopping = file_stopping};
 }
 
 bool eval_needs_chat(const EvalOptions *o) {
@@ -167,7 +168,7 @@ static Status encode_choice(const Run *r, const Item *item, int64_t i, Tokens *i
 static Status count_jobs(Run *r, Item *item) {
     const Task *t = item_task(r, item);
     Tokens ids = {0}, first = {0};
-    int64_t context, n, most = r->m->g.config.max_position_embeddings;
+    int64_t context, n, most = r->m->g->config.max_position_embeddings;
     Status status = OK;
     if (t->output == OUTPUT_TEXT) {
         item->jobs = run_samples(r, t);
@@ -229,7 +230,7 @@ static int64_t overlong(const Tokens *ids, int64_t most) {
 static Status submit(Run *r, Engine *e, Job *job) {
     Item *item = job->item;
     const Task *t = item_task(r, item);
-    int64_t most = r->m->g.config.max_position_embeddings, context = 0, cut, n;
+    int64_t most = r->m->g->config.max_position_embeddings, context = 0, cut, n;
     Request request = {.sampling = {.top_p = 1, .repetition_penalty = 1}};
     Tokens ids = {0};
     int32_t candidates[prompt_choice_count(item->row) + 1];
@@ -436,7 +437,7 @@ static void show_progress(Run *r, bool last) {
 
 /* Keys of so many sequences at once as half of the memory holds; at least one longest sequence. */
 static int64_t cache_tokens(const Run *r, const EngineOptions *o, int64_t longest) {
-    const Gemma *g = &r->m->g;
+    const Gemma *g = r->m->g;
     double bytes = 0, unit = (double)dtype_block(o->kv).bytes / dtype_block(o->kv).count;
     for (int l = 0; l < g->config.num_hidden_layers; l++) {
         const BlockConfig *c = &g->blocks[l].config;
@@ -452,7 +453,7 @@ static int64_t cache_tokens(const Run *r, const EngineOptions *o, int64_t longes
 
 static Status longest_of(Run *r, int64_t *longest) {
     Tokens ids = {0};
-    int64_t most = r->m->g.config.max_position_embeddings;
+    int64_t most = r->m->g->config.max_position_embeddings;
     *longest = 1;
     for (int64_t i = 0; i < r->item_count; i++) {
         const Task *t = item_task(r, &r->items[i]);
@@ -471,11 +472,11 @@ static Status ask_all(Run *r) {
     Job *jobs = must_calloc((size_t)window, sizeof *jobs);
     EngineOptions options = {.sequences = r->o->batch, .share = true};
     Status status = OK;
-    TRY_DONE(kv_dtype(&options.kv, &r->m->g, r->o->kv));
+    TRY_DONE(kv_dtype(&options.kv, r->m->g, r->o->kv));
     TRY_DONE(longest_of(r, &longest));
     options.chunk = options.sequences > CHUNK ? options.sequences : CHUNK;
     options.tokens = cache_tokens(r, &options, longest);
-    TRY_DONE(engine_init(&e, &r->m->g, r->m->tokenizer, &options));
+    TRY_DONE(engine_init(&e, r->m->g, r->m->tokenizer, &options));
     while (status == OK) {
         while (open < window && next < r->item_count) {
             Item *item = &r->items[next];
@@ -502,7 +503,7 @@ static Status ask_all(Run *r) {
             r->answered++;
         }
         show_progress(r, false);
-        if (file_stopping()) FAIL_DONE(ERR_STOPPED, "stopped; the same command goes on from here");
+        if (r->o->stopping()) FAIL_DONE(ERR_STOPPED, "stopped; the same command goes on from here");
     }
 done:
     r->counts = e.counts;
@@ -567,15 +568,15 @@ static void run_free(Run *r) {
     if (r->log) fclose(r->log);
 }
 
-Status eval_run(Results *results, Model *m, const char *adapter, const EvalOptions *o) {
+Status eval_run(Results *results, const Examinee *m, const EvalOptions *o) {
     Run r = {.m = m, .o = o, .began = now()};
     json_t *settings = NULL;
     Status status = OK;
     time_t start = time(NULL);
-    r.bos = (int32_t)m->g.config.bos_token_id;
+    r.bos = (int32_t)m->g->config.bos_token_id;
     r.thought_begin = tokenizer_find(m->tokenizer, THOUGHT_BEGIN);
     r.thought_end = tokenizer_find(m->tokenizer, THOUGHT_END);
-    TRY_DONE(sampling_load(&r.sampling, m));
+    TRY_DONE(sampling_load(&r.sampling, m->dir, &m->g->config));
     TRY_DONE(load_tasks(&r));
     TRY_DONE(check_options(&r));
     TRY_DONE(list_items(&r));
@@ -583,7 +584,7 @@ Status eval_run(Results *results, Model *m, const char *adapter, const EvalOptio
         TRY_DONE(count_jobs(&r, &r.items[i]));
         r.total += r.items[i].together ? 1 : r.items[i].jobs;
     }
-    settings = settings_of(&r, adapter);
+    settings = settings_of(&r);
     if (o->out) TRY_DONE(open_log(&r, settings));
     for (int64_t i = 0; i < r.item_count; i++)
         for (int64_t k = 0; k < (r.items[i].together ? 1 : r.items[i].jobs); k++)
@@ -594,7 +595,7 @@ Status eval_run(Results *results, Model *m, const char *adapter, const EvalOptio
     results->settings = json_pack(
         "{s:O, s:s, s:I, s:f, s:I, s:I, s:I, s:I}", "config", settings, "model_name", m->dir,
         "date", (json_int_t)start, "total_evaluation_time_seconds", now() - r.began, "max_length",
-        (json_int_t)m->g.config.max_position_embeddings, "passes", (json_int_t)r.counts.passes,
+        (json_int_t)m->g->config.max_position_embeddings, "passes", (json_int_t)r.counts.passes,
         "rows_computed", (json_int_t)r.counts.rows, "rows_shared", (json_int_t)r.counts.reused);
     if (o->out) {
         char *path = must_format("%s/results.json", o->out);

@@ -18,22 +18,30 @@ typedef struct EvalOptions {
     int64_t samples;                /* answers to each question; 0: the task's own number */
     int64_t max_tokens, think_most; /* 0: the task's own; no budget */
     double temperature, top_p, min_p;
-    int64_t top_k;     /* NAN and -1: the task's own, or the model's */
-    uint64_t seed;     /* of sampling */
-    int64_t batch;     /* sequences at once */
-    const char *kv;    /* how keys and values are kept */
-    int64_t bootstrap; /* iterations */
-    bool run_code;     /* consent to run generated programs, in a sandbox */
-    bool quiet;        /* no progress line */
+    int64_t top_k;          /* NAN and -1: the task's own, or the model's */
+    uint64_t seed;          /* of sampling */
+    int64_t batch;          /* sequences at once */
+    const char *kv;         /* how keys and values are kept */
+    int64_t bootstrap;      /* iterations */
+    bool run_code;          /* consent to run generated programs, in a sandbox */
+    bool quiet;             /* no progress line */
+    bool (*stopping)(void); /* whether a signal came */
 } EvalOptions;
 
 EvalOptions eval_options_default(void);
+
+/* Who is asked. */
+typedef struct Examinee {
+    const char *dir, *adapter; /* named in the results; companions of the checkpoint in dir */
+    Gemma *g;
+    const Tokenizer *tokenizer;
+} Examinee;
 
 /* Whether any of the tasks is asked in chat form: then prompt.format must be known. Tasks that
  * cannot be found are eval_run's to report. */
 bool eval_needs_chat(const EvalOptions *o);
 
-/* Runs the tasks on an open model. `adapter` and `format` are only named in the results. */
-Status eval_run(Results *r, Model *m, const char *adapter, const EvalOptions *o);
+/* Runs the tasks on an open model. ERR_STOPPED where o->stopping says so. */
+Status eval_run(Results *r, const Examinee *m, const EvalOptions *o);
 
 #endif

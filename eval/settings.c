@@ -23,7 +23,7 @@ static json_t *number_or_null(double x) {
     return isnan(x) ? json_null() : json_real(x);
 }
 
-json_t *settings_of(const Run *r, const char *adapter) {
+json_t *settings_of(const Run *r) {
     const EvalOptions *o = r->o;
     json_t *out = json_object(), *tasks = json_object(), *files = json_array();
     for (int i = 0; i < r->task_count; i++) {
@@ -43,10 +43,10 @@ json_t *settings_of(const Run *r, const char *adapter) {
         }
     }
     json_object_set_new(out, "model", json_string(r->m->dir));
-    json_object_set_new(out, "adapter", adapter ? json_string(adapter) : json_null());
-    json_object_set_new(out, "dtype", json_string(dtype_name(r->m->g.dtype)));
+    json_object_set_new(out, "adapter", r->m->adapter ? json_string(r->m->adapter) : json_null());
+    json_object_set_new(out, "dtype", json_string(dtype_name(r->m->g->dtype)));
     json_object_set_new(out, "weights",
-                        json_string(dtype_name(r->m->g.linears.first->weight->value.dtype)));
+                        json_string(dtype_name(r->m->g->linears.first->weight->value.dtype)));
     json_object_set_new(out, "kv", o->kv ? json_string(o->kv) : json_null());
     json_object_set_new(out, "tokenizer_sha256", json_string(tokenizer_hash(r->m->tokenizer)));
     set_companion_hash(out, "config_sha256", r->m->dir, "config.json");

@@ -16,7 +16,7 @@ Status chat_open(Chat *c, Model *m, const ChatSettings *settings) {
     int64_t most = m->g.config.max_position_embeddings;
     if (c->settings.context > most) c->settings.context = most;
     options.tokens = c->settings.context + PAGE_KEYS;
-    TRY_DONE(sampling_load(&c->sampling, m));
+    TRY_DONE(sampling_load(&c->sampling, m->dir, &m->g.config));
     if (settings->tools) TRY_DONE(tools_load(&c->tools, settings->tools));
     TRY_DONE(kv_dtype(&options.kv, &m->g, settings->kv));
     if (settings->draft) {

@@ -57,7 +57,6 @@ static Status attach_all(Model *m, const char *const *adapters, int count, Lora 
         else
             adapter_spec_free(&spec);
         m->has_adapter = true;
-        m->adapters = a + 1;
         TRY(status);
     }
     return OK;
@@ -74,21 +73,23 @@ static Status load_all(Model *m, const char *const *adapters, int count, Lora **
     return status;
 }
 
-static void chain(Model *m, int count, Lora **loras) {
+/* Hangs them all on, numbered from `first`: 0 is for one that every row goes through. */
+static void chain(Model *m, int count, int first, Lora **loras) {
     int64_t n = count_linears(&m->g), i = 0;
     for (Linear *l = m->g.linears.first; l; l = l->next, i++)
         for (int a = count - 1; a >= 0; a--) {
             Lora *lora = loras[a * n + i];
             if (!lora) continue;
-            lora->number = a + 1;
+            lora->number = first + a;
             lora->next = l->lora;
             l->lora = lora;
         }
 }
 
 static Status open_model(Model *m, const char *dir, const char *const *adapters, int count,
-                         const char *device_name, const char *dtype, Residence residence) {
-    *m = (Model){.dir = must_strdup(dir)};
+                         bool by_request, const char *device_name, const char *dtype,
+                         Residence residence) {
+    *m = (Model){.dir = must_strdup(dir), .adapters = by_request ? count : 0};
     Device *device;
     Arena measure = arena_measure(), scratch = {0};
     Lora **loras = NULL;
@@ -122,7 +123,7 @@ static Status open_model(Model *m, const char *dir, const char *const *adapters,
     }
     if (status == OK) status = checkpoint_load(&m->checkpoint, &m->g);
     if (status == OK) status = load_all(m, adapters, count, loras);
-    chain(m, count, loras);
+    chain(m, count, by_request, loras);
     TRY_DONE(status);
     gemma_refresh(&m->g, &measure);
     TRY_DONE(arena_init(&scratch, device, measure.peak, "temporaries"));
@@ -136,12 +137,12 @@ done:
 
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
                   const char *dtype, Residence residence) {
-    return open_model(m, dir, &adapter, adapter != NULL, device, dtype, residence);
+    return open_model(m, dir, &adapter, adapter != NULL, false, device, dtype, residence);
 }
 
 Status model_open_several(Model *m, const char *dir, const char *const *adapters, int count,
                           const char *device, const char *dtype) {
-    return open_model(m, dir, adapters, count, device, dtype, WEIGHTS_LOADED);
+    return open_model(m, dir, adapters, count, true, device, dtype, WEIGHTS_LOADED);
 }
 
 void model_close(Model *m) {

@@ -13,7 +13,7 @@ typedef struct Model {
     Tokenizer *tokenizer;
     AdapterSpec spec; /* of the adapter; where there are several they are only run */
     bool has_adapter;
-    int adapters;               /* how many */
+    int adapters;               /* how many requests choose from */
     Safetensors learned_scales; /* of the adapter, or of the model */
     Gemma g;
 } Model;
@@ -22,7 +22,7 @@ typedef struct Model {
  * the mapped file, for walks that touch every row once. */
 typedef enum Residence { WEIGHTS_LOADED, WEIGHTS_MAPPED } Residence;
 
-/* adapter may be NULL; device and dtype as in a run file. */
+/* Everything goes through the adapter, which may be NULL; device and dtype as in a run file. */
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
                   const char *dtype, Residence residence);
 

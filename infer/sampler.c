@@ -23,15 +23,15 @@ static void add_ids(int32_t *list, int *count, const json_t *value) {
         add_id(list, count, json_integer_value(item));
 }
 
-Status sampling_load(Sampling *s, const Model *m) {
+Status sampling_load(Sampling *s, const char *dir, const ModelConfig *config) {
     *s = (Sampling){.top_p = 1, .repetition_penalty = 1, .seed = 42, .max_tokens = 1024};
-    for (int i = 0; i < m->checkpoint.config.eos_count; i++)
-        add_id(s->stops, &s->stop_count, m->checkpoint.config.eos_token_id[i]);
-    char *path = companion_path(m->dir, "generation_config.json"), *bytes = NULL;
+    for (int i = 0; i < config->eos_count; i++)
+        add_id(s->stops, &s->stop_count, config->eos_token_id[i]);
+    char *path = companion_path(dir, "generation_config.json"), *bytes = NULL;
     size_t size;
     json_t *root = NULL;
     Status status = OK;
-    TRY_DONE(companion_find(&bytes, &size, m->dir, "generation_config.json"));
+    TRY_DONE(companion_find(&bytes, &size, dir, "generation_config.json"));
     if (!bytes) goto done;
     TRY_DONE(json_read(&root, bytes, size, path));
     add_ids(s->stops, &s->stop_count, json_object_get(root, "eos_token_id"));

@@ -22,9 +22,9 @@ typedef struct Sampling {
     int stop_count, suppress_count;
 } Sampling;
 
-/* Defaults from generation_config.json (greedy without one); stops are the union of its
- * eos_token_id and that of config.json. */
-Status sampling_load(Sampling *s, const Model *m);
+/* Defaults from the generation_config.json of a checkpoint in `dir` (greedy without one); stops are
+ * the union of its eos_token_id and that of config.json. */
+Status sampling_load(Sampling *s, const char *dir, const ModelConfig *config);
 
 /* ERR_USAGE naming the setting that is out of range. */
 Status sampling_check(const Sampling *s);

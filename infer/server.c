@@ -844,7 +844,7 @@ Status serve(Model *m, const ServeOptions *o) {
     sigaddset(&signals, SIGINT);
     sigaddset(&signals, SIGTERM);
     TRY_DONE(listen_on(&fd, o, &port));
-    TRY_DONE(sampling_load(&s.sampling, m));
+    TRY_DONE(sampling_load(&s.sampling, m->dir, &m->g.config));
     TRY_DONE(start_engine(&s));
     pthread_sigmask(SIG_BLOCK, &signals, NULL); /* every thread's; one waits for them below */
     signal(SIGPIPE, SIG_IGN);

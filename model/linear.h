@@ -21,7 +21,8 @@ typedef struct Lora {
     int64_t rank;
     float scale, dropout;
     uint64_t key;      /* of the dropout masks */
-    int number;        /* which of several adapters it belongs to, from 1; see Rows.adapters */
+    int number;        /* which of several adapters it belongs to, from 1; see Rows.adapters. 0: the
+                        * only one */
     struct Lora *next; /* another adapter's; only where models are run, not trained */
 } Lora;
 

@@ -61,24 +61,40 @@ static Status keep_rows(const char *path, int64_t last_step) {
     return status;
 }
 
-#define EXPERTS_HEADER "step,layer,most,least\n"
-
-static Status keep_expert_shares(const char *path, int64_t last_step) {
-    ExpertShare *shares = NULL;
-    int64_t count = 0;
+/* Rows of a late log up to last_step; a row cut short by a kill goes too. */
+static Status late_keep(const LateLog *log, int64_t last_step) {
+    char *bytes;
+    size_t size;
     FileWriter w;
-    if (!file_exists(path)) return OK;
-    TRY(expert_shares_read(&shares, &count, path));
-    Status status = file_writer_open(&w, path);
+    if (!file_exists(log->path)) return OK;
+    TRY(file_read(&bytes, &size, log->path, (size_t)4 << 30));
+    Status status = file_writer_open(&w, log->path);
     if (status == OK) {
-        fputs(EXPERTS_HEADER, w.stream);
-        for (int64_t i = 0; i < count && shares[i].step <= last_step; i++)
-            fprintf(w.stream, "%" PRId64 ",%" PRId64 ",%.6g,%.6g\n", shares[i].step,
-                    shares[i].layer, shares[i].most, shares[i].least);
+        fputs(log->header, w.stream);
+        char *line = strchr(bytes, '\n');
+        for (char *end; line && (end = strchr(line + 1, '\n')); line = end)
+            if (atoll(line + 1) <= last_step) fwrite(line + 1, 1, (size_t)(end - line), w.stream);
         status = file_writer_commit(&w);
     }
-    free(shares);
+    free(bytes);
     return status;
+}
+
+static Status late_add(LateLog *log, const char *row) {
+    if (!log->file) {
+        bool there = file_exists(log->path);
+        log->file = fopen(log->path, "a");
+        if (!log->file || (!there && fputs(log->header, log->file) < 0))
+            FAIL(ERR_IO, "%s: cannot be written: %s", log->path, strerror(errno));
+    }
+    if (fputs(row, log->file) < 0 || fflush(log->file))
+        FAIL(ERR_IO, "%s: cannot be written: %s", log->path, strerror(errno));
+    return OK;
+}
+
+static void late_close(LateLog *log) {
+    if (log->file) fclose(log->file);
+    free(log->path);
 }
 
 static Status add_scalar(MetricsLog *log, int64_t step, const char *tag, double value) {
@@ -86,21 +102,29 @@ static Status add_scalar(MetricsLog *log, int64_t step, const char *tag, double 
 }
 
 Status metrics_add_expert_share(MetricsLog *log, const ExpertShare *share) {
-    char tag[64];
-    if (!log->experts) {
-        bool there = file_exists(log->experts_path);
-        log->experts = fopen(log->experts_path, "a");
-        if (!log->experts || (!there && fputs(EXPERTS_HEADER, log->experts) < 0))
-            FAIL(ERR_IO, "%s: cannot be written: %s", log->experts_path, strerror(errno));
-    }
-    if (fprintf(log->experts, "%" PRId64 ",%" PRId64 ",%.6g,%.6g\n", share->step, share->layer,
-                share->most, share->least) < 0 ||
-        fflush(log->experts))
-        FAIL(ERR_IO, "%s: cannot be written: %s", log->experts_path, strerror(errno));
+    char tag[64], row[160];
+    snprintf(row, sizeof row, "%" PRId64 ",%" PRId64 ",%.6g,%.6g\n", share->step, share->layer,
+             share->most, share->least);
+    TRY(late_add(&log->experts, row));
     snprintf(tag, sizeof tag, "experts/layer_%02d_most", (int)share->layer);
     TRY(add_scalar(log, share->step, tag, share->most));
     snprintf(tag, sizeof tag, "experts/layer_%02d_least", (int)share->layer);
     return add_scalar(log, share->step, tag, share->least);
+}
+
+Status metrics_add_task(MetricsLog *log, const TaskFigure *figure) {
+    char numbers[64] = "";
+    put_number(numbers, sizeof numbers, figure->value, "%.9g");
+    put_number(numbers, sizeof numbers, figure->stderr_, "%.6g");
+    numbers[strlen(numbers) - 1] = 0;
+    char *row = must_format("%" PRId64 ",%s,%s,%s\n", figure->step, figure->task, figure->metric,
+                            numbers),
+         *tag = must_format("tasks/%s/%s", figure->task, figure->metric);
+    Status status = late_add(&log->tasks, row);
+    if (status == OK) status = add_scalar(log, figure->step, tag, figure->value);
+    free(row);
+    free(tag);
+    return status;
 }
 
 Status expert_shares_read(ExpertShare **shares, int64_t *count, const char *path) {
@@ -126,15 +150,18 @@ Status expert_shares_read(ExpertShare **shares, int64_t *count, const char *path
 
 Status metrics_open(MetricsLog *log, const char *output, int64_t last_step) {
     char host[64] = "host", name[160];
-    *log = (MetricsLog){.csv_path = path_join(output, "metrics.csv"),
-                        .experts_path = path_join(output, "experts.csv")};
+    *log = (MetricsLog){
+        .csv_path = path_join(output, "metrics.csv"),
+        .experts = {"step,layer,most,least\n", path_join(output, "experts.csv"), NULL},
+        .tasks = {"step,task,metric,filter,value,stderr\n", path_join(output, "tasks.csv"), NULL}};
     Status status = OK;
     gethostname(host, sizeof host - 1);
     snprintf(name, sizeof name, "events.out.tfevents.%lld.%s.%d", (long long)time(NULL), host,
              (int)getpid());
     char *events = path_join(output, name);
     TRY_DONE(keep_rows(log->csv_path, last_step));
-    TRY_DONE(keep_expert_shares(log->experts_path, last_step));
+    TRY_DONE(late_keep(&log->experts, last_step));
+    TRY_DONE(late_keep(&log->tasks, last_step));
     log->csv = fopen(log->csv_path, "a");
     log->events = fopen(events, "ab");
     if (!log->csv || !log->events)
@@ -162,9 +189,9 @@ Status metrics_add(MetricsLog *log, const Metrics *m) {
 void metrics_close(MetricsLog *log) {
     if (log->csv) fclose(log->csv);
     if (log->events) fclose(log->events);
-    if (log->experts) fclose(log->experts);
+    late_close(&log->experts);
+    late_close(&log->tasks);
     free(log->csv_path);
-    free(log->experts_path);
     *log = (MetricsLog){0};
 }
 

@@ -22,9 +22,24 @@ typedef struct ExpertShare {
     double most, least;
 } ExpertShare;
 
+/* A figure of a task that the model was asked while it trained. */
+typedef struct TaskFigure {
+    int64_t step;
+    const char *task, *metric; /* metric: with its filter, "exact_match,strict-match" */
+    double value, stderr_;     /* NAN: none */
+} TaskFigure;
+
+/* A CSV file that is made when its first row comes. */
+typedef struct LateLog {
+    const char *header;
+    char *path;
+    FILE *file;
+} LateLog;
+
 typedef struct MetricsLog {
-    FILE *csv, *events, *experts; /* experts: experts.csv, opened with the first share */
-    char *csv_path, *experts_path;
+    FILE *csv, *events;
+    char *csv_path;
+    LateLog experts, tasks; /* experts.csv, tasks.csv */
 } MetricsLog;
 
 /* Opens OUTPUT/metrics.csv and a TensorBoard event file. Rows after `last_step` (of a run that was
@@ -33,6 +48,7 @@ Status metrics_open(MetricsLog *log, const char *output, int64_t last_step);
 Status metrics_add(MetricsLog *log, const Metrics *m);
 
 Status metrics_add_expert_share(MetricsLog *log, const ExpertShare *share);
+Status metrics_add_task(MetricsLog *log, const TaskFigure *figure);
 void metrics_close(MetricsLog *log);
 
 /* Reads metrics.csv; caller frees *rows. */

@@ -24,6 +24,6 @@ void progress_line(const char *format, ...) __attribute__((format(printf, 1, 2))
 /* Rows of a file prepared so far: a StoreProgress. */
 void progress_rows(const char *path, int64_t rows, double share);
 
-double progress_now(void);    /* seconds, monotonic */
+double progress_now(void); /* seconds, monotonic */
 
 #endif

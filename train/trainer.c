@@ -39,6 +39,7 @@ typedef struct Trainer {
     int64_t steps;
     const char *output;
     Progress progress;
+    AskFunction *ask; /* NULL: no eval_tasks */
 } Trainer;
 
 /* ---- saving ---- */
@@ -139,6 +140,17 @@ static Status evaluate_and_keep(Trainer *t, double *loss) {
     Status status = save_weights(t, path);
     free(path);
     return status;
+}
+
+static bool stopping(void) {
+    return stop_requested;
+}
+
+static Status ask_tasks(Trainer *t) {
+    if (!t->ask) return OK;
+    progress_clear(&t->progress);
+    Status status = t->ask(&t->s, t->state.step, stopping, &t->log);
+    return status == ERR_STOPPED ? OK : status; /* the loop ends and saves */
 }
 
 /* ---- one step ---- */
@@ -272,19 +284,22 @@ static Status loop(Trainer *t) {
         TRY(evaluate(&t->s, &t->eval_memory, &loss));
         fprintf(stderr, "eval loss before training: %.4f\n", loss);
     }
+    if (!t->state.step) TRY(ask_tasks(t));
     while (t->state.step < t->steps && !stop_requested && !stopped_early) {
         Metrics m;
         double begin = progress_now();
         TRY(one_step(t, &m));
         m.tokens_per_s = (double)m.tokens / (progress_now() - begin);
         m.memory_bytes = (double)process_resident();
-        bool last = t->state.step == t->steps;
-        if (has_eval && c->eval_every && (t->state.step % c->eval_every == 0 || last)) {
+        bool last = t->state.step == t->steps,
+             due = c->eval_every && (t->state.step % c->eval_every == 0 || last);
+        if (has_eval && due) {
             TRY(evaluate_and_keep(t, &m.eval_loss));
             stopped_early = c->early_stop && t->state.evals_without_gain >= c->early_stop;
         }
         TRY(metrics_add(&t->log, &m));
         TRY(log_expert_load(t));
+        if (due) TRY(ask_tasks(t));
         progress_show(&t->progress, &m, t->steps);
         if (t->state.step % c->save_every == 0) {
             TRY(save(t));
@@ -380,8 +395,8 @@ static void watch_signals(void) {
     sigaction(SIGINT, &action, NULL);
 }
 
-Status train_run(RunConfig *config, bool resume) {
-    Trainer t = {0};
+Status train_run(RunConfig *config, bool resume, AskFunction *ask) {
+    Trainer t = {.ask = config->eval_tasks.names.count ? ask : NULL};
     Status status = OK;
     progress_init(&t.progress);
     TRY_DONE(start(&t, config, resume));

@@ -195,6 +195,87 @@ CASE(engine, a_drafter_changes_no_answer) {
         }
 }
 
+/* Two adapters of a model, with different values. */
+static void make_adapters(const char *dir, char *paths[2]) {
+    Loaded m;
+    small_load(&m, dir, F32, STACK_SCORE, small_adapt);
+    for (int a = 0; a < 2; a++) {
+        paths[a] = must_format("%s/adapter-%d", test_folder(), a);
+        EXPECT_OK(peft_save(&m.g, &m.spec, paths[a]));
+        for (int i = 0; i < m.g.params.count; i++) {
+            Param *p = m.g.params.items[i];
+            if (p->adapter) scale_copy(p->value, SET, p->value, -0.7f);
+        }
+    }
+    small_unload(&m);
+}
+
+#define ASKED 12
+
+/* Answers of the first prompts: by adapter `only`, or by all three in turn (base, first, second).
+ */
+static void ask_adapters(Model *m, const Prompts *p, int only, int32_t ids[3][ASKED][ANSWER],
+                         float logprobs[3][ASKED][ANSWER]) {
+    Engine e;
+    Sequence *all[3][ASKED] = {0};
+    EngineOptions options = {
+        .sequences = 16, .tokens = 8192, .chunk = 64, .kv = F32, .share = true};
+    EXPECT_OK(engine_init(&e, &m->g, NULL, &options));
+    for (int i = 0; i < ASKED; i++)
+        for (int a = 0; a < 3; a++) {
+            Request r = {.ids = p->ids[i],
+                         .count = p->count[i],
+                         .adapter = only < 0 ? a : 0,
+                         .sampling = {.top_p = 1, .repetition_penalty = 1, .max_tokens = ANSWER}};
+            if (only < 0 || only == a) EXPECT_OK(engine_submit(&e, &all[a][i], &r));
+        }
+    while (engine_step(&e)) continue;
+    for (int a = 0; a < 3; a++)
+        for (int i = 0; i < ASKED; i++) {
+            if (!all[a][i]) continue;
+            memcpy(ids[a][i], all[a][i]->ids + p->count[i], sizeof ids[a][i]);
+            memcpy(logprobs[a][i], all[a][i]->logprobs + p->count[i], sizeof logprobs[a][i]);
+            engine_drop(&e, all[a][i]);
+        }
+    engine_free(&e);
+}
+
+CASE(engine, several_adapters_at_once_answer_as_each_does_alone) {
+    static int32_t alone[3][ASKED][ANSWER], together[3][ASKED][ANSWER];
+    static float alone_logprobs[3][ASKED][ANSWER], together_logprobs[3][ASKED][ANSWER];
+    Prompts *p = make_prompts();
+    for (int k = 0; k < SMALL_KINDS; k++) {
+        char *dir = small_make(small_kinds[k]), *paths[2], *bytes,
+             *tokenizer = path_join(dir, "tokenizer.json");
+        size_t size;
+        Model m;
+        EXPECT_OK(file_read(&bytes, &size, "demo/tokenizer/tokenizer.json", 1 << 24));
+        EXPECT_OK(file_write(tokenizer, bytes, size));
+        make_adapters(dir, paths);
+        for (int a = 0; a < 3; a++) {
+            EXPECT_OK(model_open(&m, dir, a ? paths[a - 1] : NULL, "cpu", "f32", WEIGHTS_LOADED));
+            ask_adapters(&m, p, a, alone, alone_logprobs);
+            model_close(&m);
+        }
+        EXPECT_OK(model_open_several(&m, dir, (const char *const *)paths, 2, "cpu", "f32"));
+        ask_adapters(&m, p, -1, together, together_logprobs);
+        model_close(&m);
+        int differ = 0;
+        for (int a = 0; a < 3; a++)
+            for (int i = 0; i < ASKED; i++) {
+                EXPECT(!memcmp(alone[a][i], together[a][i], sizeof alone[a][i]),
+                       "%s, adapter %d, prompt %d", small_kinds[k], a, i);
+                for (int t = 0; t < ANSWER; t++)
+                    EXPECT_CLOSE(alone_logprobs[a][i][t], together_logprobs[a][i][t], 2e-4);
+                differ += a && memcmp(alone[a][i], alone[a - 1][i], sizeof alone[a][i]);
+            }
+        EXPECT(differ > ASKED, "%s: the adapters change only %d answers", small_kinds[k], differ);
+        tree_remove(dir);
+        for (int a = 0; a < 2; a++) tree_remove(paths[a]);
+        free(bytes), free(tokenizer), free(paths[0]), free(paths[1]);
+    }
+}
+
 CASE(engine, a_prompt_that_does_not_fit_is_refused_and_an_answer_ends_where_room_does) {
     Loaded m;
     Engine e;

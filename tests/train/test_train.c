@@ -1,8 +1,8 @@
 /* test_train.c - whole runs of the tiny model through the program: resumed, killed, stopped,
  * refused. */
 #include "formats/file.h"
-#include "formats/sha256.h"
 #include "formats/learned_scales.h"
+#include "formats/sha256.h"
 #include "tests/fixture.h"
 #include "tests/program.h"
 #include "train/metrics.h"
@@ -235,6 +235,40 @@ CASE(train, evaluations_use_the_newest_adapter) {
     EXPECT_CLOSE(eval_before_training(), rows[3].eval_loss, 1e-3);
     EXPECT(fabs(rows[3].eval_loss - base) > 0.05, "%g, %g before", rows[3].eval_loss, base);
     free(rows), free(csv);
+}
+
+/* Questions asked during training get the answers that the saved adapter gives later. */
+CASE(train, tasks_are_asked_on_the_way) {
+    const char *f = test_folder();
+    char *csv, *bytes;
+    size_t size;
+    int rows = 0;
+    prepare(
+        "method: lora\nlora: {rank: 8}\noptimizer: {lr: 1.0e-2}\neval_tasks: {names: "
+        "[demo/exam/gems_choice.yaml, demo/exam/gems_answer.yaml], data: demo/exam, limit: 6}\n");
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/asked steps=5 eval_every=3", f, f);
+    csv = must_format("%s/asked/tasks.csv", f);
+    EXPECT_OK(file_read(&bytes, &size, csv, 1 << 20));
+    EXPECT(strstr(bytes, "step,task,metric,filter,value,stderr\n0,gems_choice,acc,none,") == bytes,
+           "%s", bytes);
+    for (size_t i = 0; i < size; i++) rows += bytes[i] == '\n';
+    EXPECT(rows == 1 + 3 * 3 && strstr(bytes, "\n3,gems_answer,exact_match,") &&
+               strstr(bytes, "\n5,gems_choice,acc_norm,"),
+           "%s", bytes);
+    EXPECT_RUN(0,
+               "eval --model %s/model --adapter %s/asked/adapter --dtype f32 --chat-format small "
+               "--tasks demo/exam/gems_choice.yaml,demo/exam/gems_answer.yaml --data demo/exam "
+               "--limit 6 --out %s/later",
+               f, f, f);
+    expect_same_file("later/samples_gems_choice.jsonl",
+                     "asked/tasks/step-5/samples_gems_choice.jsonl");
+    expect_same_file("later/samples_gems_answer.jsonl",
+                     "asked/tasks/step-5/samples_gems_answer.jsonl");
+    EXPECT_EXIT(2, "no task 'gsm9k'", "train %s/run.yaml output=%s/wrong eval_tasks.names=gsm9k", f,
+                f);
+    EXPECT_EXIT(1, "no questions for task 'gsm8k'",
+                "train %s/run.yaml output=%s/wrong2 eval_tasks.names=gsm8k", f, f);
+    free(csv), free(bytes);
 }
 
 CASE(train, folders_with_a_run_and_folders_without_are_told_apart) {
