@@ -5,6 +5,7 @@
 #include "eval/run.h"
 #include "formats/file.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -53,7 +54,8 @@ static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, 
     Status status = OK;
     if (eval_needs_chat(o)) status = chat_format_find(&o->prompt.format, model, format);
     file_stop_on_signals();
-    if (status == OK) status = eval_run(&results, &(Examinee){model, adapter, &m.g, m.tokenizer}, o);
+    if (status == OK)
+        status = eval_run(&results, &(Examinee){model, adapter, &m.g, m.tokenizer}, o);
     if (status == OK) results_print(&results, stdout);
     results_free(&results);
     model_close(&m);
@@ -75,12 +77,13 @@ Status command_eval(int argc, char **argv) {
     OptionList files = {0};
     EvalOptions o = eval_options_default();
     int64_t seed = -1;
+    double limit = NAN;
     Option options[] = {
         {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder or GGUF"},
         {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
         {"--tasks", OPTION_TEXT, &o.tasks, "A,B  names, or YAML files of one's own"},
         {"--data", OPTION_TEXT, &o.data, "DIR  where the questions are; or one file"},
-        {"--limit", OPTION_REAL, &o.limit, "N  questions of each task; below 1 a share (all)"},
+        {"--limit", OPTION_REAL, &limit, "N  questions of each task; below 1 a share (all)"},
         {"--shots", OPTION_INT, &o.prompt.shots, "N  few-shot examples (the task's number)"},
         {"--samples", OPTION_INT, &o.samples, "N  answers to each question (the task's number)"},
         {"--chat", OPTION_FLAG, &o.prompt.chat, "ask in chat form where the rules ask plainly"},
@@ -124,6 +127,8 @@ Status command_eval(int argc, char **argv) {
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
     if (!o.tasks) FAIL(ERR_USAGE, "--tasks is missing: lapidary %s", a.usage);
     if (!o.data) FAIL(ERR_USAGE, "--data is missing: lapidary %s", a.usage);
+    if (limit <= 0) FAIL(ERR_USAGE, "--limit is %g, expected more than 0", limit);
+    if (!isnan(limit)) o.limit = limit;
     if (seed >= 0) o.seed = (uint64_t)seed;
     o.out = out;
     return run_tasks(&o, model, adapter, device, dtype, format);

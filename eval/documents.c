@@ -514,8 +514,7 @@ static Status read_livecodebench(Documents *d, const Task *task, const char *dir
             if (status == OK && text.size)
                 status = json_read(&metadata, text.bytes, text.size, "metadata");
             if (status != OK)
-                status = status_fail(status, "%s: row %zu: %s", found.gl_pathv[f], i + 1,
-                                     status_message());
+                status = status_prefix(status, "%s: row %zu", found.gl_pathv[f], i + 1);
             json_t *doc = json_copy(row);
             json_object_del(doc, "private_test_cases");
             json_object_set_new(doc, "test_cases", cases);

@@ -39,6 +39,7 @@ typedef struct Run {
     int32_t bos, thought_begin, thought_end;
     FILE *log;
     int64_t answered, total;
+    int64_t cut; /* jobs whose prompt lost its beginning: the model has no positions for it */
     double began, shown;
     EngineCounts counts;
 } Run;
@@ -55,6 +56,9 @@ static inline int64_t run_samples(const Run *r, const Task *t) {
 static inline int64_t run_max_tokens(const Run *r, const Task *t) {
     return r->o->max_tokens ? r->o->max_tokens : t->max_tokens;
 }
+
+/* Whether a document can be scored once it is answered: it says what is right. */
+Status score_check(const Task *t, const json_t *row);
 
 /* Figures of one suite into *results, its samples into OUT/samples_NAME.jsonl (score.c). */
 Status score_suite(Run *r, Results *results, int suite);

@@ -66,7 +66,7 @@ static Status each_row(const char *path, int64_t most, RowFunction *take, void *
         status = json_read(&row, s.bytes, s.size, name);
         if (status == OK) {
             status = take(context, row);
-            if (status != OK) status = status_fail(status, "%s: %s", name, status_message());
+            if (status != OK) status = status_prefix(status, "%s", name);
         }
         json_decref(row);
         free(name);

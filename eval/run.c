@@ -70,12 +70,15 @@ static Status load_tasks(Run *r) {
             must_realloc(r->documents, (size_t)(r->task_count + 1) * sizeof *r->documents);
         r->documents[r->task_count] = (Documents){0};
         Status status = task_find(&r->tasks[r->task_count], name);
+        for (int i = 0; i < r->task_count && status == OK; i++)
+            if (!strcmp(r->tasks[i].name, r->tasks[r->task_count].name))
+                status = status_fail(ERR_USAGE, "task '%s' is named twice", r->tasks[i].name);
         free(name);
-        if (status != OK) return status;
-        r->task_count++;
+        r->task_count += status == OK;
+        TRY(status);
         at += n + (at[n] == ',');
     }
-    if (!r->task_count) FAIL(ERR_USAGE, "--tasks names no task");
+    if (!r->task_count) FAIL(ERR_USAGE, "no task is named");
     for (int i = 0; i < r->task_count; i++)
         TRY(documents_load(&r->documents[i], &r->tasks[i], r->o->data));
     return OK;
@@ -102,6 +105,7 @@ static Status add_item(Run *r, int suite, int64_t doc, Shots *shots) {
     shots_next(shots, picked);
     r->item_count++;
     item->answers = json_array();
+    TRY(score_check(s->task, item->row));
     TRY(prompt_render(&item->prompt, s->task, &r->o->prompt, s->suite, item->row, picked,
                       shots->count));
     sha256_text(item->prompt_hash, item->prompt.bytes, item->prompt.size);
@@ -109,7 +113,9 @@ static Status add_item(Run *r, int suite, int64_t doc, Shots *shots) {
 }
 
 static Status list_items(Run *r) {
-    for (int i = 0; i < r->task_count; i++)
+    for (int i = 0; i < r->task_count; i++) {
+        if (!r->documents[i].count)
+            FAIL(ERR_FORMAT, "%s: task '%s' has no questions", r->o->data, r->tasks[i].name);
         for (int k = 0; k < r->documents[i].count; k++) {
             const Task *task = &r->tasks[i];
             const Suite *suite = &r->documents[i].suites[k];
@@ -122,10 +128,10 @@ static Status list_items(Run *r) {
             for (int64_t doc = 0; doc < limited(r, count); doc++) {
                 Status status = add_item(r, r->suite_count - 1, doc, &shots);
                 if (status != OK)
-                    return status_fail(status, "task '%s', document %" PRId64 ": %s", suite->name,
-                                       doc, status_message());
+                    return status_prefix(status, "task '%s', document %" PRId64, suite->name, doc);
             }
         }
+    }
     return OK;
 }
 
@@ -178,8 +184,6 @@ static Status count_jobs(Run *r, Item *item) {
         for (item->jobs = 0; rolling_window(&w, item->jobs, ids.count - 1, most, 1);) item->jobs++;
     } else {
         n = item->jobs = prompt_choice_count(item->row);
-        if (n < 1)
-            FAIL(ERR_FORMAT, "task '%s', document %" PRId64 " has no choices", t->name, item->doc);
         item->together = true;
         for (int64_t i = 0; i < n && item->together; i++) {
             TRY_DONE(encode_choice(r, item, i, i ? &ids : &first, &context));
@@ -222,9 +226,11 @@ static void set_sampling(const Run *r, const Item *item, int64_t sample, Samplin
     s->max_tokens = run_max_tokens(r, t);
 }
 
-/* Cuts from the left what the model has no positions for. */
-static int64_t overlong(const Tokens *ids, int64_t most) {
-    return ids->count > most ? ids->count - most : 0;
+/* How many tokens are cut from the left, for which the model has no positions. */
+static int64_t overlong(Run *r, const Tokens *ids, int64_t most) {
+    if (ids->count <= most) return 0;
+    r->cut++;
+    return ids->count - most;
 }
 
 static Status submit(Run *r, Engine *e, Job *job) {
@@ -250,7 +256,12 @@ static Status submit(Run *r, Engine *e, Job *job) {
         } else {
             request.score_from = context;
         }
-        cut = overlong(&ids, item->together ? most : most + 1);
+        cut = overlong(r, &ids, item->together ? most : most + 1);
+        if (request.score_from && request.score_from <= cut)
+            FAIL_DONE(ERR_CONFIG,
+                      "task '%s', document %" PRId64 ": a choice alone is longer than the model's "
+                      "%" PRId64 " positions",
+                      t->name, item->doc, most);
         request.ids = ids.ids + cut;
         request.count = ids.count - cut;
         request.score_from -= request.score_from ? cut : 0;
@@ -270,7 +281,7 @@ static Status submit(Run *r, Engine *e, Job *job) {
                       "task '%s' answers with up to %" PRId64 " tokens, the model takes %" PRId64
                       " (max_position_embeddings): --max-tokens says how many",
                       t->name, request.sampling.max_tokens, most);
-        cut = overlong(&ids, room);
+        cut = overlong(r, &ids, room);
         request.ids = ids.ids + cut;
         request.count = ids.count - cut;
         for (int i = 0; i < t->until.count && i < STOPS_TEXTS; i++)
@@ -528,6 +539,9 @@ done:
 
 static Status check_options(const Run *r) {
     const EvalOptions *o = r->o;
+    if (!(o->limit >= 0)) FAIL(ERR_USAGE, "--limit is %g, expected more than 0", o->limit);
+    if (o->prompt.shots < -1)
+        FAIL(ERR_USAGE, "--shots is %" PRId64 ", expected 0 or more", o->prompt.shots);
     if (o->batch < 1 || o->batch > 512)
         FAIL(ERR_USAGE, "--batch is %" PRId64 ", expected 1 to 512", o->batch);
     for (int i = 0; i < r->task_count; i++)
@@ -591,12 +605,16 @@ Status eval_run(Results *results, const Examinee *m, const EvalOptions *o) {
             r.answered += have(&r.items[i], k);
     TRY_DONE(ask_all(&r));
     show_progress(&r, true);
+    if (r.cut)
+        note("%" PRId64 " prompts lost their beginning: the model has %" PRId64 " positions", r.cut,
+             m->g->config.max_position_embeddings);
     for (int i = 0; i < r.suite_count; i++) TRY_DONE(score_suite(&r, results, i));
     results->settings = json_pack(
-        "{s:O, s:s, s:I, s:f, s:I, s:I, s:I, s:I}", "config", settings, "model_name", m->dir,
+        "{s:O, s:s, s:I, s:f, s:I, s:I, s:I, s:I, s:I}", "config", settings, "model_name", m->dir,
         "date", (json_int_t)start, "total_evaluation_time_seconds", now() - r.began, "max_length",
-        (json_int_t)m->g->config.max_position_embeddings, "passes", (json_int_t)r.counts.passes,
-        "rows_computed", (json_int_t)r.counts.rows, "rows_shared", (json_int_t)r.counts.reused);
+        (json_int_t)m->g->config.max_position_embeddings, "prompts_cut", (json_int_t)r.cut,
+        "passes", (json_int_t)r.counts.passes, "rows_computed", (json_int_t)r.counts.rows,
+        "rows_shared", (json_int_t)r.counts.reused);
     if (o->out) {
         char *path = must_format("%s/results.json", o->out);
         json_t *json = results_json(results, o->bootstrap);

@@ -8,6 +8,7 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -80,113 +81,154 @@ static Status score_rolling(const Run *r, const Item *item, TaskResult *t, json_
     return OK;
 }
 
+/* What the answers of one document are under one filter. */
+typedef struct Answers {
+    int64_t count; /* verdicts: one a sample, or one of all where they are voted on */
+    bool voting;
+    Verdict *verdicts; /* (count) */
+    double *scores;    /* (count) */
+    json_t *texts, *kept;
+} Answers;
+
+/* An option is drawn where nothing was found in the answer. */
+static Status draw_option(const Run *r, const Item *item, int64_t sample, Verdict *v) {
+    const Task *task = item_task(r, item);
+    Mersenne m;
+    Text gold = {0};
+    mersenne_seed(&m, 12345 + (uint64_t)(item->doc * 4096 + sample));
+    TRY(template_render(&gold, task->answer ? task->answer : "{answer}", task, item->row, NULL));
+    json_decref(v->score);
+    v->score = json_real(*gold.bytes == 'A' + (char)mersenne_below(&m, 10));
+    text_free(&gold);
+    return OK;
+}
+
+static Status judge_answers(const Run *r, const Item *item, const FilterChain *chain, Answers *a) {
+    const Task *task = item_task(r, item);
+    for (int i = 0; i < chain->count; i++) a->voting |= chain->filters[i].kind == FILTER_MAJORITY;
+    a->texts = json_array();
+    a->kept = json_array();
+    for (int64_t i = 0; i < item->jobs; i++)
+        json_array_append(a->texts,
+                          json_object_get(json_array_get(item->answers, (size_t)i), "text"));
+    a->count = a->voting ? 1 : item->jobs;
+    a->verdicts = must_calloc((size_t)a->count, sizeof *a->verdicts);
+    a->scores = must_calloc((size_t)a->count, sizeof *a->scores);
+    for (int64_t i = 0; i < a->count; i++) {
+        Verdict *v = &a->verdicts[i];
+        TRY(rule_score(v, task, chain, item->row,
+                       a->voting ? a->texts : json_array_get(a->texts, (size_t)i)));
+        if (json_is_string(v->score)) TRY(draw_option(r, item, i, v));
+        if (task->scorer == SCORER_PYTHON) TRY(judge_program(v, task, item->row));
+        json_array_append(a->kept, v->extracted);
+        a->scores[i] = json_number_value(v->score);
+    }
+    return OK;
+}
+
+/* The score of the extracted answer that most samples agree on; 0 where none was parsed. */
+static double voted_score(const Answers *a) {
+    Slice *extracted = must_malloc((size_t)a->count * sizeof *extracted);
+    int64_t votes = 0;
+    double won = 0;
+    for (int64_t i = 0; i < a->count; i++)
+        if (a->verdicts[i].parsed && json_is_string(a->verdicts[i].extracted))
+            extracted[votes++] = json_slice(a->verdicts[i].extracted);
+    if (votes) {
+        Slice winner = extracted[majority_vote(extracted, votes)];
+        for (int64_t i = a->count; i-- > 0;) {
+            Slice mine = json_slice(a->verdicts[i].extracted);
+            if (mine.size == winner.size && !memcmp(mine.bytes, winner.bytes, mine.size))
+                won = a->scores[i];
+        }
+    }
+    free(extracted);
+    return won;
+}
+
+/* Several figures of the first answer, each a truth or a list of them. */
+static void add_figures(const Item *item, const FilterChain *chain, const json_t *figures,
+                        TaskResult *t, json_t *sample, json_t *names) {
+    const char *name;
+    json_t *value, *one;
+    size_t k;
+    json_object_foreach((json_t *)figures, name, value) {
+        json_array_foreach(value, k, one) {
+            result_value(t, name, chain->name, FIGURE_FLAT, item->doc, json_is_true(one), 1);
+        }
+        if (!json_is_array(value)) add_metric(t, name, chain->name, item->doc, json_is_true(value));
+        json_object_set(sample, name, value);
+        json_array_append_new(names, json_string(name));
+    }
+}
+
+static void add_named(const Item *item, const FilterChain *chain, TaskResult *t, json_t *sample,
+                      json_t *names, const char *name, double value) {
+    add_metric(t, name, chain->name, item->doc, value);
+    json_object_set_new(sample, name, json_real(value));
+    json_array_append_new(names, json_string(name));
+}
+
+/* avg@n, maj@n and pass@n of n samples. */
+static void add_sampled(const Item *item, const FilterChain *chain, const Answers *a, TaskResult *t,
+                        json_t *sample, json_t *names) {
+    char name[32];
+    int64_t right = 0;
+    double sum = 0;
+    snprintf(name, sizeof name, "avg@%" PRId64, a->count);
+    for (int64_t i = 0; i < a->count; i++) {
+        add_metric(t, name, chain->name, item->doc, a->scores[i]);
+        right += a->scores[i] > 0;
+        sum += a->scores[i];
+    }
+    json_object_set_new(sample, name, json_real(sum / (double)a->count));
+    json_array_append_new(names, json_string(name));
+    snprintf(name, sizeof name, "maj@%" PRId64, a->count);
+    add_named(item, chain, t, sample, names, name, voted_score(a));
+    snprintf(name, sizeof name, "pass@%" PRId64, a->count);
+    add_named(item, chain, t, sample, names, name, pass_at_k(a->count, right, a->count));
+}
+
+static void count_endings(const Item *item, const Answers *a, TaskResult *t) {
+    for (int64_t i = 0; i < item->jobs; i++) {
+        const json_t *answer = json_array_get(item->answers, (size_t)i);
+        t->responses++;
+        t->unparsed += i < a->count && !a->verdicts[i].parsed;
+        t->truncated += json_is_true(json_object_get(answer, "truncated"));
+        t->unclosed += json_is_true(json_object_get(answer, "unclosed"));
+    }
+}
+
 /* Answers of one document under one filter. */
 static Status score_answers(const Run *r, const Item *item, const FilterChain *chain, TaskResult *t,
                             json_t *sample) {
     const Task *task = item_task(r, item);
-    int64_t n = item->jobs, right = 0, votes = 0;
-    const char *metric = rule_metric(task);
-    bool voting = false;
-    for (int i = 0; i < chain->count; i++) voting |= chain->filters[i].kind == FILTER_MAJORITY;
-    json_t *texts = json_array(), *kept = json_array(), *names = json_array();
-    Slice *extracted = must_calloc((size_t)n, sizeof *extracted);
-    double *scores = must_calloc((size_t)n, sizeof *scores);
-    Verdict *verdicts = must_calloc((size_t)n, sizeof *verdicts);
-    Status status = OK;
-    for (int64_t i = 0; i < n; i++)
-        json_array_append(texts, json_object_get(json_array_get(item->answers, (size_t)i), "text"));
-    for (int64_t i = 0; i < (voting ? 1 : n); i++) {
-        Verdict *v = &verdicts[i];
-        TRY_DONE(rule_score(v, task, chain, item->row,
-                            voting ? texts : json_array_get(texts, (size_t)i)));
-        if (json_is_string(v->score)) { /* an option is drawn */
-            Mersenne m;
-            mersenne_seed(&m, 12345 + (uint64_t)(item->doc * 4096 + i));
-            Text gold = {0};
-            TRY_DONE(template_render(&gold, task->answer ? task->answer : "{answer}", task,
-                                     item->row, NULL));
-            json_decref(v->score);
-            v->score = json_real(*gold.bytes == 'A' + (char)mersenne_below(&m, 10));
-            text_free(&gold);
-        }
-        if (task->scorer == SCORER_PYTHON) TRY_DONE(judge_program(v, task, item->row));
-        json_array_append(kept, v->extracted);
-        scores[i] = json_number_value(v->score);
-        right += scores[i] > 0;
-        if (v->parsed && json_is_string(v->extracted))
-            extracted[votes++] = json_slice(v->extracted);
-    }
-    if (json_is_object(verdicts[0].score)) { /* several figures of the first answer */
-        const char *name;
-        json_t *value, *one;
-        size_t k;
-        json_object_foreach(verdicts[0].score, name, value) {
-            if (json_is_array(value))
-                json_array_foreach(value, k, one) result_value(t, name, chain->name, FIGURE_FLAT,
-                                                               item->doc, json_is_true(one), 1);
-            else
-                add_metric(t, name, chain->name, item->doc, json_is_true(value));
-            json_object_set(sample, name, value);
-            json_array_append_new(names, json_string(name));
-        }
+    Answers a = {0};
+    json_t *names = json_array();
+    Status status = judge_answers(r, item, chain, &a);
+    if (status != OK) goto done;
+    const json_t *verified = json_object_get(a.verdicts[0].more, "math_verify");
+    if (json_is_object(a.verdicts[0].score)) {
+        add_figures(item, chain, a.verdicts[0].score, t, sample, names);
+    } else if (a.count == 1) {
+        add_named(item, chain, t, sample, names, rule_metric(task), a.scores[0]);
     } else {
-        for (int64_t i = 0; i < (voting ? 1 : n); i++) {
-            char *name = n > 1 && !voting ? must_format("avg@%" PRId64, n) : must_strdup(metric);
-            add_metric(t, name, chain->name, item->doc, scores[i]);
-            if (i == 0) json_array_append_new(names, json_string(name));
-            free(name);
-        }
-        json_object_set_new(sample, metric, json_real(scores[0]));
-        if (n > 1 && !voting) {
-            char *name = must_format("avg@%" PRId64, n);
-            double sum = 0;
-            for (int64_t i = 0; i < n; i++) sum += scores[i];
-            json_object_set_new(sample, name, json_real(sum / (double)n));
-            free(name);
-        }
-        if (n > 1 && !voting) {
-            char *maj = must_format("maj@%" PRId64, n), *pass = must_format("pass@%" PRId64, n);
-            double won = 0;
-            if (votes) {
-                Slice winner = extracted[majority_vote(extracted, votes)];
-                for (int64_t i = n; i-- > 0;) {
-                    Slice mine = json_slice(verdicts[i].extracted);
-                    if (mine.size == winner.size && !memcmp(mine.bytes, winner.bytes, mine.size))
-                        won = scores[i];
-                }
-            }
-            add_metric(t, maj, chain->name, item->doc, won);
-            add_metric(t, pass, chain->name, item->doc, pass_at_k(n, right, n));
-            json_object_set_new(sample, maj, json_real(won));
-            json_array_append_new(names, json_string(maj));
-            free(maj);
-            free(pass);
-        }
-        json_t *verified = json_object_get(verdicts[0].more, "math_verify");
-        if (verified) {
-            add_metric(t, "math_verify", chain->name, item->doc, json_number_value(verified));
-            json_object_set(sample, "math_verify", verified);
-        }
+        json_object_set_new(sample, rule_metric(task), json_real(a.scores[0]));
+        add_sampled(item, chain, &a, t, sample, names);
     }
-    if (chain == &task->chains[0])
-        for (int64_t i = 0; i < n; i++) {
-            const json_t *a = json_array_get(item->answers, (size_t)i);
-            t->responses++;
-            t->unparsed += i < (voting ? 1 : n) && !verdicts[i].parsed;
-            t->truncated += json_is_true(json_object_get(a, "truncated"));
-            t->unclosed += json_is_true(json_object_get(a, "unclosed"));
-        }
-    json_object_set_new(sample, "resps", json_pack("[O]", texts));
-    json_object_set(sample, "filtered_resps", kept);
+    if (verified)
+        add_named(item, chain, t, sample, names, "math_verify", json_number_value(verified));
+    if (chain == &task->chains[0]) count_endings(item, &a, t);
+    json_object_set_new(sample, "resps", json_pack("[O]", a.texts));
+    json_object_set(sample, "filtered_resps", a.kept);
     json_object_set_new(sample, "filter", json_string(chain->name));
     json_object_set(sample, "metrics", names);
 done:
-    for (int64_t i = 0; i < n; i++) verdict_free(&verdicts[i]);
-    free(verdicts);
-    free(scores);
-    free(extracted);
-    json_decref(texts);
-    json_decref(kept);
+    for (int64_t i = 0; i < a.count && a.verdicts; i++) verdict_free(&a.verdicts[i]);
+    free(a.verdicts);
+    free(a.scores);
+    json_decref(a.texts);
+    json_decref(a.kept);
     json_decref(names);
     return status;
 }
@@ -195,6 +237,28 @@ static void set_hash(json_t *sample, const char *key, Slice text) {
     char hash[65];
     sha256_text(hash, text.bytes, text.size);
     json_object_set_new(sample, key, json_string(hash));
+}
+
+static bool has_target(const Task *t) {
+    return t->output == OUTPUT_TEXT && t->scorer != SCORER_IFEVAL && t->scorer != SCORER_BFCL;
+}
+
+static Status render_target(Text *out, const Task *t, const json_t *row) {
+    const char *text = t->scorer == SCORER_PYTHON ? t->tests : t->answer;
+    return template_render(out, text ? text : "{answer}", t, row, NULL);
+}
+
+Status score_check(const Task *t, const json_t *row) {
+    Text target = {0};
+    int64_t gold, choices = prompt_choice_count(row);
+    Status status = has_target(t) ? render_target(&target, t, row) : OK;
+    text_free(&target);
+    if (status != OK || t->output != OUTPUT_CHOICES) return status;
+    if (choices < 1) FAIL(ERR_FORMAT, "there are no choices");
+    TRY(prompt_gold(&gold, t, row));
+    if (gold < 0 || gold >= choices)
+        FAIL(ERR_FORMAT, "the answer is none of the %" PRId64 " choices", choices);
+    return OK;
 }
 
 /* What every line of a samples file has. */
@@ -206,9 +270,8 @@ static Status sample_head(json_t **out, const Run *r, const Item *item) {
     char *doc = json_dumps(item->row, JSON_INDENT(2));
     Status status = OK;
     int64_t requests = t->output == OUTPUT_CHOICES ? item->jobs : 1;
-    if (t->output == OUTPUT_TEXT && t->scorer != SCORER_IFEVAL && t->scorer != SCORER_BFCL) {
-        const char *text = t->scorer == SCORER_PYTHON ? t->tests : t->answer;
-        status = template_render(&target, text ? text : "{answer}", t, item->row, NULL);
+    if (has_target(t)) {
+        status = render_target(&target, t, item->row);
         json_object_set_new(sample, "target",
                             json_stringn(target.bytes ? target.bytes : "", target.size));
     }

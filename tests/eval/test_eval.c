@@ -8,6 +8,7 @@
 #include "eval/table.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
+#include "tests/program.h"
 #include "tests/test.h"
 
 #include <math.h>
@@ -388,6 +389,70 @@ CASE(eval, questions_of_h5py_are_rows) {
     snprintf(path, sizeof path, "%s/cut.h5", test_folder());
     EXPECT_OK(file_write(path, "\x89HDF\r\n\x1a\nrest", 12));
     EXPECT_ERROR(table_load(&rows, path), "cut.h5: is no readable HDF5 file");
+}
+
+CASE(eval, what_cannot_be_scored_is_refused_before_anything_is_asked) {
+    static const struct {
+        int code;
+        const char *part, *arguments;
+    } cases[] = {
+        {2, "no task 'gsm9k'", "--tasks gsm9k --data F"},
+        {2, "'gsm8k' is named twice", "--tasks gsm8k,gsm8k --data F"},
+        {1, "F/none: No such file", "--tasks gsm8k --data F/none"},
+        {1, "no questions for task 'mmlu', expected mmlu/test", "--tasks mmlu --data F"},
+        {1, "cut.jsonl:2: no JSON", "--tasks gsm8k --shots 0 --data F/cut.jsonl"},
+        {1, "document 1: a document has no 'answer'",
+         "--tasks gsm8k --shots 0 --data F/mute.jsonl"},
+        {1, "the answer is none of the 2",
+         "--tasks demo/exam/gems_choice.yaml --data F/wide.jsonl"},
+        {1, "there are no choices", "--tasks demo/exam/gems_choice.yaml --data F/cut2.jsonl"},
+        {1, "has no questions", "--tasks demo/exam/gems_choice.yaml --data F/empty.jsonl"},
+        {1, "a choice alone is longer", "--tasks demo/exam/gems_choice.yaml --data F/long.jsonl"},
+        {1, "100 few-shot examples are wanted, 2", "--tasks gsm8k --shots 100 --data F"},
+        {2, "--limit is 0", "--tasks gsm8k --limit 0 --data F"},
+        {2, "--limit is -1", "--tasks gsm8k --limit -1 --data F"},
+        {2, "--shots is -2", "--tasks gsm8k --shots -2 --data F"},
+        {2, "--batch is 0", "--tasks gsm8k --shots 0 --batch 0 --data F"},
+        {2, "--run-code says", "--tasks humaneval --data F/code.jsonl"},
+        {1, "cannot make the folder", "--tasks gsm8k --shots 0 --data F --out /proc/answers"},
+    };
+    const char *f = test_folder();
+    static const char *const files[][2] = {
+        {"cut.jsonl", "{\"question\": \"a\", \"answer\": \"#### 1\"}\n{\"question\": \n"},
+        {"mute.jsonl", "{\"question\": \"a\", \"answer\": \"#### 1\"}\n{\"question\": \"b\"}\n"},
+        {"wide.jsonl", "{\"question\": \"a\", \"choices\": [\"x\", \"y\"], \"answer\": 2}\n"},
+        {"cut2.jsonl", "{\"question\": \"a\", \"choices\": [], \"answer\": 0}\n"},
+        {"empty.jsonl", "\n"},
+        {"code.jsonl", "{\"task_id\": \"a\", \"prompt\": \"def f():\\n\", \"test\": \"\", "
+                       "\"entry_point\": \"f\", \"canonical_solution\": \"\"}\n"},
+        {"gsm8k/test.jsonl", "{\"question\": \"a\", \"answer\": \"#### 1\"}\n"},
+        {"gsm8k/train.jsonl", "{\"question\": \"a\", \"answer\": \"#### 1\"}\n"
+                              "{\"question\": \"b\", \"answer\": \"#### 2\"}\n"},
+    };
+    char path[512];
+    snprintf(path, sizeof path, "%s/gsm8k", f);
+    EXPECT_OK(folder_make(path));
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        snprintf(path, sizeof path, "%s/%s", f, files[i][0]);
+        EXPECT_OK(file_write(path, files[i][1], strlen(files[i][1])));
+    }
+    Text row = {0};
+    text_adds(&row, "{\"question\": \"a\", \"answer\": 0, \"choices\": [\"b\", \"");
+    for (int i = 0; i < 20000; i++) text_adds(&row, "so ");
+    text_adds(&row, "\"]}\n");
+    snprintf(path, sizeof path, "%s/long.jsonl", f);
+    EXPECT_OK(file_write(path, row.bytes, row.size));
+    text_free(&row);
+    EXPECT_RUN(0, "init tiny %s/model --tokenizer demo/tokenizer --dtype f32 --layers 2", f);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Text words = {0};
+        for (const char *c = cases[i].arguments; *c; c++)
+            text_adds(&words, *c == 'F' ? f : (char[]){*c, 0});
+        const char *part = cases[i].part[0] == 'F' ? cases[i].part + 1 : cases[i].part;
+        EXPECT_EXIT(cases[i].code, part, "eval --model %s/model --dtype f32 --chat-format small %s",
+                    f, words.bytes);
+        text_free(&words);
+    }
 }
 
 CASE(eval, bad_tasks_are_named) {
