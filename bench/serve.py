@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import openai
+import pydantic
 
 from program import PROGRAM
 
@@ -127,6 +129,44 @@ def conversation(client, model):
     check("a conversation with a tool's answer", told.choices[0].finish_reason in ("stop", "length", "tool_calls"))
 
 
+class Gem(pydantic.BaseModel):
+    name: Literal["ruby", "opal"]
+    colours: list[Literal["red", "green", "blue"]] = pydantic.Field(max_length=3)
+    cut: bool | None
+    twins: list["Gem"] = pydantic.Field(max_length=1)
+
+
+def forms(client, model):
+    ask = [{"role": "user", "content": "How hard is topaz?"}]
+    said = client.chat.completions.create(
+        model=model, messages=ask, tools=TOOLS, tool_choice="required", max_tokens=300, seed=3
+    ).choices[0]
+    check("a call that is asked for comes", said.message.tool_calls or said.finish_reason == "length")
+    for call in said.message.tool_calls or []:
+        check("with arguments as declared", set(json.loads(call.function.arguments)) == {"mineral"})
+    whole = 0
+    for seed in range(8):
+        reply = client.chat.completions.create(
+            model=model, messages=ask, max_tokens=600, temperature=1, seed=seed,
+            response_format={
+                "type": "json_schema",
+                "json_schema": {"name": "gem", "strict": True, "schema": Gem.model_json_schema()},
+            },
+        ).choices[0]
+        if reply.finish_reason == "stop":
+            Gem.model_validate_json(reply.message.content)
+            whole += 1
+    check(f"answers fit a schema of pydantic's ({whole} of 8 ended)", whole > 0)
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"pattern": "a+"}}}
+    check(
+        "a schema that cannot be held is 400",
+        refused(
+            lambda: client.chat.completions.create(model=model, messages=ask, response_format=wrong),
+            openai.BadRequestError,
+        ),
+    )
+
+
 def errors(client, model):
     ask = [{"role": "user", "content": "x"}]
     create = client.chat.completions.create
@@ -198,6 +238,7 @@ def main():
         check("the models are listed", [m.id for m in client.models.list()] == models)
         for model in models:
             conversation(client, model)
+        forms(client, models[0])
         errors(client, models[0])
         crowd(client, models[0], server, port)
     finally:

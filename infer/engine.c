@@ -548,19 +548,22 @@ static void add_token(Sequence *s, int32_t id, float logprob, bool best) {
     s->scored = s->count;
 }
 
-/* Whether the next token must fit a form: not within thoughts. */
+/* Whether tokens must fit a form now: within thoughts they need not. */
 static bool is_held(const Sequence *s) {
     return s->form && !s->thought;
 }
 
-/* An answer may begin with a thought whatever it is held to. */
 static bool may_think(const Sequence *s) {
-    return s->request.thought_begin > 0 && s->count == s->request.count;
+    return s->request.thinks && s->request.thought_begin > 0 && s->count == s->request.count;
 }
 
+/* An answer that must still become something does not end within a thought. */
 static bool may_come(const Engine *e, const Sequence *s, int32_t id) {
+    bool stop = sampling_stops(&s->request.sampling, id);
+    if (!s->form) return true;
+    if (s->thought) return !stop;
     if (id == s->request.thought_begin && may_think(s)) return true;
-    if (sampling_stops(&s->request.sampling, id) && grammar_complete(&s->form_state)) return true;
+    if (stop && grammar_complete(&s->form_state)) return true;
     return grammar_allows(s->form, &s->form_state, e->tokenizer, id);
 }
 
@@ -580,8 +583,11 @@ static int32_t pick_fitting(const Engine *e, const Sequence *s, const Reading *r
     float *changed = r->changed.data;
     if (c->logits != changed) memcpy(changed, z, (size_t)c->vocab * sizeof *z);
     float think = may_think(s) ? changed[s->request.thought_begin] : 0;
-    grammar_mask(s->form, &s->form_state, e->tokenizer, sampling->stops, sampling->stop_count,
-                 changed, c->vocab);
+    if (s->thought)
+        for (int k = 0; k < sampling->stop_count; k++) changed[sampling->stops[k]] = -INFINITY;
+    else
+        grammar_mask(s->form, &s->form_state, e->tokenizer, sampling->stops, sampling->stop_count,
+                     changed, c->vocab);
     if (may_think(s)) changed[s->request.thought_begin] = think;
     read_changed(r, c, i);
     if (c->values[0] == -INFINITY) return -1;
@@ -590,7 +596,8 @@ static int32_t pick_fitting(const Engine *e, const Sequence *s, const Reading *r
 
 /* A token of an answer is there: where the answer now is in what it is held to. */
 static void follow_form(const Engine *e, Sequence *s, int32_t id) {
-    bool thinks = id == s->request.thought_begin && s->count == s->request.count + 1;
+    bool thinks =
+        id == s->request.thought_begin && s->request.thinks && s->count == s->request.count + 1;
     if (is_held(s) && !thinks) {
         grammar_take(s->form, &s->form_state, e->tokenizer, id);
         if (s->form == s->request.call_grammar && grammar_complete(&s->form_state)) s->form = NULL;
@@ -619,7 +626,7 @@ static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t 
         read_changed(r, &c, i);
     }
     int32_t id = sampler_pick(sampling, &c, index);
-    if (is_held(s) && !may_come(e, s, id)) id = pick_fitting(e, s, r, &c, i, z);
+    if (!may_come(e, s, id)) id = pick_fitting(e, s, r, &c, i, z);
     if (id < 0) {
         end(e, s, ENDING_LENGTH);
         return;

@@ -45,6 +45,7 @@ typedef struct Request {
      * once its first token came. */
     const Grammar *grammar, *call_grammar;
     int32_t call_begin;         /* that token */
+    bool thinks;                /* an answer that must be something may begin with a thought */
     SequenceFunction *on_token; /* after every token of the answer, and at the end; may set
                                  * `cancelled`, may not drop; NULL: nobody */
     void *context;

@@ -257,6 +257,7 @@ static Status read_chat(const Server *s, Call *call) {
     call->request.top_logprobs = (int)top;
     call->request.thought_begin = tokenizer_find(s->m->tokenizer, "<|channel>");
     call->request.thought_end = tokenizer_find(s->m->tokenizer, "<channel|>");
+    call->request.thinks = chat.enable_thinking;
     TRY(get_forms(s, call, choice, format));
     TRY(dialog_prompt(&prompt, s->m, messages, call->tools, &chat));
     call->prompt = prompt.ids;
