@@ -76,12 +76,13 @@ static json_t *compare_values(const json_t *a, const json_t *b) {
     json_t *value;
     int64_t n = 0, better = 0, worse = 0;
     double *differences = must_malloc((json_object_size(a) + 1) * sizeof *differences), sum_a = 0,
-           sum_b = 0;
+           sum_b = 0, most = 1;
     json_object_foreach((json_t *)a, question, value) {
         const json_t *other = json_object_get(b, question);
         if (!other) continue;
         double x = json_number_value(value), y = json_number_value(other);
         sum_a += x, sum_b += y;
+        if (x < 0 || y < 0 || x > 1 || y > 1) most = INFINITY; /* no share of anything */
         differences[n++] = y - x;
         better += y > x;
         worse += y < x;
@@ -90,10 +91,13 @@ static json_t *compare_values(const json_t *a, const json_t *b) {
     free(differences);
     if (!n) return NULL;
     double error = isnan(e.stderr_) ? 0 : e.stderr_;
-    return json_pack("{s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:f}", "n", (json_int_t)n, "a",
-                     sum_a / (double)n, "b", sum_b / (double)n, "difference", e.mean, "stderr",
-                     error, "low", e.mean - 1.96 * error, "high", e.mean + 1.96 * error, "better",
-                     (json_int_t)better, "worse", (json_int_t)worse, "p", sign_test(better, worse));
+    int64_t alone = (int64_t)json_object_size(a) + (int64_t)json_object_size(b) - 2 * n;
+    return json_pack("{s:I, s:I, s:f, s:f, s:f, s:f, s:f, s:f, s:I, s:I, s:f}", "n", (json_int_t)n,
+                     "unpaired", (json_int_t)alone, "a", sum_a / (double)n, "b", sum_b / (double)n,
+                     "difference", e.mean, "stderr", error, "low",
+                     fmax(-most, e.mean - 1.96 * error), "high", fmin(most, e.mean + 1.96 * error),
+                     "better", (json_int_t)better, "worse", (json_int_t)worse, "p",
+                     sign_test(better, worse));
 }
 
 Status runs_compare(json_t **out, const char *a, const char *b) {
@@ -134,14 +138,18 @@ void comparison_print(const json_t *comparison, const char *a, const char *b, FI
     fprintf(out, "A  %s\nB  %s\n\n%-30s %-24s %6s %9s %9s %10s  %-20s %7s %6s  %s\n", a, b, "task",
             "metric", "n", "A", "B", "B - A", "95 % interval", "better", "worse", "p");
     json_array_foreach(comparison, i, row) {
-        char metric[64], interval[64];
+        char metric[64], interval[64], p[16];
         snprintf(metric, sizeof metric, "%s,%s", json_string_value(json_object_get(row, "metric")),
                  json_string_value(json_object_get(row, "filter")));
         snprintf(interval, sizeof interval, "%+.4f to %+.4f", number(row, "low"),
                  number(row, "high"));
-        fprintf(out, "%-30s %-24s %6.0f %9.4f %9.4f %+10.4f  %-20s %7.0f %6.0f  %.3f\n",
+        snprintf(p, sizeof p, number(row, "p") < 1e-3 ? "<0.001" : "%.3f", number(row, "p"));
+        fprintf(out, "%-30s %-24s %6.0f %9.4f %9.4f %+10.4f  %-20s %7.0f %6.0f  %s",
                 json_string_value(json_object_get(row, "task")), metric, number(row, "n"),
                 number(row, "a"), number(row, "b"), number(row, "difference"), interval,
-                number(row, "better"), number(row, "worse"), number(row, "p"));
+                number(row, "better"), number(row, "worse"), p);
+        if (number(row, "unpaired") > 0)
+            fprintf(out, "  (%.0f questions in one run alone)", number(row, "unpaired"));
+        fputc('\n', out);
     }
 }
