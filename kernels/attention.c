@@ -19,9 +19,8 @@ void attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tenso
                        Tensor first, Tensor last, Tensor sequence, Tensor pages) {
     check_attention(y, q, k, v, index, first, last);
     CHECK(tensor_count(lse) == q.shape[0] * q.shape[1], "attention: lse is not (N, H)");
-    CHECK(!tensor_present(pages) ||
-              (pages.ndim == 2 && tensor_count(sequence) == q.shape[0] &&
-               k.shape[0] % PAGE_KEYS == 0),
+    CHECK(!tensor_present(pages) || (pages.ndim == 2 && tensor_count(sequence) == q.shape[0] &&
+                                     k.shape[0] % PAGE_KEYS == 0),
           "attention: pages %s of k %s", tensor_text(pages), tensor_text(k));
     ON_DEVICE(q, attention_forward)(y, lse, q, k, v, index, first, last, sequence, pages);
 }

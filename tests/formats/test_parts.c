@@ -1,8 +1,8 @@
 /* test_parts.c - weights stored as codes and scales: what bitsandbytes and compressed-tensors write
  * is read as they read it, what is written is what training computed with. */
 #include "formats/file.h"
-#include "formats/sha256.h"
 #include "formats/gguf_save.h"
+#include "formats/sha256.h"
 #include "kernels/elementwise.h"
 #include "model/merge.h"
 #include "tests/fixture.h"

@@ -500,9 +500,8 @@ CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
             EXPECT_OK(engine_submit(&e, &s, &request));
             while (engine_step(&e)) continue;
             for (int64_t n = 0; n + 1 < p->batch.N; n++)
-                EXPECT(fabs(s->logprobs[n + 1] + p->nll[n]) < 2e-4,
-                       "%s: row %d: %g, expected %g", kinds[k], (int)n, -s->logprobs[n + 1],
-                       p->nll[n]);
+                EXPECT(fabs(s->logprobs[n + 1] + p->nll[n]) < 2e-4, "%s: row %d: %g, expected %g",
+                       kinds[k], (int)n, -s->logprobs[n + 1], p->nll[n]);
             engine_drop(&e, s);
             engine_free(&e);
         }
