@@ -9,6 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Rows of a weight whose norms are taken at a time: whole tiles. */
+#define NORM_ROWS 256
+
 void text_list_add(TextList *list, const char *text) {
     list->items = must_realloc(list->items, (size_t)(list->count + 1) * sizeof *list->items);
     list->items[list->count++] = must_strdup(text);
@@ -80,7 +83,8 @@ static void attach(Gemma *g, Linear *l, const AdapterSpec *spec, int64_t rank, d
         params_add_adapter(&g->params, l->name, "lora_B", grouped ? 3 : 2, grouped ? b : b + 1);
     if (spec->dora) {
         lora->magnitude = params_add_adapter(&g->params, l->name, "lora_magnitude_vector", 1, m);
-        lora->factor = tensor_make(must_calloc((size_t)l->out, sizeof(float)), F32, 1, m);
+        lora->factor = tensor_make(NULL, F32, 1, m);
+        params_add_derived(&g->params, &lora->factor);
     }
     l->lora = lora;
 }
@@ -156,28 +160,35 @@ done:
     return status;
 }
 
-void adapter_init(Gemma *g, uint64_t seed) {
+/* DoRA's magnitudes start as the norms of the weight's rows, a few rows at a time. */
+static void init_magnitude(const Linear *l, Arena *rows) {
+    for (int64_t o = 0; o < l->out; o += NORM_ROWS) {
+        int64_t n = l->out - o < NORM_ROWS ? l->out - o : NORM_ROWS;
+        size_t mark = arena_mark(rows);
+        Tensor part = ARENA_TENSOR(rows, F32, n, l->in);
+        scale_copy(part, SET, tensor_slice(l->weight->value, o, n), 1.0f);
+        row_norms(tensor_slice(l->lora->magnitude->value, o, n), part);
+        arena_release(rows, mark);
+    }
+}
+
+Status adapter_init(Gemma *g, uint64_t seed) {
     for (Linear *l = g->linears.first; l; l = l->next) {
         if (!l->lora) continue;
-        Tensor A = l->lora->A->value;
+        Tensor A = l->lora->A->value, host;
         uint64_t key = random_key_name(seed, l->lora->A->name);
         float bound = 1.0f / sqrtf((float)l->in);
+        TRY(tensor_stage(&host, A));
         for (int64_t i = 0; i < tensor_count(A); i++)
-            ((float *)A.data)[i] = (2.0f * random_uniform(key, (uint64_t)i) - 1.0f) * bound;
+            ((float *)host.data)[i] = (2.0f * random_uniform(key, (uint64_t)i) - 1.0f) * bound;
+        tensor_unstage(A, host, false);
         fill(l->lora->B->value, 0.0f);
         if (!l->lora->magnitude) continue;
-        float *rows = must_malloc((size_t)(TILE_HEIGHT * l->in) * sizeof *rows);
-        for (int64_t o = 0; o < l->out; o++) {
-            double sum = 0;
-            if (o % TILE_HEIGHT == 0) { /* rows of a tiled weight come together */
-                int64_t n = l->out - o < TILE_HEIGHT ? l->out - o : TILE_HEIGHT;
-                scale_copy(TENSOR(rows, F32, n, l->in), SET, tensor_slice(l->weight->value, o, n),
-                           1.0f);
-            }
-            const float *row = rows + o % TILE_HEIGHT * l->in;
-            for (int64_t i = 0; i < l->in; i++) sum += (double)row[i] * row[i];
-            ((float *)l->lora->magnitude->value.data)[o] = (float)sqrt(sum);
-        }
-        free(rows);
+        Arena rows;
+        TRY(arena_init(&rows, g->device, (size_t)(NORM_ROWS * l->in) * sizeof(float),
+                       "a few rows"));
+        init_magnitude(l, &rows);
+        arena_free(&rows);
     }
+    return OK;
 }

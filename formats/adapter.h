@@ -39,7 +39,7 @@ Status adapter_attach(Gemma *g, const AdapterSpec *spec);
 
 /* Fills a placed adapter: A as peft draws it (uniform within 1/sqrt(in)), B zero, magnitudes the
  * norms of the base's rows. */
-void adapter_init(Gemma *g, uint64_t seed);
+Status adapter_init(Gemma *g, uint64_t seed);
 
 /* Reads adapter_config.json; settings Lapidary does not apply (bias, layers_to_transform, ...) are
  * errors. */

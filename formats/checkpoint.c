@@ -247,16 +247,24 @@ static Status quantize_stored(const StoredTensor *t, Tensor to) {
     return OK;
 }
 
-/* The values of a stored tensor, in the parameter's dtype. */
-static Status fill_param(const StoredTensor *t, Param *p) {
-    Tensor to = p->value;
-    if (!dtype_is_packed(to.dtype)) return stored_tensor_read(t, to);
+/* The values of a stored tensor in a packed dtype, made on the CPU. */
+static Status fill_packed(const StoredTensor *t, Tensor to) {
     if (!dtype_is_packed(t->dtype)) return quantize_stored(t, to);
     Tensor from = to;
     from.dtype = t->dtype;
     from.data = (void *)t->bytes;
     repack(to, from);
     return OK;
+}
+
+/* The values of a stored tensor, in the parameter's dtype. */
+static Status fill_param(const StoredTensor *t, Param *p) {
+    Tensor host;
+    if (!dtype_is_packed(p->value.dtype)) return stored_tensor_read(t, p->value);
+    TRY(tensor_stage(&host, p->value));
+    Status status = fill_packed(t, host);
+    tensor_unstage(p->value, host, status != OK);
+    return status;
 }
 
 /* The same of a weight in parts, made whole first. */
@@ -289,6 +297,7 @@ Status checkpoint_load(const Checkpoint *c, Gemma *g) {
         if (!p->adapter) TRY(load_param(find_tensor(c, p->name)->stored, p));
     }
     params_adopt(&g->params);
+    gemma_loaded(g);
     return OK;
 }
 

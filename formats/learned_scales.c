@@ -18,8 +18,13 @@ Status learned_scales_save(const Gemma *g, const char *dir) {
     if (!w) goto done;
     TRY_DONE(safetensors_begin(w));
     for (const Linear *l = g->linears.first; l; l = l->next)
-        if (l->factors)
-            TRY_DONE(safetensors_write(w, l->factors->value.data, tensor_bytes(l->factors->value)));
+        if (l->factors) {
+            size_t size = tensor_bytes(l->factors->value);
+            void *read = must_malloc(size);
+            status = safetensors_write(w, tensor_host(l->factors->value, read), size);
+            free(read);
+            if (status != OK) goto done;
+        }
     status = safetensors_commit(w);
     w = NULL;
 done:

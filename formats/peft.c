@@ -211,12 +211,16 @@ static Status read_entry(const Entry *e, const Safetensors *file) {
     Tensor value = e->param->value;
     if (e->param->trainable) value = e->param->master;
     if (e->experts == 1) return stored_tensor_read(t, value);
-    float *copy = must_malloc(tensor_bytes(value));
-    Tensor staged = value;
-    staged.data = copy;
-    Status status = stored_tensor_read(t, staged);
-    if (status == OK) reorder(value.data, copy, e, false);
-    free(copy);
+    Tensor host, theirs = value;
+    theirs.device = device_cpu();
+    theirs.data = must_malloc(tensor_bytes(value));
+    Status status = stored_tensor_read(t, theirs);
+    if (status == OK) status = tensor_stage(&host, value);
+    if (status == OK) {
+        reorder(host.data, theirs.data, e, false);
+        tensor_unstage(value, host, false);
+    }
+    free(theirs.data);
     return status;
 }
 
@@ -345,13 +349,14 @@ static Status write_tensors(const Gemma *g, const char *dir) {
     for (int i = 0; i < count; i++) {
         const Entry *e = &entries[i];
         size_t size = (size_t)tensor_count(e->param->value) * 4;
-        const float *values = e->param->master.data;
-        float *copy = NULL;
+        float *read = must_malloc(size), *copy = NULL;
+        const float *values = tensor_host(e->param->master, read);
         if (e->experts > 1) {
             copy = must_malloc(size);
             reorder(copy, values, e, true);
         }
         status = safetensors_write(w, copy ? copy : values, size);
+        free(read);
         free(copy);
         if (status != OK) goto done;
     }

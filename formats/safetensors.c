@@ -162,26 +162,37 @@ const StoredTensor *safetensors_find(const Safetensors *s, const char *name) {
     return bsearch(&key, s->tensors, (size_t)s->count, sizeof *s->tensors, by_name);
 }
 
-Status stored_tensor_read(const StoredTensor *t, Tensor to) {
-    if (t->dtype != F32 && t->dtype != BF16 && t->dtype != F16 && !dtype_is_packed(t->dtype))
-        FAIL(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32", t->file, t->name,
-             t->dtype_text);
+/* The values in another dtype, on the CPU. */
+static Status convert(const StoredTensor *t, Tensor to) {
     Tensor from = to;
     from.dtype = t->dtype;
     from.data = (void *)t->bytes;
     size_t element = dtype_is_packed(t->dtype) ? 2 : dtype_size(t->dtype);
-    if (t->dtype == to.dtype) {
-        memcpy(to.data, t->bytes, t->size);
-    } else if ((uintptr_t)t->bytes % element) { /* a header of odd length */
-        void *copy = malloc(t->size + 1);
-        if (!copy) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, t->name);
-        from.data = memcpy(copy, t->bytes, t->size);
+    if ((uintptr_t)t->bytes % element == 0) {
         scale_copy(to, SET, from, 1.0f);
-        free(copy);
-    } else {
-        scale_copy(to, SET, from, 1.0f);
+        return OK;
     }
+    void *copy = malloc(t->size + 1); /* a header of odd length */
+    if (!copy) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, t->name);
+    from.data = memcpy(copy, t->bytes, t->size);
+    scale_copy(to, SET, from, 1.0f);
+    free(copy);
     return OK;
+}
+
+Status stored_tensor_read(const StoredTensor *t, Tensor to) {
+    Tensor host;
+    if (t->dtype != F32 && t->dtype != BF16 && t->dtype != F16 && !dtype_is_packed(t->dtype))
+        FAIL(ERR_FORMAT, "%s: tensor '%s' is %s, expected BF16, F16 or F32", t->file, t->name,
+             t->dtype_text);
+    if (t->dtype == to.dtype) {
+        tensor_write(to, t->bytes);
+        return OK;
+    }
+    TRY(tensor_stage(&host, to));
+    Status status = convert(t, host);
+    tensor_unstage(to, host, status != OK);
+    return status;
 }
 
 void stored_tensor_release(const StoredTensor *t) {

@@ -88,17 +88,12 @@ static void enter(Drafter *d, Stack *s, Tensor hidden) {
     Arena *scratch = s->pass.scratch;
     size_t mark = arena_mark(scratch);
     int64_t n = s->N, width = d->g.config.backbone_hidden_size;
-    Tensor embedded = arena_like(scratch, hidden),
-           both = ARENA_TENSOR(scratch, hidden.dtype, 2 * n, width),
-           even = ARENA_TENSOR(scratch, I32, n), odd = ARENA_TENSOR(scratch, I32, n);
-    for (int64_t i = 0; i < n && even.data; i++) {
-        ((int32_t *)even.data)[i] = (int32_t)(2 * i);
-        ((int32_t *)odd.data)[i] = (int32_t)(2 * i + 1);
-    }
-    embedding_forward(embedded, d->target->embed_tokens->value, 0, s->ids,
+    Tensor pair = ARENA_TENSOR(scratch, hidden.dtype, 2, n, width),
+           both = ARENA_TENSOR(scratch, hidden.dtype, n, 2, width);
+    embedding_forward(tensor_at(pair, 0), d->target->embed_tokens->value, 0, s->ids,
                       gemma_embedding_scale(d->target));
-    scatter_rows(both, SET, embedded, even);
-    scatter_rows(both, ADD, hidden, odd);
+    tensor_copy(tensor_at(pair, 1), hidden);
+    swap_outer(both, pair);
     linear_forward(&d->g.pre_projection, s->residual[0], RESHAPE(both, n, 2 * width), &s->pass);
     arena_release(scratch, mark);
 }
@@ -113,7 +108,7 @@ static void guess_all(Drafter *d, Stack *s, int32_t *out) {
     project(z, s->final, d->g.embed_tokens->value, s->pass.int8);
     fill(scale, 1.0f);
     top_logits(value, id, lse, z, scale);
-    if (id.data) memcpy(out, id.data, (size_t)s->N * sizeof *out);
+    tensor_read(out, id);
     arena_release(scratch, mark);
 }
 
@@ -134,35 +129,43 @@ static void guess_near(Drafter *d, Stack *s, int32_t *out) {
     linear_forward(&d->g.centroids, z, s->final, &s->pass);
     fill(scale, 1.0f);
     top_logits(value, near, lse, z, scale);
+    int32_t nearest[s->N * top], best_place = 0;
+    memset(nearest, 0, sizeof nearest);
+    tensor_read(nearest, near);
     for (int64_t n = 0; n < s->N; n++) {
-        for (int64_t k = 0; k < top && ids.data; k++)
-            memcpy((int32_t *)ids.data + k * each,
-                   d->ordering + ((int32_t *)near.data)[n * top + k] * each,
-                   (size_t)each * sizeof *d->ordering);
+        for (int64_t k = 0; k < top; k++)
+            tensor_write(tensor_slice(ids, k * each, each),
+                         d->ordering + nearest[n * top + k] * each);
         embedding_forward(table, d->g.embed_tokens->value, 0, ids, 1.0f);
         project(scores, tensor_slice(s->final, n, 1), table, false);
         top_logits(best, place, tensor_slice(lse, n, 1), scores, tensor_slice(scale, n, 1));
-        if (place.data) out[n] = ((int32_t *)ids.data)[*(int32_t *)place.data];
+        tensor_read(&best_place, place);
+        out[n] = d->ordering[nearest[n * top + best_place / each] * each + best_place % each];
     }
     arena_release(scratch, mark);
 }
 
 static void fill_step(Stack *s, const DraftRow *rows) {
+    const Staging *in = &s->inputs;
+    int32_t *ids = staged(in, s->ids), *positions = staged(in, s->positions),
+            *sequence = staged(in, s->all.sequence);
     for (int64_t i = 0; i < s->N; i++) {
         const DraftRow *r = &rows[i];
-        ((int32_t *)s->ids.data)[i] = r->token;
-        ((int32_t *)s->positions.data)[i] = (int32_t)r->position;
-        ((int32_t *)s->all.sequence.data)[i] = (int32_t)i;
+        ids[i] = r->token;
+        positions[i] = (int32_t)r->position;
+        sequence[i] = (int32_t)i;
         for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
             int64_t columns = tensor_cols(s->all.pages[kind]);
-            ((int32_t *)s->all.index[kind].data)[i] = (int32_t)r->position;
-            ((int32_t *)s->all.last[kind].data)[i] = (int32_t)(r->position - 1);
-            ((int32_t *)s->all.first[kind].data)[i] =
-                (int32_t)(kind == SLIDING ? r->sliding_first : 0);
-            memcpy((int32_t *)s->all.pages[kind].data + i * columns, r->pages[kind],
-                   (size_t)r->page_count * sizeof(int32_t));
+            int32_t *index = staged(in, s->all.index[kind]), *last = staged(in, s->all.last[kind]),
+                    *first = staged(in, s->all.first[kind]),
+                    *pages = staged(in, s->all.pages[kind]);
+            index[i] = (int32_t)r->position;
+            last[i] = (int32_t)(r->position - 1);
+            first[i] = (int32_t)(kind == SLIDING ? r->sliding_first : 0);
+            memcpy(pages + i * columns, r->pages[kind], (size_t)r->page_count * sizeof *pages);
         }
     }
+    staging_send(in);
 }
 
 /* One step of n rows; `rows` NULL: only measured. */

@@ -11,9 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Rows of logits made at a time: (64, 262144) f32 is 67 MB. */
-#define HEAD_ROWS 64
-
 /* Prompts in line that are looked at when there is room for one. */
 #define LINE_LOOKED_AT 64
 
@@ -53,22 +50,7 @@ static void place_states(Engine *e, Arena *arena) {
     if (!e->options.drafter) return;
     e->states = ARENA_TENSOR(arena, e->g->dtype, e->options.sequences, e->g->config.hidden_size);
     e->guessing = arena_like(arena, e->states);
-}
-
-/* What reads logits: a chunk of them, the best of each row, and a row to change. */
-typedef struct Reading {
-    Tensor z, values, ids, lse, scale; /* (n, V), (n, k), (n, k), (n, 2), (n) */
-    Tensor changed;                    /* (1, V) */
-} Reading;
-
-static Reading reading_reserve(Engine *e, Arena *arena, int64_t n, int64_t k) {
-    int64_t V = e->g->config.vocab_size;
-    return (Reading){.z = ARENA_TENSOR(arena, F32, n, V),
-                     .values = ARENA_TENSOR(arena, F32, n, k),
-                     .ids = ARENA_TENSOR(arena, I32, n, k),
-                     .lse = ARENA_TENSOR(arena, F32, n, 2),
-                     .scale = ARENA_TENSOR(arena, F32, n),
-                     .changed = ARENA_TENSOR(arena, F32, 1, V)};
+    e->seat_rows = ARENA_TENSOR(arena, I32, e->options.sequences);
 }
 
 static void head(Engine *e, Stack *s, int64_t first, Tensor z) {
@@ -87,7 +69,8 @@ static void measure(Engine *e, const KvCache *cache, size_t *activations, size_t
             stack_place(&s, &place);
             stack_forward(&s);
             int64_t rows = kept < HEAD_ROWS ? kept : HEAD_ROWS;
-            Reading r = reading_reserve(e, &temporary, rows, CANDIDATES_MAX);
+            Reading r;
+            reading_reserve(&r, NULL, &temporary, rows, CANDIDATES_MAX, e->g->config.vocab_size);
             head(e, &s, 0, r.z);
             stack_close(&s);
             if (place.peak > *activations) *activations = place.peak;
@@ -119,6 +102,7 @@ Status engine_init(Engine *e, Gemma *g, const Tokenizer *tokenizer, const Engine
     e->slots = must_calloc((size_t)e->g->config.num_hidden_layers, sizeof *e->slots);
     e->running = must_calloc((size_t)options->sequences, sizeof *e->running);
     e->seats = must_calloc((size_t)options->sequences, sizeof *e->seats);
+    reading_memory_init(&e->reading, e->g->config.vocab_size);
     Arena measured = arena_measure();
     place_slots(e, &measured);
     place_states(e, &measured);
@@ -160,6 +144,7 @@ void engine_free(Engine *e) {
     arena_free(&e->cache);
     arena_free(&e->activations);
     arena_free(&e->scratch);
+    reading_memory_free(&e->reading);
     free(e->slots);
     free(e->running);
     free(e->seats);
@@ -462,9 +447,27 @@ static int64_t list_wanted(Wanted *wanted, const Share *shares, int64_t count) {
     return n;
 }
 
+/* Where the host writes the integers of some rows. */
+typedef struct RowInputs {
+    int32_t *sequence;
+    int32_t *index[ATTENTION_KINDS], *first[ATTENTION_KINDS], *last[ATTENTION_KINDS],
+        *place[ATTENTION_KINDS];
+} RowInputs;
+
+static RowInputs inputs_of(const Staging *in, const Rows *rows) {
+    RowInputs out = {.sequence = staged(in, rows->sequence)};
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        out.index[kind] = staged(in, rows->index[kind]);
+        out.first[kind] = staged(in, rows->first[kind]);
+        out.last[kind] = staged(in, rows->last[kind]);
+        out.place[kind] = staged(in, rows->place[kind]);
+    }
+    return out;
+}
+
 static void fill_pages(Stack *s, const Share *shares, int64_t count) {
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-        int32_t *table = s->all.pages[kind].data;
+        int32_t *table = staged(&s->inputs, s->all.pages[kind]);
         int64_t columns = tensor_cols(s->all.pages[kind]);
         for (int64_t i = 0; i < count; i++)
             memcpy(table + i * columns, shares[i].s->pages.page[kind],
@@ -474,7 +477,9 @@ static void fill_pages(Stack *s, const Share *shares, int64_t count) {
 
 static void fill_rows(Engine *e, Stack *s, const Share *shares, int64_t count) {
     int64_t W = e->g->config.sliding_window, n = 0;
-    int32_t *ids = s->ids.data, *positions = s->positions.data, *sequence = s->all.sequence.data;
+    const Staging *in = &s->inputs;
+    int32_t *ids = staged(in, s->ids), *positions = staged(in, s->positions);
+    RowInputs rows = inputs_of(in, &s->all);
     fill_pages(s, shares, count);
     for (int64_t i = 0; i < count; i++)
         for (int64_t k = 0; k < shares[i].rows; k++, n++) {
@@ -482,13 +487,11 @@ static void fill_rows(Engine *e, Stack *s, const Share *shares, int64_t count) {
             int64_t at = owner->done + k;
             ids[n] = token_at(owner, at);
             positions[n] = (int32_t)at;
-            sequence[n] = (int32_t)i;
+            rows.sequence[n] = (int32_t)i;
             for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-                ((int32_t *)s->all.index[kind].data)[n] = (int32_t)at;
-                ((int32_t *)s->all.last[kind].data)[n] = (int32_t)at;
-                ((int32_t *)s->all.first[kind].data)[n] =
-                    (int32_t)(kind == SLIDING && at - W + 1 > 0 ? at - W + 1 : 0);
-                ((int32_t *)s->all.place[kind].data)[n] =
+                rows.index[kind][n] = rows.last[kind][n] = (int32_t)at;
+                rows.first[kind][n] = (int32_t)(kind == SLIDING && at - W + 1 > 0 ? at - W + 1 : 0);
+                rows.place[kind][n] =
                     owner->pages.page[kind][at / PAGE_KEYS] * PAGE_KEYS + (int32_t)(at % PAGE_KEYS);
             }
         }
@@ -497,14 +500,16 @@ static void fill_rows(Engine *e, Stack *s, const Share *shares, int64_t count) {
 /* The rows that go on past the last layer that owns keys. */
 static void fill_some(Stack *s, const Wanted *wanted, int64_t count) {
     if (s->kept == s->N) return;
+    RowInputs all = inputs_of(&s->inputs, &s->all), some = inputs_of(&s->inputs, &s->some);
+    int32_t *source = staged(&s->inputs, s->some.source);
     for (int64_t i = 0; i < s->kept; i++) {
         int32_t row = count ? wanted[i].row : (int32_t)(s->N - 1);
-        ((int32_t *)s->some.source.data)[i] = row;
-        ((int32_t *)s->some.sequence.data)[i] = ((int32_t *)s->all.sequence.data)[row];
+        source[i] = row;
+        some.sequence[i] = all.sequence[row];
         for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-            ((int32_t *)s->some.index[kind].data)[i] = ((int32_t *)s->all.index[kind].data)[row];
-            ((int32_t *)s->some.first[kind].data)[i] = ((int32_t *)s->all.first[kind].data)[row];
-            ((int32_t *)s->some.last[kind].data)[i] = ((int32_t *)s->all.last[kind].data)[row];
+            some.index[kind][i] = all.index[kind][row];
+            some.first[kind][i] = all.first[kind][row];
+            some.last[kind][i] = all.last[kind][row];
         }
     }
 }
@@ -567,29 +572,27 @@ static bool may_come(const Engine *e, const Sequence *s, int32_t id) {
     return grammar_allows(s->form, &s->form_state, e->tokenizer, id);
 }
 
-/* The best logits of row i after a change of all of them. */
-static void read_changed(const Reading *r, Candidates *c, int64_t i) {
-    top_logits(tensor_slice(r->values, i, 1), tensor_slice(r->ids, i, 1),
-               tensor_slice(r->lse, i, 1), r->changed, tensor_slice(r->scale, i, 1));
-    c->logits = r->changed.data;
-    c->lse = ((const float *)r->lse.data)[2 * i + 1];
+/* Row i on the host with the request's penalties in it. */
+static float *edited(const Sequence *s, Reading *r, int64_t i) {
+    float *row = reading_edit(r, i);
+    sampler_edit(&s->request.sampling, row, tensor_cols(r->z), s->ids, s->count);
+    return row;
 }
 
 /* A token that fits the form, instead of one that does not: drawn anew among those that do, which
  * together is a draw among those from the start. -1: none fits. */
-static int32_t pick_fitting(const Engine *e, const Sequence *s, const Reading *r, Candidates *c,
-                            int64_t i, const float *z) {
+static int32_t pick_fitting(const Engine *e, const Sequence *s, Reading *r, Candidates *c,
+                            int64_t i) {
     const Sampling *sampling = &s->request.sampling;
-    float *changed = r->changed.data;
-    if (c->logits != changed) memcpy(changed, z, (size_t)c->vocab * sizeof *z);
+    float *changed = edited(s, r, i);
     float think = may_think(s) ? changed[s->request.thought_begin] : 0;
     if (s->thought)
         for (int k = 0; k < sampling->stop_count; k++) changed[sampling->stops[k]] = -INFINITY;
     else
         grammar_mask(s->form, &s->form_state, e->tokenizer, sampling->stops, sampling->stop_count,
-                     changed, c->vocab);
+                     changed, tensor_cols(r->z));
     if (may_think(s)) changed[s->request.thought_begin] = think;
-    read_changed(r, c, i);
+    reading_changed(r, c, i);
     if (c->values[0] == -INFINITY) return -1;
     return sampler_pick(sampling, c, ~sequence_answered(s));
 }
@@ -607,33 +610,29 @@ static void follow_form(const Engine *e, Sequence *s, int32_t id) {
 }
 
 /* The next token of an answer, from row i. */
-static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t V) {
+static void answer(Engine *e, Sequence *s, Reading *r, int64_t i) {
     const Sampling *sampling = &s->request.sampling;
-    const float *z = (const float *)r->z.data + i * V, *lse = (const float *)r->lse.data + 2 * i;
-    int64_t k = tensor_cols(r->values), index = sequence_answered(s);
-    int32_t best = ((const int32_t *)r->ids.data)[i * k];
-    Candidates c = {
-        z, V,     (const float *)r->values.data + i * k, (const int32_t *)r->ids.data + i * k,
-        k, lse[1]};
+    int64_t index = sequence_answered(s);
+    Candidates c = reading_candidates(r, i);
+    int32_t best = c.ids[0];
+    float log_sum = r->host_lse[2 * i];
     grow(s); /* room for the tops too */
     for (int t = 0; t < s->request.top_logprobs; t++)
         s->tops[index * s->request.top_logprobs + t] =
-            (TokenChoice){c.ids[t], c.values[t] - lse[0]};
-    float log_sum = lse[0];
+            (TokenChoice){c.ids[t], c.values[t] - log_sum};
     if (sampler_edits(sampling)) {
-        memcpy(r->changed.data, z, (size_t)V * sizeof *z);
-        sampler_edit(sampling, r->changed.data, V, s->ids, s->count);
-        read_changed(r, &c, i);
+        edited(s, r, i);
+        reading_changed(r, &c, i);
     }
     int32_t id = sampler_pick(sampling, &c, index);
-    if (!may_come(e, s, id)) id = pick_fitting(e, s, r, &c, i, z);
+    if (!may_come(e, s, id)) id = pick_fitting(e, s, r, &c, i);
     if (id < 0) {
         end(e, s, ENDING_LENGTH);
         return;
     }
     if (s->request.thought_most && s->thought > s->request.thought_most)
         id = s->request.thought_end;
-    add_token(s, id, z[id] - log_sum, id == best);
+    add_token(s, id, reading_logit(r, i, id) - log_sum, id == best);
     bool stop = sampling_stops(sampling, id), quiet = s->thought > 0;
     size_t before = s->stream.text.size;
     if (!stop) follow_form(e, s, id);
@@ -657,16 +656,14 @@ static void answer(Engine *e, Sequence *s, const Reading *r, int64_t i, int64_t 
 
 /* What is wanted of one row: the log-probability of the prompt's next token, those of candidates,
  * a token of the answer. */
-static void read_row(Engine *e, const Stack *stack, const Wanted *w, const Reading *r, int64_t i,
+static void read_row(Engine *e, const Stack *stack, const Wanted *w, Reading *r, int64_t i,
                      int64_t row) {
-    int64_t V = e->g->config.vocab_size, k = tensor_cols(r->values);
-    const float *z = (const float *)r->z.data + i * V;
-    float lse = ((const float *)r->lse.data)[2 * i];
-    int32_t best = ((const int32_t *)r->ids.data)[i * k];
+    float lse = r->host_lse[2 * i];
+    int32_t best = r->host_ids[i * tensor_cols(r->values)];
     Sequence *s = w->s;
     if (w->at + 1 < s->request.count) {
         int32_t id = s->ids[w->at + 1];
-        s->logprobs[w->at + 1] = z[id] - lse;
+        s->logprobs[w->at + 1] = r->host_asked[i] - lse;
         s->best[w->at + 1] = id == best;
         s->scored = w->at + 2;
         return;
@@ -675,7 +672,7 @@ static void read_row(Engine *e, const Stack *stack, const Wanted *w, const Readi
     if (w->at >= w->given && s->ids[w->at] != s->guesses[w->at - w->given]) return;
     s->checked += w->at >= w->given;
     for (int c = 0; c < s->request.candidate_count && s->count == s->request.count; c++) {
-        s->candidate_logprobs[c] = z[s->request.candidates[c]] - lse;
+        s->candidate_logprobs[c] = reading_logit(r, i, s->request.candidates[c]) - lse;
         s->candidate_best[c] = s->request.candidates[c] == best;
     }
     s->done = w->at + 1;
@@ -683,7 +680,7 @@ static void read_row(Engine *e, const Stack *stack, const Wanted *w, const Readi
         if (e->options.drafter)
             scale_copy(tensor_slice(e->states, s->seat, 1), SET, tensor_slice(stack->final, row, 1),
                        1.0f);
-        answer(e, s, r, i, V);
+        answer(e, s, r, i);
     }
 }
 
@@ -698,13 +695,18 @@ static void read_logits(Engine *e, Stack *stack, const Wanted *wanted, int64_t c
     for (int64_t first = 0; first < count; first += HEAD_ROWS) {
         int64_t n = count - first < HEAD_ROWS ? count - first : HEAD_ROWS;
         size_t mark = arena_mark(&e->scratch);
-        Reading r = reading_reserve(e, &e->scratch, n, k);
+        Reading r;
+        float scale[HEAD_ROWS];
+        int32_t next[HEAD_ROWS];
+        reading_reserve(&r, &e->reading, &e->scratch, n, k, V);
         for (int64_t i = 0; i < n; i++) {
-            double t = wanted[first + i].s->request.sampling.temperature;
-            ((float *)r.scale.data)[i] = t > 0 ? (float)(1 / t) : 1.0f;
+            const Wanted *w = &wanted[first + i];
+            double t = w->s->request.sampling.temperature;
+            scale[i] = t > 0 ? (float)(1 / t) : 1.0f;
+            next[i] = w->at + 1 < w->s->request.count ? w->s->ids[w->at + 1] : -1;
         }
         head(e, stack, first, r.z);
-        top_logits(r.values, r.ids, r.lse, r.z, r.scale);
+        reading_read(&r, scale, next);
         for (int64_t i = 0; i < n; i++) read_row(e, stack, &wanted[first + i], &r, i, first + i);
         arena_release(&e->scratch, mark);
     }
@@ -741,7 +743,8 @@ static void guess(Engine *e) {
     }
     if (!n) return;
     Tensor hidden = tensor_slice(e->guessing, 0, n);
-    gather_rows(hidden, e->states, TENSOR(seats, I32, n));
+    tensor_write(tensor_slice(e->seat_rows, 0, n), seats);
+    gather_rows(hidden, e->states, tensor_slice(e->seat_rows, 0, n));
     drafter_guess(e->options.drafter, e->slots, rows, n, steps, hidden, out);
     for (int64_t k = 0; k < n; k++) {
         Sequence *s = e->running[who[k]];
@@ -774,6 +777,7 @@ bool engine_step(Engine *e) {
     fill_rows(e, &stack, shares, count);
     fill_some(&stack, wanted, wanted_count);
     list_adapters(e, &stack, shares, count, wanted, wanted_count, all_adapters, some_adapters);
+    staging_send(&stack.inputs);
     stack_forward(&stack);
     e->counts.passes++;
     e->counts.rows += n;

@@ -10,7 +10,7 @@
 #include "infer/drafter.h"
 #include "infer/grammar.h"
 #include "infer/pages.h"
-#include "infer/sampler.h"
+#include "infer/reading.h"
 #include "infer/stream.h"
 
 #define TOP_LOGPROBS_MAX 20
@@ -107,7 +107,8 @@ typedef struct Engine {
     Arena cache, activations, scratch;
     /* with a drafter only, (sequences, D): the final state behind each sequence's last token, by
      * its seat; and those of the sequences being guessed on */
-    Tensor states, guessing;
+    Tensor states, guessing, seat_rows;
+    ReadingMemory reading;
     bool *seats;        /* (sequences) which are taken */
     Sequence **running; /* (sequences) the oldest first */
     int64_t running_count;

@@ -158,13 +158,15 @@ static int64_t draw(const Sampling *s, const float *values, int64_t count, doubl
 
 /* All tokens ranked, for the few settings that the best ones do not settle. */
 static int32_t pick_of_all(const Sampling *s, const Candidates *c, int64_t index) {
-    Choice *choices = must_malloc((size_t)c->vocab * sizeof *choices);
-    float *values = must_malloc((size_t)c->vocab * sizeof *values);
+    int64_t V = tensor_count(c->logits);
+    const float *logits = tensor_host(c->logits, c->buffer);
+    Choice *choices = must_malloc((size_t)V * sizeof *choices);
+    float *values = must_malloc((size_t)V * sizeof *values);
     double total;
-    for (int64_t i = 0; i < c->vocab; i++) choices[i] = (Choice){c->logits[i], (int32_t)i};
-    qsort(choices, (size_t)c->vocab, sizeof *choices, by_logit);
-    for (int64_t i = 0; i < c->vocab; i++) values[i] = choices[i].logit;
-    int64_t n = cut(s, values, c->vocab, true, 0, &total);
+    for (int64_t i = 0; i < V; i++) choices[i] = (Choice){logits[i], (int32_t)i};
+    qsort(choices, (size_t)V, sizeof *choices, by_logit);
+    for (int64_t i = 0; i < V; i++) values[i] = choices[i].logit;
+    int64_t n = cut(s, values, V, true, 0, &total);
     int32_t id = choices[draw(s, values, n, total, index)].id;
     free(values);
     free(choices);
@@ -174,9 +176,10 @@ static int32_t pick_of_all(const Sampling *s, const Candidates *c, int64_t index
 /* No token is left out: they follow each other by id. */
 static int32_t pick_of_any(const Sampling *s, const Candidates *c, int64_t index) {
     double target = random_uniform_double(random_key(s->seed, 0x5a), (uint64_t)index), sum = 0;
-    int64_t pick = 0;
-    for (; pick < c->vocab - 1; pick++) {
-        sum += exp(c->logits[pick] / s->temperature - c->lse);
+    const float *logits = tensor_host(c->logits, c->buffer);
+    int64_t pick = 0, V = tensor_count(c->logits);
+    for (; pick < V - 1; pick++) {
+        sum += exp(logits[pick] / s->temperature - c->lse);
         if (target < sum) break;
     }
     return (int32_t)pick;
@@ -187,6 +190,6 @@ int32_t sampler_pick(const Sampling *s, const Candidates *c, int64_t index) {
     if (s->temperature <= 0) return c->ids[0];
     if (s->top_k <= 0 && s->top_p >= 1 && s->min_p <= 0) return pick_of_any(s, c, index);
     rest = exp((double)c->lse - c->values[0] / s->temperature);
-    int64_t n = cut(s, c->values, c->count, c->count == c->vocab, rest, &total);
+    int64_t n = cut(s, c->values, c->count, c->count == tensor_count(c->logits), rest, &total);
     return n < 0 ? pick_of_all(s, c, index) : c->ids[draw(s, c->values, n, total, index)];
 }

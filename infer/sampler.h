@@ -33,8 +33,8 @@ bool sampling_stops(const Sampling *s, int32_t id);
 
 /* A row of logits after penalties, and its best tokens (top_logits). */
 typedef struct Candidates {
-    const float *logits; /* (V) */
-    int64_t vocab;
+    Tensor logits; /* (1, V); read into buffer (V) when the best alone do not settle it */
+    float *buffer;
     const float *values; /* (count) */
     const int32_t *ids;
     int64_t count;

@@ -65,8 +65,10 @@ typedef struct Sink {
 static void keep_logits(void *context, int64_t first, Tensor logits) {
     Sink *s = context;
     size_t count = (size_t)tensor_count(logits);
+    float *copy = must_malloc(tensor_bytes(logits));
     s->failed |= fseeko(s->file, (off_t)(first * s->vocab * (int64_t)sizeof(float)), SEEK_SET) ||
-                 fwrite(logits.data, sizeof(float), count, s->file) != count;
+                 fwrite(tensor_host(logits, copy), sizeof(float), count, s->file) != count;
+    free(copy);
 }
 
 static Status run_model(Model *m, const Prompts *p, Sink *sink) {

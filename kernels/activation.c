@@ -21,3 +21,20 @@ void gelu_mul_backward(Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor 
           "gelu_mul: dup %s", tensor_text(dup));
     ON_DEVICE(dy, gelu_mul_backward)(dgate, dup, dy, gate, up);
 }
+
+static void check_joined(Tensor y, Tensor both) {
+    CHECK(tensor_rows(both) == tensor_rows(y) && tensor_cols(both) == 2 * tensor_cols(y) &&
+              both.dtype == y.dtype,
+          "gelu_mul_joined: %s and %s", tensor_text(y), tensor_text(both));
+}
+
+void gelu_mul_joined_forward(Tensor y, Tensor both) {
+    check_joined(y, both);
+    ON_DEVICE(y, gelu_mul_joined_forward)(y, both);
+}
+
+void gelu_mul_joined_backward(Tensor dboth, Tensor dy, Tensor both) {
+    check_joined(dy, both);
+    check_joined(dy, dboth);
+    ON_DEVICE(dy, gelu_mul_joined_backward)(dboth, dy, both);
+}

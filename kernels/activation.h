@@ -13,4 +13,10 @@ KERNEL(gelu_mul_forward, Tensor y, Tensor gate, Tensor up);
  *   dup may alias dy, dgate may alias gate. dup absent: not needed. */
 KERNEL(gelu_mul_backward, Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor up);
 
+/* The same where each row of `both` (M, 2 F) holds gate, then up.   y (M, F) */
+KERNEL(gelu_mul_joined_forward, Tensor y, Tensor both);
+
+/* dboth (M, 2 F) from dy (M, F); may not alias. */
+KERNEL(gelu_mul_joined_backward, Tensor dboth, Tensor dy, Tensor both);
+
 #endif

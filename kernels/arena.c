@@ -34,6 +34,27 @@ Tensor arena_tensor(Arena *arena, DType dtype, int ndim, const int64_t *shape) {
     return t;
 }
 
+void staging_begin(Staging *s, Arena *arena) {
+    *s = (Staging){.arena = arena, .begin = arena->used};
+}
+
+void staging_end(Staging *s) {
+    Device *device = s->arena->device;
+    s->end = s->arena->used;
+    if (device->kind == DEVICE_MEASURE || !s->arena->base) return;
+    s->host = device_staging(device, s->end - s->begin);
+    if (!s->host) s->host = s->arena->base + s->begin;
+}
+
+void *staged(const Staging *s, Tensor t) {
+    return t.data ? s->host + ((char *)t.data - (s->arena->base + s->begin)) : NULL;
+}
+
+void staging_send(const Staging *s) {
+    char *to = s->arena->base + s->begin;
+    if (s->host && s->host != to) device_send(s->arena->device, to, s->host, s->end - s->begin);
+}
+
 Tensor arena_like(Arena *arena, Tensor t) {
     return arena_tensor(arena, t.dtype, t.ndim, t.shape);
 }

@@ -31,6 +31,20 @@ Tensor arena_tensor(Arena *arena, DType dtype, int ndim, const int64_t *shape);
 /* A tensor of the same dtype and shape. */
 Tensor arena_like(Arena *arena, Tensor t);
 
+/* What the host makes for a pass: tensors placed between staging_begin and staging_end lie in one
+ * run. `staged` is where to write one of them, staging_send moves the run to the device at once; on
+ * the CPU the tensors themselves are written. */
+typedef struct Staging {
+    Arena *arena;
+    size_t begin, end; /* the run in the arena */
+    char *host;        /* NULL: only measured */
+} Staging;
+
+void staging_begin(Staging *s, Arena *arena);
+void staging_end(Staging *s);
+void *staged(const Staging *s, Tensor t); /* NULL when the tensor is absent, or only measured */
+void staging_send(const Staging *s);
+
 /* Temporaries live between a mark and its release, in one function. */
 static inline size_t arena_mark(const Arena *arena) {
     return arena->used;

@@ -124,6 +124,21 @@ void device_release(Device *device, void *memory, size_t bytes) {
         munmap(memory, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
 }
 
+void device_copy(Device *to_device, void *to, Device *from_device, const void *from, size_t bytes) {
+    CHECK(to_device->kind == DEVICE_CPU && from_device->kind == DEVICE_CPU,
+          "memory of a device this build does not have");
+    if (to != from) memmove(to, from, bytes);
+}
+
+void *device_staging(Device *device, size_t bytes) {
+    (void)device, (void)bytes;
+    return NULL;
+}
+
+void device_send(Device *device, void *to, const void *staged, size_t bytes) {
+    (void)device, (void)to, (void)staged, (void)bytes;
+}
+
 /* The line "KEY   N kB" of the kernel's account at `path`, in bytes; 0 when there is none. */
 static size_t account(const char *path, const char *key) {
     FILE *file = fopen(path, "r");

@@ -49,6 +49,15 @@ bool cpu_has_bf16_products(void);
 void *device_allocate(Device *device, size_t bytes);
 void device_release(Device *device, void *memory, size_t bytes);
 
+/* Copies bytes from one device's memory to another's, in order with the calls before; memory of the
+ * CPU may be reused on return. */
+void device_copy(Device *to_device, void *to, Device *from_device, const void *from, size_t bytes);
+
+/* Host memory to make a pass's inputs in, good until the next call; sending from it (device_send)
+ * does not wait. NULL for the CPU, whose inputs are made in place. */
+void *device_staging(Device *device, size_t bytes);
+void device_send(Device *device, void *to, const void *staged, size_t bytes);
+
 /* Bytes that could be taken from the device now without swapping. */
 size_t device_available(Device *device);
 

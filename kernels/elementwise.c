@@ -53,7 +53,35 @@ void scale_columns(Tensor y, Write write, Tensor x, Tensor weight) {
 }
 
 void dot_columns(Tensor y, Tensor a, Tensor b) {
-    CHECK(tensor_count(a) == tensor_count(b) && tensor_count(y) == tensor_cols(a) && y.dtype == F32,
+    CHECK((!tensor_present(b) || tensor_count(a) == tensor_count(b)) &&
+              tensor_count(y) == tensor_cols(a) && y.dtype == F32,
           "dot_columns: %s with %s", tensor_text(a), tensor_text(b));
     ON_DEVICE(a, dot_columns)(y, a, b);
+}
+
+void scale_rows(Tensor y, Tensor x, Tensor weight) {
+    CHECK(tensor_count(y) == tensor_count(x) && tensor_count(weight) == tensor_rows(x) &&
+              weight.dtype == F32,
+          "scale_rows: %s by %s", tensor_text(x), tensor_text(weight));
+    ON_DEVICE(y, scale_rows)(y, x, weight);
+}
+
+void row_norms(Tensor y, Tensor x) {
+    CHECK(tensor_count(y) == tensor_rows(x) && y.dtype == F32 && x.dtype == F32,
+          "row_norms: %s of %s", tensor_text(y), tensor_text(x));
+    ON_DEVICE(x, row_norms)(y, x);
+}
+
+void quotient(Tensor y, Write write, Tensor a, Tensor b) {
+    CHECK(tensor_count(y) == tensor_count(a) && tensor_count(y) == tensor_count(b) &&
+              y.dtype == F32 && a.dtype == F32 && b.dtype == F32,
+          "quotient: %s = %s / %s", tensor_text(y), tensor_text(a), tensor_text(b));
+    ON_DEVICE(a, quotient)(y, write, a, b);
+}
+
+void swap_outer(Tensor y, Tensor x) {
+    CHECK(x.ndim == 3 && y.ndim == 3 && y.shape[0] == x.shape[1] && y.shape[1] == x.shape[0] &&
+              y.shape[2] == x.shape[2] && y.dtype == x.dtype && !dtype_is_packed(x.dtype),
+          "swap_outer: %s from %s", tensor_text(y), tensor_text(x));
+    ON_DEVICE(x, swap_outer)(y, x);
 }

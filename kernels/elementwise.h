@@ -31,7 +31,20 @@ KERNEL(dropout, Tensor y, Tensor x, float p, uint64_t key);
 /* y[., o] (=|+=) x[., o] * weight[o].   y, x (N, D), weight (D) f32 */
 KERNEL(scale_columns, Tensor y, Write write, Tensor x, Tensor weight);
 
-/* y[o] += sum over rows of a[., o] * b[., o], in order of rows.   y (D) f32; a, b (N, D) */
+/* y[n] = x[n] * weight[n].   y, x (N, D), weight (N) f32; y may alias x */
+KERNEL(scale_rows, Tensor y, Tensor x, Tensor weight);
+
+/* y[o] += sum over rows of a[., o] * b[., o], in order of rows; b absent means ones.
+ *   y (D) f32; a, b (N, D) */
 KERNEL(dot_columns, Tensor y, Tensor a, Tensor b);
+
+/* y[n] = |x[n]|, the Euclidean norm of each row.   y (N) f32; x (N, D) f32 */
+KERNEL(row_norms, Tensor y, Tensor x);
+
+/* y (=|+=) a / b, 0 where b is 0.   y, a, b f32 of one shape */
+KERNEL(quotient, Tensor y, Write write, Tensor a, Tensor b);
+
+/* y[j,i] = x[i,j].   y (J, I, D), x (I, J, D) one dtype, not packed */
+KERNEL(swap_outer, Tensor y, Tensor x);
 
 #endif

@@ -1,8 +1,6 @@
 /* matmul.c - the contracts of matmul.h. */
 #include "kernels/matmul.h"
 
-#include <inttypes.h>
-
 static void check_product(Layout layout, Tensor y, Tensor a, Tensor b) {
     int64_t M = tensor_rows(y), N = tensor_cols(y);
     int64_t K = layout == TN ? tensor_rows(a) : tensor_cols(a);
@@ -30,8 +28,9 @@ void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     ON_DEVICE(a, matmul_ordered)(layout, y, write, a, b, alpha);
 }
 
-void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
-                    const int32_t *offsets, int64_t groups, float alpha) {
+void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,
+                    float alpha) {
+    int64_t groups = tensor_count(offsets) - 1;
     if (layout == TN) {
         CHECK(write == ADD && y.ndim == 3 && y.shape[0] == groups,
               "grouped_matmul: TN adds to (G, P, Q)");
@@ -42,9 +41,8 @@ void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
         CHECK(b.ndim == 3 && b.shape[0] == groups && tensor_rows(y) == tensor_rows(a),
               "grouped_matmul: %s %s %s", tensor_text(y), tensor_text(a), tensor_text(b));
     }
-    CHECK(a.device->kind == DEVICE_MEASURE || offsets[groups] <= tensor_rows(a),
-          "grouped_matmul: offsets beyond the %" PRId64 " rows", tensor_rows(a));
-    ON_DEVICE(a, grouped_matmul)(layout, y, write, a, b, offsets, groups, alpha);
+    CHECK(offsets.dtype == I32, "grouped_matmul: offsets are %s", tensor_text(offsets));
+    ON_DEVICE(a, grouped_matmul)(layout, y, write, a, b, offsets, alpha);
 }
 
 void matmul_int8(Tensor y, Tensor a, Tensor b) {
@@ -54,11 +52,11 @@ void matmul_int8(Tensor y, Tensor a, Tensor b) {
     ON_DEVICE(a, matmul_int8)(y, a, b);
 }
 
-void grouped_matmul_int8(Tensor y, Tensor a, Tensor b, const int32_t *offsets,
-                         const int32_t *counts, int64_t groups) {
-    CHECK(b.ndim == 3 && b.shape[0] == groups && dtype_is_tiled(b.dtype) &&
+void grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts) {
+    CHECK(b.ndim == 3 && b.shape[0] == tensor_count(counts) &&
+              tensor_count(offsets) == tensor_count(counts) + 1 && dtype_is_tiled(b.dtype) &&
               tensor_rows(y) == tensor_rows(a) && tensor_cols(a) == b.shape[2] &&
               tensor_cols(y) == b.shape[1],
           "grouped_matmul_int8: %s %s %s", tensor_text(y), tensor_text(a), tensor_text(b));
-    ON_DEVICE(a, grouped_matmul_int8)(y, a, b, offsets, counts, groups);
+    ON_DEVICE(a, grouped_matmul_int8)(y, a, b, offsets, counts);
 }

@@ -24,9 +24,9 @@ KERNEL(matmul_ordered, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
  *   NT  y (M, N) rows of g = a (M, K) rows of g times b[g] (N, K)^T
  *   NN  y (M, N) rows of g = a (M, K) rows of g times b[g] (K, N)
  *   TN  y[g] (P, Q) += (rows of g of a (M, P))^T (rows of g of b (M, Q)); write must be ADD
- *   offsets  (G + 1)  i32 on the host */
-KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
-       const int32_t *offsets, int64_t groups, float alpha);
+ *   offsets  (G + 1)  i32; rows behind the last group are left alone */
+KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,
+       float alpha);
 
 /* y (M, N) = a (M, K) b (N, K)^T, the activations a rounded to 8 bits in blocks of 32 along K, the
  * weights read as they are packed: the product of decoding and prefill.
@@ -34,9 +34,8 @@ KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
  *   b     Q4_0_TILED | Q8_0_TILED */
 KERNEL(matmul_int8, Tensor y, Tensor a, Tensor b);
 
-/* The same for rows sorted by group: counts[g] rows from offsets[g] on (i32 on the host) meet b[g];
- * rows between groups are left alone. */
-KERNEL(grouped_matmul_int8, Tensor y, Tensor a, Tensor b, const int32_t *offsets,
-       const int32_t *counts, int64_t groups);
+/* The same for rows sorted by group: counts[g] rows from offsets[g] on meet b[g]; rows between
+ * groups are left alone.   offsets (G + 1), counts (G)  i32 */
+KERNEL(grouped_matmul_int8, Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts);
 
 #endif

@@ -1,8 +1,5 @@
-/* routing.c - the contracts of routing.h, and the sort itself (a few thousand integers, on the
- * host). */
+/* routing.c - the contracts of routing.h. */
 #include "kernels/routing.h"
-
-#include <string.h>
 
 void router_forward(Tensor probs, Tensor share, Tensor experts, Tensor logits) {
     CHECK(tensor_count(probs) == tensor_count(logits) &&
@@ -39,22 +36,8 @@ void combine_backward(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Ten
 
 void routing_sort(Tensor offsets, Tensor counts, Tensor slot, Tensor source, Tensor experts) {
     int64_t E = tensor_count(counts), A = tensor_cols(experts), N = tensor_rows(experts);
-    if (experts.device->kind == DEVICE_MEASURE) return;
-    int32_t *offset = offsets.data, *count = counts.data, *place = slot.data, *from = source.data;
-    const int32_t *expert = experts.data;
-    memset(count, 0, (size_t)E * sizeof *count);
-    for (int64_t i = 0; i < N * A; i++) count[expert[i]]++;
-    offset[0] = 0;
-    for (int64_t e = 0; e < E; e++)
-        offset[e + 1] = offset[e] + (count[e] + ROUTING_ALIGN - 1) / ROUTING_ALIGN * ROUTING_ALIGN;
-    CHECK(offset[E] <= tensor_count(source), "routing: %d rows in a space of %s", offset[E],
-          tensor_text(source));
-    for (int64_t m = 0; m < tensor_count(source); m++) from[m] = -1;
-    int32_t next[1024];
-    memcpy(next, offset, (size_t)E * sizeof *next);
-    for (int64_t i = 0; i < N * A; i++) {
-        int32_t m = next[expert[i]]++;
-        place[i] = m;
-        from[m] = (int32_t)(i / A);
-    }
+    CHECK(E <= 1024 && tensor_count(offsets) == E + 1 && tensor_count(slot) == N * A &&
+              tensor_count(source) == routing_rows(N, A, E),
+          "routing: %s into %s", tensor_text(experts), tensor_text(source));
+    ON_DEVICE(experts, routing_sort)(offsets, counts, slot, source, experts);
 }

@@ -34,10 +34,13 @@ KERNEL(combine_backward, Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, 
        Tensor slot, Tensor share, Tensor experts, Tensor scale);
 
 /* The sorted order: row (n, k) goes to slot[n,k]; group e holds rows offsets[e] .. offsets[e+1],
- * which include up to ROUTING_ALIGN - 1 rows of padding; source[m] is n, or -1 for padding. offsets
- * (E + 1) i32, counts (E) i32, slot (N, A) i32, source (M) i32, M = routing_rows(N, A, E) */
-void routing_sort(Tensor offsets, Tensor counts, Tensor slot, Tensor source, Tensor experts);
+ * which include up to ROUTING_ALIGN - 1 rows of padding; source[m] is n, or -1 for padding and for
+ * what lies behind the last group.
+ *   offsets  (E + 1)  i32      slot    (N, A)  i32
+ *   counts   (E)      i32      source  (M)     i32, M = routing_rows(N, A, E) */
+KERNEL(routing_sort, Tensor offsets, Tensor counts, Tensor slot, Tensor source, Tensor experts);
 
+/* The most rows that N rows of A experts each take in sorted order. */
 static inline int64_t routing_rows(int64_t N, int64_t A, int64_t E) {
     int64_t used = N * A < E ? N * A : E;
     int64_t rows = N * A + used * (ROUTING_ALIGN - 1);

@@ -12,4 +12,7 @@
  *   scale        (N)     f32 */
 KERNEL(top_logits, Tensor values, Tensor ids, Tensor lse, Tensor logits, Tensor scale);
 
+/* y[n] = x[n, columns[n]]; column -1 gives 0.   y (N) f32, x (N, V) f32, columns (N) i32 */
+KERNEL(pick_columns, Tensor y, Tensor x, Tensor columns);
+
 #endif

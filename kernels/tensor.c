@@ -69,6 +69,48 @@ Tensor tensor_at(Tensor t, int64_t index) {
     return t;
 }
 
+static bool is_measured(Tensor t) {
+    return t.device->kind == DEVICE_MEASURE;
+}
+
+void tensor_write(Tensor to, const void *from) {
+    if (!is_measured(to)) device_copy(to.device, to.data, device_cpu(), from, tensor_bytes(to));
+}
+
+void tensor_read(void *to, Tensor from) {
+    if (!is_measured(from))
+        device_copy(device_cpu(), to, from.device, from.data, tensor_bytes(from));
+}
+
+void tensor_copy(Tensor to, Tensor from) {
+    CHECK(tensor_bytes(to) == tensor_bytes(from), "copy of %s into %s", tensor_text(from),
+          tensor_text(to));
+    if (!is_measured(to) && !is_measured(from))
+        device_copy(to.device, to.data, from.device, from.data, tensor_bytes(to));
+}
+
+const void *tensor_host(Tensor t, void *buffer) {
+    if (t.device->kind == DEVICE_CPU) return t.data;
+    tensor_read(buffer, t);
+    return buffer;
+}
+
+Status tensor_stage(Tensor *host, Tensor t) {
+    *host = t;
+    if (t.device->kind == DEVICE_CPU) return OK;
+    host->device = device_cpu();
+    host->data = device_allocate(device_cpu(), tensor_bytes(t));
+    if (!host->data)
+        FAIL(ERR_IO, "out of memory: %zu bytes to hold %s", tensor_bytes(t), tensor_text(t));
+    return OK;
+}
+
+void tensor_unstage(Tensor t, Tensor host, bool failed) {
+    if (t.device->kind == DEVICE_CPU) return;
+    if (!failed) tensor_write(t, host.data);
+    device_release(device_cpu(), host.data, tensor_bytes(t));
+}
+
 const char *tensor_text(Tensor t) {
     static _Thread_local char buffers[4][112];
     static _Thread_local unsigned turn;

@@ -145,6 +145,20 @@ Tensor tensor_slice(Tensor t, int64_t first, int64_t count);
 /* The inner tensor at `index` of the outermost dimension. */
 Tensor tensor_at(Tensor t, int64_t index);
 
+/* All bytes of a tensor from and to host memory, and between tensors of equal bytes on any devices.
+ * Nothing happens to what is only measured. */
+void tensor_write(Tensor to, const void *from);
+void tensor_read(void *to, Tensor from);
+void tensor_copy(Tensor to, Tensor from);
+
+/* The bytes on the host: the tensor's own where they are there already, else read into buffer. */
+const void *tensor_host(Tensor t, void *buffer);
+
+/* A CPU tensor to make t's values in: t itself where that is on the CPU, else a twin in memory of
+ * its own, which tensor_unstage sends (unless `failed`) and frees. ERR_IO: no memory. */
+Status tensor_stage(Tensor *host, Tensor t);
+void tensor_unstage(Tensor t, Tensor host, bool failed);
+
 /* "(512, 1536) bf16", in a buffer of this thread that the next four calls leave alone. */
 const char *tensor_text(Tensor t);
 

@@ -36,6 +36,7 @@ void block_declare(Block *b, ParamList *params, LinearList *list, const BlockCon
     }
     b->layer_scalar = PARAMS_ADD(params, "layer_scalar", 1);
     b->layer_scalar->buffer = true;
+    b->scalar = 1.0f;
     params_leave(params);
 }
 
@@ -65,12 +66,6 @@ void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtyp
         s->projected = ARENA_TENSOR(arena, dtype, N, D);
         s->projected_rstd = ARENA_TENSOR(arena, F32, N);
     }
-}
-
-static float scalar_of(const Block *b) {
-    if (!b->layer_scalar->value.data) return 1.0f; /* measuring */
-    if (b->layer_scalar->value.dtype == F32) return *(const float *)b->layer_scalar->value.data;
-    return bf16_to_f32(*(const uint16_t *)b->layer_scalar->value.data);
 }
 
 static void feed_forward(const Block *b, BlockSaved *s, Pass *p) {
@@ -106,7 +101,7 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
         linear_forward(&b->per_layer_projection, s->projected, u, p);
         norm_forward(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2);
     }
-    scale_copy(y, SET, y, scalar_of(b));
+    scale_copy(y, SET, y, b->scalar);
     arena_release(p->scratch, mark);
 }
 
@@ -138,7 +133,7 @@ void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_
                     Tensor x, Tensor per_layer, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor h = arena_like(p->scratch, x), dbranch = arena_like(p->scratch, x);
-    scale_copy(dx, SET, dy, scalar_of(b)); /* dx carries the residual's gradient from here down */
+    scale_copy(dx, SET, dy, b->scalar); /* dx carries the residual's gradient from here down */
     if (b->config.per_layer_input) {
         Tensor u = arena_like(p->scratch, s->gate), du = arena_like(p->scratch, s->gate);
         gelu_mul_forward(u, s->gate, per_layer);

@@ -19,6 +19,7 @@ typedef struct Block {
     Linear per_layer_input_gate, per_layer_projection;
     Norm post_per_layer_input_norm;
     Param *layer_scalar; /* (1), a buffer: never trained */
+    float scalar;        /* its value, once loaded (gemma_loaded) */
 } Block;
 
 typedef struct BlockSaved {

@@ -43,13 +43,24 @@ void gemma_free(Gemma *g) {
     for (Linear *l = g->linears.first; l; l = l->next) {
         for (Lora *lora = l->lora, *next; lora; lora = next) {
             next = lora->next;
-            free(lora->factor.data);
             free(lora);
         }
     }
     params_free(&g->params);
     free(g->blocks);
     *g = (Gemma){0};
+}
+
+void gemma_loaded(Gemma *g) {
+    for (int l = 0; l < g->config.num_hidden_layers; l++) {
+        Tensor t = g->blocks[l].layer_scalar->value;
+        union {
+            float f32;
+            uint16_t bf16;
+        } value;
+        tensor_read(&value, t);
+        g->blocks[l].scalar = t.dtype == F32 ? value.f32 : bf16_to_f32(value.bf16);
+    }
 }
 
 float gemma_embedding_scale(const Gemma *g) {

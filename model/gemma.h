@@ -33,6 +33,9 @@ typedef struct Gemma {
 void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *device);
 void gemma_free(Gemma *g);
 
+/* Keeps what passes need of the values on the host (layer_scalar): once after loading. */
+void gemma_loaded(Gemma *g);
+
 /* sqrt(D), rounded as the working dtype rounds it. */
 float gemma_embedding_scale(const Gemma *g);
 

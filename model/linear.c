@@ -4,7 +4,6 @@
 #include "kernels/matmul.h"
 #include "kernels/random.h"
 
-#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -44,11 +43,11 @@ static Tensor adapter_input(const Lora *lora, Tensor x, Pass *p) {
 
 /* One product of the adapter, dense or grouped. */
 static void adapter_product(const Linear *l, Layout layout, Tensor y, Write write, Tensor a,
-                            Tensor b, const int32_t *offsets, float alpha) {
+                            Tensor b, Tensor offsets, float alpha) {
     if (l->groups == 1)
         matmul_ordered(layout, y, write, a, b, alpha);
     else
-        grouped_matmul(layout, y, write, a, b, offsets, l->groups, alpha);
+        grouped_matmul(layout, y, write, a, b, offsets, alpha);
 }
 
 void project(Tensor y, Tensor x, Tensor weight, bool int8) {
@@ -79,9 +78,7 @@ void linear_sum_rows(const Linear *l, int64_t g, int64_t first, Tensor sum) {
 void linear_merged_rows(const Linear *l, int64_t g, int64_t first, Tensor rows) {
     linear_sum_rows(l, g, first, rows);
     if (!l->lora || !l->lora->magnitude) return;
-    for (int64_t i = 0; i < tensor_rows(rows); i++)
-        for (int64_t k = 0; k < l->in; k++)
-            ((float *)rows.data)[i * l->in + k] *= ((const float *)l->lora->factor.data)[first + i];
+    scale_rows(rows, rows, tensor_slice(l->lora->factor, first, tensor_rows(rows)));
 }
 
 /* ---- through rounding ---- */
@@ -157,20 +154,20 @@ static Tensor rounded_input(const Linear *l, Tensor x, Arena *scratch) {
     return rounded;
 }
 
-/* First row and count of group g: all rows of a dense linear, and while measuring. */
-static void group_rows(const Linear *l, RowGroups groups, int64_t g, int64_t rows, int64_t *first,
-                       int64_t *count) {
-    bool known = l->groups > 1 && groups.offsets;
-    *first = known ? groups.offsets[g] : 0;
-    *count = known ? groups.offsets[g + 1] - groups.offsets[g] : rows;
+/* Where the groups' rows begin, on the host: bounds[g] .. bounds[g + 1]. While measuring the first
+ * has them all. */
+static void group_bounds(int32_t *bounds, const Linear *l, RowGroups groups, int64_t rows) {
+    for (int64_t g = 0; g <= l->groups; g++) bounds[g] = g ? (int32_t)rows : 0;
+    if (l->groups > 1) tensor_read(bounds, groups.offsets);
 }
 
 static void forward_rounded(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
     Tensor input = rounded_input(l, x, p->scratch);
+    int32_t bounds[l->groups + 1];
+    group_bounds(bounds, l, groups, tensor_rows(x));
     for (int64_t g = 0; g < l->groups; g++) {
         size_t mark = arena_mark(p->scratch);
-        int64_t first, count;
-        group_rows(l, groups, g, tensor_rows(x), &first, &count);
+        int64_t first = bounds[g], count = bounds[g + 1] - first;
         if (!count) continue;
         Tensor w = rounded_weight(l, g, x.dtype, p->scratch);
         matmul(NT, tensor_slice(y, first, count), SET, tensor_slice(input, first, count), w, 1.0f);
@@ -183,10 +180,11 @@ static void forward_rounded(const Linear *l, Tensor y, Tensor x, RowGroups group
 static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
                              RowGroups groups, Pass *p) {
     Tensor input = rounded_input(l, x, p->scratch);
+    int32_t bounds[l->groups + 1];
+    group_bounds(bounds, l, groups, tensor_rows(x));
     for (int64_t g = 0; g < l->groups; g++) {
         size_t mark = arena_mark(p->scratch);
-        int64_t first, count;
-        group_rows(l, groups, g, tensor_rows(x), &first, &count);
+        int64_t first = bounds[g], count = bounds[g + 1] - first;
         if (!count) continue;
         Tensor dy_rows = tensor_slice(dy, first, count), rows = tensor_slice(input, first, count);
         if (tensor_present(dx))
@@ -208,8 +206,8 @@ static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy,
 
 /* y += scale x A^T B^T for the rows of that adapter. Rows of experts are in an order of their own,
  * so there all of them must belong to it, or none. */
-static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor x,
-                            const int32_t *offsets, Pass *p) {
+static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor x, Tensor offsets,
+                            Pass *p) {
     const int64_t *ends = p->rows->adapters;
     if (ends && ends[lora->number] == ends[lora->number + 1]) return;
     if (ends && l->groups == 1) {
@@ -230,7 +228,7 @@ static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor 
 }
 
 static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
-    const int32_t *offsets = groups.offsets;
+    Tensor offsets = groups.offsets;
     size_t mark = arena_mark(p->scratch);
     if (fake_quant_on(l->fake)) {
         forward_rounded(l, y, x, groups, p);
@@ -240,9 +238,9 @@ static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass 
     if (l->groups == 1)
         project(y, x, l->weight->value, p->int8);
     else if (p->int8 && dtype_is_tiled(l->weight->value.dtype))
-        grouped_matmul_int8(y, x, l->weight->value, offsets, groups.counts, l->groups);
+        grouped_matmul_int8(y, x, l->weight->value, offsets, groups.counts);
     else
-        grouped_matmul(NT, y, SET, x, l->weight->value, offsets, l->groups, 1.0f);
+        grouped_matmul(NT, y, SET, x, l->weight->value, offsets, 1.0f);
     for (const Lora *lora = l->lora; lora; lora = lora->next)
         forward_adapter(l, lora, y, x, offsets, p);
     arena_release(p->scratch, mark);
@@ -250,7 +248,7 @@ static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass 
 
 static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, RowGroups groups,
                      Pass *p) {
-    const int32_t *offsets = groups.offsets;
+    Tensor offsets = groups.offsets;
     size_t mark = arena_mark(p->scratch);
     const Lora *lora = l->lora;
     if (fake_quant_on(l->fake)) {
@@ -265,12 +263,7 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
             forward(l, z, x, groups, p); /* factor * z; divided by the magnitude below */
             fill(sums, 0.0f);
             dot_columns(sums, dy, z);
-            if (sums.data)
-                for (int64_t o = 0; o < l->out; o++) {
-                    float m = ((float *)lora->magnitude->value.data)[o];
-                    ((float *)lora->magnitude->grad.data)[o] +=
-                        m != 0 ? ((float *)sums.data)[o] / m : 0.0f;
-                }
+            quotient(lora->magnitude->grad, ADD, sums, lora->magnitude->value);
         }
         Tensor dz = arena_like(p->scratch, dy);
         scale_columns(dz, SET, dy, lora->factor);
@@ -280,13 +273,13 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
         if (l->groups == 1)
             matmul(NN, dx, write, dy, l->weight->value, 1.0f);
         else
-            grouped_matmul(NN, dx, write, dy, l->weight->value, offsets, l->groups, 1.0f);
+            grouped_matmul(NN, dx, write, dy, l->weight->value, offsets, 1.0f);
     }
     if (l->weight->trainable) {
         if (l->groups == 1)
             matmul(TN, l->weight->grad, ADD, dy, x, 1.0f);
         else
-            grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, l->groups, 1.0f);
+            grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, 1.0f);
     }
     if (lora) {
         Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank),
@@ -313,7 +306,7 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
 }
 
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
-    forward(l, y, x, (RowGroups){NULL, NULL}, p);
+    forward(l, y, x, (RowGroups){0}, p);
 }
 
 void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
@@ -321,7 +314,7 @@ void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups group
 }
 
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p) {
-    backward(l, dx, write, dy, x, (RowGroups){NULL, NULL}, p);
+    backward(l, dx, write, dy, x, (RowGroups){0}, p);
 }
 
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
@@ -341,13 +334,9 @@ static void refresh(Linear *l, Lora *lora, Arena *scratch) {
         int64_t n = l->out - o < block ? l->out - o : block;
         Tensor part = tensor_slice(sum, 0, n);
         linear_sum_rows(&one, 0, o, part);
-        for (int64_t i = 0; i < n; i++) {
-            const float *row = (const float *)part.data + i * l->in;
-            double square = 0;
-            for (int64_t k = 0; k < l->in; k++) square += (double)row[k] * row[k];
-            ((float *)lora->factor.data)[o + i] =
-                ((float *)lora->magnitude->value.data)[o + i] / (float)sqrt(square);
-        }
+        Tensor factor = tensor_slice(lora->factor, o, n);
+        row_norms(factor, part);
+        quotient(factor, SET, tensor_slice(lora->magnitude->value, o, n), factor);
     }
     arena_release(scratch, mark);
 }

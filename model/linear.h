@@ -51,9 +51,9 @@ void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, cons
                             int64_t groups, int64_t out, int64_t in);
 
 /* Rows of x sorted by group: group g has counts[g] of them from offsets[g] on, and padding up to
- * offsets[g + 1]. i32 on the host; offsets is NULL while measuring. */
+ * offsets[g + 1].   offsets (G + 1), counts (G)  i32; absent where there is one group */
 typedef struct RowGroups {
-    const int32_t *offsets, *counts;
+    Tensor offsets, counts;
 } RowGroups;
 
 /* Declares l->factors under the linear's name, trainable; they start as 1. */

@@ -2,11 +2,11 @@
 #include "model/merge.h"
 #include "kernels/elementwise.h"
 
-void merged_rows(const Gemma *g, const Param *p, int64_t first, int64_t count, float *out) {
+/* The rows where the model is. */
+static void merge(const Gemma *g, const Param *p, int64_t first, Tensor to) {
     const Linear *l = gemma_owner(g, p);
     Tensor source = p->trainable ? p->master : p->value;
-    int64_t cols = source.ndim > 1 ? tensor_cols(source) : tensor_count(source);
-    Tensor to = TENSOR(out, F32, count, cols);
+    int64_t count = tensor_rows(to), cols = tensor_cols(to);
     if (!l || !l->lora) {
         Tensor rows = RESHAPE(source, tensor_count(source) / cols, cols);
         scale_copy(to, SET, tensor_slice(rows, first, count), 1.0f);
@@ -17,6 +17,21 @@ void merged_rows(const Gemma *g, const Param *p, int64_t first, int64_t count, f
         n = l->out - inside < count - done ? l->out - inside : count - done;
         linear_merged_rows(l, (first + done) / l->out, inside, tensor_slice(to, done, n));
     }
+}
+
+void merged_rows(const Gemma *g, const Param *p, int64_t first, int64_t count, float *out) {
+    int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
+    Tensor to = TENSOR(out, F32, count, cols);
+    to.device = p->trainable ? p->master.device : p->value.device;
+    if (to.device->kind == DEVICE_CPU) {
+        merge(g, p, first, to);
+        return;
+    }
+    to.data = device_allocate(to.device, tensor_bytes(to));
+    CHECK(to.data, "no memory for %s on the device", tensor_text(to));
+    merge(g, p, first, to);
+    tensor_read(out, to);
+    device_release(to.device, to.data, tensor_bytes(to));
 }
 
 Tensor merged_factors(const Gemma *g, const Param *p, int64_t first, int64_t count) {

@@ -56,52 +56,33 @@ static Tensor router_input(const Moe *m, const MoeSaved *s, Pass *p) {
     return r;
 }
 
-/* gelu(gate) * up from the joined halves: splits them, as the activation takes two tensors. */
-static void split_halves(Tensor gate, Tensor up, Tensor both) {
-    if (!both.data) return;
-    size_t half = (size_t)tensor_cols(gate) * dtype_size(gate.dtype);
-#pragma omp parallel for schedule(static)
-    for (int64_t m = 0; m < tensor_rows(both); m++) {
-        memcpy((char *)gate.data + (size_t)m * half, (char *)both.data + 2 * (size_t)m * half,
-               half);
-        memcpy((char *)up.data + (size_t)m * half, (char *)both.data + (2 * (size_t)m + 1) * half,
-               half);
-    }
-}
-
-static void join_halves(Tensor both, Tensor gate, Tensor up) {
-    if (!both.data) return;
-    size_t half = (size_t)tensor_cols(gate) * dtype_size(gate.dtype);
-#pragma omp parallel for schedule(static)
-    for (int64_t m = 0; m < tensor_rows(both); m++) {
-        memcpy((char *)both.data + 2 * (size_t)m * half, (char *)gate.data + (size_t)m * half,
-               half);
-        memcpy((char *)both.data + (2 * (size_t)m + 1) * half, (char *)up.data + (size_t)m * half,
-               half);
-    }
-}
-
-/* Rows in sorted order, padding included: known once they are sorted, before that the most there
- * can be. */
-static int64_t routed_rows(const MoeSaved *s) {
-    const int32_t *offsets = s->offsets.data;
-    return offsets ? offsets[tensor_count(s->offsets) - 1] : tensor_rows(s->gate_up);
-}
-
 static RowGroups groups_of(const MoeSaved *s) {
-    return (RowGroups){s->offsets.data, s->counts.data};
+    return (RowGroups){s->offsets, s->counts};
 }
 
-static void count_load(const Moe *m, const MoeSaved *s, ExpertLoad *load) {
-    int64_t E = m->config.num_experts, N = tensor_rows(s->probs);
-    const int32_t *counts = s->counts.data;
-    const float *probs = s->probs.data;
-    for (int64_t e = 0; e < E; e++) {
-        load->counts[e] += counts[e];
-        for (int64_t n = 0; n < N; n++) load->probs[e] += probs[n * E + e];
-        if (load->by_layer) load->by_layer[m->config.layer * E + e] += (float)counts[e];
+/* What each expert got, for who asked (Pass.load_counts). */
+static void count_load(const Moe *m, const MoeSaved *s, Pass *p) {
+    if (!tensor_present(p->load_counts)) return;
+    Tensor sums = tensor_at(p->load_probs, m->config.layer);
+    tensor_copy(tensor_at(p->load_counts, m->config.layer), s->counts);
+    fill(sums, 0.0f);
+    dot_columns(sums, s->probs, tensor_absent());
+}
+
+void expert_load_collect(ExpertLoad *load, const Pass *p, int64_t N) {
+    int64_t L = p->load_counts.shape[0], E = p->load_counts.shape[1];
+    int32_t counts[L * E];
+    float probs[L * E];
+    tensor_read(counts, p->load_counts);
+    tensor_read(probs, p->load_probs);
+    memset(load->counts, 0, sizeof load->counts);
+    memset(load->probs, 0, sizeof load->probs);
+    for (int64_t i = 0; i < L * E; i++) {
+        load->counts[i % E] += counts[i];
+        load->probs[i % E] += probs[i];
+        if (load->by_layer) load->by_layer[i] += (float)counts[i];
     }
-    load->rows += N;
+    load->rows = L * N;
 }
 
 double expert_load_loss(const ExpertLoad *load, int64_t num_experts) {
@@ -110,19 +91,6 @@ double expert_load_loss(const ExpertLoad *load, int64_t num_experts) {
     for (int64_t e = 0; e < num_experts; e++)
         sum += load->counts[e] / rows * (load->probs[e] / rows);
     return (double)num_experts * sum;
-}
-
-/* The derivative of the loss by each probability of expert e: aux_scale * E * f_e / rows. */
-static Tensor load_gradient(const Moe *m, Pass *p) {
-    int64_t E = m->config.num_experts;
-    if (p->aux_scale == 0) return tensor_absent();
-    Tensor balance = ARENA_TENSOR(p->scratch, F32, E);
-    if (!balance.data) return balance; /* measuring */
-    double rows = (double)p->load->rows;
-    for (int64_t e = 0; e < E; e++)
-        ((float *)balance.data)[e] =
-            (float)(p->aux_scale * (double)E * p->load->counts[e] / rows / rows);
-    return balance;
 }
 
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *p) {
@@ -134,17 +102,15 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
     linear_forward(&m->router_proj, logits, r, p);
     router_forward(s->probs, s->share, s->experts, logits);
     routing_sort(s->offsets, s->counts, s->slot, s->source, s->experts);
-    if (s->probs.data && p->load && p->load->counting) count_load(m, s, p->load);
+    count_load(m, s, p);
 
-    int64_t M = routed_rows(s);
-    Tensor gate_up = tensor_slice(s->gate_up, 0, M), out = tensor_slice(s->out, 0, M);
+    int64_t M = tensor_rows(s->gate_up);
     Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D);
-    Tensor gate = ARENA_TENSOR(p->scratch, h.dtype, M, F), up = arena_like(p->scratch, gate);
-    gather_rows(sorted, h, tensor_slice(s->source, 0, M));
-    linear_forward_grouped(&m->gate_up_proj, gate_up, sorted, groups_of(s), p);
-    split_halves(gate, up, gate_up);
-    gelu_mul_forward(gate, gate, up);
-    linear_forward_grouped(&m->down_proj, out, gate, groups_of(s), p);
+    Tensor hidden = ARENA_TENSOR(p->scratch, h.dtype, M, F);
+    gather_rows(sorted, h, s->source);
+    linear_forward_grouped(&m->gate_up_proj, s->gate_up, sorted, groups_of(s), p);
+    gelu_mul_joined_forward(hidden, s->gate_up);
+    linear_forward_grouped(&m->down_proj, s->out, hidden, groups_of(s), p);
     combine_forward(y, s->out, s->slot, s->share, s->experts, m->per_expert_scale->value);
     arena_release(p->scratch, mark);
 }
@@ -152,32 +118,28 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
 void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
                   Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    int64_t N = tensor_rows(h), E = m->config.num_experts, M = routed_rows(s);
+    int64_t N = tensor_rows(h), E = m->config.num_experts, M = tensor_rows(s->gate_up);
     int64_t F = m->config.moe_intermediate_size, D = m->config.hidden_size;
-    Tensor gate_up = tensor_slice(s->gate_up, 0, M), out = tensor_slice(s->out, 0, M);
-    Tensor dout = arena_like(p->scratch, out), dshare = arena_like(p->scratch, s->share);
-    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, out, s->slot, s->share,
+    Tensor dout = arena_like(p->scratch, s->out), dshare = arena_like(p->scratch, s->share);
+    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->share,
                      s->experts, m->per_expert_scale->value);
 
     Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D),
            dsorted = arena_like(p->scratch, sorted);
-    Tensor gate = ARENA_TENSOR(p->scratch, h.dtype, M, F), up = arena_like(p->scratch, gate);
-    Tensor hidden = arena_like(p->scratch, gate), dhidden = arena_like(p->scratch, gate);
-    Tensor dgate_up = arena_like(p->scratch, gate_up);
-    gather_rows(sorted, h, tensor_slice(s->source, 0, M));
-    split_halves(gate, up, gate_up);
-    gelu_mul_forward(hidden, gate, up);
+    Tensor hidden = ARENA_TENSOR(p->scratch, h.dtype, M, F),
+           dhidden = arena_like(p->scratch, hidden);
+    Tensor dgate_up = arena_like(p->scratch, s->gate_up);
+    gather_rows(sorted, h, s->source);
+    gelu_mul_joined_forward(hidden, s->gate_up);
     linear_backward_grouped(&m->down_proj, dhidden, SET, dout, hidden, groups_of(s), p);
-    gelu_mul_backward(gate, dhidden, dhidden, gate, up); /* gate: dgate, dhidden: dup */
-    join_halves(dgate_up, gate, dhidden);
+    gelu_mul_joined_backward(dgate_up, dhidden, s->gate_up);
     linear_backward_grouped(&m->gate_up_proj, dsorted, SET, dgate_up, sorted, groups_of(s), p);
     fill(dh, 0.0f);
     gather_add_rows(dh, dsorted, s->slot);
 
-    Tensor balance = load_gradient(m, p);
     Tensor dlogits = ARENA_TENSOR(p->scratch, h.dtype, N, E), r = router_input(m, s, p),
            dr = arena_like(p->scratch, r);
-    router_backward(dlogits, dshare, s->probs, s->share, s->experts, balance);
+    router_backward(dlogits, dshare, s->probs, s->share, s->experts, p->balance);
     linear_backward(&m->router_proj, dr, SET, dlogits, r, p);
     scale_copy(dr, SET, dr, 1.0f / sqrtf((float)D));
     if (m->router_scale->trainable) dot_columns(m->router_scale->grad, dr, s->normed);

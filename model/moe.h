@@ -37,6 +37,17 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
 void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
                   Tensor x, Pass *p);
 
+/* Load of the experts over one pass, all layers pooled: what the balancing loss is made of. */
+typedef struct ExpertLoad {
+    int64_t rows;               /* rows times layers */
+    double counts[EXPERTS_MAX]; /* assignments to each expert */
+    double probs[EXPERTS_MAX];  /* sum of its probabilities */
+    float *by_layer;            /* (L, E) assignments, summed over passes; NULL: not wanted */
+} ExpertLoad;
+
+/* Sums what a forward pass of N rows left in the pass's tensors. */
+void expert_load_collect(ExpertLoad *load, const Pass *p, int64_t N);
+
 /* The balancing loss of a pass: E * sum_e f_e P_e, f_e the assignments to e and P_e its mean
  * probability per pooled row (top_k when balanced). */
 double expert_load_loss(const ExpertLoad *load, int64_t num_experts);

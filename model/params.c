@@ -15,6 +15,7 @@ void params_init(ParamList *params, DType dtype, const char *prefix) {
 void params_free(ParamList *params) {
     for (int i = 0; i < params->count; i++) free(params->items[i]);
     free(params->items);
+    free(params->derived);
     arena_free(&params->values);
     arena_free(&params->trained);
     *params = (ParamList){0};
@@ -73,6 +74,12 @@ Param *params_add_adapter(ParamList *params, const char *module, const char *nam
     return p;
 }
 
+void params_add_derived(ParamList *params, Tensor *t) {
+    params->derived = must_realloc(params->derived,
+                                   (size_t)(params->derived_count + 1) * sizeof *params->derived);
+    params->derived[params->derived_count++] = t;
+}
+
 Param *params_find(const ParamList *params, const char *name) {
     for (int i = 0; i < params->count; i++)
         if (!strcmp(params->items[i]->name, name)) return params->items[i];
@@ -104,6 +111,8 @@ void params_measure(const ParamList *params, size_t *frozen, size_t *trained) {
             *frozen += aligned(tensor_bytes(p->value));
         if (p->trainable) *trained += (size_t)span(p) * 4;
     }
+    for (int i = 0; i < params->derived_count; i++)
+        *frozen += aligned(tensor_bytes(*params->derived[i]));
 }
 
 Status params_place(ParamList *params, Device *device, bool gradients) {
@@ -135,6 +144,8 @@ Status params_place(ParamList *params, Device *device, bool gradients) {
         else if (!(p->mapped && !p->trainable))
             p->value = arena_like(&params->values, p->value);
     }
+    for (int i = 0; i < params->derived_count; i++)
+        *params->derived[i] = arena_like(&params->values, *params->derived[i]);
     return OK;
 }
 

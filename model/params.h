@@ -30,7 +30,9 @@ typedef struct ParamList {
     char path[PARAM_NAME_MAX]; /* prefix of names being declared */
     DType dtype;               /* of working values */
     Arena values;              /* frozen values and bf16 working values */
-    Tensor space, grads;       /* (n) f32: trainable values or masters, and their gradients */
+    Tensor **derived;          /* made from values, never stored (params_add_derived) */
+    int derived_count;
+    Tensor space, grads; /* (n) f32: trainable values or masters, and their gradients */
     Arena trained;
 } ParamList;
 
@@ -50,6 +52,9 @@ Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *
 /* Declares `module`.name, whatever path is entered: a trainable f32 part of an adapter. */
 Param *params_add_adapter(ParamList *params, const char *module, const char *name, int ndim,
                           const int64_t *shape);
+
+/* A f32 tensor that is computed from values: placed beside them, in no file. Its shape is set. */
+void params_add_derived(ParamList *params, Tensor *t);
 
 /* The parameter of that full name; NULL when there is none. */
 Param *params_find(const ParamList *params, const char *name);

@@ -33,16 +33,6 @@ typedef struct KvSlot {
     Tensor dk, dv; /* (S, K, C) f32; training only; zero whenever no backward pass is under way */
 } KvSlot;
 
-/* Load of the experts over one pass, all layers pooled: what the balancing loss is made of. The
- * first forward of a layer adds to it (counting), the backward pass reads the finished sums. */
-typedef struct ExpertLoad {
-    bool counting;
-    int64_t rows;               /* rows times layers */
-    double counts[EXPERTS_MAX]; /* assignments to each expert */
-    double probs[EXPERTS_MAX];  /* sum of its probabilities */
-    float *by_layer;            /* (L, E) assignments, summed over passes; NULL: not wanted */
-} ExpertLoad;
-
 typedef struct Pass {
     const Rows *rows;
     KvSlot *slots; /* one for each layer; valid where the layer owns K and V */
@@ -50,8 +40,10 @@ typedef struct Pass {
     bool training;
     bool int8;    /* packed weights meet activations in 8 bits: running a model, not training it */
     uint64_t key; /* of this micro-batch's random numbers */
-    ExpertLoad *load; /* NULL: nobody asks */
-    float aux_scale;  /* derivative of the whole loss by the balancing loss; 0: none */
+    /* Of the experts; absent: nobody asks. */
+    Tensor load_counts; /* (L, E) i32: rows that each expert got in each layer */
+    Tensor load_probs;  /* (L, E) f32: sum of its probabilities over the rows */
+    Tensor balance;     /* (E) f32: derivative of the loss by each probability, read backward */
 } Pass;
 
 #endif

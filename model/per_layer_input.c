@@ -5,7 +5,6 @@
 #include "kernels/embedding.h"
 
 #include <math.h>
-#include <string.h>
 
 void per_layer_input_declare(PerLayerInput *m, ParamList *params, LinearList *list,
                              const ModelConfig *c) {
@@ -31,17 +30,6 @@ void per_layer_input_reserve(PerLayerInputSaved *s, Arena *arena, const PerLayer
     s->out = ARENA_TENSOR(arena, dtype, m->L, N, m->P);
 }
 
-/* (N, L, P) <-> (L, N, P) */
-static void swap_outer(Tensor y, Tensor x, int64_t outer, int64_t inner, int64_t P) {
-    if (!x.data) return;
-    size_t bytes = (size_t)P * dtype_size(x.dtype);
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < outer; i++)
-        for (int64_t j = 0; j < inner; j++)
-            memcpy((char *)y.data + (size_t)(j * outer + i) * bytes,
-                   (char *)x.data + (size_t)(i * inner + j) * bytes, bytes);
-}
-
 void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tensor x0, Tensor ids,
                              Pass *p) {
     size_t mark = arena_mark(p->scratch);
@@ -62,7 +50,7 @@ void per_layer_input_forward(const PerLayerInput *m, PerLayerInputSaved *s, Tens
     norm_forward(&m->per_layer_projection_norm, RESHAPE(context, N * m->L, m->P), s->rstd,
                  RESHAPE(s->projected, N * m->L, m->P), tensor_absent());
     add_scaled(context, context, table, sqrtf(0.5f));
-    swap_outer(s->out, context, N, m->L, m->P);
+    swap_outer(s->out, RESHAPE(context, N, m->L, m->P));
     arena_release(p->scratch, mark);
 }
 
@@ -77,7 +65,7 @@ void per_layer_input_backward(const PerLayerInput *m, const PerLayerInputSaved *
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(x0);
     Tensor dsum = arena_like(p->scratch, s->projected);
-    swap_outer(dsum, dout, m->L, N, m->P);
+    swap_outer(RESHAPE(dsum, N, m->L, m->P), dout);
     scale_copy(dsum, SET, dsum, sqrtf(0.5f));
     if (m->embed_tokens_per_layer->trainable)
         embedding_backward(m->embed_tokens_per_layer->grad, 0, dsum, ids, sqrtf((float)m->P),

@@ -26,19 +26,13 @@ void stack_close(Stack *s) {
     free(s->residual);
 }
 
-static void rows_reserve(Rows *rows, Arena *arena, const ModelConfig *c, const KvCache *cache,
-                         int64_t count) {
+/* The integers of some rows. */
+static void rows_reserve(Rows *rows, Arena *arena, const KvCache *cache, int64_t count) {
     *rows = (Rows){.count = count};
-    int64_t width[ATTENTION_KINDS] = {0};
-    for (int l = 0; l < c->num_hidden_layers; l++)
-        width[c->layer[l].kind] = c->layer[l].head_dim / 2;
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
         rows->index[kind] = ARENA_TENSOR(arena, I32, count);
         rows->first[kind] = ARENA_TENSOR(arena, I32, count);
         rows->last[kind] = ARENA_TENSOR(arena, I32, count);
-        if (!width[kind]) continue;
-        rows->cos[kind] = ARENA_TENSOR(arena, F32, count, width[kind]);
-        rows->sin[kind] = ARENA_TENSOR(arena, F32, count, width[kind]);
     }
     if (cache) rows->sequence = ARENA_TENSOR(arena, I32, count);
 }
@@ -49,6 +43,34 @@ static void rows_reserve_pages(Rows *rows, Arena *arena, const KvCache *cache) {
         rows->pages[kind] = ARENA_TENSOR(arena, I32, cache->sequences, cache->pages);
         rows->place[kind] = ARENA_TENSOR(arena, I32, rows->count);
     }
+}
+
+/* What their positions turn heads by. */
+static void rows_reserve_angles(Rows *rows, Arena *arena, const ModelConfig *c) {
+    int64_t width[ATTENTION_KINDS] = {0};
+    for (int l = 0; l < c->num_hidden_layers; l++)
+        width[c->layer[l].kind] = c->layer[l].head_dim / 2;
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        if (!width[kind]) continue;
+        rows->cos[kind] = ARENA_TENSOR(arena, F32, rows->count, width[kind]);
+        rows->sin[kind] = ARENA_TENSOR(arena, F32, rows->count, width[kind]);
+    }
+}
+
+/* Everything the caller fills, in one run. */
+static void reserve_inputs(Stack *s, Arena *arena) {
+    staging_begin(&s->inputs, arena);
+    s->ids = ARENA_TENSOR(arena, I32, s->N);
+    s->positions = ARENA_TENSOR(arena, I32, s->N);
+    rows_reserve(&s->all, arena, s->cache, s->N);
+    if (s->cache) rows_reserve_pages(&s->all, arena, s->cache);
+    s->some = s->all;
+    if (s->kept < s->N) {
+        rows_reserve(&s->some, arena, s->cache, s->kept);
+        memcpy(s->some.pages, s->all.pages, sizeof s->all.pages);
+        s->some.source = ARENA_TENSOR(arena, I32, s->kept);
+    }
+    staging_end(&s->inputs);
 }
 
 static void rows_rotate(Rows *rows, const ModelConfig *c, Tensor positions) {
@@ -102,19 +124,15 @@ void stack_place(Stack *s, Arena *arena) {
     int L = (int)c->num_hidden_layers;
     int64_t D = c->hidden_size;
     s->boundary = s->kept < s->N ? model_config_kv_layers(c) : L;
-    rows_reserve(&s->all, arena, c, s->cache, s->N);
-    if (s->cache) rows_reserve_pages(&s->all, arena, s->cache);
-    s->ids = ARENA_TENSOR(arena, I32, s->N);
-    s->positions = ARENA_TENSOR(arena, I32, s->N);
+    reserve_inputs(s, arena);
+    rows_reserve_angles(&s->all, arena, c);
+    if (s->kept < s->N)
+        rows_reserve_angles(&s->some, arena, c);
+    else
+        s->some = s->all;
     if (g->fake.embeddings && fake_quant_fits(&g->fake, D))
         s->rounded_table = ARENA_TENSOR(arena, g->dtype, c->vocab_size, D);
-    s->some = s->all;
-    if (s->kept < s->N) {
-        rows_reserve(&s->some, arena, c, s->cache, s->kept);
-        memcpy(s->some.pages, s->all.pages, sizeof s->all.pages);
-        s->some.source = ARENA_TENSOR(arena, I32, s->kept);
-        s->kept_input = ARENA_TENSOR(arena, g->dtype, s->kept, D);
-    }
+    if (s->kept < s->N) s->kept_input = ARENA_TENSOR(arena, g->dtype, s->kept, D);
     if (!s->cache) reserve_slots(s, arena);
     if (g->per_layer_input.L)
         per_layer_input_reserve(&s->per_layer, arena, &g->per_layer_input, g->dtype, s->N);

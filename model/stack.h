@@ -27,7 +27,8 @@ typedef struct Stack {
     int64_t N, kept; /* rows, and rows that go all the way */
     Rows all,
         some; /* `some`: the rows that go on after the boundary; `all` itself when every row does */
-    int boundary; /* first layer that sees only `some` */
+    int boundary;   /* first layer that sees only `some` */
+    Staging inputs; /* integers that the caller fills: ids, positions, Rows, and lent tables */
     Tensor ids, positions;
     Tensor rounded_table; /* (V, D): the token table as it will be stored; only where that is
                              trained */
@@ -46,10 +47,11 @@ void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, con
                 Arena *scratch);
 void stack_close(Stack *s);
 
-/* Places everything in `arena`; also run measuring. */
+/* Places everything in `arena`; also run measuring. What the caller fills is `staged` in s->inputs.
+ */
 void stack_place(Stack *s, Arena *arena);
 
-/* From ids, positions and filled rows to s->final. */
+/* From ids, positions and filled rows, sent first, to s->final. */
 void stack_forward(Stack *s);
 
 /* The same in its parts, for who fills residual[0] otherwise: what positions give, and the layers

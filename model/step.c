@@ -5,6 +5,7 @@
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* Rows of logits made at a time: (128, 262144) f32 is 134 MB. */
@@ -24,6 +25,14 @@ static void step_place(Step *t, Arena *arena) {
     t->weights = ARENA_TENSOR(arena, F32, s->kept);
     t->nll = ARENA_TENSOR(arena, F32, s->kept);
     if (stack_trains(s)) t->dfinal = arena_like(arena, s->final);
+    int64_t L = s->g->config.num_hidden_layers, E = s->g->config.num_experts;
+    if (!E) return; /* placed whoever asks, so that one plan fits all */
+    Tensor counts = ARENA_TENSOR(arena, I32, L, E), probs = ARENA_TENSOR(arena, F32, L, E),
+           slope = ARENA_TENSOR(arena, F32, E);
+    if (!t->options->load) return;
+    s->pass.load_counts = counts;
+    s->pass.load_probs = probs;
+    if (t->options->aux_scale != 0) s->pass.balance = slope;
 }
 
 /* Logits in chunks of rows, their loss, and at once the gradient of the head's input. */
@@ -101,20 +110,27 @@ static void step_open(Step *t, Gemma *g, const StepOptions *options, int64_t N, 
     *t = (Step){.options = options};
     stack_open(&t->stack, g, options->mode, N, options->shortcut ? kept : N, NULL, scratch);
     t->stack.pass.key = options->key;
-    t->stack.pass.load = options->load;
-    t->stack.pass.aux_scale = options->aux_scale;
+}
+
+/* How the experts fared, and what the balancing loss makes of it: aux_scale * E * f_e / rows for
+ * each probability of expert e, f_e held constant. */
+static void balance(Step *t) {
+    ExpertLoad *load = t->options->load;
+    Pass *p = &t->stack.pass;
+    if (!load || !p->load_counts.data) return;
+    int64_t E = t->stack.g->config.num_experts;
+    expert_load_collect(load, p, t->stack.N);
+    if (!tensor_present(p->balance)) return;
+    float slope[EXPERTS_MAX];
+    double rows = (double)load->rows;
+    for (int64_t e = 0; e < E; e++)
+        slope[e] = (float)(t->options->aux_scale * (double)E * load->counts[e] / rows / rows);
+    tensor_write(p->balance, slope);
 }
 
 static void run(Step *t) {
-    ExpertLoad *load = t->stack.pass.load;
-    if (load) {
-        load->rows = 0;
-        memset(load->counts, 0, sizeof load->counts);
-        memset(load->probs, 0, sizeof load->probs);
-        load->counting = true;
-    }
     stack_forward(&t->stack);
-    if (load) load->counting = false;
+    balance(t);
     loss(t);
     if (stack_trains(&t->stack)) backward(t);
 }
@@ -166,8 +182,9 @@ void step_free(StepMemory *m) {
 static void fill_rows(Stack *s, const Batch *batch) {
     int64_t W = s->g->config.sliding_window;
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-        int32_t *index = s->all.index[kind].data, *first = s->all.first[kind].data,
-                *last = s->all.last[kind].data;
+        int32_t *index = staged(&s->inputs, s->all.index[kind]),
+                *first = staged(&s->inputs, s->all.first[kind]),
+                *last = staged(&s->inputs, s->all.last[kind]);
         for (int64_t n = 0; n < s->N; n++) {
             int64_t low = batch->starts[n], high = n;
             if (kind == SLIDING) {
@@ -179,12 +196,24 @@ static void fill_rows(Stack *s, const Batch *batch) {
             last[n] = (int32_t)high;
         }
         if (s->kept == s->N) continue;
-        const int32_t *source = s->some.source.data;
+        const int32_t *source = staged(&s->inputs, s->some.source);
+        int32_t *some_index = staged(&s->inputs, s->some.index[kind]),
+                *some_first = staged(&s->inputs, s->some.first[kind]),
+                *some_last = staged(&s->inputs, s->some.last[kind]);
         for (int64_t m = 0; m < s->kept; m++) {
-            ((int32_t *)s->some.index[kind].data)[m] = index[source[m]];
-            ((int32_t *)s->some.first[kind].data)[m] = first[source[m]];
-            ((int32_t *)s->some.last[kind].data)[m] = last[source[m]];
+            some_index[m] = index[source[m]];
+            some_first[m] = first[source[m]];
+            some_last[m] = last[source[m]];
         }
+    }
+}
+
+/* Values 0 .. count - 1 to their places among N, 0 elsewhere; source ascends. */
+static void spread(float *values, int64_t N, const int32_t *source, int64_t count) {
+    for (int64_t n = N - 1, k = count - 1; n >= 0; n--) {
+        bool here = k >= 0 && source[k] == n;
+        values[n] = here ? values[k] : 0.0f;
+        if (here) k--;
     }
 }
 
@@ -200,27 +229,31 @@ double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *
     step_open(&t, g, options, N, kept + extra, &m->scratch);
     m->activations.used = m->scratch.used = 0;
     step_place(&t, &m->activations);
-    memcpy(s->ids.data, batch->ids, (size_t)N * sizeof(int32_t));
-    memcpy(s->positions.data, batch->positions, (size_t)N * sizeof(int32_t));
-    int32_t *source = s->some.source.data;
+    memcpy(staged(&s->inputs, s->ids), batch->ids, (size_t)N * sizeof(int32_t));
+    memcpy(staged(&s->inputs, s->positions), batch->positions, (size_t)N * sizeof(int32_t));
+    int32_t *source = staged(&s->inputs, s->some.source);
+    int32_t *targets = must_malloc((size_t)s->kept * sizeof *targets);
+    float *weights = must_malloc((size_t)s->kept * sizeof *weights);
     for (int64_t n = 0, k = 0; n < N; n++) {
         bool keep = s->kept == N || batch->targets[n] >= 0;
         if (!keep && extra) keep = true, extra--;
         if (!keep) continue;
         if (source) source[k] = (int32_t)n;
-        ((int32_t *)t.targets.data)[k] = batch->targets[n];
-        ((float *)t.weights.data)[k] = batch->weights ? batch->weights[n] : 1.0f;
+        targets[k] = batch->targets[n];
+        weights[k] = batch->weights ? batch->weights[n] : 1.0f;
         k++;
     }
     fill_rows(s, batch);
+    staging_send(&s->inputs);
+    tensor_write(t.targets, targets);
+    tensor_write(t.weights, weights);
     run(&t);
+    tensor_read(nll, t.nll);
     double total = 0;
-    memset(nll, 0, (size_t)N * sizeof *nll);
-    for (int64_t k = 0; k < s->kept; k++) {
-        float value = ((float *)t.nll.data)[k];
-        nll[source ? source[k] : k] = value;
-        total += (double)value * ((float *)t.weights.data)[k];
-    }
+    for (int64_t k = 0; k < s->kept; k++) total += (double)nll[k] * weights[k];
+    if (source) spread(nll, N, source, s->kept);
+    free(targets);
+    free(weights);
     stack_close(s);
     return total;
 }

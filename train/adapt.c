@@ -144,7 +144,7 @@ done:
 
 Status adapt_init(Gemma *g, const RunConfig *config) {
     bool adapter = method_has_adapter(config->method);
-    if (adapter) adapter_init(g, (uint64_t)config->seed);
+    if (adapter) TRY(adapter_init(g, (uint64_t)config->seed));
     for (Linear *l = g->linears.first; l; l = l->next)
         if (l->factors) fill(l->factors->value, 1.0f);
     if (adapter && config->lora.init) {

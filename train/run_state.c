@@ -19,7 +19,12 @@ static Status write_tensor(H5File *f, const char *name, Tensor t) {
     int64_t count;
     if (!tensor_present(t)) return OK;
     hid_t type = stored_type(t, &count);
-    return h5_write(f, name, type, count, 0, false, t.data);
+    Tensor host;
+    TRY(tensor_stage(&host, t));
+    tensor_read(host.data, t);
+    Status status = h5_write(f, name, type, count, 0, false, host.data);
+    tensor_unstage(t, host, true);
+    return status;
 }
 
 static double bits(const Optimizer *o) {
@@ -56,7 +61,11 @@ static Status read_tensor(H5File *f, const char *name, Tensor t) {
     if (count != expected)
         FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run has %" PRId64, f->path, name,
              count, expected);
-    return h5_read(f, name, type, 0, count, t.data);
+    Tensor host;
+    TRY(tensor_stage(&host, t));
+    Status status = h5_read(f, name, type, 0, count, host.data);
+    tensor_unstage(t, host, status != OK);
+    return status;
 }
 
 static Status read_integer(H5File *f, const char *name, int64_t *out) {

@@ -140,9 +140,48 @@ void CPU(dot_columns)(Tensor y, Tensor a, Tensor b) {
         float p[CHUNK], q[CHUNK];
         for (int64_t row = 0; row < N; row++) {
             const float *u = load_f32(p, a, row * D + first, n),
-                        *v = load_f32(q, b, row * D + first, n);
+                        *v = b.data ? load_f32(q, b, row * D + first, n) : NULL;
 #pragma omp simd
-            for (int64_t i = 0; i < n; i++) out[first + i] += u[i] * v[i];
+            for (int64_t i = 0; i < n; i++) out[first + i] += v ? u[i] * v[i] : u[i];
         }
     }
+}
+
+void CPU(scale_rows)(Tensor y, Tensor x, Tensor weight) {
+    int64_t N = tensor_rows(x), D = tensor_cols(x);
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < N; row++) FOR_CHUNKS(D) {
+            float a[CHUNK], out[CHUNK], w = ((const float *)weight.data)[row];
+            const float *in = load_f32(a, x, row * D + first, n);
+            for (int64_t i = 0; i < n; i++) out[i] = in[i] * w;
+            store_f32(y, row * D + first, n, out);
+        }
+}
+
+void CPU(row_norms)(Tensor y, Tensor x) {
+    int64_t N = tensor_rows(x), D = tensor_cols(x);
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < N; row++) {
+        const float *in = (const float *)x.data + row * D;
+        double square = 0;
+        for (int64_t i = 0; i < D; i++) square += (double)in[i] * in[i];
+        ((float *)y.data)[row] = (float)sqrt(square);
+    }
+}
+
+void CPU(quotient)(Tensor y, Write write, Tensor a, Tensor b) {
+    float *out = y.data;
+    const float *top = a.data, *bottom = b.data;
+    for (int64_t i = 0; i < tensor_count(y); i++)
+        out[i] = (write == ADD ? out[i] : 0.0f) + (bottom[i] != 0 ? top[i] / bottom[i] : 0.0f);
+}
+
+void CPU(swap_outer)(Tensor y, Tensor x) {
+    int64_t I = x.shape[0], J = x.shape[1];
+    size_t bytes = (size_t)x.shape[2] * dtype_size(x.dtype);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < I; i++)
+        for (int64_t j = 0; j < J; j++)
+            memcpy((char *)y.data + (size_t)(j * I + i) * bytes,
+                   (const char *)x.data + (size_t)(i * J + j) * bytes, bytes);
 }

@@ -577,7 +577,6 @@ void CPU(matmul_int8)(Tensor y, Tensor a, Tensor b) {
     product(y, a, b, &(Groups){&zero, &rows, 1});
 }
 
-void CPU(grouped_matmul_int8)(Tensor y, Tensor a, Tensor b, const int32_t *offsets,
-                              const int32_t *counts, int64_t groups) {
-    product(y, a, b, &(Groups){offsets, counts, groups});
+void CPU(grouped_matmul_int8)(Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts) {
+    product(y, a, b, &(Groups){offsets.data, counts.data, tensor_count(counts)});
 }

@@ -250,10 +250,11 @@ void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float
     product(layout, y, write, a, b, alpha);
 }
 
-void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
-                         const int32_t *offsets, int64_t groups, float alpha) {
-    for (int64_t g = 0; g < groups; g++) {
-        int64_t first = offsets[g], count = offsets[g + 1] - first;
+void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,
+                         float alpha) {
+    const int32_t *bounds = offsets.data;
+    for (int64_t g = 0; g + 1 < tensor_count(offsets); g++) {
+        int64_t first = bounds[g], count = bounds[g + 1] - first;
         if (!count) continue;
         Tensor rows = tensor_slice(a, first, count);
         if (layout == TN)

@@ -1,4 +1,5 @@
-/* routing.c - router softmax and top-A, and the weighted join of expert outputs. */
+/* routing.c - router softmax and top-A, the sorted order, and the weighted join of expert outputs.
+ */
 #include "kernels/routing.h"
 #include "kernels/cpu/cpu.h"
 
@@ -100,5 +101,25 @@ void CPU(combine_backward)(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy
         float one, *product = (float *)dshare.data + i;
         if (dscale.data) ((float *)dscale.data)[e] += ((const float *)share.data)[i] * *product;
         *product *= *load_f32(&one, scale, e, 1);
+    }
+}
+
+/* A few thousand integers: one thread. */
+void CPU(routing_sort)(Tensor offsets, Tensor counts, Tensor slot, Tensor source, Tensor experts) {
+    int64_t E = tensor_count(counts), A = tensor_cols(experts), N = tensor_rows(experts);
+    int32_t *offset = offsets.data, *count = counts.data, *place = slot.data, *from = source.data;
+    const int32_t *expert = experts.data;
+    memset(count, 0, (size_t)E * sizeof *count);
+    for (int64_t i = 0; i < N * A; i++) count[expert[i]]++;
+    offset[0] = 0;
+    for (int64_t e = 0; e < E; e++)
+        offset[e + 1] = offset[e] + (count[e] + ROUTING_ALIGN - 1) / ROUTING_ALIGN * ROUTING_ALIGN;
+    for (int64_t m = 0; m < tensor_count(source); m++) from[m] = -1;
+    int32_t next[1024];
+    memcpy(next, offset, (size_t)E * sizeof *next);
+    for (int64_t i = 0; i < N * A; i++) {
+        int32_t m = next[expert[i]]++;
+        place[i] = m;
+        from[m] = (int32_t)(i / A);
     }
 }

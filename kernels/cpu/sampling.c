@@ -118,3 +118,11 @@ void CPU(top_logits)(Tensor values, Tensor ids, Tensor lse, Tensor logits, Tenso
         ((float *)lse.data)[2 * n + 1] = top * s + (float)log(total[1]);
     }
 }
+
+void CPU(pick_columns)(Tensor y, Tensor x, Tensor columns) {
+    int64_t V = tensor_cols(x);
+    for (int64_t n = 0; n < tensor_rows(x); n++) {
+        int32_t column = ((const int32_t *)columns.data)[n];
+        ((float *)y.data)[n] = column < 0 ? 0.0f : ((const float *)x.data)[n * V + column];
+    }
+}

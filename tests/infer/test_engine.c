@@ -409,7 +409,7 @@ CASE(sampling, draws_follow_the_distribution_that_the_settings_leave) {
         int32_t ids[V];
         top_logits(TENSOR(values, F32, 1, k), TENSOR(ids, I32, 1, k), TENSOR(lse, F32, 1, 2),
                    RESHAPE(z, 1, V), TENSOR(&scale, F32, 1));
-        Candidates candidates = {logits, V, values, ids, k, lse[1]};
+        Candidates candidates = {TENSOR(logits, F32, 1, V), NULL, values, ids, k, lse[1]};
         for (int i = 0; i < DRAWS; i++) drawn[sampler_pick(&s, &candidates, i)]++;
         for (int i = 0; i < V; i++) {
             double share = i < n ? p[i] / kept : 0, noise = sqrt(share * (1 - share) / DRAWS);

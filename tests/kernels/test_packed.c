@@ -111,7 +111,7 @@ CASE(packed_matmul, groups_meet_their_own_matrices) {
     packed.data = aligned_alloc(64, tensor_bytes(packed));
     quantize(packed, w);
     Tensor x = RANDOM_TENSOR(F32, 8, 64, 128), y = zeros(F32, 64, 32);
-    grouped_matmul_int8(y, x, packed, offsets, counts, 4);
+    grouped_matmul_int8(y, x, packed, TENSOR(offsets, I32, 5), TENSOR(counts, I32, 4));
     for (int g = 0; g < 4; g++) {
         if (!counts[g]) continue;
         Tensor expected = zeros(F32, counts[g], 32);

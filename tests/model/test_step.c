@@ -278,7 +278,7 @@ static float *gradients_of(const char *dir, DType dtype, bool full, const Adapte
     Run r;
     run_open(&r, dir, dtype, full, spec, mode);
     if (spec) {
-        adapter_init(&r.g, 5);
+        EXPECT_OK(adapter_init(&r.g, 5));
         for (Linear *l = r.g.linears.first; l; l = l->next) /* a B of zeros would hide half of it */
             for (int64_t i = 0; l->lora && i < tensor_count(l->lora->B->value); i++)
                 ((float *)l->lora->B->value.data)[i] = 0.01f * (float)(i % 7 - 3);
@@ -382,7 +382,7 @@ CASE(invariant, an_adapter_with_zero_b_is_the_base) {
     memcpy(base, p->nll, sizeof base);
     run_close(&r);
     run_open(&r, f.dir, BF16, false, &spec, STACK_SCORE);
-    adapter_init(&r.g, 3);
+    EXPECT_OK(adapter_init(&r.g, 3));
     step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
     EXPECT(!memcmp(base, p->nll, (size_t)p->batch.N * 4));
     run_close(&r);
