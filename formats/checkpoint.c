@@ -279,10 +279,11 @@ static Status fill_from_parts(const StoredTensor *t, Param *p) {
     return status;
 }
 
-static Status load_param(const StoredTensor *t, Param *p) {
+static Status load_param(const StoredTensor *t, Param *p, Device *device) {
     if (p->mapped && !p->trainable) {
         p->value.dtype = t->dtype;
         p->value.data = (void *)t->bytes;
+        device_pin(device, t->bytes, t->size);
         return OK;
     }
     if (t->parts) return fill_from_parts(t, p);
@@ -294,7 +295,7 @@ static Status load_param(const StoredTensor *t, Param *p) {
 Status checkpoint_load(const Checkpoint *c, Gemma *g) {
     for (int i = 0; i < g->params.count; i++) {
         Param *p = g->params.items[i];
-        if (!p->adapter) TRY(load_param(find_tensor(c, p->name)->stored, p));
+        if (!p->adapter) TRY(load_param(find_tensor(c, p->name)->stored, p, g->device));
     }
     params_adopt(&g->params);
     gemma_loaded(g);

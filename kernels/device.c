@@ -1,5 +1,8 @@
 /* device.c - opening devices, detecting the CPU's level, and taking memory in large pages. */
 #include "kernels/device.h"
+#ifdef LAPIDARY_CUDA
+#include "kernels/cuda/device.h"
+#endif
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -56,15 +59,56 @@ Device *device_measure(void) {
     return &measure;
 }
 
+#ifdef LAPIDARY_CUDA
+
+static Status open_gpu(Device **device, int index) {
+    return cuda_open(device, index);
+}
+
+/* A GPU if one can be used; one that is there and cannot is mentioned. */
+static void open_best(Device **device) {
+    const char *why;
+    if (cuda_count(&why) > 0) {
+        if (cuda_open(device, 0) == OK) return;
+        note("%s; using the CPU", status_message());
+    } else if (strstr(why, "driver is for")) {
+        note("%s; using the CPU", why);
+    }
+    *device = device_cpu();
+}
+
+#else
+
+static Status open_gpu(Device **device, int index) {
+    (void)device;
+    FAIL(ERR_CONFIG, "device cuda:%d: this build has no CUDA backend, expected auto or cpu", index);
+}
+
+static void open_best(Device **device) {
+    *device = device_cpu();
+}
+
+#endif
+
 Status device_open(Device **device, const char *name) {
-    if (!strcmp(name, "auto") || !strcmp(name, "cpu")) {
-        *device = device_cpu();
+    int index = 0, end = 0;
+    *device = device_cpu();
+    if (!strcmp(name, "cpu")) return OK;
+    if (!strcmp(name, "auto")) {
+        open_best(device);
         return OK;
     }
-    if (!strncmp(name, "cuda", 4) && (!name[4] || name[4] == ':'))
-        FAIL(ERR_CONFIG, "device %s: this build has no CUDA backend, expected auto or cpu", name);
+    if (!strcmp(name, "cuda") || (sscanf(name, "cuda:%d%n", &index, &end) == 1 && !name[end]))
+        return open_gpu(device, index);
     FAIL(ERR_CONFIG, "device %s is unknown, expected auto, cpu, cuda or cuda:N", name);
 }
+
+#ifdef LAPIDARY_CUDA
+#define ON_GPU(device, call)                                                                       \
+    if ((device)->kind == DEVICE_CUDA) return call
+#else
+#define ON_GPU(device, call) (void)(device)
+#endif
 
 static CpuLevel detect(void) {
     CpuLevel best = best_level();
@@ -98,7 +142,7 @@ const char *cpu_level_name(void) {
 static const size_t HUGE_PAGE = 2u << 20;
 
 void *device_allocate(Device *device, size_t bytes) {
-    CHECK(device->kind == DEVICE_CPU, "memory of a device this build does not have");
+    ON_GPU(device, cuda_allocate(device, bytes));
     size_t size = bytes < HUGE_PAGE ? bytes : (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
     if (bytes < HUGE_PAGE) {
         void *memory = aligned_alloc(64, (size + 63) / 64 * 64 + 64);
@@ -116,8 +160,8 @@ void *device_allocate(Device *device, size_t bytes) {
 }
 
 void device_release(Device *device, void *memory, size_t bytes) {
-    (void)device;
     if (!memory) return;
+    ON_GPU(device, cuda_release(device, memory));
     if (bytes < HUGE_PAGE)
         free(memory);
     else
@@ -125,18 +169,31 @@ void device_release(Device *device, void *memory, size_t bytes) {
 }
 
 void device_copy(Device *to_device, void *to, Device *from_device, const void *from, size_t bytes) {
-    CHECK(to_device->kind == DEVICE_CPU && from_device->kind == DEVICE_CPU,
-          "memory of a device this build does not have");
+    ON_GPU(to_device, cuda_copy(to_device, to, from_device, from, bytes));
+    ON_GPU(from_device, cuda_copy(to_device, to, from_device, from, bytes));
     if (to != from) memmove(to, from, bytes);
 }
 
 void *device_staging(Device *device, size_t bytes) {
-    (void)device, (void)bytes;
+    ON_GPU(device, cuda_staging(device, bytes));
+    (void)bytes;
     return NULL;
 }
 
 void device_send(Device *device, void *to, const void *staged, size_t bytes) {
-    (void)device, (void)to, (void)staged, (void)bytes;
+    ON_GPU(device, cuda_send(device, to, staged, bytes));
+    (void)to, (void)staged, (void)bytes;
+}
+
+bool device_pin(Device *device, const void *memory, size_t bytes) {
+    ON_GPU(device, cuda_pin(device, memory, bytes));
+    (void)memory, (void)bytes;
+    return true;
+}
+
+void device_unpin(Device *device, const void *memory) {
+    ON_GPU(device, cuda_unpin(device, memory));
+    (void)memory;
 }
 
 /* The line "KEY   N kB" of the kernel's account at `path`, in bytes; 0 when there is none. */
@@ -160,7 +217,7 @@ size_t process_private(void) {
 }
 
 size_t device_available(Device *device) {
-    (void)device;
+    ON_GPU(device, cuda_available(device));
     size_t available = account("/proc/meminfo", "MemAvailable");
     if (available) return available;
     return (size_t)sysconf(_SC_AVPHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);

@@ -58,6 +58,11 @@ void device_copy(Device *to_device, void *to, Device *from_device, const void *f
 void *device_staging(Device *device, size_t bytes);
 void device_send(Device *device, void *to, const void *staged, size_t bytes);
 
+/* Lets kernels of the device read memory of the host where it is; false when that cannot be had,
+ * and they go another way. Undone by device_unpin before the memory goes. */
+bool device_pin(Device *device, const void *memory, size_t bytes);
+void device_unpin(Device *device, const void *memory);
+
 /* Bytes that could be taken from the device now without swapping. */
 size_t device_available(Device *device);
 

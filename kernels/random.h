@@ -8,27 +8,31 @@
 
 #include <stdint.h>
 
-static inline uint64_t random_mix(uint64_t z) {
+#ifndef INLINE /* kernels/cuda makes them its own as well */
+#define INLINE static inline
+#endif
+
+INLINE uint64_t random_mix(uint64_t z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
     return z ^ (z >> 31);
 }
 
 /* A stream key from a seed and a name or number. */
-static inline uint64_t random_key(uint64_t seed, uint64_t salt) {
+INLINE uint64_t random_key(uint64_t seed, uint64_t salt) {
     return random_mix(random_mix(seed + 0x9e3779b97f4a7c15u) ^ (salt * 0xd1342543de82ef95u + 1));
 }
 uint64_t random_key_name(uint64_t seed, const char *name);
 
-static inline uint64_t random_u64(uint64_t key, uint64_t index) {
+INLINE uint64_t random_u64(uint64_t key, uint64_t index) {
     return random_mix(key + (index + 1) * 0x9e3779b97f4a7c15u);
 }
 
 /* Uniform in [0, 1). */
-static inline float random_uniform(uint64_t key, uint64_t index) {
+INLINE float random_uniform(uint64_t key, uint64_t index) {
     return (float)(random_u64(key, index) >> 40) * 0x1p-24f;
 }
-static inline double random_uniform_double(uint64_t key, uint64_t index) {
+INLINE double random_uniform_double(uint64_t key, uint64_t index) {
     return (double)(random_u64(key, index) >> 11) * 0x1p-53;
 }
 

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 static _Thread_local char message[2048];
 
@@ -49,6 +50,16 @@ _Noreturn void fault(const char *file, int line, const char *condition, const ch
     fputc('\n', stderr);
     va_end(arguments);
     abort();
+}
+
+_Noreturn void give_up(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    fputs("lapidary: ", stderr);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+    _exit(1);
 }
 
 void *must_malloc(size_t bytes) {

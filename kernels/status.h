@@ -33,6 +33,10 @@ void note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 _Noreturn void fault(const char *file, int line, const char *condition, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
+/* The machine gives way where no Status can be returned (a lost GPU): prints one line as main would
+ * and ends the program with status 1, leaving every file as it is. */
+_Noreturn void give_up(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
 #define FAIL(status, ...) return status_fail(status, __VA_ARGS__)
 
 #define TRY(call)                                                                                  \

@@ -4,6 +4,7 @@
 #define TENSOR_H
 
 #include "kernels/device.h"
+#include "kernels/half.h"
 
 #include <stdint.h>
 
@@ -56,24 +57,37 @@ typedef struct DTypeBlock {
 } DTypeBlock;
 
 static inline DTypeBlock dtype_block(DType dtype) {
-    static const DTypeBlock blocks[DTYPE_COUNT] = {
-        [F32] = {1, 4},
-        [BF16] = {1, 2},
-        [I32] = {1, 4},
-        [U8] = {1, 1},
-        [F16] = {1, 2},
-        [Q4_0] = {32, 18},
-        [Q8_0] = {32, 34},
-        [Q4_K] = {256, 144},
-        [Q5_K] = {256, 176},
-        [Q6_K] = {256, 210},
-        [NF4] = {64, 36},
-        [NF4_NESTED] = {16384, 8456},
-        [Q4_0_TILED] = {32, 18},
-        [Q8_0_TILED] = {32, 34},
-        [DYNAMIC8] = {DYNAMIC_BLOCK, DYNAMIC_BLOCK + 4},
-        [DYNAMIC8_UNSIGNED] = {DYNAMIC_BLOCK, DYNAMIC_BLOCK + 4}};
-    return blocks[dtype];
+    switch (dtype) {
+    case F32:
+    case I32:
+        return (DTypeBlock){1, 4};
+    case BF16:
+    case F16:
+        return (DTypeBlock){1, 2};
+    case U8:
+        return (DTypeBlock){1, 1};
+    case Q4_0:
+    case Q4_0_TILED:
+        return (DTypeBlock){32, 18};
+    case Q8_0:
+    case Q8_0_TILED:
+        return (DTypeBlock){32, 34};
+    case Q4_K:
+        return (DTypeBlock){256, 144};
+    case Q5_K:
+        return (DTypeBlock){256, 176};
+    case Q6_K:
+        return (DTypeBlock){256, 210};
+    case NF4:
+        return (DTypeBlock){64, 36};
+    case NF4_NESTED:
+        return (DTypeBlock){16384, 8456};
+    case DYNAMIC8:
+    case DYNAMIC8_UNSIGNED:
+        return (DTypeBlock){DYNAMIC_BLOCK, DYNAMIC_BLOCK + 4};
+    default:
+        return (DTypeBlock){0, 0};
+    }
 }
 
 /* Bytes of one element; only of dtypes that are not packed. */
@@ -161,39 +175,5 @@ void tensor_unstage(Tensor t, Tensor host, bool failed);
 
 /* "(512, 1536) bf16", in a buffer of this thread that the next four calls leave alone. */
 const char *tensor_text(Tensor t);
-
-static inline float f16_to_f32(uint16_t bits) {
-    union {
-        uint16_t u;
-        _Float16 f;
-    } value = {bits};
-    return (float)value.f;
-}
-
-static inline uint16_t f32_to_f16(float value) {
-    union {
-        _Float16 f;
-        uint16_t u;
-    } bits = {(_Float16)value};
-    return bits.u;
-}
-
-static inline float bf16_to_f32(uint16_t bits) {
-    union {
-        uint32_t u;
-        float f;
-    } value = {(uint32_t)bits << 16};
-    return value.f;
-}
-
-/* Round to nearest, ties to even; NaN stays NaN. */
-static inline uint16_t f32_to_bf16(float value) {
-    union {
-        float f;
-        uint32_t u;
-    } bits = {value};
-    if ((bits.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits.u >> 16 | 0x40);
-    return (uint16_t)((bits.u + 0x7fff + (bits.u >> 16 & 1)) >> 16);
-}
 
 #endif

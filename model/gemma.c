@@ -46,6 +46,10 @@ void gemma_free(Gemma *g) {
             free(lora);
         }
     }
+    for (int i = 0; i < g->params.count; i++) {
+        const Param *p = g->params.items[i];
+        if (p->mapped && p->value.data) device_unpin(g->device, p->value.data);
+    }
     params_free(&g->params);
     free(g->blocks);
     *g = (Gemma){0};

@@ -1,0 +1,225 @@
+/* cuda.h - what the CUDA twins share: launching, both float types, sums over warps and blocks.
+ *
+ * The sources compile twice: by nvcc for the GPU, and by the host's compiler with tests/simt/simt.h,
+ * which runs the same threads one after the other. A file holds kernel, launcher and cuda_NAME, in
+ * that order. */
+#ifndef CUDA_KERNELS_H
+#define CUDA_KERNELS_H
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "simt.h"
+#endif
+
+#include <assert.h>
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define INLINE    static inline __host__ __device__
+#define _Noreturn [[noreturn]]
+
+extern "C" {
+#include "kernels/random.h"
+#include "kernels/tensor.h"
+}
+
+/* ---- the device's side of the host (device.cu) ---- */
+
+/* Makes the device the thread's own and returns the stream that all its work is on. */
+cudaStream_t cuda_stream(const Device *device);
+
+/* Ends the program with a message when a call to the device failed (give_up). */
+void cuda_check(cudaError_t error, const char *what);
+
+/* Memory of the device for partial results, at least so many bytes, good until the next call on the
+ * same stream asks. Grows; a graph being recorded must have asked for as much before. */
+void *cuda_workspace(const Device *device, size_t bytes);
+
+/* Multiprocessors of the device. */
+int cuda_processors(const Device *device);
+
+/* LAUNCH(device, (kernel<...>), grid, block, shared bytes, arguments...) */
+#define UNWRAP(...) __VA_ARGS__
+#ifdef __CUDACC__
+#define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
+    do {                                                                                           \
+        cudaStream_t launch_stream = cuda_stream(device);                                          \
+        if ((shared) > 48 * 1024)                                                                  \
+            cuda_check(cudaFuncSetAttribute(UNWRAP kernel,                                         \
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize,           \
+                                            (int)(shared)),                                        \
+                       #kernel);                                                                   \
+        UNWRAP kernel<<<grid, block, shared, launch_stream>>>(__VA_ARGS__);                        \
+        cuda_check(cudaGetLastError(), #kernel);                                                   \
+    } while (0)
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DEVICE_FUNCTION      static __device__ __forceinline__
+#else
+#define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
+    do {                                                                                           \
+        cuda_stream(device);                                                                       \
+        simt_launch(#kernel, grid, block, shared, [=] { UNWRAP kernel(__VA_ARGS__); });            \
+        cuda_check(cudaGetLastError(), #kernel);                                                   \
+    } while (0)
+#define DYNAMIC_SHARED(name) unsigned char *name = simt_thread->dynamic_shared
+#define DEVICE_FUNCTION      static inline
+#endif
+
+/* ---- float types ---- */
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+DEVICE_FUNCTION float to_float(float x) {
+    return x;
+}
+DEVICE_FUNCTION float to_float(bf16 x) {
+    return __uint_as_float((unsigned)x.bits << 16);
+}
+/* Subnormals included; infinities and NaN stay what they are. */
+DEVICE_FUNCTION float to_float(f16 x) {
+    unsigned sign = (unsigned)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    if (rest >= 0x7c00) return __uint_as_float(sign | 0x7f800000u | (rest & 0x3ff) << 13);
+    /* The exponent's bias differs by 112: a product by 2^112 mends it, whatever the exponent. */
+    return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
+}
+
+/* Round to nearest, ties to even; NaN stays NaN. */
+DEVICE_FUNCTION bf16 to_bf16(float x) {
+    unsigned u = __float_as_uint(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{(uint16_t)(u >> 16 | 0x40)};
+    return bf16{(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+}
+
+template <typename T> DEVICE_FUNCTION T from_float(float x) {
+    if constexpr (sizeof(T) == sizeof(float))
+        return x;
+    else
+        return to_bf16(x);
+}
+
+/* What a tensor of T would hold of x. */
+template <typename T> DEVICE_FUNCTION float rounded(float x) {
+    return to_float(from_float<T>(x));
+}
+
+/* V elements that are read and written at once. */
+template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
+    T v[V];
+};
+template <int V, typename T> DEVICE_FUNCTION void load(float (&x)[V], const T *p) {
+    Pack<T, V> pack = *(const Pack<T, V> *)p;
+#pragma unroll
+    for (int i = 0; i < V; i++) x[i] = to_float(pack.v[i]);
+}
+template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V]) {
+    Pack<T, V> pack;
+#pragma unroll
+    for (int i = 0; i < V; i++) pack.v[i] = from_float<T>(x[i]);
+    *(Pack<T, V> *)p = pack;
+}
+
+/* Runs the statements with T the element type of a dtype. */
+#define WITH_FLOAT(dtype, T, ...)                                                                  \
+    do {                                                                                           \
+        if ((dtype) == F32) {                                                                      \
+            typedef float T;                                                                       \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            CHECK((dtype) == BF16, "%s on the GPU", dtype_name(dtype));                            \
+            typedef bf16 T;                                                                        \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+/* The same with V = 4 where rows of `cols` elements at each of the addresses can be read 4 at a
+ * time, else 1. */
+#define WITH_PACKS(fits, V, ...)                                                                   \
+    do {                                                                                           \
+        if (fits) {                                                                                \
+            constexpr int V = 4;                                                                   \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int V = 1;                                                                   \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+/* Whether all present tensors can be read in packs of 4 along `cols` elements. */
+static inline bool fits_packs(int64_t cols, Tensor a, Tensor b = Tensor(), Tensor c = Tensor(),
+                              Tensor d = Tensor()) {
+    uintptr_t places = (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c.data | (uintptr_t)d.data;
+    return cols % 4 == 0 && places % 16 == 0;
+}
+
+template <typename T> static inline T *data_of(Tensor t) {
+    return (T *)t.data;
+}
+
+/* exp to some 1e-6 of its value. */
+DEVICE_FUNCTION float quick_exp(float x) {
+#ifdef __CUDACC__
+    return __expf(x);
+#else
+    return expf(x);
+#endif
+}
+
+/* ---- sums ---- */
+
+DEVICE_FUNCTION float warp_sum(float x) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
+    return x;
+}
+DEVICE_FUNCTION float warp_max(float x) {
+#pragma unroll
+    for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+
+/* Over all threads of the block, the same value in each, in an order that only the block's size
+ * decides. `space`: 32 floats of shared memory of the caller's. */
+DEVICE_FUNCTION float block_sum(float x, float *space) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+    x = warp_sum(x);
+    __syncthreads();
+    if (!lane) space[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < warps ? space[lane] : 0.0f);
+}
+DEVICE_FUNCTION float block_max(float x, float *space) {
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = (blockDim.x + 31) >> 5;
+    x = warp_max(x);
+    __syncthreads();
+    if (!lane) space[warp] = x;
+    __syncthreads();
+    return warp_max(lane < warps ? space[lane] : -INFINITY);
+}
+
+/* ---- shapes of launches ---- */
+
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+/* Blocks for `items` threads of work where each goes on by the grid's width: enough to fill the
+ * device, and no more. */
+static inline unsigned grid_for(const Device *device, int64_t items, int threads) {
+    int64_t blocks = ceil_div(items, threads), most = (int64_t)cuda_processors(device) * 16;
+    return (unsigned)(blocks < 1 ? 1 : blocks < most ? blocks : most);
+}
+
+/* Every index of `count` that is this thread's, in a grid of any width. */
+#define FOR_GRID(i, count)                                                                         \
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < (count);                  \
+         i += (int64_t)gridDim.x * blockDim.x)
+
+#endif

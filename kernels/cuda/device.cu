@@ -1,0 +1,278 @@
+/* device.cu - opening GPUs, their memory, and copies to and from them.
+ *
+ * The runtime opens the driver's library when it is first called, so the program starts without
+ * one. Each GPU has one stream: everything happens in order. */
+#include "kernels/cuda/cuda.h"
+
+extern "C" {
+#include "kernels/cuda/device.h"
+}
+
+#include <stdio.h>
+#include <string.h>
+
+#define GPUS_MAX 16
+
+/* Bytes that go through pinned memory at a time. */
+#define CHUNK ((size_t)16 << 20)
+
+/* Memory of the host that copies read while the host goes on. */
+struct Pinned {
+    char *memory;
+    size_t bytes;
+    cudaEvent_t sent;
+};
+
+struct Gpu {
+    Device device;
+    bool open;
+    cudaStream_t stream;
+    Pinned staging, chunk[2];
+    void *workspace;
+    size_t workspace_bytes;
+    int processors;
+    char name[300];
+};
+
+static Gpu gpus[GPUS_MAX];
+
+static Gpu *gpu_of(const Device *device) {
+    return &gpus[device->index];
+}
+
+/* ---- opening ---- */
+
+int cuda_count(const char **why) {
+    static char text[200];
+    int count = 0, driver = 0, runtime = 0;
+    cudaError_t error = cudaGetDeviceCount(&count);
+    *why = NULL;
+    if (error == cudaSuccess && count > 0) return count < GPUS_MAX ? count : GPUS_MAX;
+    cudaGetLastError();
+    cudaDriverGetVersion(&driver);
+    cudaRuntimeGetVersion(&runtime);
+    if (!driver)
+        *why = "no NVIDIA driver is installed";
+    else if (error == cudaErrorInsufficientDriver || driver < runtime / 1000 * 1000) {
+        snprintf(text, sizeof text, "the driver is for CUDA %d.%d, this program needs %d.0 or newer",
+                 driver / 1000, driver % 100 / 10, runtime / 1000);
+        *why = text;
+    } else if (error == cudaErrorNoDevice || !count)
+        *why = "there is no NVIDIA GPU";
+    else
+        *why = cudaGetErrorString(error);
+    return 0;
+}
+
+Status cuda_open(Device **device, int index) {
+    const char *why;
+    int count = cuda_count(&why);
+    if (!count) FAIL(ERR_CONFIG, "device cuda:%d: %s", index, why);
+    if (index < 0 || index >= count)
+        FAIL(ERR_CONFIG, "device cuda:%d: there are %d GPUs, from cuda:0 on", index, count);
+    Gpu *g = &gpus[index];
+    *device = &g->device;
+    if (g->open) return OK;
+    cudaDeviceProp properties;
+    cuda_check(cudaGetDeviceProperties(&properties, index), "the GPU's properties");
+    if (properties.major < 8)
+        FAIL(ERR_CONFIG,
+             "device cuda:%d: %s has compute capability %d.%d, this program needs 8.0 (Ampere) or "
+             "newer",
+             index, properties.name, properties.major, properties.minor);
+    g->device = Device{DEVICE_CUDA, index};
+    g->processors = properties.multiProcessorCount;
+    snprintf(g->name, sizeof g->name, "%s, %.0f GB", properties.name,
+             (double)properties.totalGlobalMem / 1e9);
+    cuda_check(cudaSetDevice(index), "choosing the GPU");
+    cudaError_t error = cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking);
+    if (error == cudaErrorMemoryAllocation)
+        FAIL(ERR_IO, "device cuda:%d: other programs have taken all of its memory", index);
+    cuda_check(error, "opening the GPU");
+    g->open = true;
+    return OK;
+}
+
+const char *cuda_name(const Device *device) {
+    return gpu_of(device)->name;
+}
+
+int cuda_processors(const Device *device) {
+    return gpu_of(device)->processors;
+}
+
+cudaStream_t cuda_stream(const Device *device) {
+    static thread_local int current = -1;
+    if (current != device->index) {
+        cuda_check(cudaSetDevice(device->index), "choosing the GPU");
+        current = device->index;
+    }
+    return gpu_of(device)->stream;
+}
+
+void cuda_check(cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return;
+    if (error == cudaErrorMemoryAllocation) give_up("the GPU is out of memory (%s)", what);
+    if (error == cudaErrorNoKernelImageForDevice)
+        give_up("this program has no code for this GPU's architecture (%s); build it with ARCH=all",
+                what);
+    give_up("the GPU stopped working (%s: %s); what was saved before is whole, a training run goes "
+            "on from there with --resume",
+            what, cudaGetErrorString(error));
+}
+
+/* ---- memory ---- */
+
+void *cuda_allocate(Device *device, size_t bytes) {
+    void *memory = NULL;
+    cudaStream_t stream = cuda_stream(device);
+    cudaError_t error = cudaMalloc(&memory, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        return NULL;
+    }
+    cuda_check(error, "taking memory");
+    cuda_check(cudaMemsetAsync(memory, 0, bytes, stream), "clearing memory");
+    return memory;
+}
+
+void cuda_release(Device *device, void *memory) {
+    if (!memory) return;
+    cuda_check(cudaStreamSynchronize(cuda_stream(device)), "waiting for the GPU");
+    cuda_check(cudaFree(memory), "giving memory back");
+}
+
+size_t cuda_available(Device *device) {
+    size_t available = 0, total = 0;
+    cuda_stream(device);
+    cuda_check(cudaMemGetInfo(&available, &total), "asking for free memory");
+    return available;
+}
+
+void *cuda_workspace(const Device *device, size_t bytes) {
+    Gpu *g = gpu_of(device);
+    if (bytes <= g->workspace_bytes) return g->workspace;
+    cuda_release(&g->device, g->workspace);
+    g->workspace = cuda_allocate(&g->device, bytes);
+    if (!g->workspace)
+        give_up("the GPU is out of memory: %.2f GB for partial results, %.2f GB are available",
+                (double)bytes / 1e9, (double)cuda_available(&g->device) / 1e9);
+    g->workspace_bytes = bytes;
+    return g->workspace;
+}
+
+/* At least `bytes` of pinned memory that no copy reads any more. */
+static char *pinned(Pinned *p, size_t bytes) {
+    if (p->memory) cuda_check(cudaEventSynchronize(p->sent), "waiting for a copy");
+    if (bytes <= p->bytes) return p->memory;
+    cuda_check(cudaFreeHost(p->memory), "giving pinned memory back");
+    cuda_check(cudaHostAlloc((void **)&p->memory, bytes, cudaHostAllocDefault),
+               "taking pinned memory");
+    if (!p->bytes)
+        cuda_check(cudaEventCreateWithFlags(&p->sent, cudaEventDisableTiming), "making an event");
+    p->bytes = bytes;
+    return p->memory;
+}
+
+void *cuda_staging(Device *device, size_t bytes) {
+    cuda_stream(device);
+    return pinned(&gpu_of(device)->staging, bytes);
+}
+
+void cuda_send(Device *device, void *to, const void *staged, size_t bytes) {
+    cudaStream_t stream = cuda_stream(device);
+    cuda_check(cudaMemcpyAsync(to, staged, bytes, cudaMemcpyHostToDevice, stream),
+               "sending a pass's inputs");
+    cuda_check(cudaEventRecord(gpu_of(device)->staging.sent, stream), "noting a copy");
+}
+
+/* ---- the host's memory as the GPU sees it ---- */
+
+#define RANGES_MAX 64
+
+struct Range {
+    const char *begin;
+    size_t bytes;
+    char *reached;
+};
+static Range ranges[RANGES_MAX];
+static int range_count;
+
+bool cuda_pin(Device *device, const void *memory, size_t bytes) {
+    const size_t PAGE = 4096;
+    uintptr_t begin = (uintptr_t)memory / PAGE * PAGE,
+              end = ((uintptr_t)memory + bytes + PAGE - 1) / PAGE * PAGE;
+    Range r = {(const char *)begin, end - begin, NULL};
+    void *reached = NULL;
+    cuda_stream(device);
+    if (range_count == RANGES_MAX ||
+        cudaHostRegister((void *)r.begin, r.bytes,
+                         cudaHostRegisterMapped | cudaHostRegisterReadOnly) != cudaSuccess ||
+        cudaHostGetDevicePointer(&reached, (void *)r.begin, 0) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    r.reached = (char *)reached;
+    ranges[range_count++] = r;
+    return true;
+}
+
+void cuda_unpin(Device *device, const void *memory) {
+    for (int i = 0; i < range_count; i++) {
+        const char *at = (const char *)memory;
+        if (at < ranges[i].begin || at >= ranges[i].begin + ranges[i].bytes) continue;
+        cuda_check(cudaStreamSynchronize(cuda_stream(device)), "waiting for the GPU");
+        cuda_check(cudaHostUnregister((void *)ranges[i].begin), "giving pinned memory back");
+        ranges[i] = ranges[--range_count];
+        return;
+    }
+}
+
+void *cuda_reach(const Device *device, const void *memory) {
+    (void)device;
+    const char *at = (const char *)memory;
+    for (int i = 0; i < range_count; i++)
+        if (at >= ranges[i].begin && at < ranges[i].begin + ranges[i].bytes)
+            return ranges[i].reached + (at - ranges[i].begin);
+    return NULL;
+}
+
+/* ---- copies ---- */
+
+/* Pageable memory goes through two pinned chunks by turns: the host fills one while the other
+ * travels. */
+static void send_chunks(Gpu *g, char *to, const char *from, size_t bytes) {
+    cudaStream_t stream = cuda_stream(&g->device);
+    for (size_t done = 0, turn = 0; done < bytes; done += CHUNK, turn ^= 1) {
+        size_t n = bytes - done < CHUNK ? bytes - done : CHUNK;
+        char *chunk = pinned(&g->chunk[turn], CHUNK);
+        memcpy(chunk, from + done, n);
+        cuda_check(cudaMemcpyAsync(to + done, chunk, n, cudaMemcpyHostToDevice, stream),
+                   "a copy to the GPU");
+        cuda_check(cudaEventRecord(g->chunk[turn].sent, stream), "noting a copy");
+    }
+}
+
+static void fetch_chunks(Gpu *g, char *to, const char *from, size_t bytes) {
+    cudaStream_t stream = cuda_stream(&g->device);
+    for (size_t done = 0; done < bytes; done += CHUNK) {
+        size_t n = bytes - done < CHUNK ? bytes - done : CHUNK;
+        char *chunk = pinned(&g->chunk[0], n < 65536 ? 65536 : CHUNK);
+        cuda_check(cudaMemcpyAsync(chunk, from + done, n, cudaMemcpyDeviceToHost, stream),
+                   "a copy from the GPU");
+        cuda_check(cudaStreamSynchronize(stream), "waiting for the GPU");
+        memcpy(to + done, chunk, n);
+    }
+}
+
+void cuda_copy(Device *to_device, void *to, Device *from_device, const void *from, size_t bytes) {
+    if (!bytes) return;
+    if (from_device->kind == DEVICE_CPU) {
+        send_chunks(gpu_of(to_device), (char *)to, (const char *)from, bytes);
+    } else if (to_device->kind == DEVICE_CPU) {
+        fetch_chunks(gpu_of(from_device), (char *)to, (const char *)from, bytes);
+    } else {
+        cudaStream_t stream = cuda_stream(to_device);
+        cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "a copy on the GPU");
+    }
+}

@@ -1,0 +1,307 @@
+/* elementwise.cu - copies, sums, gathers and masks. */
+#include "kernels/cuda/columns.h"
+#include "kernels/cuda/packed.h"
+
+extern "C" {
+#include "kernels/elementwise.h"
+}
+
+/* ---- copies ---- */
+
+template <typename Y, int D>
+static __global__ void copy(Y *y, Write write, PackedView x, float alpha, int64_t count) {
+    FOR_GRID(i, (count + 7) / 8) {
+        float a[8];
+        read_up_to_8<D>(a, x, 8 * i, count);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            int64_t k = 8 * i + j;
+            if (k < count)
+                y[k] = from_float<Y>((write == ADD ? to_float(y[k]) : 0.0f) + alpha * a[j]);
+        }
+    }
+}
+
+/* The common case, in packs: floats to floats. */
+template <typename Y, typename X>
+static __global__ void copy_packs(Y *y, Write write, const X *x, float alpha, int64_t packs) {
+    FOR_GRID(i, packs) {
+        float a[4], b[4];
+        load(a, x + 4 * i);
+        if (write == ADD) load(b, y + 4 * i);
+#pragma unroll
+        for (int j = 0; j < 4; j++) a[j] = write == ADD ? b[j] + alpha * a[j] : alpha * a[j];
+        store(y + 4 * i, a);
+    }
+}
+
+extern "C" void cuda_scale_copy(Tensor y, Write write, Tensor x, float alpha) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    bool floats = (x.dtype == F32 || x.dtype == BF16) && fits_packs(count, y, x);
+    unsigned grid = grid_for(y.device, floats ? count / 4 : (count + 7) / 8, 256);
+    if (floats)
+        WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
+            LAUNCH(y.device, (copy_packs<Y, X>), grid, 256, 0, data_of<Y>(y), write, data_of<X>(x),
+                   alpha, count / 4);
+        }));
+    else
+        WITH_FLOAT(y.dtype, Y, WITH_ANY(x.dtype, D, {
+            LAUNCH(y.device, (copy<Y, D>), grid, 256, 0, data_of<Y>(y), write, view_of(x), alpha,
+                   count);
+        }));
+}
+
+template <typename T> static __global__ void set(T *y, float value, int64_t count) {
+    FOR_GRID(i, count) y[i] = from_float<T>(value);
+}
+
+extern "C" void cuda_fill(Tensor y, float value) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    if (value == 0) {
+        cuda_check(cudaMemsetAsync(y.data, 0, tensor_bytes(y), cuda_stream(y.device)), "fill");
+        return;
+    }
+    WITH_FLOAT(y.dtype, T, {
+        LAUNCH(y.device, (set<T>), grid_for(y.device, count, 256), 256, 0, data_of<T>(y), value,
+               count);
+    });
+}
+
+template <typename T, int V>
+static __global__ void add(T *y, const T *a, const T *b, float alpha, int64_t packs) {
+    FOR_GRID(i, packs) {
+        float u[V], v[V];
+        load(u, a + V * i);
+        load(v, b + V * i);
+#pragma unroll
+        for (int j = 0; j < V; j++) u[j] = rounded<T>(u[j] + v[j]) * alpha;
+        store(y + V * i, u);
+    }
+}
+
+extern "C" void cuda_add_scaled(Tensor y, Tensor a, Tensor b, float alpha) {
+    int64_t count = tensor_count(y);
+    bool fits = fits_packs(count, y, a, b);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
+        LAUNCH(y.device, (add<T, V>), grid_for(y.device, count / V, 256), 256, 0, data_of<T>(y),
+               data_of<T>(a), data_of<T>(b), alpha, count / V);
+    }));
+}
+
+/* ---- rows ---- */
+
+/* Rows move as words of type U: y[m] = x[rows[m]]. */
+template <typename U>
+static __global__ void gather(U *y, const U *x, const int32_t *rows, int64_t M, int64_t words) {
+    FOR_GRID(i, M * words) {
+        int64_t from = rows[i / words];
+        y[i] = from < 0 ? U{} : x[from * words + i % words];
+    }
+}
+
+template <typename U>
+static __global__ void scatter(U *y, const U *x, const int32_t *rows, int64_t M, int64_t words) {
+    FOR_GRID(i, M * words) {
+        int64_t to = rows[i / words];
+        if (to >= 0) y[to * words + i % words] = x[i];
+    }
+}
+
+template <typename T>
+static __global__ void scatter_add(T *y, const T *x, const int32_t *rows, int64_t M, int64_t D) {
+    FOR_GRID(i, M * D) {
+        int64_t to = rows[i / D];
+        if (to < 0) continue;
+        T *at = y + to * D + i % D;
+        *at = from_float<T>(to_float(*at) + to_float(x[i]));
+    }
+}
+
+/* Runs the statements with U the widest word that rows of `bytes` at both addresses divide into. */
+#define WITH_WORDS(bytes, a, b, U, ...)                                                            \
+    do {                                                                                           \
+        uintptr_t places = (uintptr_t)(a) | (uintptr_t)(b) | (uintptr_t)(bytes);                   \
+        if (places % 16 == 0) {                                                                    \
+            typedef uint4 U;                                                                       \
+            __VA_ARGS__;                                                                           \
+        } else if (places % 4 == 0) {                                                              \
+            typedef uint32_t U;                                                                    \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            typedef uint16_t U;                                                                    \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+extern "C" void cuda_gather_rows(Tensor y, Tensor x, Tensor rows) {
+    int64_t M = tensor_rows(y), bytes = tensor_cols(y) * (int64_t)dtype_size(y.dtype);
+    if (!M || !bytes) return;
+    WITH_WORDS(bytes, y.data, x.data, U, {
+        int64_t words = bytes / (int64_t)sizeof(U);
+        LAUNCH(y.device, (gather<U>), grid_for(y.device, M * words, 256), 256, 0, data_of<U>(y),
+               data_of<U>(x), data_of<int32_t>(rows), M, words);
+    });
+}
+
+extern "C" void cuda_scatter_rows(Tensor y, Write write, Tensor x, Tensor rows) {
+    int64_t M = tensor_rows(x), D = tensor_cols(y), bytes = D * (int64_t)dtype_size(y.dtype);
+    if (write == SET)
+        cuda_check(cudaMemsetAsync(y.data, 0, tensor_bytes(y), cuda_stream(y.device)), "scatter");
+    if (!M || !D) return;
+    if (write == SET)
+        WITH_WORDS(bytes, y.data, x.data, U, {
+            int64_t words = bytes / (int64_t)sizeof(U);
+            LAUNCH(y.device, (scatter<U>), grid_for(y.device, M * words, 256), 256, 0,
+                   data_of<U>(y), data_of<U>(x), data_of<int32_t>(rows), M, words);
+        });
+    else
+        WITH_FLOAT(y.dtype, T, {
+            LAUNCH(y.device, (scatter_add<T>), grid_for(y.device, M * D, 256), 256, 0,
+                   data_of<T>(y), data_of<T>(x), data_of<int32_t>(rows), M, D);
+        });
+}
+
+template <typename T, int V>
+static __global__ void gather_add(T *y, const T *x, const int32_t *slot, int64_t N, int64_t A,
+                                  int64_t D) {
+    FOR_GRID(i, N * D / V) {
+        int64_t n = i * V / D, d = i * V % D;
+        float sum[V], a[V];
+        load(sum, y + i * V);
+        for (int64_t k = 0; k < A; k++) {
+            load(a, x + slot[n * A + k] * D + d);
+#pragma unroll
+            for (int j = 0; j < V; j++) sum[j] += a[j];
+        }
+        store(y + i * V, sum);
+    }
+}
+
+extern "C" void cuda_gather_add_rows(Tensor y, Tensor x, Tensor slot) {
+    int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
+    bool fits = fits_packs(D, y, x);
+    if (!N || !D) return;
+    WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
+        LAUNCH(y.device, (gather_add<T, V>), grid_for(y.device, N * D / V, 256), 256, 0,
+               data_of<T>(y), data_of<T>(x), data_of<int32_t>(slot), N, A, D);
+    }));
+}
+
+template <typename U>
+static __global__ void swap(U *y, const U *x, int64_t I, int64_t J, int64_t words) {
+    FOR_GRID(k, I * J * words) {
+        int64_t w = k % words, i = k / words % I, j = k / words / I;
+        y[k] = x[(i * J + j) * words + w];
+    }
+}
+
+extern "C" void cuda_swap_outer(Tensor y, Tensor x) {
+    int64_t I = x.shape[0], J = x.shape[1], bytes = x.shape[2] * (int64_t)dtype_size(x.dtype);
+    if (!tensor_count(x)) return;
+    WITH_WORDS(bytes, y.data, x.data, U, {
+        int64_t words = bytes / (int64_t)sizeof(U);
+        LAUNCH(x.device, (swap<U>), grid_for(x.device, I * J * words, 256), 256, 0, data_of<U>(y),
+               data_of<U>(x), I, J, words);
+    });
+}
+
+/* ---- masks and factors ---- */
+
+template <typename T>
+static __global__ void drop(T *y, const T *x, float p, float keep, uint64_t key, int64_t count) {
+    FOR_GRID(i, count)
+        y[i] = random_uniform(key, (uint64_t)i) >= p ? from_float<T>(to_float(x[i]) * keep)
+                                                     : from_float<T>(0.0f);
+}
+
+extern "C" void cuda_dropout(Tensor y, Tensor x, float p, uint64_t key) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, T, {
+        LAUNCH(y.device, (drop<T>), grid_for(y.device, count, 256), 256, 0, data_of<T>(y),
+               data_of<T>(x), p, 1.0f / (1.0f - p), key, count);
+    });
+}
+
+template <typename Y, typename X>
+static __global__ void times_columns(Y *y, Write write, const X *x, const float *weight,
+                                     int64_t count, int64_t D) {
+    FOR_GRID(i, count)
+        y[i] = from_float<Y>((write == ADD ? to_float(y[i]) : 0.0f) +
+                             to_float(x[i]) * weight[i % D]);
+}
+
+extern "C" void cuda_scale_columns(Tensor y, Write write, Tensor x, Tensor weight) {
+    int64_t count = tensor_count(y), D = tensor_cols(x);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
+        LAUNCH(y.device, (times_columns<Y, X>), grid_for(y.device, count, 256), 256, 0,
+               data_of<Y>(y), write, data_of<X>(x), data_of<float>(weight), count, D);
+    }));
+}
+
+template <typename Y, typename X>
+static __global__ void times_rows(Y *y, const X *x, const float *weight, int64_t count, int64_t D) {
+    FOR_GRID(i, count) y[i] = from_float<Y>(to_float(x[i]) * weight[i / D]);
+}
+
+extern "C" void cuda_scale_rows(Tensor y, Tensor x, Tensor weight) {
+    int64_t count = tensor_count(y), D = tensor_cols(x);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
+        LAUNCH(y.device, (times_rows<Y, X>), grid_for(y.device, count, 256), 256, 0, data_of<Y>(y),
+               data_of<X>(x), data_of<float>(weight), count, D);
+    }));
+}
+
+namespace {
+template <typename A, typename B> struct Product {
+    const A *a;
+    const B *b; /* NULL: ones */
+    int64_t D;
+    __device__ float operator()(int64_t n, int64_t d) const {
+        return to_float(a[n * D + d]) * (b ? to_float(b[n * D + d]) : 1.0f);
+    }
+};
+} // namespace
+
+extern "C" void cuda_dot_columns(Tensor y, Tensor a, Tensor b) {
+    int64_t D = tensor_cols(a);
+    WITH_FLOAT(a.dtype, A, WITH_FLOAT(b.data ? b.dtype : F32, B, {
+        add_column_sums(a.device, data_of<float>(y), tensor_rows(a), D,
+                        Product<A, B>{data_of<A>(a), data_of<B>(b), D});
+    }));
+}
+
+static __global__ void norms(float *y, const float *x, int64_t D) {
+    __shared__ float space[32];
+    float sum = 0;
+    for (int64_t d = threadIdx.x; d < D; d += blockDim.x) {
+        float a = x[blockIdx.x * D + d];
+        sum += a * a;
+    }
+    sum = block_sum(sum, space);
+    if (!threadIdx.x) y[blockIdx.x] = sqrtf(sum);
+}
+
+extern "C" void cuda_row_norms(Tensor y, Tensor x) {
+    if (!tensor_rows(x)) return;
+    LAUNCH(x.device, (norms), (unsigned)tensor_rows(x), 256, 0, data_of<float>(y),
+           data_of<float>(x), tensor_cols(x));
+}
+
+static __global__ void divide(float *y, Write write, const float *a, const float *b,
+                              int64_t count) {
+    FOR_GRID(i, count)
+        y[i] = (write == ADD ? y[i] : 0.0f) + (b[i] != 0 ? a[i] / b[i] : 0.0f);
+}
+
+extern "C" void cuda_quotient(Tensor y, Write write, Tensor a, Tensor b) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    LAUNCH(y.device, (divide), grid_for(y.device, count, 256), 256, 0, data_of<float>(y), write,
+           data_of<float>(a), data_of<float>(b), count);
+}

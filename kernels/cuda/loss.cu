@@ -1,0 +1,113 @@
+/* loss.cu - softcap and cross-entropy, a block for each row of the vocabulary. */
+#include "kernels/cuda/cuda.h"
+
+extern "C" {
+#include "kernels/loss.h"
+}
+
+#define THREADS 512
+
+DEVICE_FUNCTION float capped(float z, float cap, float inverse) {
+    return cap != 0 ? cap * tanhf(z * inverse) : z;
+}
+
+template <int V>
+static __global__ void soften(float *logits, float cap, float inverse, int64_t packs) {
+    FOR_GRID(i, packs) {
+        float z[V];
+        load(z, logits + V * i);
+#pragma unroll
+        for (int j = 0; j < V; j++) z[j] = capped(z[j], cap, inverse);
+        store(logits + V * i, z);
+    }
+}
+
+extern "C" void cuda_softcap_forward(Tensor logits, float cap) {
+    int64_t count = tensor_count(logits);
+    if (cap == 0 || !count) return;
+    bool fits = fits_packs(count, logits);
+    WITH_PACKS(fits, V, {
+        LAUNCH(logits.device, (soften<V>), grid_for(logits.device, count / V, 256), 256, 0,
+               data_of<float>(logits), cap, 1.0f / cap, count / V);
+    });
+}
+
+/* Sum of exp(z) relative to top, so that parts join. */
+struct Sum {
+    float top, total;
+};
+
+DEVICE_FUNCTION Sum join(Sum a, Sum b) {
+    float top = fmaxf(a.top, b.top);
+    if (top == -INFINITY) return Sum{top, 0};
+    return Sum{top, a.total * expf(a.top - top) + b.total * expf(b.top - top)};
+}
+
+/* First all logits are capped, written back and summed up, then read again for their gradients. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(THREADS)
+    cross_entropy_row(float *nll, T *dlogits, float *logits, const int32_t *targets,
+                      const float *weights, int64_t vocab, float cap, float inverse) {
+    __shared__ float tops[32], totals[32];
+    float *row = logits + blockIdx.x * vocab;
+    Sum sum = {-INFINITY, 0};
+    for (int64_t i = threadIdx.x * V; i < vocab; i += THREADS * V) {
+        float z[V], top = sum.top;
+        load(z, row + i);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            z[j] = capped(z[j], cap, inverse);
+            top = fmaxf(top, z[j]);
+        }
+        store(row + i, z);
+        if (top == -INFINITY) continue;
+        sum.total *= expf(sum.top - top);
+#pragma unroll
+        for (int j = 0; j < V; j++) sum.total += quick_exp(z[j] - top);
+        sum.top = top;
+    }
+#pragma unroll
+    for (int d = 16; d; d >>= 1) {
+        Sum other = {__shfl_xor_sync(0xffffffffu, sum.top, d),
+                     __shfl_xor_sync(0xffffffffu, sum.total, d)};
+        sum = join(sum, other);
+    }
+    if (threadIdx.x % 32 == 0) {
+        tops[threadIdx.x / 32] = sum.top;
+        totals[threadIdx.x / 32] = sum.total;
+    }
+    __syncthreads();
+    sum = Sum{tops[0], totals[0]};
+    for (int w = 1; w < THREADS / 32; w++) sum = join(sum, Sum{tops[w], totals[w]});
+    float lse = sum.top + logf(sum.total);
+    int32_t target = targets[blockIdx.x];
+    float at = target >= 0 ? row[target] : 0.0f; /* written before the barrier above */
+    if (!threadIdx.x) nll[blockIdx.x] = target >= 0 ? lse - at : 0.0f;
+    if (!dlogits) return;
+    float weight = target >= 0 ? weights[blockIdx.x] : 0.0f;
+    float slope = cap != 0 ? 1.0f / (cap * cap) : 0.0f;
+    for (int64_t i = threadIdx.x * V; i < vocab; i += THREADS * V) {
+        float z[V];
+        load(z, row + i);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            float p = quick_exp(z[j] - lse);
+            if (i + j == target) p = expf(z[j] - lse) - 1.0f;
+            z[j] = weight * p * (1.0f - z[j] * z[j] * slope);
+        }
+        store(dlogits + blockIdx.x * vocab + i, z);
+    }
+}
+
+extern "C" void cuda_cross_entropy(Tensor nll, Tensor dlogits, Tensor logits, Tensor targets,
+                                   Tensor weights, float cap) {
+    int64_t R = tensor_rows(logits), vocab = tensor_cols(logits);
+    if (!R) return;
+    bool fits = fits_packs(vocab, logits, dlogits);
+    WITH_FLOAT(dlogits.data ? dlogits.dtype : F32, T, WITH_PACKS(fits, V, {
+        LAUNCH(logits.device, (cross_entropy_row<T, V>), (unsigned)R, THREADS, 0,
+               data_of<float>(nll), data_of<T>(dlogits), data_of<float>(logits),
+               data_of<int32_t>(targets), data_of<float>(weights), vocab, cap,
+               cap != 0 ? 1.0f / cap : 0.0f);
+    }));
+}

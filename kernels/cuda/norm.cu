@@ -1,0 +1,151 @@
+/* norm.cu - root-mean-square norms: a warp a row where rows are short, else a block. */
+#include "kernels/cuda/columns.h"
+
+extern "C" {
+#include "kernels/norm.h"
+}
+
+#define THREADS  256
+#define WARP_COLS 1024 /* rows up to here go to one warp */
+
+/* Threads of a row, and which of them and which row this is. */
+template <int ROW> DEVICE_FUNCTION int64_t row_of() {
+    return (int64_t)blockIdx.x * (THREADS / ROW) + threadIdx.x / ROW;
+}
+template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
+    return ROW == 32 ? warp_sum(x) : block_sum(x, space);
+}
+
+/* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept. */
+template <typename T, typename W, int V, int ROW>
+static __global__ void __launch_bounds__(THREADS)
+    forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
+            float eps, bool given) {
+    __shared__ float space[32];
+    int64_t n = row_of<ROW>();
+    bool here = n < N; /* every thread goes on to the sums */
+    int lane = threadIdx.x % ROW;
+    const T *row = x + n * D;
+    float r = 0;
+    if (given) {
+        r = here ? rstd[n] : 0;
+    } else {
+        float sum = 0;
+        for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+            float a[V];
+            load(a, row + d);
+#pragma unroll
+            for (int i = 0; i < V; i++) sum += a[i] * a[i];
+        }
+        r = 1.0f / sqrtf(row_sum<ROW>(sum, space) / (float)D + eps);
+        if (here && rstd && !lane) rstd[n] = r;
+    }
+    for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+        float a[V], w[V], b[V];
+        load(a, row + d);
+        if (weight) load(w, weight + d);
+#pragma unroll
+        for (int i = 0; i < V; i++) a[i] = weight ? a[i] * r * w[i] : a[i] * r;
+        if (residual) {
+            load(b, residual + n * D + d);
+#pragma unroll
+            for (int i = 0; i < V; i++) a[i] = rounded<T>(a[i]) + b[i];
+        }
+        store(y + n * D + d, a);
+    }
+}
+
+template <typename T, typename W, int V, int ROW>
+static __global__ void __launch_bounds__(THREADS)
+    backward(T *dx, Write write, const T *dy, const T *x, const float *rstd, const W *weight,
+             int64_t N, int64_t D) {
+    __shared__ float space[32];
+    int64_t n = row_of<ROW>();
+    bool here = n < N;
+    int lane = threadIdx.x % ROW;
+    float sum = 0, r = here ? rstd[n] : 0;
+    for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+        float g[V], a[V], w[V];
+        load(g, dy + n * D + d);
+        load(a, x + n * D + d);
+        if (weight) load(w, weight + d);
+#pragma unroll
+        for (int i = 0; i < V; i++) sum += (weight ? g[i] * w[i] : g[i]) * a[i];
+    }
+    float mean = row_sum<ROW>(sum, space) / (float)D * r * r;
+    for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+        float g[V], a[V], w[V], old[V];
+        load(g, dy + n * D + d);
+        load(a, x + n * D + d);
+        if (weight) load(w, weight + d);
+        if (write == ADD) load(old, dx + n * D + d);
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            float step = r * ((weight ? g[i] * w[i] : g[i]) - a[i] * mean);
+            g[i] = write == ADD ? old[i] + step : step;
+        }
+        store(dx + n * D + d, g);
+    }
+}
+
+/* Runs the statements with ROW the threads of a row. */
+#define WITH_ROW(D, ROW, ...)                                                                      \
+    do {                                                                                           \
+        if ((D) <= WARP_COLS) {                                                                    \
+            constexpr int ROW = 32;                                                                \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int ROW = THREADS;                                                           \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+static void launch_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual,
+                           float eps, bool given) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    if (!N) return;
+    bool fits = fits_packs(D, y, x, weight, residual);
+    DType weight_dtype = weight.data ? weight.dtype : F32;
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight_dtype, W, WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
+        LAUNCH(x.device, (forward<T, W, V, ROW>), (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
+               data_of<T>(y), data_of<float>(rstd), data_of<T>(x), data_of<W>(weight),
+               data_of<T>(residual), N, D, eps, given);
+    }))));
+}
+
+extern "C" void cuda_rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight,
+                                     Tensor residual, float eps) {
+    launch_forward(y, rstd, x, weight, residual, eps, false);
+}
+
+extern "C" void cuda_rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
+    launch_forward(y, rstd, x, weight, tensor_absent(), 0, true);
+}
+
+template <typename T> struct WeightTerm {
+    const T *dy, *x;
+    const float *rstd;
+    int64_t D;
+    __device__ float operator()(int64_t n, int64_t d) const {
+        return to_float(dy[n * D + d]) * (to_float(x[n * D + d]) * rstd[n]);
+    }
+};
+
+extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x,
+                                      Tensor rstd, Tensor weight) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    if (!N) return;
+    if (dweight.data) /* first: it reads dy, which dx may overwrite */
+        WITH_FLOAT(x.dtype, T,
+                   add_column_sums(x.device, data_of<float>(dweight), N, D,
+                                   WeightTerm<T>{data_of<T>(dy), data_of<T>(x),
+                                                 data_of<float>(rstd), D}));
+    if (!dx.data) return;
+    bool fits = fits_packs(D, dx, dy, x, weight);
+    DType weight_dtype = weight.data ? weight.dtype : F32;
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight_dtype, W, WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
+        LAUNCH(x.device, (backward<T, W, V, ROW>), (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
+               data_of<T>(dx), write, data_of<T>(dy), data_of<T>(x), data_of<float>(rstd),
+               data_of<W>(weight), N, D);
+    }))));
+}

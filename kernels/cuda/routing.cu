@@ -1,0 +1,260 @@
+/* routing.cu - router softmax and top-A, the sorted order, and the weighted join. */
+#include "kernels/cuda/cuda.h"
+
+extern "C" {
+#include "kernels/routing.h"
+}
+
+#define EXPERTS 1024 /* the most there can be */
+
+/* ---- the router: a warp a row, its probabilities in shared memory ---- */
+
+#define ROUTER_ROWS 4
+
+template <typename T>
+static __global__ void choose(float *probs, float *share, int32_t *experts, const T *logits,
+                              int64_t N, int E, int A) {
+    DYNAMIC_SHARED(memory);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int64_t n = (int64_t)blockIdx.x * ROUTER_ROWS + warp;
+    bool here = n < N;
+    float *left = (float *)memory + warp * E; /* what has not been chosen yet */
+    float top = -INFINITY, sum = 0, total = 0;
+    for (int e = lane; here && e < E; e += 32) top = fmaxf(top, to_float(logits[n * E + e]));
+    top = warp_max(top);
+    for (int e = lane; here && e < E; e += 32)
+        sum += left[e] = expf(to_float(logits[n * E + e]) - top);
+    sum = warp_sum(sum);
+    for (int e = lane; here && e < E; e += 32) probs[n * E + e] = left[e] = left[e] / sum;
+    for (int a = 0; a < A; a++) {
+        float best = -1;
+        int at = E;
+        __syncwarp();
+        for (int e = lane; here && e < E; e += 32)
+            if (left[e] > best) best = left[e], at = e;
+#pragma unroll
+        for (int d = 16; d; d >>= 1) {
+            float other = __shfl_xor_sync(0xffffffffu, best, d);
+            int place = __shfl_xor_sync(0xffffffffu, at, d);
+            if (other > best || (other == best && place < at)) best = other, at = place;
+        }
+        if (!here || lane) continue;
+        left[at] = -1;
+        experts[n * A + a] = at;
+        share[n * A + a] = best;
+    }
+    __syncwarp();
+    if (!here) return;
+    for (int a = 0; a < A; a++) total += share[n * A + a];
+    __syncwarp();
+    for (int a = lane; a < A; a += 32) share[n * A + a] /= total;
+}
+
+template <typename T>
+static __global__ void choose_backward(T *dlogits, const float *dshare, const float *probs,
+                                       const float *share, const int32_t *experts,
+                                       const float *balance, int64_t N, int E, int A) {
+    int lane = threadIdx.x % 32;
+    int64_t n = (int64_t)blockIdx.x * ROUTER_ROWS + threadIdx.x / 32;
+    bool here = n < N;
+    float mean = 0, average = 0;
+    for (int a = lane; here && a < A; a += 32) mean += share[n * A + a] * dshare[n * A + a];
+    mean = warp_sum(mean);
+    for (int e = lane; here && balance && e < E; e += 32) average += probs[n * E + e] * balance[e];
+    average = warp_sum(average);
+    for (int e = lane; here && e < E; e += 32) {
+        float out = balance ? probs[n * E + e] * (balance[e] - average) : 0.0f;
+        for (int a = 0; a < A; a++)
+            if (experts[n * A + a] == e) out += share[n * A + a] * (dshare[n * A + a] - mean);
+        dlogits[n * E + e] = from_float<T>(out);
+    }
+}
+
+extern "C" void cuda_router_forward(Tensor probs, Tensor share, Tensor experts, Tensor logits) {
+    int64_t N = tensor_rows(logits), E = tensor_cols(logits), A = tensor_cols(share);
+    if (!N) return;
+    WITH_FLOAT(logits.dtype, T, {
+        LAUNCH(logits.device, (choose<T>), (unsigned)ceil_div(N, ROUTER_ROWS), 32 * ROUTER_ROWS,
+               (size_t)(ROUTER_ROWS * E) * sizeof(float), data_of<float>(probs),
+               data_of<float>(share), data_of<int32_t>(experts), data_of<T>(logits), N, (int)E,
+               (int)A);
+    });
+}
+
+extern "C" void cuda_router_backward(Tensor dlogits, Tensor dshare, Tensor probs, Tensor share,
+                                     Tensor experts, Tensor balance) {
+    int64_t N = tensor_rows(probs), E = tensor_cols(probs), A = tensor_cols(share);
+    if (!N) return;
+    WITH_FLOAT(dlogits.dtype, T, {
+        LAUNCH(probs.device, (choose_backward<T>), (unsigned)ceil_div(N, ROUTER_ROWS),
+               32 * ROUTER_ROWS, 0, data_of<T>(dlogits), data_of<float>(dshare),
+               data_of<float>(probs), data_of<float>(share), data_of<int32_t>(experts),
+               data_of<float>(balance), N, (int)E, (int)A);
+    });
+}
+
+/* ---- the sorted order ---- */
+
+/* How many of a block's 256 entries before this thread's, and in all, are `mine`. */
+DEVICE_FUNCTION int rank_in_block(bool mine, int *counts, int *all) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0, total = 0;
+    unsigned set = __ballot_sync(0xffffffffu, mine);
+    __syncthreads();
+    if (!lane) counts[warp] = __popc(set);
+    __syncthreads();
+    for (int w = 0; w < 8; w++) {
+        if (w < warp) before += counts[w];
+        total += counts[w];
+    }
+    *all = total;
+    return before + __popc(set & ((1u << lane) - 1));
+}
+
+/* A block for each expert. */
+static __global__ void __launch_bounds__(256)
+    count_rows(int32_t *counts, const int32_t *experts, int64_t entries) {
+    __shared__ int parts[8];
+    int total = 0, all;
+    for (int64_t first = 0; first < entries; first += 256) {
+        int64_t i = first + threadIdx.x;
+        rank_in_block(i < entries && experts[i] == (int)blockIdx.x, parts, &all);
+        total += all;
+    }
+    if (!threadIdx.x) counts[blockIdx.x] = total;
+}
+
+static __global__ void place_groups(int32_t *offsets, const int32_t *counts, int E) {
+    if (threadIdx.x) return;
+    int32_t at = 0;
+    for (int e = 0; e < E; e++) {
+        offsets[e] = at;
+        at += (counts[e] + ROUTING_ALIGN - 1) / ROUTING_ALIGN * ROUTING_ALIGN;
+    }
+    offsets[E] = at;
+}
+
+/* Rows of an expert, in order; -1 behind them up to where the next begins, or to the end. */
+static __global__ void __launch_bounds__(256)
+    place_rows(int32_t *slot, int32_t *source, const int32_t *offsets, const int32_t *experts,
+               int64_t entries, int A, int E, int64_t M) {
+    __shared__ int parts[8];
+    int next = offsets[blockIdx.x], all;
+    for (int64_t first = 0; first < entries; first += 256) {
+        int64_t i = first + threadIdx.x;
+        bool mine = i < entries && experts[i] == (int)blockIdx.x;
+        int place = next + rank_in_block(mine, parts, &all);
+        next += all;
+        if (!mine) continue;
+        slot[i] = place;
+        source[place] = (int32_t)(i / A);
+    }
+    int64_t end = (int)blockIdx.x + 1 == E ? M : offsets[blockIdx.x + 1];
+    for (int64_t m = next + threadIdx.x; m < end; m += 256) source[m] = -1;
+}
+
+extern "C" void cuda_routing_sort(Tensor offsets, Tensor counts, Tensor slot, Tensor source,
+                                  Tensor experts) {
+    int64_t E = tensor_count(counts), A = tensor_cols(experts), entries = tensor_count(experts);
+    const Device *device = experts.device;
+    LAUNCH(device, (count_rows), (unsigned)E, 256, 0, data_of<int32_t>(counts),
+           data_of<int32_t>(experts), entries);
+    LAUNCH(device, (place_groups), 1, 32, 0, data_of<int32_t>(offsets), data_of<int32_t>(counts),
+           (int)E);
+    LAUNCH(device, (place_rows), (unsigned)E, 256, 0, data_of<int32_t>(slot),
+           data_of<int32_t>(source), data_of<int32_t>(offsets), data_of<int32_t>(experts), entries,
+           (int)A, (int)E, tensor_count(source));
+}
+
+/* ---- the join ---- */
+
+template <typename T, typename S, int V>
+static __global__ void combine(T *y, const T *rows, const int32_t *slot, const float *share,
+                               const int32_t *experts, const S *scale, int64_t N, int64_t D,
+                               int A) {
+    FOR_GRID(i, N * D / V) {
+        int64_t n = i * V / D, d = i * V % D;
+        float sum[V] = {0}, a[V];
+        for (int k = 0; k < A; k++) {
+            float weight = share[n * A + k] * to_float(scale[experts[n * A + k]]);
+            load(a, rows + slot[n * A + k] * D + d);
+#pragma unroll
+            for (int j = 0; j < V; j++) sum[j] += weight * a[j];
+        }
+        store(y + i * V, sum);
+    }
+}
+
+/* A block for each (row, choice): its row's gradient, and <dy, row> into dshare. */
+template <typename T, typename S, int V>
+static __global__ void __launch_bounds__(256)
+    combine_rows(T *drows, float *dshare, const T *dy, const T *rows, const int32_t *slot,
+                 const float *share, const int32_t *experts, const S *scale, int64_t D, int A) {
+    __shared__ float space[32];
+    int64_t i = blockIdx.x, n = i / A, m = slot[i];
+    float weight = share[i] * to_float(scale[experts[i]]), product = 0;
+    for (int64_t d = threadIdx.x * V; d < D; d += 256 * V) {
+        float g[V], a[V];
+        load(g, dy + n * D + d);
+        load(a, rows + m * D + d);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            product += g[j] * a[j];
+            g[j] *= weight;
+        }
+        store(drows + m * D + d, g);
+    }
+    product = block_sum(product, space);
+    if (!threadIdx.x) dshare[i] = product;
+}
+
+/* A block for each expert: dscale[e] += sum of share * product over the rows it got. */
+static __global__ void __launch_bounds__(256)
+    add_scales(float *dscale, const float *share, const float *product, const int32_t *experts,
+               int64_t entries) {
+    __shared__ float space[32];
+    float sum = 0;
+    for (int64_t i = threadIdx.x; i < entries; i += 256)
+        if (experts[i] == (int)blockIdx.x) sum += share[i] * product[i];
+    sum = block_sum(sum, space);
+    if (!threadIdx.x) dscale[blockIdx.x] += sum;
+}
+
+template <typename S>
+static __global__ void scale_shares(float *dshare, const int32_t *experts, const S *scale,
+                                    int64_t entries) {
+    FOR_GRID(i, entries) dshare[i] *= to_float(scale[experts[i]]);
+}
+
+extern "C" void cuda_combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor share,
+                                     Tensor experts, Tensor scale) {
+    int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
+    bool fits = fits_packs(D, y, rows);
+    if (!N) return;
+    WITH_FLOAT(y.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_PACKS(fits, V, {
+        LAUNCH(y.device, (combine<T, S, V>), grid_for(y.device, N * D / V, 256), 256, 0,
+               data_of<T>(y), data_of<T>(rows), data_of<int32_t>(slot), data_of<float>(share),
+               data_of<int32_t>(experts), data_of<S>(scale), N, D, (int)A);
+    })));
+}
+
+extern "C" void cuda_combine_backward(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy,
+                                      Tensor rows, Tensor slot, Tensor share, Tensor experts,
+                                      Tensor scale) {
+    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot), entries = N * A;
+    bool fits = fits_packs(D, drows, dy, rows);
+    const Device *device = dy.device;
+    if (!N) return;
+    cuda_check(cudaMemsetAsync(drows.data, 0, tensor_bytes(drows), cuda_stream(device)), "combine");
+    WITH_FLOAT(dy.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_PACKS(fits, V, {
+        LAUNCH(device, (combine_rows<T, S, V>), (unsigned)entries, 256, 0, data_of<T>(drows),
+               data_of<float>(dshare), data_of<T>(dy), data_of<T>(rows), data_of<int32_t>(slot),
+               data_of<float>(share), data_of<int32_t>(experts), data_of<S>(scale), D, (int)A);
+    })));
+    if (dscale.data)
+        LAUNCH(device, (add_scales), (unsigned)tensor_count(dscale), 256, 0, data_of<float>(dscale),
+               data_of<float>(share), data_of<float>(dshare), data_of<int32_t>(experts), entries);
+    WITH_FLOAT(scale.dtype, S, {
+        LAUNCH(device, (scale_shares<S>), grid_for(device, entries, 256), 256, 0,
+               data_of<float>(dshare), data_of<int32_t>(experts), data_of<S>(scale), entries);
+    });
+}

@@ -1,0 +1,388 @@
+/* simt.cpp - threads of a block as stacks of their own, and a device made of host memory.
+ *
+ * LAPIDARY_SIMT_FAIL makes a call fail as a real one does: driver, none, memory, lost, image. */
+#include "simt.h"
+
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+#include <vector>
+
+/* ---- threads ---- */
+
+enum State { READY, AT_WARP, AT_BLOCK, DONE };
+
+struct Lane {
+    SimtThread view;
+    State state;
+    bool entered;
+    unsigned turn; /* of its warp's exchanges */
+    jmp_buf here;
+};
+
+/* What lanes give lies in two sets: a lane may be one exchange ahead of another that still reads. */
+struct Warp {
+    unsigned char given[2][32 * 64];
+    unsigned arrived;
+    size_t size;
+};
+
+static const size_t STACK = 256 * 1024, THREADS = 1024;
+static std::vector<Lane> lanes(THREADS);
+static std::vector<Warp> warps(THREADS / 32);
+static char *stacks;
+static jmp_buf scheduler;
+static unsigned running, count, waiting, finished;
+static const std::function<void()> *current_body;
+static const char *current_name = "no kernel";
+SimtThread *simt_thread;
+
+[[noreturn]] static void broken(const char *what) {
+    fprintf(stderr, "simt: %s (block %u,%u,%u): %s\n", current_name, simt_thread->block.x,
+            simt_thread->block.y, simt_thread->block.z, what);
+    abort();
+}
+
+static void leave(State state) {
+    Lane &me = lanes[running];
+    me.state = state;
+    if (!_setjmp(me.here)) _longjmp(scheduler, 1);
+}
+
+static unsigned lanes_of(unsigned warp) {
+    return count - warp * 32 < 32 ? count - warp * 32 : 32;
+}
+
+const unsigned char *simt_exchange(const void *mine, size_t size) {
+    Lane &me = lanes[running];
+    Warp &w = warps[running / 32];
+    unsigned char *set = w.given[me.turn & 1];
+    memcpy(set + 64 * (running % 32), mine, size);
+    if (w.arrived && w.size != size) broken("lanes of a warp at different operations");
+    w.size = size;
+    me.turn++;
+    if (++w.arrived == lanes_of(running / 32)) {
+        w.arrived = 0;
+        for (unsigned i = running / 32 * 32; i < running / 32 * 32 + lanes_of(running / 32); i++)
+            if (lanes[i].state == AT_WARP) lanes[i].state = READY;
+        return set;
+    }
+    leave(AT_WARP);
+    return set;
+}
+
+void __syncthreads() {
+    if (++waiting == count) {
+        waiting = 0;
+        for (unsigned i = 0; i < count; i++)
+            if (lanes[i].state == AT_BLOCK) lanes[i].state = READY;
+        return;
+    }
+    leave(AT_BLOCK);
+}
+
+unsigned __ballot_sync(unsigned, int value) {
+    char mine = value != 0;
+    const unsigned char *all = simt_exchange(&mine, 1);
+    unsigned out = 0;
+    for (unsigned i = 0; i < lanes_of(running / 32); i++) out |= (unsigned)(all[64 * i] & 1) << i;
+    return out;
+}
+
+static void enter() {
+    (*current_body)();
+    lanes[running].state = DONE;
+    finished++;
+    _longjmp(scheduler, 1);
+}
+
+static void resume(unsigned i) {
+    Lane &lane = lanes[i];
+    running = i;
+    simt_thread = &lane.view;
+    if (_setjmp(scheduler)) return;
+    if (lane.entered) _longjmp(lane.here, 1);
+    lane.entered = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks + i * STACK;
+    context.uc_stack.ss_size = STACK;
+    context.uc_link = NULL;
+    makecontext(&context, enter, 0);
+    setcontext(&context);
+}
+
+static void run_block(dim3 block) {
+    static const bool reversed =
+        getenv("LAPIDARY_SIMT_ORDER") && !strcmp(getenv("LAPIDARY_SIMT_ORDER"), "reversed");
+    waiting = finished = 0;
+    for (unsigned i = 0; i < (count + 31) / 32; i++) warps[i].arrived = 0;
+    for (unsigned i = 0; i < count; i++) {
+        Lane &lane = lanes[i];
+        lane.view.thread = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
+        lane.state = READY;
+        lane.entered = false;
+        lane.turn = 0;
+    }
+    while (finished < count) {
+        bool moved = false;
+        for (unsigned k = 0; k < count; k++) {
+            unsigned i = reversed ? count - 1 - k : k;
+            if (lanes[i].state != READY) continue;
+            resume(i);
+            moved = true;
+        }
+        if (!moved) broken("some threads wait for others that ended or wait elsewhere");
+    }
+    for (unsigned i = 0; i < (count + 31) / 32; i++)
+        if (warps[i].arrived) broken("a thread ended while its warp waits for it");
+    if (waiting) broken("a thread ended while its block waits for it");
+}
+
+/* ---- memory ---- */
+
+static const size_t PAGE = 4096, DEVICE_BYTES = (size_t)8 << 30;
+static std::map<char *, size_t> allocations;
+static size_t taken;
+static int open_depth;
+static cudaError_t last_error;
+
+static bool fails(const char *what) {
+    const char *name = getenv("LAPIDARY_SIMT_FAIL");
+    return name && !strcmp(name, what);
+}
+
+/* Memory of the device can be reached inside kernels and copies alone. */
+static void reach(bool open) {
+    if (open ? open_depth++ : --open_depth) return;
+    for (auto &a : allocations) mprotect(a.first, a.second, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+}
+
+static size_t whole_pages(size_t bytes) {
+    return (bytes + PAGE - 1) / PAGE * PAGE;
+}
+
+cudaError_t cudaMalloc(void **p, size_t bytes) {
+    size_t size = whole_pages(bytes);
+    if (fails("memory") || taken + size > DEVICE_BYTES) return last_error = cudaErrorMemoryAllocation;
+    void *memory = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) return last_error = cudaErrorMemoryAllocation;
+    allocations[(char *)memory] = size;
+    taken += size;
+    *p = memory;
+    return cudaSuccess;
+}
+
+cudaError_t cudaFree(void *p) {
+    auto a = allocations.find((char *)p);
+    if (!p) return cudaSuccess;
+    if (a == allocations.end()) return last_error = cudaErrorInvalidValue;
+    munmap(p, a->second);
+    taken -= a->second;
+    allocations.erase(a);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
+    *total = DEVICE_BYTES;
+    *available = DEVICE_BYTES - taken;
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned) {
+    *p = malloc(bytes);
+    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+cudaError_t cudaFreeHost(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+
+cudaError_t cudaHostRegister(void *, size_t, unsigned) {
+    return fails("register") ? last_error = cudaErrorNotSupported : cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void *) {
+    return cudaSuccess;
+}
+cudaError_t cudaHostGetDevicePointer(void **device, void *host, unsigned) {
+    *device = host;
+    return cudaSuccess;
+}
+
+/* ---- launches, and graphs of them ---- */
+
+struct SimtGraph {
+    std::vector<std::function<void()>> calls;
+};
+static SimtGraph *recorded;
+
+static cudaError_t call(std::function<void()> work) {
+    if (fails("lost")) return last_error = cudaErrorLaunchFailure;
+    if (recorded)
+        recorded->calls.push_back(work);
+    else
+        work();
+    return cudaSuccess;
+}
+
+static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
+                     const std::function<void()> &body) {
+    std::vector<unsigned char> dynamic(shared + 128);
+    unsigned char *aligned = dynamic.data() + (-(uintptr_t)dynamic.data() & 127);
+    if (!stacks) {
+        stacks = (char *)mmap(NULL, THREADS * STACK, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (stacks == MAP_FAILED) abort();
+    }
+    current_name = name;
+    current_body = &body;
+    count = block.x * block.y * block.z;
+    if (!count || count > THREADS || shared > 227 * 1024 || grid.y > 65535 || grid.z > 65535) {
+        fprintf(stderr, "simt: %s: %u threads, %zu bytes of shared memory, grid %u,%u,%u\n", name,
+                count, shared, grid.x, grid.y, grid.z);
+        abort();
+    }
+    reach(true);
+    for (unsigned i = 0; i < grid.x * grid.y * grid.z; i++) {
+        memset(aligned, 0xff, shared);
+        for (unsigned k = 0; k < count; k++)
+            lanes[k].view = {dim3(),
+                             dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), block,
+                             grid, aligned};
+        run_block(block);
+    }
+    reach(false);
+}
+
+void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared,
+                 std::function<void()> body) {
+    if (fails("image")) {
+        last_error = cudaErrorNoKernelImageForDevice;
+        return;
+    }
+    call([=] { run_grid(name, grid, block, shared, body); });
+}
+
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t) {
+    return call([=] {
+        reach(true);
+        memmove(to, from, bytes);
+        reach(false);
+    });
+}
+
+cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
+    return call([=] {
+        reach(true);
+        memset(to, value, bytes);
+        reach(false);
+    });
+}
+
+void simt_host_call(std::function<void()> work) {
+    call([=] {
+        reach(true);
+        work();
+        reach(false);
+    });
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    recorded = new SimtGraph;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+    *graph = recorded;
+    recorded = NULL;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
+    *exec = new SimtGraph(*graph);
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    for (auto &work : exec->calls) work();
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec;
+    return cudaSuccess;
+}
+
+/* ---- the device ---- */
+
+cudaError_t cudaGetDeviceCount(int *found) {
+    *found = 0;
+    if (fails("driver")) return last_error = cudaErrorInsufficientDriver;
+    if (fails("none")) return last_error = cudaErrorNoDevice;
+    *found = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+    return device == 0 ? cudaSuccess : last_error = cudaErrorInvalidDevice;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *p, int) {
+    *p = cudaDeviceProp();
+    strcpy(p->name, "SIMT emulator");
+    p->totalGlobalMem = DEVICE_BYTES;
+    p->sharedMemPerBlockOptin = 227 * 1024;
+    p->major = fails("old") ? 7 : 9;
+    p->multiProcessorCount = 4;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
+    *value = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = fails("driver") ? 11040 : 13000;
+    return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    *stream = NULL;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return fails("lost") ? cudaErrorLaunchFailure : cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
+    *event = NULL;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaGetLastError() {
+    cudaError_t error = last_error;
+    last_error = cudaSuccess;
+    return error;
+}
+const char *cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    case cudaErrorLaunchFailure: return "unspecified launch failure";
+    default: return "another error";
+    }
+}
