@@ -2,15 +2,30 @@
 CC       ?= gcc
 PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8 zlib libmicrohttpd libedit
 PKG      := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
-LIBS      = $(shell pkg-config --libs $(PKGS) 2>/dev/null) $(if $(ONEDNN),-ldnnl) -lm
+LIBS      = $(shell pkg-config --libs $(PKGS) 2>/dev/null) $(if $(ONEDNN),-ldnnl) $(CUDA_LIBS) -lm
 SANITIZE ?=
-BUILD    := build/$(if $(SANITIZE),$(SANITIZE),cpu)
+# The GPU's side is built where its compiler is found; CUDA=0 leaves it out.
+CUDA_HOME ?= /usr/local/cuda
+NVCC     := $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc) $(shell command -v nvcc))
+CUDA     ?= $(if $(SANITIZE),0,$(if $(NVCC),1,0))
+BUILD    := build/$(if $(SANITIZE),$(SANITIZE),$(if $(filter 1,$(CUDA)),cuda,cpu))
 WARN     := -Wall -Wextra -Werror -Wmissing-prototypes -Wno-unknown-pragmas
 CFLAGS   := -std=gnu17 -O3 -g -fopenmp -fno-math-errno -fno-trapping-math -D_GNU_SOURCE -I. -I$(BUILD) $(WARN) $(PKG)
 LDFLAGS  := -fopenmp
 ifneq ($(SANITIZE),)
 CFLAGS   += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1
 LDFLAGS  += -fsanitize=address,undefined
+endif
+
+# The GPU's kernels: code for the architectures named, and PTX that newer ones compile at start.
+ARCH     ?= 90
+ARCHS    := $(if $(filter all,$(ARCH)),80 89 90 100,$(ARCH))
+NVFLAGS   = -std=c++17 -O3 -I. -lineinfo -Werror all-warnings \
+            $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
+            -gencode arch=compute_$(firstword $(ARCHS)),code=compute_$(firstword $(ARCHS))
+ifeq ($(CUDA),1)
+CFLAGS   += -DLAPIDARY_CUDA
+CUDA_LIBS := -L$(CUDA_HOME)/lib64 -lcudart_static -lstdc++ -ldl -lrt -lpthread
 endif
 
 # The CPU kernels, once for each instruction level of the architecture.
@@ -35,11 +50,19 @@ SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE) $(ONEDNN)
 LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c,$(wildcard kernels/cpu/*.c))
 CLI      := $(wildcard cli/*.c)
 OBJECTS  := $(SOURCES:%.c=$(BUILD)/%.o) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
+CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
+ifeq ($(CUDA),1)
+OBJECTS  += $(CUDA_SOURCES:%.cu=$(BUILD)/%.cu.o)
+endif
 PROTO    := $(BUILD)/train/event.pb-c.o
 LIBRARY  := $(BUILD)/liblapidary.a
-PROGRAM  := $(if $(SANITIZE),$(BUILD)/lapidary,lapidary)
+PROGRAM  := $(BUILD)/lapidary
 
-all: $(PROGRAM)
+all: $(if $(SANITIZE),$(PROGRAM),lapidary)
+
+# The newest build of any kind.
+lapidary: $(PROGRAM)
+	@ln -f $< $@
 
 $(PROGRAM): $(CLI:%.c=$(BUILD)/%.o) $(LIBRARY)
 	@echo "  ld $@"
@@ -53,6 +76,11 @@ $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
 	@echo "  cc $@"
 	@$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/%.cu.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  nvcc $@"
+	@$(NVCC) $(NVFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
 
 # Quantisers round every product: the same bytes at every level and as the peers write them.
 $(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o $(BUILD)/kernels/cpu/int8.$(l).o \
@@ -81,14 +109,44 @@ $(BUILD)/train/tensorboard.o: $(BUILD)/train/event.pb-c.c
 TEST_SOURCES := $(wildcard tests/*.c) $(wildcard tests/*/*.c)
 RUNNER       := $(BUILD)/tests/run
 
-$(RUNNER): $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(LIBRARY)
+# Without a GPU its kernels run on the host, under an emulator; the device `cuda` is that one then, in
+# the runner and in a program of its own. Fronts come before the library's, which know no GPU.
+ifeq ($(CUDA)$(SANITIZE),0)
+SIMT_FLAGS   := -std=c++17 -O1 -g -I. -Itests/simt -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers
+SIMT         := $(patsubst %.c,$(BUILD)/simt/%.o,$(wildcard kernels/*.c)) \
+                $(patsubst %.cu,$(BUILD)/simt/%.o,$(filter-out kernels/cuda/blaslt.cu,$(CUDA_SOURCES))) \
+                $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard tests/simt/*.cpp))
+SIMT_PROGRAM := $(BUILD)/lapidary-simt
+SIMT_LIBS    := -lstdc++
+endif
+
+$(RUNNER): $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(SIMT) $(LIBRARY)
 	@echo "  ld $@"
-	@$(CC) $(LDFLAGS) -o $@ $^ $(LIBS)
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(SIMT_LIBS)
+
+$(BUILD)/lapidary-simt: $(CLI:%.c=$(BUILD)/%.o) $(SIMT) $(LIBRARY)
+	@echo "  ld $@"
+	@$(CC) $(LDFLAGS) -o $@ $^ $(LIBS) $(SIMT_LIBS)
+
+$(BUILD)/simt/%.o: %.c
+	@mkdir -p $(@D)
+	@echo "  cc $@"
+	@$(CC) $(CFLAGS) -DLAPIDARY_CUDA -MMD -MP -c -o $@ $<
+
+$(BUILD)/simt/%.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  c++ $@"
+	@$(CXX) -x c++ $(SIMT_FLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/%.o: %.cpp
+	@mkdir -p $(@D)
+	@echo "  c++ $@"
+	@$(CXX) $(SIMT_FLAGS) -MMD -MP -c -o $@ $<
 
 # The products of packed weights for another architecture, where a cross-compiler is at hand; a case
 # runs them under emulation.
 AARCH64  := aarch64-linux-gnu
-runner: $(RUNNER) $(if $(shell command -v $(AARCH64)-gcc),aarch64)
+runner: $(RUNNER) $(SIMT_PROGRAM) $(if $(shell command -v $(AARCH64)-gcc),aarch64)
 PRODUCTS := $(BUILD)/tests/products
 aarch64:
 	@$(MAKE) --no-print-directory CC=$(AARCH64)-gcc BUILD=build/aarch64 PKG= build/aarch64/tests/products
@@ -99,7 +157,7 @@ $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.
 	@$(CC) $(LDFLAGS) -static -o $@ $^ -lm
 
 test: deps
-	@$(MAKE) --no-print-directory all runner
+	@$(MAKE) --no-print-directory CUDA=0 build/cpu/lapidary runner
 	@tests/run.sh
 
 demo: deps

@@ -1,9 +1,9 @@
 #!/bin/sh
-# tests/run.sh - runs the built test runner; last lines are "N skipped" and "N passed, N failed".
+# tests/run.sh - runs the built test runner (BACKEND=cuda: that of the CUDA build); last lines are "N skipped" and "N passed, N failed".
 set -eu
 cd "$(dirname "$0")/.."
-build=build/${SANITIZE:-cpu}
-export LAPIDARY_PROGRAM=${LAPIDARY_PROGRAM:-$([ -n "${SANITIZE:-}" ] && echo "$build/lapidary" || echo ./lapidary)}
+build=build/${SANITIZE:-${BACKEND:-cpu}}
+export LAPIDARY_PROGRAM=${LAPIDARY_PROGRAM:-$build/lapidary}
 if [ "${1:-}" = quick ]; then
     shift
     set -- step. invariant. kernel_ safetensors. adapter. node. run_config. model_config. rows. store. loader. fuzz. text. json. golden.answers "$@"

@@ -61,7 +61,9 @@ int cuda_processors(const Device *device);
 #define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
     do {                                                                                           \
         cuda_stream(device);                                                                       \
-        simt_launch(#kernel, grid, block, shared, [=] { UNWRAP kernel(__VA_ARGS__); });            \
+        simt_launch(#kernel, grid, block, shared, [arguments = std::make_tuple(__VA_ARGS__)] {     \
+            std::apply([](auto... a) { UNWRAP kernel(a...); }, arguments);                         \
+        });                                                                                        \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)
 #define DYNAMIC_SHARED(name) unsigned char *name = simt_thread->dynamic_shared

@@ -67,11 +67,12 @@ extern "C" void cuda_embedding_forward(Tensor y, Tensor table, int64_t first_col
                                        float scale) {
     if (!tensor_count(y)) return;
     if (table.device->kind == DEVICE_CPU) {
-        table.data = cuda_reach(y.device, table.data);
-        if (!table.data) {
+        void *reached = cuda_reach(y.device, table.data);
+        if (!reached) {
             look_up_on_host(y, table, first_col, ids, scale);
             return;
         }
+        table.data = reached;
         table.device = y.device;
     }
     launch_look_up(y, table, first_col, ids, scale);

@@ -19,12 +19,15 @@ struct PackedView {
     const void *data;
     int64_t cols, origin;
     const float *levels;
+    bool aligned; /* floats that can be read eight at a time */
 };
 
 static inline PackedView view_of(Tensor t) {
     bool dynamic = t.dtype == DYNAMIC8 || t.dtype == DYNAMIC8_UNSIGNED || t.dtype == NF4_NESTED;
-    return PackedView{t.data, tensor_cols(t), t.origin,
-                      dynamic ? cuda_dynamic_levels(t.device, t.dtype != DYNAMIC8_UNSIGNED) : NULL};
+    const float *levels =
+        dynamic ? cuda_dynamic_levels(t.device, t.dtype != DYNAMIC8_UNSIGNED) : NULL;
+    bool aligned = (uintptr_t)t.data % 16 == 0 && tensor_cols(t) % 8 == 0;
+    return PackedView{t.data, tensor_cols(t), t.origin, levels, aligned};
 }
 
 DEVICE_FUNCTION float f16_value(uint16_t bits) {
@@ -48,6 +51,11 @@ DEVICE_FUNCTION void read_nf4_8(float (&x)[8], const uint8_t *qs, float absmax) 
         x[2 * j] = absmax * device_nf4_levels[qs[j] >> 4];
         x[2 * j + 1] = absmax * device_nf4_levels[qs[j] & 15];
     }
+}
+
+template <typename T> DEVICE_FUNCTION void load_apart(float (&x)[8], const T *p) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = to_float(p[i]);
 }
 
 /* Elements first .. first + 7; first is a multiple of 8. */
@@ -126,13 +134,23 @@ template <int D> DEVICE_FUNCTION void read8(float (&x)[8], const PackedView &t, 
             for (int i = 0; i < 8; i++)
                 x[i] = d * (float)((int)b->qs[q + i / 4][4 * r + i % 4] - 128);
         }
-    } else {
+    } else if constexpr (D == F32) {
+        if (t.aligned) {
+            float low[4], high[4];
+            load(low, (const float *)t.data + first);
+            load(high, (const float *)t.data + first + 4);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            if constexpr (D == F32) x[i] = ((const float *)t.data)[first + i];
-            if constexpr (D == BF16) x[i] = to_float(((const bf16 *)t.data)[first + i]);
-            if constexpr (D == F16) x[i] = to_float(((const f16 *)t.data)[first + i]);
+            for (int i = 0; i < 8; i++) x[i] = i < 4 ? low[i] : high[i - 4];
+        } else {
+            load_apart(x, (const float *)t.data + first);
         }
+    } else if constexpr (D == BF16) {
+        if (t.aligned)
+            load(x, (const bf16 *)t.data + first);
+        else
+            load_apart(x, (const bf16 *)t.data + first);
+    } else {
+        load_apart(x, (const f16 *)t.data + first);
     }
 }
 

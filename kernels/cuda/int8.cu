@@ -1,0 +1,187 @@
+/* int8.cu - products of packed weights with activations in 8 bits, straight from the tiles.
+ *
+ * Activations are rounded in blocks of 32 (scale = largest / 127). A tile holds 16 weight rows, the
+ * rows of a tensor-core product; a block of 32 columns is its whole depth, so its integer sums are
+ * exact and joined with both scales in f32, in order of K. A warp takes 16 weight rows and up to 64
+ * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
+ * and their sums are added in order. */
+#include "kernels/cuda/gemm.h"
+
+extern "C" {
+#include "kernels/matmul.h"
+}
+
+#define WARPS 8
+
+/* ---- activations ---- */
+
+/* A warp a block of 32: codes, and the scale of each. */
+template <typename T>
+static __global__ void round_activations(int8_t *codes, float *scales, const T *x, int64_t blocks) {
+    int lane = threadIdx.x % 32;
+    for (int64_t b = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32; b < blocks;
+         b += (int64_t)gridDim.x * blockDim.x / 32) {
+        float v = to_float(x[b * 32 + lane]), most = warp_max(fabsf(v));
+        float inverse = most > 0 ? __fdiv_rn(127.0f, most) : 0.0f;
+        codes[b * 32 + lane] = (int8_t)rintf(__fmul_rn(v, inverse));
+        if (!lane) scales[b] = __fdiv_rn(most, 127.0f);
+    }
+}
+
+/* ---- products ---- */
+
+/* Where a group's rows are: counts[g] from offsets[g] on. offsets NULL: all M of them. */
+struct CountedGroups {
+    const int32_t *offsets, *counts;
+    int count;
+};
+
+/* Rows of activations that tile number `tile` of 8 * NT has. */
+template <int NT>
+DEVICE_FUNCTION RowTile find_counted(const CountedGroups &groups, int64_t M, int64_t tile) {
+    if (!groups.offsets) return find_rows<8 * NT>(Groups{NULL, 0}, M, tile);
+    int64_t left = tile;
+    for (int g = 0; g < groups.count; g++) {
+        int64_t tiles = (groups.counts[g] + 8 * NT - 1) / (8 * NT);
+        if (left < tiles) {
+            int64_t first = groups.offsets[g] + left * 8 * NT,
+                    end = groups.offsets[g] + groups.counts[g];
+            return RowTile{g, first, first + 8 * NT < end ? first + 8 * NT : end};
+        }
+        left -= tiles;
+    }
+    return RowTile{0, 0, 0};
+}
+
+/* The four words of a lane for both blocks of a tile: rows g and g + 8, columns 4 t .. and 16 + 4 t
+ * .. of each block. */
+DEVICE_FUNCTION void read_tile(unsigned (&first)[4], unsigned (&second)[4], const TileQ4_0 *tile) {
+    int row = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        unsigned word = *(const unsigned *)&tile->qs[t + i / 2 * 4][4 * (row + i % 2 * 8)];
+        /* 8 is taken off each byte apart: its top bit keeps it from borrowing of the next */
+        unsigned low = (word & 0x0f0f0f0fu) | 0x80808080u, high = (word >> 4 & 0x0f0f0f0fu) | 0x80808080u;
+        first[i] = (low - 0x08080808u) ^ 0x80808080u;
+        second[i] = (high - 0x08080808u) ^ 0x80808080u;
+    }
+}
+DEVICE_FUNCTION void read_tile(unsigned (&first)[4], unsigned (&second)[4], const TileQ8_0 *tile) {
+    int row = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        first[i] = *(const unsigned *)&tile->qs[t + i / 2 * 4][4 * (row + i % 2 * 8)] ^ 0x80808080u;
+        second[i] =
+            *(const unsigned *)&tile->qs[8 + t + i / 2 * 4][4 * (row + i % 2 * 8)] ^ 0x80808080u;
+    }
+}
+
+/* SHARE: the warps share K of the same 16 weight rows, else each has 16 of its own. */
+template <typename Tile, int NT, bool SHARE, typename Y>
+static __global__ void __launch_bounds__(32 * WARPS)
+    multiply(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M, int64_t N,
+             int64_t K, CountedGroups groups) {
+    __shared__ float parts[SHARE ? WARPS : 1][SHARE ? 16 * 8 * NT : 1];
+    RowTile rows = find_counted<NT>(groups, M, blockIdx.y);
+    if (rows.first == rows.last) return;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int64_t n0 = ((int64_t)blockIdx.x * (SHARE ? 1 : WARPS) + (SHARE ? 0 : warp)) * 16;
+    int64_t across = K / TILE_WIDTH, blocks = K / 32;
+    bool here = n0 < N;
+    const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
+    float sums[NT][4] = {};
+    for (int64_t tile = SHARE ? warp : 0; here && tile < across; tile += SHARE ? WARPS : 1) {
+        unsigned words[2][4];
+        read_tile(words[0], words[1], mine + tile);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float d[2] = {f16_value(mine[tile].d[half][g]), f16_value(mine[tile].d[half][g + 8])};
+            int64_t block = 2 * tile + half;
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                int64_t row = rows.first + 8 * j + g, pair = rows.first + 8 * j + 2 * t;
+                unsigned x[2] = {0, 0};
+                if (row < rows.last) {
+                    const unsigned *from = (const unsigned *)(codes + row * K + block * 32);
+                    x[0] = from[t];
+                    x[1] = from[4 + t];
+                }
+                float a0 = pair < rows.last ? scales[pair * blocks + block] : 0.0f,
+                      a1 = pair + 1 < rows.last ? scales[(pair + 1) * blocks + block] : 0.0f;
+                int whole[4] = {0, 0, 0, 0};
+                mma_int8(whole, words[half], x);
+                sums[j][0] += (float)whole[0] * (d[0] * a0);
+                sums[j][1] += (float)whole[1] * (d[0] * a1);
+                sums[j][2] += (float)whole[2] * (d[1] * a0);
+                sums[j][3] += (float)whole[3] * (d[1] * a1);
+            }
+        }
+    }
+    if (SHARE) {
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int p = 0; p < 4; p++)
+                parts[warp][(g + p / 2 * 8) * 8 * NT + 8 * j + 2 * t + p % 2] = sums[j][p];
+        __syncthreads();
+        for (int i = threadIdx.x; i < 16 * 8 * NT; i += 32 * WARPS) {
+            float sum = 0;
+            for (int w = 0; w < WARPS; w++) sum += parts[w][i];
+            int64_t m = rows.first + i % (8 * NT), n = n0 + i / (8 * NT);
+            if (m < rows.last && n < N) y[m * N + n] = from_float<Y>(sum);
+        }
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+        for (int p = 0; p < 4; p++) {
+            int64_t m = rows.first + 8 * j + 2 * t + p % 2, n = n0 + g + p / 2 * 8;
+            if (here && m < rows.last) y[m * N + n] = from_float<Y>(sums[j][p]);
+        }
+}
+
+template <typename Tile, typename Y>
+static void launch(Tensor y, Tensor a, Tensor b, CountedGroups groups, const int8_t *codes,
+                   const float *scales) {
+    int64_t M = tensor_rows(a), K = tensor_cols(a), N = tensor_cols(y);
+    int64_t extra = groups.offsets ? groups.count : 0;
+    bool few = groups.offsets ? M < 32 * (int64_t)groups.count : M <= 16;
+    const Tile *tiles = (const Tile *)b.data;
+    if (few)
+        LAUNCH(a.device, (multiply<Tile, 1, true, Y>),
+               dim3((unsigned)(N / 16), (unsigned)(ceil_div(M, 8) + extra)), 32 * WARPS, 0,
+               data_of<Y>(y), tiles, codes, scales, M, N, K, groups);
+    else
+        LAUNCH(a.device, (multiply<Tile, 8, false, Y>),
+               dim3((unsigned)ceil_div(N, 16 * WARPS), (unsigned)(ceil_div(M, 64) + extra)),
+               32 * WARPS, 0, data_of<Y>(y), tiles, codes, scales, M, N, K, groups);
+}
+
+static void product(Tensor y, Tensor a, Tensor b, CountedGroups groups) {
+    int64_t M = tensor_rows(a), K = tensor_cols(a), blocks = M * K / 32;
+    if (!M) return;
+    float *scales = (float *)cuda_workspace(a.device, (size_t)(blocks * 4 + M * K));
+    int8_t *codes = (int8_t *)(scales + blocks);
+    WITH_FLOAT(a.dtype, A, {
+        LAUNCH(a.device, (round_activations<A>), grid_for(a.device, M * K, 256), 256, 0, codes,
+               scales, data_of<A>(a), blocks);
+    });
+    WITH_FLOAT(y.dtype, Y, {
+        if (b.dtype == Q4_0_TILED)
+            launch<TileQ4_0, Y>(y, a, b, groups, codes, scales);
+        else
+            launch<TileQ8_0, Y>(y, a, b, groups, codes, scales);
+    });
+}
+
+extern "C" void cuda_matmul_int8(Tensor y, Tensor a, Tensor b) {
+    product(y, a, b, CountedGroups{NULL, NULL, 0});
+}
+
+extern "C" void cuda_grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets,
+                                         Tensor counts) {
+    product(y, a, b,
+            CountedGroups{data_of<int32_t>(offsets), data_of<int32_t>(counts),
+                          (int)tensor_count(counts)});
+}

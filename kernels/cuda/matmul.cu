@@ -1,0 +1,232 @@
+/* matmul.cu - dense and grouped products: which kernel takes which.
+ *
+ * cuBLASLt has dense products of one dtype. A few rows against a weight are limited by reading it:
+ * a warp for each of its rows. Packed weights meet few rows as they are; for many they are unpacked
+ * a panel at a time. Groups, and operands of two dtypes, go to gemm.h. */
+#include "kernels/cuda/blaslt.h"
+#include "kernels/cuda/gemm.h"
+
+extern "C" {
+#include "kernels/elementwise.h"
+}
+
+/* ---- a few rows ---- */
+
+#define ROWS_FEW   4  /* rows of a that the row-by-row kernel takes */
+#define ROWS_SMALL 64 /* rows up to which packed weights are read as they are */
+#define PANEL      ((int64_t)64 << 20) /* elements of an unpacked panel */
+
+/* y (rows, N) (=|+=) alpha a b^T, rows <= M: a warp for each row of b, which it reads once. */
+template <int M, int D, typename Y, typename A>
+static __global__ void __launch_bounds__(256)
+    few_rows(Y *y, Write write, const A *a, PackedView b, int rows, int64_t N, int64_t K,
+             float alpha) {
+    int lane = threadIdx.x % 32;
+    int64_t n = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
+    bool here = n < N;
+    float sums[M] = {};
+    for (int64_t k = lane * 8; here && k < K; k += 256) {
+        float w[8], x[8];
+        read8<D>(w, b, n * K + k);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            float low[4], high[4];
+            const A *row = a + (M > 1 && m >= rows ? 0 : m) * K + k;
+            load(low, row);
+            load(high, row + 4);
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] = i < 4 ? low[i] : high[i - 4];
+#pragma unroll
+            for (int i = 0; i < 8; i++) sums[m] += w[i] * x[i];
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        float sum = warp_sum(sums[m]);
+        if (!here || lane || m >= rows) continue;
+        float old = write == ADD ? to_float(y[m * N + n]) : 0.0f;
+        y[m * N + n] = from_float<Y>(old + alpha * sum);
+    }
+}
+
+template <int D, typename Y, typename A>
+static void launch_few_rows(Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    int64_t N = tensor_cols(y), K = tensor_cols(a);
+    unsigned grid = (unsigned)ceil_div(N, 8);
+    PackedView view = view_of(b);
+    int rows = (int)tensor_rows(a);
+    if (rows == 1)
+        LAUNCH(a.device, (few_rows<1, D, Y, A>), grid, 256, 0, data_of<Y>(y), write, data_of<A>(a),
+               view, rows, N, K, alpha);
+    else
+        LAUNCH(a.device, (few_rows<ROWS_FEW, D, Y, A>), grid, 256, 0, data_of<Y>(y), write,
+               data_of<A>(a), view, rows, N, K, alpha);
+}
+
+static bool takes_few_rows(Tensor a) {
+    int64_t K = tensor_cols(a);
+    return tensor_rows(a) <= ROWS_FEW && K % 8 == 0 && (uintptr_t)a.data % 16 == 0;
+}
+
+/* ---- tensor cores ---- */
+
+typedef Tiles<128, 128, 2, 4> LargeTiles;
+typedef Tiles<16, 64, 1, 4> SmallTiles;
+
+static bool is_aligned(Tensor t) {
+    return tensor_cols(t) % 8 == 0 && (uintptr_t)t.data % 16 == 0;
+}
+
+template <typename S, bool TA, bool TB, int DB, typename Y>
+static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
+                          float alpha) {
+    dim3 grid((unsigned)ceil_div(shape.N, S::BN),
+              (unsigned)(TA ? ceil_div(shape.M, S::BM) : most_row_tiles(groups, shape.M, S::BM)),
+              (unsigned)(TA && groups.offsets ? groups.count : 1));
+    LAUNCH(a.device, (gemm16<S, TA, TB, DB, Y>), grid, S::THREADS, 0, data_of<Y>(y), write,
+           view_of(a), view_of(b), shape, groups, alpha, is_aligned(a), is_aligned(b));
+}
+
+/* Products of bf16 rows with bf16 or packed weights. */
+template <typename S>
+static void product16(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                      Groups groups, float alpha) {
+    WITH_FLOAT(y.dtype, Y, {
+        if (layout == TN)
+            launch_gemm16<S, true, true, BF16, Y>(y, write, a, b, shape, groups, alpha);
+        else if (b.dtype == BF16 && layout == NT)
+            launch_gemm16<S, false, false, BF16, Y>(y, write, a, b, shape, groups, alpha);
+        else if (b.dtype == BF16)
+            launch_gemm16<S, false, true, BF16, Y>(y, write, a, b, shape, groups, alpha);
+        else if (layout == NT)
+            WITH_PACKED(b.dtype, D,
+                        launch_gemm16<S, false, false, D, Y>(y, write, a, b, shape, groups, alpha))
+        else
+            WITH_PACKED(b.dtype, D,
+                        launch_gemm16<S, false, true, D, Y>(y, write, a, b, shape, groups, alpha))
+    });
+}
+
+/* Products in f32 accuracy of f32 and bf16. Long sums of few results are split. */
+static void product32(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                      Groups groups, float alpha) {
+    const Device *device = a.device;
+    int64_t tiles_m = layout == TN ? ceil_div(shape.M, BLOCK32)
+                                   : most_row_tiles(groups, shape.M, BLOCK32),
+            tiles_n = ceil_div(shape.N, BLOCK32), splits = 1, k_split = shape.K;
+    float *partial = NULL;
+    if (!groups.offsets && tiles_m * tiles_n < 128 && shape.K >= 1024) {
+        splits = ceil_div(256, tiles_m * tiles_n);
+        if (splits > shape.K / 256) splits = shape.K / 256;
+        k_split = ceil_div(ceil_div(shape.K, splits), DEPTH32) * DEPTH32;
+        splits = ceil_div(shape.K, k_split);
+        partial = (float *)cuda_workspace(device, (size_t)(splits * shape.M * shape.N) * 4);
+    }
+    dim3 grid((unsigned)tiles_n, (unsigned)tiles_m,
+              (unsigned)(partial                          ? splits
+                         : layout == TN && groups.offsets ? groups.count
+                                                          : 1));
+    WITH_FLOAT(y.dtype, Y, WITH_FLOAT(a.dtype, A, WITH_FLOAT(b.dtype, B, {
+        const A *left = data_of<A>(a);
+        const B *right = data_of<B>(b);
+        if (layout == TN)
+            LAUNCH(device, (gemm32<true, true, Y, A, B>), grid, THREADS32, 0, data_of<Y>(y),
+                   partial, write, left, right, shape, groups, alpha, k_split);
+        else if (layout == NT)
+            LAUNCH(device, (gemm32<false, false, Y, A, B>), grid, THREADS32, 0, data_of<Y>(y),
+                   partial, write, left, right, shape, groups, alpha, k_split);
+        else
+            LAUNCH(device, (gemm32<false, true, Y, A, B>), grid, THREADS32, 0, data_of<Y>(y),
+                   partial, write, left, right, shape, groups, alpha, k_split);
+        if (partial)
+            LAUNCH(device, (join_splits<Y>), grid_for(device, shape.M * shape.N, 256), 256, 0,
+                   data_of<Y>(y), write, partial, shape.M * shape.N, (int)splits, alpha);
+    })));
+}
+
+/* ---- dense products ---- */
+
+/* Packed weights for many rows: panels of b's rows, unpacked to the dtype of the activations, give
+ * columns of y (NT) or parts of the sum (NN). */
+static void by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    int64_t rows = tensor_rows(b), cols = tensor_cols(b), M = tensor_rows(y), N = tensor_cols(y);
+    int64_t each = PANEL / cols / 64 * 64;
+    if (each < 64) each = 64;
+    if (each > rows) each = rows;
+    size_t a_size = dtype_size(a.dtype), y_size = dtype_size(y.dtype);
+    Tensor panel = b;
+    panel.dtype = a.dtype;
+    panel.origin = 0;
+    panel.data = cuda_workspace(a.device, (size_t)(each * cols) * a_size);
+    b.ndim = panel.ndim = 2;
+    b.shape[0] = rows;
+    b.shape[1] = panel.shape[1] = cols;
+    for (int64_t first = 0; first < rows; first += each) {
+        int64_t n = rows - first < each ? rows - first : each;
+        panel.shape[0] = n;
+        scale_copy(panel, SET, tensor_slice(b, first, n), 1.0f);
+        if (layout == NT)
+            blaslt_matmul(a.device, NT, (char *)y.data + (size_t)first * y_size, y.dtype, N, write,
+                          a.data, tensor_cols(a), panel.data, a.dtype, M, n, cols, alpha);
+        else
+            blaslt_matmul(a.device, NN, y.data, y.dtype, N, first ? ADD : write,
+                          (char *)a.data + (size_t)first * a_size, rows, panel.data, a.dtype, M, N,
+                          n, alpha);
+    }
+}
+
+extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    int64_t M = tensor_rows(y), N = tensor_cols(y);
+    int64_t K = layout == TN ? tensor_rows(a) : tensor_cols(a);
+    Shape shape = {M, N, K};
+    if (layout == NT && takes_few_rows(a))
+        WITH_FLOAT(y.dtype, Y, WITH_FLOAT(a.dtype, A, WITH_ANY(b.dtype, D, {
+            launch_few_rows<D, Y, A>(y, write, a, b, alpha);
+        })));
+    else if (a.dtype == b.dtype)
+        blaslt_matmul(a.device, layout, y.data, y.dtype, N, write, a.data,
+                      layout == TN ? M : K, b.data, a.dtype, M, N, K, alpha);
+    else if (!dtype_is_packed(b.dtype))
+        product32(layout, y, write, a, b, shape, Groups{NULL, 0}, alpha);
+    else if (M <= ROWS_SMALL && a.dtype == BF16)
+        product16<SmallTiles>(layout, y, write, a, b, shape, Groups{NULL, 0}, alpha);
+    else
+        by_panels(layout, y, write, a, b, alpha);
+}
+
+/* Each element in a fixed order of tiles of K; unlike the host's, rows of zeros may change bits. */
+extern "C" void cuda_matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
+                                    float alpha) {
+    Shape shape = {tensor_rows(y), tensor_cols(y), layout == TN ? tensor_rows(a) : tensor_cols(a)};
+    CHECK(!dtype_is_packed(b.dtype), "matmul_ordered: b is %s", tensor_text(b));
+    product32(layout, y, write, a, b, shape, Groups{NULL, 0}, alpha);
+}
+
+/* ---- groups ---- */
+
+/* A group of f32 rows against packed weights: those are unpacked, all of them at once. */
+static Tensor unpacked(Tensor b, DType dtype) {
+    Tensor dense = b;
+    dense.dtype = dtype;
+    dense.origin = 0;
+    dense.data = cuda_workspace(b.device, (size_t)tensor_count(b) * dtype_size(dtype));
+    scale_copy(dense, SET, b, 1.0f);
+    return dense;
+}
+
+extern "C" void cuda_grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
+                                    Tensor offsets, float alpha) {
+    int groups = (int)tensor_count(offsets) - 1;
+    Groups g = {data_of<int32_t>(offsets), groups};
+    bool sums = layout == TN;
+    Shape shape = {sums ? y.shape[1] : tensor_rows(a), tensor_cols(y),
+                   sums ? tensor_rows(a) : tensor_cols(a)};
+    if (!tensor_count(a)) return;
+    if (a.dtype == F32 && dtype_is_packed(b.dtype)) b = unpacked(b, F32);
+    if (a.dtype != BF16 || b.dtype == F32)
+        product32(layout, y, write, a, b, shape, g, alpha);
+    else if (!sums && shape.M < 32 * (int64_t)groups)
+        product16<SmallTiles>(layout, y, write, a, b, shape, g, alpha);
+    else
+        product16<LargeTiles>(layout, y, write, a, b, shape, g, alpha);
+}

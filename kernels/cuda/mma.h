@@ -1,0 +1,180 @@
+/* mma.h - products of small tiles on tensor cores, and how tiles come into a warp's registers.
+ *
+ * A warp multiplies 16 rows by 8 columns. With g = lane / 4 and t = lane % 4 a lane holds of the
+ * result rows g and g + 8 of columns 2 t and 2 t + 1, and of the operands what the comments say
+ * (PTX ISA, "matrix fragments"). On the host the lanes give each other their parts and every lane
+ * computes its own results. */
+#ifndef CUDA_MMA_H
+#define CUDA_MMA_H
+
+#include "kernels/cuda/cuda.h"
+
+#ifndef __CUDACC__
+
+/* Every lane's operands: a of lane i at i * 64, b 32 bytes behind it. */
+template <int A, int B>
+static const unsigned char *simt_operands(const unsigned (&a)[A], const unsigned (&b)[B]) {
+    unsigned char mine[64] = {0};
+    memcpy(mine, a, sizeof a);
+    memcpy(mine + 32, b, sizeof b);
+    return simt_exchange(mine, 64);
+}
+template <typename T> static T simt_part(const unsigned char *all, int lane, int offset, int i) {
+    T out;
+    memcpy(&out, all + 64 * lane + offset + i * (int)sizeof(T), sizeof out);
+    return out;
+}
+
+#endif
+
+/* c += a b, bf16 with f32 sums; K = 16.
+ *   a[0], a[1]  rows g, g + 8 of columns 2 t, 2 t + 1;  a[2], a[3]  of columns 2 t + 8, 2 t + 9
+ *   b[0]        column g of rows 2 t, 2 t + 1;          b[1]        of rows 2 t + 8, 2 t + 9 */
+DEVICE_FUNCTION void mma_bf16(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDACC__
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    const unsigned char *all = simt_operands(a, b);
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        for (int k = 0; k < 16; k++) {
+            int from = k % 8 / 2, part = k / 8;
+            bf16 x = simt_part<bf16>(all, row % 8 * 4 + from, 0, (2 * part + row / 8) * 2 + k % 2);
+            bf16 y = simt_part<bf16>(all, column * 4 + from, 32, part * 2 + k % 2);
+            c[i] += to_float(x) * to_float(y);
+        }
+    }
+#endif
+}
+
+/* c += a b, f32 of which the leading 10 bits of the significand count (TF32); K = 8.
+ *   a[0], a[1]  rows g, g + 8 of column t;  a[2], a[3]  of column t + 4
+ *   b[0], b[1]  rows t, t + 4 of column g */
+DEVICE_FUNCTION void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDACC__
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    const unsigned char *all = simt_operands(a, b);
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        for (int k = 0; k < 8; k++) {
+            unsigned x = simt_part<unsigned>(all, row % 8 * 4 + k % 4, 0, k / 4 * 2 + row / 8),
+                     y = simt_part<unsigned>(all, column * 4 + k % 4, 32, k / 4);
+            c[i] += __uint_as_float(x & 0xffffe000u) * __uint_as_float(y & 0xffffe000u);
+        }
+    }
+#endif
+}
+
+/* c += a b, signed bytes with exact sums; K = 32.
+ *   a[0], a[1]  rows g, g + 8 of columns 4 t .. 4 t + 3;  a[2], a[3]  of columns 16 + 4 t ..
+ *   b[0], b[1]  column g of rows 4 t .. 4 t + 3 and 16 + 4 t .. */
+DEVICE_FUNCTION void mma_int8(int (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifdef __CUDACC__
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    const unsigned char *all = simt_operands(a, b);
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        for (int k = 0; k < 32; k++) {
+            int from = k % 16 / 4, part = k / 16;
+            int8_t x = simt_part<int8_t>(all, row % 8 * 4 + from, 0,
+                                         (2 * part + row / 8) * 4 + k % 4),
+                   y = simt_part<int8_t>(all, column * 4 + from, 32, part * 4 + k % 4);
+            c[i] += x * y;
+        }
+    }
+#endif
+}
+
+/* Four 8 x 8 tiles of 16-bit elements from shared memory: lane i names row i % 8 of tile i / 8, and
+ * holds of each tile row g, columns 2 t and 2 t + 1. */
+DEVICE_FUNCTION void load_tiles(unsigned (&x)[4], const void *row) {
+#ifdef __CUDACC__
+    unsigned place = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(place)
+                 : "memory");
+#else
+    const unsigned char *all = simt_exchange(&row, sizeof row);
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        const unsigned char *from = simt_part<const unsigned char *>(all, 8 * i + g, 0, 0);
+        memcpy(&x[i], from + 4 * t, 4);
+    }
+#endif
+}
+
+/* The same turned around: a lane holds of each tile rows 2 t and 2 t + 1 of column g. */
+DEVICE_FUNCTION void load_turned_tiles(unsigned (&x)[4], const void *row) {
+#ifdef __CUDACC__
+    unsigned place = (unsigned)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(place)
+                 : "memory");
+#else
+    const unsigned char *all = simt_exchange(&row, sizeof row);
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 2; j++) {
+            const unsigned char *from =
+                simt_part<const unsigned char *>(all, 8 * i + 2 * t + j, 0, 0);
+            memcpy((char *)&x[i] + 2 * j, from + 2 * g, 2);
+        }
+#endif
+}
+
+/* 16 bytes from global to shared memory without passing through registers; zeros where `here` is
+ * false. Done when copies_wait says so. */
+DEVICE_FUNCTION void copy_16(void *shared, const void *global, bool here) {
+#ifdef __CUDACC__
+    unsigned place = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(global),
+                 "r"(here ? 16 : 0)
+                 : "memory");
+#else
+    if (here)
+        memcpy(shared, global, 16);
+    else
+        memset(shared, 0, 16);
+#endif
+}
+/* What was asked for since the last call is one group. */
+DEVICE_FUNCTION void copies_close_group() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/* Until all but the newest `LEFT` groups of this thread have arrived. */
+template <int LEFT> DEVICE_FUNCTION void copies_wait() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+/* Two floats as two bf16, the first in the low half. */
+DEVICE_FUNCTION unsigned pack_bf16(float low, float high) {
+    return (unsigned)to_bf16(low).bits | (unsigned)to_bf16(high).bits << 16;
+}
+
+/* A float as the TF32 nearest to it. */
+DEVICE_FUNCTION unsigned to_tf32(float x) {
+    unsigned u = __float_as_uint(x);
+    return (u + 0x1000u) & 0xffffe000u;
+}
+
+#endif

@@ -1,0 +1,648 @@
+/* test_gpu.c - each kernel of the GPU against its twin on the CPU, at ragged sizes as well.
+ *
+ * The device is the GPU of a CUDA build, or the emulator (tests/simt): then every case also runs
+ * with the threads in the other order, which must change no bit. */
+#include "kernels/activation.h"
+#include "kernels/attention.h"
+#include "kernels/elementwise.h"
+#include "kernels/embedding.h"
+#include "kernels/loss.h"
+#include "kernels/matmul.h"
+#include "kernels/norm.h"
+#include "kernels/quantize.h"
+#include "kernels/random.h"
+#include "kernels/rope.h"
+#include "kernels/routing.h"
+#include "kernels/sampling.h"
+#include "kernels/update.h"
+#include "tests/test.h"
+
+#include <math.h>
+
+#define OUTS 24
+
+/* One run of a case on one device: its tensors are made by the same calls there, and what comes out
+ * is kept as floats. */
+typedef struct Side {
+    Device *device;
+    struct {
+        const char *name;
+        float *values;
+        int64_t count;
+        double tolerance;
+    } outs[OUTS];
+    int count;
+} Side;
+
+typedef void Work(Side *s, DType dtype);
+
+static Tensor on(Side *s, Tensor host) {
+    Tensor t = host;
+    t.device = s->device;
+    t.data = device_allocate(s->device, tensor_bytes(host) + 64);
+    tensor_write(t, host.data);
+    return t;
+}
+
+/* Normal numbers, rounded to the dtype. */
+static Tensor given(Side *s, DType dtype, uint64_t key, int ndim, const int64_t *shape) {
+    Tensor values = random_tensor(F32, key, ndim, shape), host = values;
+    if (dtype == F32) return on(s, values);
+    host.dtype = dtype;
+    host.data = device_allocate(device_cpu(), tensor_bytes(host));
+    if (dtype_is_packed(dtype))
+        quantize(host, values);
+    else
+        scale_copy(host, SET, values, 1.0f);
+    return on(s, host);
+}
+#define GIVEN(s, dtype, key, ...)                                                                  \
+    given(s, dtype, key, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                \
+          (const int64_t[]){__VA_ARGS__})
+
+static Tensor space(Side *s, DType dtype, int ndim, const int64_t *shape) {
+    Tensor t = tensor_make(NULL, dtype, ndim, shape);
+    t.device = s->device;
+    t.data = device_allocate(s->device, tensor_bytes(t) + 64);
+    return t;
+}
+#define SPACE(s, dtype, ...)                                                                       \
+    space(s, dtype, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)),                     \
+          (const int64_t[]){__VA_ARGS__})
+
+static Tensor ints(Side *s, const int32_t *values, int64_t rows, int64_t cols) {
+    return on(s, TENSOR((void *)values, I32, rows, cols));
+}
+
+static void result(Side *s, const char *name, Tensor t, double tolerance) {
+    int64_t n = tensor_count(t);
+    Tensor host = t;
+    host.device = device_cpu();
+    host.data = device_allocate(device_cpu(), tensor_bytes(t));
+    tensor_read(host.data, t);
+    float *values = must_malloc((size_t)n * sizeof *values);
+    if (t.dtype == I32)
+        for (int64_t i = 0; i < n; i++) values[i] = (float)((int32_t *)host.data)[i];
+    else
+        scale_copy(TENSOR(values, F32, n), SET, host, 1.0f);
+    CHECK(s->count < OUTS, "too many results");
+    s->outs[s->count].name = name;
+    s->outs[s->count].values = values;
+    s->outs[s->count].count = n;
+    s->outs[s->count++].tolerance = tolerance;
+}
+
+static void compare(const Side *a, const Side *b, DType dtype) {
+    for (int i = 0; i < a->count; i++) {
+        const float *x = a->outs[i].values, *y = b->outs[i].values;
+        double error = 0, norm = 0;
+        for (int64_t k = 0; k < a->outs[i].count; k++) {
+            EXPECT(isfinite(y[k]) || x[k] == y[k], "%s[%d] is %g on the GPU, %g on the CPU (%s)",
+                   a->outs[i].name, (int)k, y[k], x[k], dtype_name(dtype));
+            if (!isfinite(x[k])) continue;
+            error += ((double)x[k] - y[k]) * ((double)x[k] - y[k]);
+            norm += (double)x[k] * x[k];
+        }
+        error = norm > 0 ? sqrt(error / norm) : sqrt(error);
+        EXPECT(error <= a->outs[i].tolerance, "%s differs by %.3g, at most %.3g (%s)",
+               a->outs[i].name, error, a->outs[i].tolerance, dtype_name(dtype));
+    }
+}
+
+static void same_bits(const Side *a, const Side *b) {
+    for (int i = 0; i < a->count; i++)
+        EXPECT(!memcmp(a->outs[i].values, b->outs[i].values, (size_t)a->outs[i].count * 4),
+               "%s is another when it is computed again", a->outs[i].name);
+}
+
+static void both_sides(Work *work, DType dtype) {
+    Device *device;
+    Side cpu = {.device = device_cpu()}, gpu = {0}, again = {0};
+    if (device_open(&device, "cuda") != OK) SKIP("%s", status_message());
+    gpu.device = again.device = device;
+    work(&cpu, dtype);
+    work(&gpu, dtype);
+    compare(&cpu, &gpu, dtype);
+    setenv("LAPIDARY_SIMT_ORDER", "reversed", 1);
+    work(&again, dtype);
+    unsetenv("LAPIDARY_SIMT_ORDER");
+    same_bits(&gpu, &again);
+}
+
+/* GPU_CASE(name, side, dtype) { ... } runs for f32 and bf16; FLOAT_CASE for f32 alone. */
+#define GPU_CASE(name, s, dtype)                                                                  \
+    static void work_##name(Side *s, DType dtype);                                                 \
+    CASE(gpu, name) {                                                                             \
+        both_sides(work_##name, F32);                                                              \
+        both_sides(work_##name, BF16);                                                             \
+    }                                                                                              \
+    static void work_##name(Side *s, DType dtype)
+#define FLOAT_CASE(name, s)                                                                        \
+    static void work_##name(Side *s, DType dtype);                                                 \
+    CASE(gpu, name) {                                                                             \
+        both_sides(work_##name, F32);                                                              \
+    }                                                                                              \
+    static void work_##name(Side *s, __attribute__((unused)) DType dtype)
+
+/* Rounding once in another place. */
+static double near(DType dtype) {
+    return dtype == F32 ? 2e-6 : 2e-3;
+}
+
+/* ---- norms, rotations, gates ---- */
+
+GPU_CASE(rmsnorm, s, dtype) {
+    static const int64_t widths[] = {7, 64, 260, 1540, 2048};
+    for (int i = 0; i < 5; i++) {
+        int64_t N = 11, D = widths[i];
+        Tensor x = GIVEN(s, dtype, 1, N, D), w = GIVEN(s, i % 2 ? F32 : dtype, 2, D),
+               r = GIVEN(s, dtype, 3, N, D), dy = GIVEN(s, dtype, 4, N, D), y = SPACE(s, dtype, N, D),
+               rstd = SPACE(s, F32, N), dx = GIVEN(s, dtype, 5, N, D), dw = GIVEN(s, F32, 6, D);
+        rmsnorm_forward(y, rstd, x, w, i % 2 ? r : tensor_absent(), 1e-6f);
+        result(s, "y", y, near(dtype));
+        result(s, "rstd", rstd, 1e-6);
+        rmsnorm_apply(y, rstd, x, i > 2 ? tensor_absent() : w);
+        result(s, "y again", y, near(dtype));
+        rmsnorm_backward(dx, i % 2 ? ADD : SET, i < 3 ? dw : tensor_absent(), dy, x, rstd, w);
+        result(s, "dx", dx, near(dtype));
+        if (i < 3) result(s, "dweight", dw, 1e-5);
+    }
+}
+
+GPU_CASE(rope, s, dtype) {
+    for (int64_t C = 6; C <= 64; C += 58) {
+        int32_t places[] = {0, 5, 131000, 7, 1};
+        Tensor x = GIVEN(s, dtype, 1, 5, 3, C), cos = SPACE(s, F32, 5, C / 2),
+               sin = SPACE(s, F32, 5, C / 2), dy = GIVEN(s, F32, 2, 5, 3, C);
+        rope_table(cos, sin, ints(s, places, 5, 1), 1e6f, C / 8, 2.0f);
+        result(s, "cos", cos, 1e-5);
+        result(s, "sin", sin, 1e-5);
+        rope_forward(x, x, cos, sin);
+        result(s, "y", x, near(dtype));
+        Tensor dx = SPACE(s, dtype, 5, 3, C);
+        rope_backward(dx, dy, cos, sin);
+        result(s, "dx", dx, near(dtype));
+    }
+}
+
+GPU_CASE(gated_gelu, s, dtype) {
+    for (int64_t F = 9; F <= 64; F += 55) {
+        Tensor gate = GIVEN(s, dtype, 1, 13, F), up = GIVEN(s, dtype, 2, 13, F),
+               dy = GIVEN(s, dtype, 3, 13, F), y = SPACE(s, dtype, 13, F);
+        Tensor both = GIVEN(s, dtype, 4, 13, 2 * F), dboth = SPACE(s, dtype, 13, 2 * F);
+        gelu_mul_forward(y, gate, up);
+        result(s, "y", y, 2 * near(dtype));
+        gelu_mul_joined_forward(y, both);
+        result(s, "y of joined", y, 2 * near(dtype));
+        gelu_mul_joined_backward(dboth, dy, both);
+        result(s, "dboth", dboth, 2 * near(dtype));
+        gelu_mul_backward(gate, F > 9 ? dy : tensor_absent(), dy, gate, up);
+        result(s, "dgate", gate, 2 * near(dtype));
+        result(s, "dup", dy, 2 * near(dtype));
+    }
+}
+
+/* ---- copies and sums ---- */
+
+GPU_CASE(copies, s, dtype) {
+    static const DType kinds[] = {F32, BF16, F16};
+    for (int i = 0; i < 3; i++) {
+        Tensor x = GIVEN(s, kinds[i], 1, 3, 67), y = GIVEN(s, dtype, 2, 3, 67);
+        scale_copy(y, i % 2 ? ADD : SET, x, 0.5f);
+        result(s, "y", y, near(dtype));
+    }
+    Tensor a = GIVEN(s, dtype, 3, 5, 33), b = GIVEN(s, dtype, 4, 5, 33), y = SPACE(s, dtype, 5, 33);
+    add_scaled(y, a, b, 0.7f);
+    result(s, "sum", y, near(dtype));
+    fill(y, 3.5f);
+    result(s, "filled", y, 0);
+    dropout(y, a, 0.3f, 77);
+    result(s, "dropped", y, near(dtype));
+    Tensor swapped = SPACE(s, dtype, 3, 4, 10), x = GIVEN(s, dtype, 5, 4, 3, 10);
+    swap_outer(swapped, x);
+    result(s, "swapped", swapped, 0);
+}
+
+FLOAT_CASE(packed_weights_are_read, s) {
+    static const DType kinds[] = {Q4_0, Q8_0, NF4, NF4_NESTED, Q4_0_TILED, Q8_0_TILED};
+    for (int i = 0; i < 6; i++) {
+        Tensor x = GIVEN(s, kinds[i], 1, 32, 512), y = SPACE(s, F32, 32, 512);
+        scale_copy(y, SET, x, 1.0f);
+        result(s, dtype_name(kinds[i]), y, 1e-7);
+        Tensor part = tensor_slice(x, 16, 16), half = SPACE(s, BF16, 16, 512);
+        scale_copy(half, SET, part, 2.0f);
+        result(s, "a part", half, 1e-7);
+    }
+}
+
+CASE(gpu, k_quants_are_read) {
+    static const DType kinds[] = {Q4_K, Q5_K, Q6_K};
+    Device *device;
+    if (device_open(&device, "cuda") != OK) SKIP("%s", status_message());
+    for (int i = 0; i < 3; i++) {
+        Tensor x = TENSOR(NULL, kinds[i], 8, 512), z = x;
+        size_t bytes = tensor_bytes(x);
+        uint8_t *blocks = must_malloc(bytes);
+        for (size_t b = 0; b < bytes; b++) blocks[b] = (uint8_t)random_u64(5, b);
+        size_t each = dtype_block(kinds[i]).bytes, scale = kinds[i] == Q6_K ? 208 : 0;
+        for (size_t b = 0; b < bytes; b += each) { /* scales that are finite */
+            memcpy(blocks + b + scale, (uint16_t[]){f32_to_f16(0.01f)}, 2);
+            if (!scale) memcpy(blocks + b + 2, (uint16_t[]){f32_to_f16(0.3f)}, 2);
+        }
+        x.data = blocks;
+        Side gpu = {.device = device};
+        z = on(&gpu, x);
+        Tensor y = SPACE(&gpu, F32, 8, 512);
+        float *expected = must_malloc(8 * 512 * 4), *got = must_malloc(8 * 512 * 4);
+        scale_copy(TENSOR(expected, F32, 8, 512), SET, x, 1.0f);
+        scale_copy(y, SET, z, 1.0f);
+        tensor_read(got, y);
+        EXPECT(relative_error(got, expected, 8 * 512) < 1e-7, "%s", dtype_name(kinds[i]));
+    }
+}
+
+GPU_CASE(rows, s, dtype) {
+    static const int32_t rows[] = {4, -1, 0, 2}, slots[] = {0, 3, 1, 1, 2, 0};
+    for (int64_t D = 5; D <= 24; D += 19) {
+        Tensor x = GIVEN(s, dtype, 1, 6, D), y = GIVEN(s, dtype, 2, 4, D),
+               few = GIVEN(s, dtype, 3, 3, D), which = ints(s, rows, 4, 1);
+        gather_rows(y, x, which);
+        result(s, "gathered", y, 0);
+        scatter_rows(x, ADD, y, which);
+        result(s, "scattered onto", x, near(dtype));
+        scatter_rows(x, SET, y, which);
+        result(s, "scattered", x, 0);
+        gather_add_rows(few, y, ints(s, slots, 3, 2));
+        result(s, "gathered and added", few, 2 * near(dtype));
+    }
+}
+
+GPU_CASE(factors_of_rows_and_columns, s, dtype) {
+    Tensor x = GIVEN(s, dtype, 1, 150, 37), y = GIVEN(s, dtype, 2, 150, 37), w = GIVEN(s, F32, 3, 37),
+           v = GIVEN(s, F32, 4, 150), sums = GIVEN(s, F32, 5, 37), z = GIVEN(s, F32, 6, 150, 37);
+    scale_columns(y, ADD, x, w);
+    result(s, "columns", y, near(dtype));
+    scale_rows(y, x, v);
+    result(s, "rows", y, near(dtype));
+    dot_columns(sums, x, z);
+    result(s, "dots", sums, 1e-5);
+    dot_columns(sums, x, tensor_absent());
+    result(s, "sums", sums, 1e-5);
+    row_norms(v, z);
+    result(s, "norms", v, 1e-6);
+    Tensor a = GIVEN(s, F32, 7, 37);
+    quotient(sums, ADD, a, w);
+    result(s, "quotients", sums, 1e-5);
+}
+
+/* ---- embeddings ---- */
+
+GPU_CASE(embedding, s, dtype) {
+    static const int32_t names[] = {3, 0, 3, 9, 1, 3, 0, 2};
+    static const DType kinds[] = {F32, BF16, F16, Q4_0, NF4};
+    Tensor ids = ints(s, names, 8, 1), dtable = GIVEN(s, F32, 3, 10, 64),
+           dy = GIVEN(s, dtype, 4, 8, 40);
+    for (int i = 0; i < 5; i++) {
+        Tensor table = GIVEN(s, kinds[i], 1, 10, 64), y = SPACE(s, dtype, 8, 24);
+        embedding_forward(y, table, 32, ids, 1.5f);
+        result(s, dtype_name(kinds[i]), y, near(dtype));
+    }
+    embedding_backward(dtable, 11, dy, ids, 0.5f, 0);
+    result(s, "dtable", dtable, 1e-6);
+    Tensor odd = GIVEN(s, dtype, 5, 10, 7), y = SPACE(s, dtype, 8, 5);
+    embedding_forward(y, odd, 1, ids, 1.0f);
+    result(s, "an odd width", y, near(dtype));
+}
+
+GPU_CASE(a_table_of_the_host_is_read_from_the_device, s, dtype) {
+    static const int32_t names[] = {3, 0, 7};
+    Tensor table = RANDOM_TENSOR(BF16, 1, 10, 64), ids = ints(s, names, 3, 1),
+           y = SPACE(s, dtype, 3, 64);
+    embedding_forward(y, table, 0, ids, 2.0f); /* gathered by the host */
+    result(s, "gathered", y, near(dtype));
+    EXPECT(device_pin(s->device, table.data, tensor_bytes(table)));
+    embedding_forward(y, table, 0, ids, 2.0f);
+    result(s, "reached", y, near(dtype));
+    device_unpin(s->device, table.data);
+}
+
+/* ---- loss and sampling ---- */
+
+GPU_CASE(cross_entropy, s, dtype) {
+    static const int32_t wanted[] = {5, -1, 0, 1002};
+    for (int64_t V = 1003; V <= 2048; V += 1045) {
+        Tensor z = GIVEN(s, F32, 1, 4, V), nll = SPACE(s, F32, 4), dz = SPACE(s, dtype, 4, V),
+               weights = GIVEN(s, F32, 2, 4);
+        scale_copy(z, SET, z, 20.0f);
+        cross_entropy(nll, dz, z, ints(s, wanted, 4, 1), weights, 30.0f);
+        result(s, "nll", nll, 1e-5);
+        result(s, "dlogits", dz, dtype == F32 ? 2e-5 : 3e-3);
+        result(s, "capped", z, 1e-6);
+        cross_entropy(nll, tensor_absent(), z, ints(s, wanted, 4, 1), tensor_absent(), 0);
+        result(s, "nll without a cap", nll, 1e-5);
+        softcap_forward(z, 10.0f);
+        result(s, "softened", z, 1e-6);
+    }
+}
+
+static void sample(Side *s, int64_t V, int64_t k) {
+    static const int32_t columns[] = {3, -1, 17};
+    Tensor z = GIVEN(s, BF16, 1, 3, V), wide = SPACE(s, F32, 3, V), values = SPACE(s, F32, 3, k),
+           ids = SPACE(s, I32, 3, k), lse = SPACE(s, F32, 3, 2), scale = GIVEN(s, F32, 2, 3),
+           asked = SPACE(s, F32, 3);
+    scale_copy(wide, SET, z, 2.0f); /* many equals */
+    top_logits(values, ids, lse, wide, scale);
+    result(s, "values", values, 0);
+    result(s, "ids", ids, 0);
+    result(s, "lse", lse, 1e-5);
+    pick_columns(asked, wide, ints(s, columns, 3, 1));
+    result(s, "asked", asked, 0);
+}
+
+FLOAT_CASE(the_best_logits_of_short_rows, s) {
+    sample(s, 50, 1);
+    sample(s, 50, 7);
+}
+
+FLOAT_CASE(the_best_logits_of_long_rows, s) {
+    sample(s, 20000, 1);
+    sample(s, 20000, 256);
+}
+
+/* ---- experts ---- */
+
+GPU_CASE(experts, s, dtype) {
+    int64_t N = 37, E = 12, A = 3, D = 40, M = routing_rows(N, A, E);
+    Tensor logits = GIVEN(s, dtype, 1, N, E), probs = SPACE(s, F32, N, E), share = SPACE(s, F32, N, A),
+           experts = SPACE(s, I32, N, A), offsets = SPACE(s, I32, E + 1), counts = SPACE(s, I32, E),
+           slot = SPACE(s, I32, N, A), source = SPACE(s, I32, M), scale = GIVEN(s, dtype, 2, E),
+           x = GIVEN(s, dtype, 3, N, D), rows = SPACE(s, dtype, M, D), y = SPACE(s, dtype, N, D);
+    router_forward(probs, share, experts, logits);
+    result(s, "probs", probs, 1e-6);
+    result(s, "share", share, 1e-6);
+    result(s, "experts", experts, 0);
+    routing_sort(offsets, counts, slot, source, experts);
+    result(s, "offsets", offsets, 0);
+    result(s, "counts", counts, 0);
+    result(s, "slot", slot, 0);
+    result(s, "source", source, 0);
+    gather_rows(rows, x, source);
+    combine_forward(y, rows, slot, share, experts, scale);
+    result(s, "y", y, near(dtype));
+    Tensor drows = SPACE(s, dtype, M, D), dshare = SPACE(s, F32, N, A), dscale = GIVEN(s, F32, 4, E),
+           dy = GIVEN(s, dtype, 5, N, D), dlogits = SPACE(s, dtype, N, E), load = GIVEN(s, F32, 6, E);
+    combine_backward(drows, dshare, dscale, dy, rows, slot, share, experts, scale);
+    result(s, "drows", drows, near(dtype));
+    result(s, "dshare", dshare, 1e-5);
+    result(s, "dscale", dscale, 1e-5);
+    router_backward(dlogits, dshare, probs, share, experts, load);
+    result(s, "dlogits", dlogits, near(dtype) + 1e-5);
+    router_backward(dlogits, dshare, probs, share, experts, tensor_absent());
+    result(s, "dlogits without a load", dlogits, near(dtype) + 1e-5);
+}
+
+/* ---- products ---- */
+
+GPU_CASE(products, s, dtype) {
+    static const int64_t sizes[][3] = {{1, 33, 64}, {3, 20, 40}, {37, 70, 96}, {130, 65, 24}};
+    for (int i = 0; i < 4; i++) {
+        int64_t M = sizes[i][0], N = sizes[i][1], K = sizes[i][2];
+        Tensor a = GIVEN(s, dtype, 1, M, K), b = GIVEN(s, dtype, 2, N, K), c = GIVEN(s, dtype, 3, K, N),
+               y = GIVEN(s, dtype, 4, M, N), g = GIVEN(s, F32, 5, K, N), d = GIVEN(s, dtype, 6, M, N);
+        matmul(NT, y, i % 2 ? ADD : SET, a, b, 0.5f);
+        result(s, "a b^T", y, near(dtype));
+        matmul(NN, y, SET, a, c, 1.0f);
+        result(s, "a b", y, near(dtype));
+        matmul(TN, g, ADD, a, d, 1.0f);
+        result(s, "a^T b", g, near(dtype));
+    }
+}
+
+GPU_CASE(products_of_packed_weights, s, dtype) {
+    static const DType kinds[] = {Q4_0, NF4_NESTED, Q8_0_TILED};
+    static const int64_t rows[] = {1, 3, 20, 70};
+    for (int i = 0; i < 3; i++)
+        for (int r = 0; r < 4; r++) {
+            Tensor w = GIVEN(s, kinds[i], 1, 64, 256), a = GIVEN(s, dtype, 2, rows[r], 256),
+                   y = GIVEN(s, dtype, 3, rows[r], 64), dy = GIVEN(s, dtype, 4, rows[r], 64),
+                   dx = GIVEN(s, dtype, 5, rows[r], 256);
+            matmul(NT, y, r % 2 ? ADD : SET, a, w, 1.0f);
+            result(s, "y", y, dtype == F32 ? 2e-6 : 4e-3);
+            matmul(NN, dx, SET, dy, w, 1.0f);
+            result(s, "dx", dx, dtype == F32 ? 2e-6 : 4e-3);
+        }
+}
+
+GPU_CASE(products_of_adapters, s, dtype) {
+    static const int64_t rows[] = {5, 70, 1100};
+    for (int i = 0; i < 3; i++) {
+        int64_t N = rows[i], R = 4 + i, in = 72, out = 40;
+        Tensor x = GIVEN(s, dtype, 1, N, in), A = GIVEN(s, F32, 2, R, in), B = GIVEN(s, F32, 3, out, R),
+               u = SPACE(s, F32, N, R), y = GIVEN(s, dtype, 4, N, out), dy = GIVEN(s, dtype, 5, N, out),
+               du = SPACE(s, F32, N, R), dA = GIVEN(s, F32, 6, R, in), dB = GIVEN(s, F32, 7, out, R),
+               dx = GIVEN(s, dtype, 8, N, in);
+        matmul_ordered(NT, u, SET, x, A, 1.0f);
+        result(s, "u", u, 3e-6);
+        matmul_ordered(NT, y, ADD, u, B, 2.0f);
+        result(s, "y", y, 2 * near(dtype));
+        matmul_ordered(NN, du, SET, dy, B, 2.0f);
+        result(s, "du", du, 3e-6);
+        matmul_ordered(TN, dB, ADD, dy, u, 2.0f);
+        result(s, "dB", dB, 3e-6);
+        matmul_ordered(TN, dA, ADD, du, x, 1.0f);
+        result(s, "dA", dA, 3e-6);
+        matmul_ordered(NN, dx, ADD, du, A, 1.0f);
+        result(s, "dx", dx, 2 * near(dtype));
+    }
+}
+
+/* Rows of three groups, the second empty; what lies behind them is not looked at. */
+static void grouped(Side *s, DType dtype, DType weights, int64_t M, const int32_t *bounds) {
+    int64_t N = 64, K = 128;
+    Tensor offsets = ints(s, bounds, 4, 1), a = GIVEN(s, dtype, 1, M, K),
+           w = GIVEN(s, weights, 2, 3, N, K), y = GIVEN(s, dtype, 3, M, N),
+           dy = GIVEN(s, dtype, 4, M, N), dx = GIVEN(s, dtype, 5, M, K), g = GIVEN(s, F32, 6, 3, N, K);
+    grouped_matmul(NT, y, ADD, a, w, offsets, 0.5f);
+    result(s, "y", y, dtype == F32 ? 3e-6 : 4e-3);
+    grouped_matmul(NN, dx, SET, dy, w, offsets, 1.0f);
+    result(s, "dx", dx, dtype == F32 ? 3e-6 : 4e-3);
+    grouped_matmul(TN, g, ADD, dy, a, offsets, 1.0f);
+    result(s, "dW", g, 5e-6);
+}
+
+GPU_CASE(products_of_groups, s, dtype) {
+    static const int32_t few[] = {0, 16, 16, 48}, many[] = {0, 150, 150, 300};
+    grouped(s, dtype, dtype, 64, few);
+    grouped(s, dtype, NF4, 64, few);
+    grouped(s, dtype, dtype, 310, many);
+}
+
+FLOAT_CASE(products_of_adapters_in_groups, s) {
+    static const int32_t bounds[] = {0, 16, 16, 96};
+    Tensor offsets = ints(s, bounds, 4, 1), x = GIVEN(s, BF16, 1, 100, 64), A = GIVEN(s, F32, 2, 3, 4, 64),
+           u = SPACE(s, F32, 100, 4), dA = GIVEN(s, F32, 3, 3, 4, 64);
+    grouped_matmul(NT, u, SET, x, A, offsets, 1.0f);
+    result(s, "u", u, 3e-6);
+    grouped_matmul(TN, dA, ADD, u, x, offsets, 1.0f);
+    result(s, "dA", dA, 3e-6);
+}
+
+GPU_CASE(products_with_activations_in_8_bits, s, dtype) {
+    static const DType kinds[] = {Q4_0_TILED, Q8_0_TILED};
+    static const int64_t rows[] = {1, 9, 70};
+    static const int32_t bounds[] = {0, 16, 16, 112}, counts[] = {3, 0, 90};
+    for (int i = 0; i < 2; i++) {
+        for (int r = 0; r < 3; r++) {
+            Tensor w = GIVEN(s, kinds[i], 1, 48, 640), a = GIVEN(s, dtype, 2, rows[r], 640),
+                   y = SPACE(s, dtype, rows[r], 48);
+            matmul_int8(y, a, w);
+            result(s, "y", y, near(dtype));
+        }
+        Tensor w = GIVEN(s, kinds[i], 1, 3, 32, 128);
+        for (int64_t M = 112; M <= 128; M += 16) {
+            Tensor a = GIVEN(s, dtype, 2, M, 128), y = SPACE(s, dtype, M, 32);
+            grouped_matmul_int8(y, a, w, ints(s, bounds, 4, 1), ints(s, counts, 3, 1));
+            result(s, "y of groups", y, near(dtype));
+        }
+    }
+}
+
+/* ---- attention ---- */
+
+/* Causal rows with a window, a bidirectional span and two segments. */
+static void fill_sights(int32_t *index, int32_t *first, int32_t *last, int N, int window) {
+    for (int n = 0; n < N; n++) {
+        int start = n >= N / 3 ? N / 3 : 0, low = n - window + 1;
+        index[n] = n;
+        first[n] = low > start ? low : start;
+        last[n] = n >= 4 && n < 7 ? 6 : n;
+    }
+}
+
+static void attend(Side *s, DType dtype, int64_t N, int64_t H, int64_t K, int64_t C, int window) {
+    int32_t at[200], from[200], to[200];
+    fill_sights(at, from, to, (int)N, window);
+    Tensor q = GIVEN(s, dtype, 1, N, H, C), k = GIVEN(s, dtype, 2, N, K, C),
+           v = GIVEN(s, dtype, 3, N, K, C), y = SPACE(s, dtype, N, H, C), lse = SPACE(s, F32, N, H),
+           dy = GIVEN(s, dtype, 4, N, H, C), dq = SPACE(s, dtype, N, H, C), dk = GIVEN(s, F32, 5, N, K, C),
+           dv = GIVEN(s, F32, 6, N, K, C), index = ints(s, at, N, 1), first = ints(s, from, N, 1),
+           last = ints(s, to, N, 1), none = tensor_absent();
+    int64_t G = attention_partials(K);
+    Tensor partial = G > 1 ? SPACE(s, F32, 2 * G, N, K, C) : none;
+    scale_copy(q, SET, q, 2.0f / sqrtf((float)C));
+    attention_forward(y, lse, q, k, v, index, first, last, none, none);
+    result(s, "y", y, dtype == F32 ? 1e-5 : 6e-3);
+    result(s, "lse", lse, 1e-5);
+    attention_backward(dq, dk, dv, dy, y, lse, q, k, v, index, first, last, partial);
+    result(s, "dq", dq, dtype == F32 ? 1e-5 : 1e-2);
+    result(s, "dk", dk, dtype == F32 ? 1e-5 : 1e-2);
+    result(s, "dv", dv, dtype == F32 ? 1e-5 : 1e-2);
+}
+
+GPU_CASE(attention, s, dtype) {
+    attend(s, dtype, 40, 4, 2, 20, 12);
+    attend(s, dtype, 37, 2, 2, 64, 1000);
+}
+
+GPU_CASE(attention_of_heads_of_256, s, dtype) {
+    attend(s, dtype, 70, 4, 2, 256, 30);
+}
+
+GPU_CASE(attention_of_heads_of_512, s, dtype) {
+    attend(s, dtype, 70, 4, 1, 512, 1000);
+}
+
+/* Two sequences whose keys lie in pages; cached as they are, or packed. */
+static void attend_pages(Side *s, DType dtype, DType cached, int64_t H, int64_t K, int64_t C) {
+    static const int32_t pages[] = {2, 0, 1, 3, 5, 4}, at[] = {100, 101, 9, 10, 150},
+                         from[] = {50, 50, 0, 0, 0}, to[] = {100, 101, 9, 10, 150},
+                         whose[] = {0, 0, 1, 1, 1};
+    int32_t rows[6 * PAGE_KEYS];
+    for (int i = 0; i < 6 * PAGE_KEYS; i++) rows[i] = (i * 7) % (6 * PAGE_KEYS); /* 7 is coprime */
+    Tensor k = SPACE(s, cached, 6 * PAGE_KEYS, K, C), v = SPACE(s, cached, 6 * PAGE_KEYS, K, C),
+           places = ints(s, rows, 6 * PAGE_KEYS, 1);
+    store_rows(k, GIVEN(s, dtype, 2, 6 * PAGE_KEYS, K, C), places);
+    store_rows(v, GIVEN(s, dtype, 3, 6 * PAGE_KEYS, K, C), places);
+    result(s, "stored", k, 1e-6);
+    Tensor q = GIVEN(s, dtype, 1, 5, H, C), y = SPACE(s, dtype, 5, H, C), lse = SPACE(s, F32, 5, H);
+    scale_copy(q, SET, q, 2.0f / sqrtf((float)C));
+    attention_forward(y, lse, q, k, v, ints(s, at, 5, 1), ints(s, from, 5, 1), ints(s, to, 5, 1),
+                      ints(s, whose, 5, 1), ints(s, pages, 2, 3));
+    result(s, "y", y, dtype == F32 ? 1e-5 : 6e-3);
+    result(s, "lse", lse, 1e-5);
+}
+
+GPU_CASE(attention_over_pages, s, dtype) {
+    attend_pages(s, dtype, dtype, 4, 2, 64);
+    attend_pages(s, dtype, Q8_0, 4, 1, 64);
+    attend_pages(s, dtype, Q4_0, 4, 1, 64);
+    attend_pages(s, dtype, dtype, 4, 2, 256);
+    attend_pages(s, dtype, dtype, 2, 1, 512);
+}
+
+/* ---- rounding ---- */
+
+GPU_CASE(training_through_rounding, s, dtype) {
+    for (int scheme = SCHEME_Q4_0; scheme < SCHEMES; scheme++)
+        for (int learned = 0; learned <= (scheme == SCHEME_Q4_0); learned++) {
+            Tensor x = GIVEN(s, dtype, 1, 6, 96), y = SPACE(s, dtype, 6, 96), dx = GIVEN(s, F32, 2, 6, 96),
+                   factors = GIVEN(s, F32, 3, 6, 3), dfactors = GIVEN(s, F32, 4, 6, 3);
+            Tensor none = tensor_absent();
+            scale_copy(factors, SET, factors, 0.3f);
+            fake_quantize(y, x, learned ? factors : none, (QuantScheme)scheme, learned ? 0.5f : 1.0f);
+            result(s, "y", y, 1e-7);
+            fake_quantize_backward(dx, learned ? dfactors : none, x, learned ? factors : none,
+                                   (QuantScheme)scheme, 0.75f);
+            result(s, "dx", dx, 1e-7);
+            if (learned) result(s, "dfactors", dfactors, 1e-4);
+        }
+    Tensor x = GIVEN(s, dtype, 1, 6, 96), y = SPACE(s, dtype, 6, 96);
+    fake_quantize_rows(y, x);
+    result(s, "rows", y, 1e-7);
+}
+
+GPU_CASE(packing, s, dtype) {
+    static const DType kinds[] = {Q4_0, Q8_0_TILED, NF4_NESTED};
+    for (int i = 0; i < 3; i++) {
+        Tensor x = GIVEN(s, dtype, 1, 16, 128), packed = SPACE(s, kinds[i], 16, 128);
+        quantize(packed, x);
+        result(s, dtype_name(kinds[i]), packed, 1e-7);
+    }
+    Tensor x = GIVEN(s, dtype, 1, 16, 128), tiled = SPACE(s, Q4_0_TILED, 16, 128),
+           plain = SPACE(s, Q4_0, 16, 128), codes = SPACE(s, Q8_0, 16, 128);
+    quantize(tiled, x);
+    repack(plain, tiled);
+    result(s, "repacked", plain, 1e-7);
+    quantize_scheme(codes, x, tensor_absent(), SCHEME_INT8);
+    result(s, "int8", codes, 1e-7);
+    bool good = false, bad = true;
+    float *values = must_calloc(100, sizeof *values);
+    check_finite(&good, x);
+    values[97] = INFINITY;
+    check_finite(&bad, on(s, TENSOR(values, F32, 100)));
+    EXPECT(good && !bad, "finite: %d %d", good, bad);
+}
+
+/* ---- updates ---- */
+
+FLOAT_CASE(updates, s) {
+    static const DType kinds[] = {F32, DYNAMIC8};
+    int64_t n = 1000, blocks = 4;
+    for (int i = 0; i < 2; i++) {
+        Tensor value = GIVEN(s, F32, 1, n), grad = GIVEN(s, F32, 2, n),
+               m = SPACE(s, kinds[i], blocks, 256),
+               v = SPACE(s, i ? DYNAMIC8_UNSIGNED : F32, blocks, 256);
+        for (int t = 1; t <= 3; t++)
+            adamw_update(value, grad, m, v, 0.5f, 0.01f, 0.9f, 0.99f, 1e-8f, 0.1f, t);
+        result(s, "adamw", value, 1e-6);
+        result(s, "m", m, 1e-6);
+        result(s, "v", v, 1e-6);
+        for (int t = 1; t <= 2; t++) sgd_update(value, grad, m, 0.5f, 0.1f, 0.9f, 0.01f, t);
+        result(s, "sgd", value, 1e-6);
+    }
+    Tensor x = GIVEN(s, F32, 3, 70000), out = SPACE(s, F32, 1);
+    double sum;
+    sum_of_squares(&sum, x);
+    fill(out, (float)sum);
+    result(s, "squares", out, 1e-6);
+}
