@@ -71,29 +71,20 @@ typedef struct TileQ8_0 {
 
 static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ8_0) == 34, "ggml's blocks");
 static_assert(sizeof(BlockQ4_K) == 144 && sizeof(BlockQ5_K) == 176 && sizeof(BlockQ6_K) == 210,
-               "ggml's super-blocks");
+              "ggml's super-blocks");
 static_assert(sizeof(BlockNF4) == 36 && sizeof(BlockNF4Nested) == 8456, "NF4 blocks");
 static_assert(sizeof(BlockDynamic8) == 260, "blocks of states");
 static_assert(sizeof(TileQ4_0) == 576 && sizeof(TileQ8_0) == 1088, "tiles");
 
 /* The levels of NF4 (Dettmers et al. 2023). */
 #define NF4_LEVELS                                                                                 \
-    {-1.0f,                                                                                        \
-     -0.6961928009986877f,                                                                         \
-     -0.5250730514526367f,                                                                         \
-     -0.39491748809814453f,                                                                        \
-     -0.28444138169288635f,                                                                        \
-     -0.18477343022823334f,                                                                        \
-     -0.09105003625154495f,                                                                        \
-     0.0f,                                                                                         \
-     0.07958029955625534f,                                                                         \
-     0.16093020141124725f,                                                                         \
-     0.24611230194568634f,                                                                         \
-     0.33791524171829224f,                                                                         \
-     0.44070982933044434f,                                                                         \
-     0.5626170039176941f,                                                                          \
-     0.7229568362236023f,                                                                          \
-     1.0f}
+    {                                                                                              \
+        -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,                  \
+            -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,             \
+            0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,                      \
+            0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,  \
+            1.0f                                                                                   \
+    }
 
 static const float nf4_levels[16] = NF4_LEVELS;
 

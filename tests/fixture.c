@@ -58,3 +58,26 @@ Fixture fixture_open(const char *name) {
     fixture_write(&f, "config.json", f.dir, "config.json");
     return f;
 }
+
+Packed *fixture_batch(const Fixture *f, int only) {
+    int64_t n, count;
+    int32_t *ids = fixture_ints(f, "ids", &n), *lengths = fixture_ints(f, "lengths", &count);
+    Packed *p = must_calloc(1, sizeof *p);
+    int64_t at = 0, from = 0;
+    for (int64_t s = 0; s < count; from += lengths[s], s++) {
+        if (only >= 0 && s != only) continue;
+        for (int64_t t = 0, start = at; t < lengths[s]; t++, at++) {
+            p->ids[at] = ids[from + t];
+            p->positions[at] = (int32_t)t;
+            p->starts[at] = (int32_t)start;
+            p->targets[at] = t + 1 < lengths[s] ? ids[from + t + 1] : -1;
+            p->spans[at] = -1;
+            p->scored += t + 1 < lengths[s];
+        }
+    }
+    for (int64_t i = 0; i < at; i++) p->weights[i] = 1.0f / (float)p->scored;
+    p->batch = (Batch){at, p->ids, p->positions, p->starts, NULL, p->targets, p->weights};
+    free(ids);
+    free(lengths);
+    return p;
+}

@@ -3,6 +3,7 @@
 #define FIXTURE_H
 
 #include "formats/checkpoint.h"
+#include "model/step.h"
 #include "tests/test.h"
 
 #include <hdf5.h>
@@ -27,5 +28,16 @@ uint8_t *fixture_bytes(const Fixture *f, const char *name, int64_t *count);
 
 /* Writes a byte dataset to dir/file. */
 void fixture_write(const Fixture *f, const char *name, const char *dir, const char *file);
+
+/* The fixture's sequences as one packed batch. */
+typedef struct Packed {
+    Batch batch;
+    int32_t ids[64], positions[64], starts[64], targets[64], spans[64];
+    float weights[64], nll[64];
+    int64_t scored;
+} Packed;
+
+/* All of its sequences, or the one numbered `only` (-1: all). Caller frees. */
+Packed *fixture_batch(const Fixture *f, int only);
 
 #endif

@@ -8,6 +8,7 @@
 
 const char *const small_kinds[] = {"shared", "dense", "experts"};
 
+Device *small_device;
 QuantScheme small_scheme = SCHEME_Q4_0;
 bool small_learned;
 
@@ -46,33 +47,34 @@ char *small_make(const char *kind) {
     return dir;
 }
 
+/* Normal values times a factor, and a constant more. */
+static void draw(Tensor t, uint64_t key, float factor, float constant) {
+    Tensor host;
+    EXPECT_OK(tensor_stage(&host, t));
+    random_normal(host.data, key, 0, tensor_count(t));
+    for (int64_t i = 0; i < tensor_count(t); i++)
+        ((float *)host.data)[i] = constant + factor * ((float *)host.data)[i];
+    tensor_unstage(t, host, false);
+}
+
 void small_load(Loaded *m, const char *path, DType dtype, StackMode mode, Setup *setup) {
     *m = (Loaded){0};
     EXPECT_OK(checkpoint_open(&m->checkpoint, path));
-    gemma_declare(&m->g, &m->checkpoint.config, dtype, device_cpu());
+    Device *device = small_device ? small_device : device_cpu();
+    gemma_declare(&m->g, &m->checkpoint.config, dtype, device);
     if (setup) setup(m);
     checkpoint_formats(&m->checkpoint, &m->g);
-    EXPECT_OK(params_place(&m->g.params, device_cpu(), mode != STACK_SCORE));
+    EXPECT_OK(params_place(&m->g.params, device, mode != STACK_SCORE));
     EXPECT_OK(checkpoint_load(&m->checkpoint, &m->g));
     for (Linear *l = m->g.linears.first; l; l = l->next) /* an adapter that does something */
         if (l->lora) {
-            Tensor A = l->lora->A->value, B = l->lora->B->value;
-            random_normal(A.data, random_key_name(1, l->name), 0, tensor_count(A));
-            random_normal(B.data, random_key_name(2, l->name), 0, tensor_count(B));
-            scale_copy(A, SET, A, 0.1f);
-            scale_copy(B, SET, B, 0.02f);
+            draw(l->lora->A->value, random_key_name(1, l->name), 0.1f, 0);
+            draw(l->lora->B->value, random_key_name(2, l->name), 0.02f, 0);
         }
-    for (Linear *l = m->g.linears.first; l; l = l->next) {
-        if (!l->factors) continue;
-        random_normal(l->factors->value.data, random_key_name(3, l->name), 0,
-                      tensor_count(l->factors->value));
-        for (int64_t i = 0; i < tensor_count(l->factors->value); i++) {
-            float *factor = (float *)l->factors->value.data + i;
-            *factor = 1.0f + 0.1f * *factor;
-        }
-    }
+    for (Linear *l = m->g.linears.first; l; l = l->next)
+        if (l->factors) draw(l->factors->value, random_key_name(3, l->name), 0.1f, 1.0f);
     m->options = (StepOptions){.mode = mode, .shortcut = true};
-    EXPECT_OK(step_init(&m->memory, &m->g, SMALL_ROWS, &m->options));
+    EXPECT_OK(step_init(&m->memory, &m->g, SMALL_MOST, &m->options));
 }
 
 void small_unload(Loaded *m) {
@@ -85,8 +87,9 @@ void small_unload(Loaded *m) {
 void small_run(Loaded *m) {
     int32_t ids[SMALL_ROWS], positions[SMALL_ROWS], starts[SMALL_ROWS] = {0}, targets[SMALL_ROWS];
     float weights[SMALL_ROWS];
+    int64_t vocab = m->g.config.vocab_size < 2003 ? m->g.config.vocab_size : 2003;
     for (int i = 0; i < SMALL_ROWS; i++) {
-        ids[i] = (int32_t)(3 + random_u64(4, (uint64_t)i) % 2000);
+        ids[i] = (int32_t)(3 + random_u64(4, (uint64_t)i) % (uint64_t)(vocab - 3));
         positions[i] = i;
         weights[i] = 1.0f / (SMALL_ROWS - 1);
     }
@@ -118,4 +121,30 @@ void small_adapt(Loaded *m) {
 void small_round_adapted(Loaded *m) {
     small_adapt(m);
     small_round(m);
+}
+
+void small_full(Loaded *m) {
+    for (int i = 0; i < m->g.params.count; i++)
+        m->g.params.items[i]->trainable = !m->g.params.items[i]->buffer;
+}
+
+void small_round_full(Loaded *m) {
+    small_full(m);
+    small_round(m);
+}
+
+void small_adapt_packed(Loaded *m) {
+    small_adapt(m);
+    for (Linear *l = m->g.linears.first; l; l = l->next) {
+        Tensor *t = &l->weight->value;
+        if (param_takes_blocks(l->weight) &&
+            dtype_fits(NF4_NESTED, tensor_rows(*t), tensor_cols(*t)))
+            t->dtype = NF4_NESTED;
+    }
+}
+
+float *small_values(Tensor t) {
+    float *values = must_malloc(tensor_bytes(t));
+    tensor_read(values, t);
+    return values;
 }

@@ -9,6 +9,7 @@
 #include "tests/test.h"
 
 #define SMALL_ROWS 40 /* tokens of a run */
+#define SMALL_MOST 64 /* there is memory for */
 
 /* Shared K/V with per-layer inputs, K as V, experts. */
 extern const char *const small_kinds[];
@@ -25,6 +26,9 @@ typedef struct Loaded {
 
 /* What is set on a model that is declared and not placed yet. */
 typedef void Setup(Loaded *m);
+
+/* Where models are loaded; NULL: the CPU. */
+extern Device *small_device;
 
 /* A checkpoint folder of that kind, f32, in the test's folder. Caller frees the name. */
 char *small_make(const char *kind);
@@ -43,5 +47,13 @@ extern bool small_learned; /* with learned factors of the scales, random here */
 void small_adapt(Loaded *m);
 void small_round(Loaded *m);
 void small_round_adapted(Loaded *m);
+
+/* Everything trained, and through rounding; weights in NF4 below adapters. */
+void small_full(Loaded *m);
+void small_round_full(Loaded *m);
+void small_adapt_packed(Loaded *m);
+
+/* A gradient (or value) on the host; the caller's to free. */
+float *small_values(Tensor t);
 
 #endif

@@ -130,16 +130,16 @@ static void both_sides(Work *work, DType dtype) {
 }
 
 /* GPU_CASE(name, side, dtype) { ... } runs for f32 and bf16; FLOAT_CASE for f32 alone. */
-#define GPU_CASE(name, s, dtype)                                                                  \
+#define GPU_CASE(name, s, dtype)                                                                   \
     static void work_##name(Side *s, DType dtype);                                                 \
-    CASE(gpu, name) {                                                                             \
+    CASE(gpu, name) {                                                                              \
         both_sides(work_##name, F32);                                                              \
         both_sides(work_##name, BF16);                                                             \
     }                                                                                              \
     static void work_##name(Side *s, DType dtype)
 #define FLOAT_CASE(name, s)                                                                        \
     static void work_##name(Side *s, DType dtype);                                                 \
-    CASE(gpu, name) {                                                                             \
+    CASE(gpu, name) {                                                                              \
         both_sides(work_##name, F32);                                                              \
     }                                                                                              \
     static void work_##name(Side *s, __attribute__((unused)) DType dtype)
@@ -156,8 +156,9 @@ GPU_CASE(rmsnorm, s, dtype) {
     for (int i = 0; i < 5; i++) {
         int64_t N = 11, D = widths[i];
         Tensor x = GIVEN(s, dtype, 1, N, D), w = GIVEN(s, i % 2 ? F32 : dtype, 2, D),
-               r = GIVEN(s, dtype, 3, N, D), dy = GIVEN(s, dtype, 4, N, D), y = SPACE(s, dtype, N, D),
-               rstd = SPACE(s, F32, N), dx = GIVEN(s, dtype, 5, N, D), dw = GIVEN(s, F32, 6, D);
+               r = GIVEN(s, dtype, 3, N, D), dy = GIVEN(s, dtype, 4, N, D),
+               y = SPACE(s, dtype, N, D), rstd = SPACE(s, F32, N), dx = GIVEN(s, dtype, 5, N, D),
+               dw = GIVEN(s, F32, 6, D);
         rmsnorm_forward(y, rstd, x, w, i % 2 ? r : tensor_absent(), 1e-6f);
         result(s, "y", y, near(dtype));
         result(s, "rstd", rstd, 1e-6);
@@ -278,8 +279,9 @@ GPU_CASE(rows, s, dtype) {
 }
 
 GPU_CASE(factors_of_rows_and_columns, s, dtype) {
-    Tensor x = GIVEN(s, dtype, 1, 150, 37), y = GIVEN(s, dtype, 2, 150, 37), w = GIVEN(s, F32, 3, 37),
-           v = GIVEN(s, F32, 4, 150), sums = GIVEN(s, F32, 5, 37), z = GIVEN(s, F32, 6, 150, 37);
+    Tensor x = GIVEN(s, dtype, 1, 150, 37), y = GIVEN(s, dtype, 2, 150, 37),
+           w = GIVEN(s, F32, 3, 37), v = GIVEN(s, F32, 4, 150), sums = GIVEN(s, F32, 5, 37),
+           z = GIVEN(s, F32, 6, 150, 37);
     scale_columns(y, ADD, x, w);
     result(s, "columns", y, near(dtype));
     scale_rows(y, x, v);
@@ -373,10 +375,11 @@ FLOAT_CASE(the_best_logits_of_long_rows, s) {
 
 GPU_CASE(experts, s, dtype) {
     int64_t N = 37, E = 12, A = 3, D = 40, M = routing_rows(N, A, E);
-    Tensor logits = GIVEN(s, dtype, 1, N, E), probs = SPACE(s, F32, N, E), share = SPACE(s, F32, N, A),
-           experts = SPACE(s, I32, N, A), offsets = SPACE(s, I32, E + 1), counts = SPACE(s, I32, E),
-           slot = SPACE(s, I32, N, A), source = SPACE(s, I32, M), scale = GIVEN(s, dtype, 2, E),
-           x = GIVEN(s, dtype, 3, N, D), rows = SPACE(s, dtype, M, D), y = SPACE(s, dtype, N, D);
+    Tensor logits = GIVEN(s, dtype, 1, N, E), probs = SPACE(s, F32, N, E),
+           share = SPACE(s, F32, N, A), experts = SPACE(s, I32, N, A),
+           offsets = SPACE(s, I32, E + 1), counts = SPACE(s, I32, E), slot = SPACE(s, I32, N, A),
+           source = SPACE(s, I32, M), scale = GIVEN(s, dtype, 2, E), x = GIVEN(s, dtype, 3, N, D),
+           rows = SPACE(s, dtype, M, D), y = SPACE(s, dtype, N, D);
     router_forward(probs, share, experts, logits);
     result(s, "probs", probs, 1e-6);
     result(s, "share", share, 1e-6);
@@ -389,8 +392,9 @@ GPU_CASE(experts, s, dtype) {
     gather_rows(rows, x, source);
     combine_forward(y, rows, slot, share, experts, scale);
     result(s, "y", y, near(dtype));
-    Tensor drows = SPACE(s, dtype, M, D), dshare = SPACE(s, F32, N, A), dscale = GIVEN(s, F32, 4, E),
-           dy = GIVEN(s, dtype, 5, N, D), dlogits = SPACE(s, dtype, N, E), load = GIVEN(s, F32, 6, E);
+    Tensor drows = SPACE(s, dtype, M, D), dshare = SPACE(s, F32, N, A),
+           dscale = GIVEN(s, F32, 4, E), dy = GIVEN(s, dtype, 5, N, D),
+           dlogits = SPACE(s, dtype, N, E), load = GIVEN(s, F32, 6, E);
     combine_backward(drows, dshare, dscale, dy, rows, slot, share, experts, scale);
     result(s, "drows", drows, near(dtype));
     result(s, "dshare", dshare, 1e-5);
@@ -407,8 +411,9 @@ GPU_CASE(products, s, dtype) {
     static const int64_t sizes[][3] = {{1, 33, 64}, {3, 20, 40}, {37, 70, 96}, {130, 65, 24}};
     for (int i = 0; i < 4; i++) {
         int64_t M = sizes[i][0], N = sizes[i][1], K = sizes[i][2];
-        Tensor a = GIVEN(s, dtype, 1, M, K), b = GIVEN(s, dtype, 2, N, K), c = GIVEN(s, dtype, 3, K, N),
-               y = GIVEN(s, dtype, 4, M, N), g = GIVEN(s, F32, 5, K, N), d = GIVEN(s, dtype, 6, M, N);
+        Tensor a = GIVEN(s, dtype, 1, M, K), b = GIVEN(s, dtype, 2, N, K),
+               c = GIVEN(s, dtype, 3, K, N), y = GIVEN(s, dtype, 4, M, N),
+               g = GIVEN(s, F32, 5, K, N), d = GIVEN(s, dtype, 6, M, N);
         matmul(NT, y, i % 2 ? ADD : SET, a, b, 0.5f);
         result(s, "a b^T", y, near(dtype));
         matmul(NN, y, SET, a, c, 1.0f);
@@ -437,10 +442,11 @@ GPU_CASE(products_of_adapters, s, dtype) {
     static const int64_t rows[] = {5, 70, 1100};
     for (int i = 0; i < 3; i++) {
         int64_t N = rows[i], R = 4 + i, in = 72, out = 40;
-        Tensor x = GIVEN(s, dtype, 1, N, in), A = GIVEN(s, F32, 2, R, in), B = GIVEN(s, F32, 3, out, R),
-               u = SPACE(s, F32, N, R), y = GIVEN(s, dtype, 4, N, out), dy = GIVEN(s, dtype, 5, N, out),
-               du = SPACE(s, F32, N, R), dA = GIVEN(s, F32, 6, R, in), dB = GIVEN(s, F32, 7, out, R),
-               dx = GIVEN(s, dtype, 8, N, in);
+        Tensor x = GIVEN(s, dtype, 1, N, in), A = GIVEN(s, F32, 2, R, in),
+               B = GIVEN(s, F32, 3, out, R), u = SPACE(s, F32, N, R),
+               y = GIVEN(s, dtype, 4, N, out), dy = GIVEN(s, dtype, 5, N, out),
+               du = SPACE(s, F32, N, R), dA = GIVEN(s, F32, 6, R, in),
+               dB = GIVEN(s, F32, 7, out, R), dx = GIVEN(s, dtype, 8, N, in);
         matmul_ordered(NT, u, SET, x, A, 1.0f);
         result(s, "u", u, 3e-6);
         matmul_ordered(NT, y, ADD, u, B, 2.0f);
@@ -461,7 +467,8 @@ static void grouped(Side *s, DType dtype, DType weights, int64_t M, const int32_
     int64_t N = 64, K = 128;
     Tensor offsets = ints(s, bounds, 4, 1), a = GIVEN(s, dtype, 1, M, K),
            w = GIVEN(s, weights, 2, 3, N, K), y = GIVEN(s, dtype, 3, M, N),
-           dy = GIVEN(s, dtype, 4, M, N), dx = GIVEN(s, dtype, 5, M, K), g = GIVEN(s, F32, 6, 3, N, K);
+           dy = GIVEN(s, dtype, 4, M, N), dx = GIVEN(s, dtype, 5, M, K),
+           g = GIVEN(s, F32, 6, 3, N, K);
     grouped_matmul(NT, y, ADD, a, w, offsets, 0.5f);
     result(s, "y", y, dtype == F32 ? 3e-6 : 4e-3);
     grouped_matmul(NN, dx, SET, dy, w, offsets, 1.0f);
@@ -479,8 +486,9 @@ GPU_CASE(products_of_groups, s, dtype) {
 
 FLOAT_CASE(products_of_adapters_in_groups, s) {
     static const int32_t bounds[] = {0, 16, 16, 96};
-    Tensor offsets = ints(s, bounds, 4, 1), x = GIVEN(s, BF16, 1, 100, 64), A = GIVEN(s, F32, 2, 3, 4, 64),
-           u = SPACE(s, F32, 100, 4), dA = GIVEN(s, F32, 3, 3, 4, 64);
+    Tensor offsets = ints(s, bounds, 4, 1), x = GIVEN(s, BF16, 1, 100, 64),
+           A = GIVEN(s, F32, 2, 3, 4, 64), u = SPACE(s, F32, 100, 4),
+           dA = GIVEN(s, F32, 3, 3, 4, 64);
     grouped_matmul(NT, u, SET, x, A, offsets, 1.0f);
     result(s, "u", u, 3e-6);
     grouped_matmul(TN, dA, ADD, u, x, offsets, 1.0f);
@@ -524,9 +532,10 @@ static void attend(Side *s, DType dtype, int64_t N, int64_t H, int64_t K, int64_
     fill_sights(at, from, to, (int)N, window);
     Tensor q = GIVEN(s, dtype, 1, N, H, C), k = GIVEN(s, dtype, 2, N, K, C),
            v = GIVEN(s, dtype, 3, N, K, C), y = SPACE(s, dtype, N, H, C), lse = SPACE(s, F32, N, H),
-           dy = GIVEN(s, dtype, 4, N, H, C), dq = SPACE(s, dtype, N, H, C), dk = GIVEN(s, F32, 5, N, K, C),
-           dv = GIVEN(s, F32, 6, N, K, C), index = ints(s, at, N, 1), first = ints(s, from, N, 1),
-           last = ints(s, to, N, 1), none = tensor_absent();
+           dy = GIVEN(s, dtype, 4, N, H, C), dq = SPACE(s, dtype, N, H, C),
+           dk = GIVEN(s, F32, 5, N, K, C), dv = GIVEN(s, F32, 6, N, K, C),
+           index = ints(s, at, N, 1), first = ints(s, from, N, 1), last = ints(s, to, N, 1),
+           none = tensor_absent();
     int64_t G = attention_partials(K);
     Tensor partial = G > 1 ? SPACE(s, F32, 2 * G, N, K, C) : none;
     scale_copy(q, SET, q, 2.0f / sqrtf((float)C));
@@ -585,11 +594,13 @@ GPU_CASE(attention_over_pages, s, dtype) {
 GPU_CASE(training_through_rounding, s, dtype) {
     for (int scheme = SCHEME_Q4_0; scheme < SCHEMES; scheme++)
         for (int learned = 0; learned <= (scheme == SCHEME_Q4_0); learned++) {
-            Tensor x = GIVEN(s, dtype, 1, 6, 96), y = SPACE(s, dtype, 6, 96), dx = GIVEN(s, F32, 2, 6, 96),
-                   factors = GIVEN(s, F32, 3, 6, 3), dfactors = GIVEN(s, F32, 4, 6, 3);
+            Tensor x = GIVEN(s, dtype, 1, 6, 96), y = SPACE(s, dtype, 6, 96),
+                   dx = GIVEN(s, F32, 2, 6, 96), factors = GIVEN(s, F32, 3, 6, 3),
+                   dfactors = GIVEN(s, F32, 4, 6, 3);
             Tensor none = tensor_absent();
             scale_copy(factors, SET, factors, 0.3f);
-            fake_quantize(y, x, learned ? factors : none, (QuantScheme)scheme, learned ? 0.5f : 1.0f);
+            fake_quantize(y, x, learned ? factors : none, (QuantScheme)scheme,
+                          learned ? 0.5f : 1.0f);
             result(s, "y", y, 1e-7);
             fake_quantize_backward(dx, learned ? dfactors : none, x, learned ? factors : none,
                                    (QuantScheme)scheme, 0.75f);

@@ -12,37 +12,6 @@
 static const char *const kinds[] = {"e2b", "e4b", "26b-a4b", "31b", "12b"};
 #define KINDS (sizeof kinds / sizeof *kinds)
 
-/* The fixture's sequences as one packed batch. */
-typedef struct Packed {
-    Batch batch;
-    int32_t ids[64], positions[64], starts[64], targets[64], spans[64];
-    float weights[64], nll[64];
-    int64_t scored;
-} Packed;
-
-static Packed *pack(const Fixture *f, int only) {
-    int64_t n, count;
-    int32_t *ids = fixture_ints(f, "ids", &n), *lengths = fixture_ints(f, "lengths", &count);
-    Packed *p = must_calloc(1, sizeof *p);
-    int64_t at = 0, from = 0;
-    for (int64_t s = 0; s < count; from += lengths[s], s++) {
-        if (only >= 0 && s != only) continue;
-        for (int64_t t = 0, start = at; t < lengths[s]; t++, at++) {
-            p->ids[at] = ids[from + t];
-            p->positions[at] = (int32_t)t;
-            p->starts[at] = (int32_t)start;
-            p->targets[at] = t + 1 < lengths[s] ? ids[from + t + 1] : -1;
-            p->spans[at] = -1;
-            p->scored += t + 1 < lengths[s];
-        }
-    }
-    for (int64_t i = 0; i < at; i++) p->weights[i] = 1.0f / (float)p->scored;
-    p->batch = (Batch){at, p->ids, p->positions, p->starts, NULL, p->targets, p->weights};
-    free(ids);
-    free(lengths);
-    return p;
-}
-
 typedef struct Run {
     Checkpoint checkpoint;
     Gemma g;
@@ -105,7 +74,7 @@ CASE(step, token_nlls_and_every_gradient_match_the_reference) {
             char name[64];
             snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
             Fixture f = fixture_open(name);
-            Packed *p = pack(&f, -1);
+            Packed *p = fixture_batch(&f, -1);
             Run r;
             run_open(&r, f.dir, F32, true, NULL, (StackMode)mode);
             step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
@@ -125,7 +94,7 @@ CASE(step, bf16_losses_follow_the_reference_within_bf16_noise) {
         char name[64];
         snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
         Fixture f = fixture_open(name);
-        Packed *p = pack(&f, -1);
+        Packed *p = fixture_batch(&f, -1);
         Run r;
         run_open(&r, f.dir, BF16, false, NULL, STACK_SCORE);
         step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
@@ -153,7 +122,7 @@ CASE(step, bf16_losses_follow_the_reference_within_bf16_noise) {
 
 CASE(step, balancing_loss_and_its_gradients_match_the_reference) {
     Fixture f = fixture_open("model_26b-a4b.h5");
-    Packed *p = pack(&f, -1);
+    Packed *p = fixture_batch(&f, -1);
     Run r;
     int64_t count;
     float *coefficient = fixture_floats(&f, "aux/coefficient", &count),
@@ -178,7 +147,7 @@ CASE(step, bidirectional_spans_match_the_reference) {
         char name[64];
         snprintf(name, sizeof name, "model_%s.h5", spanned[k]);
         Fixture f = fixture_open(name);
-        Packed *p = pack(&f, 0);
+        Packed *p = fixture_batch(&f, 0);
         int64_t count;
         int32_t *span = fixture_ints(&f, "span/span", &count);
         for (int i = span[0]; i <= span[1]; i++) p->spans[i] = span[1];
@@ -210,7 +179,7 @@ static void follow_peft(const char *kind, const char *variant) {
     fixture_write(&f, name, dir, "adapter_config.json");
     AdapterSpec spec;
     EXPECT_OK(peft_load_spec(&spec, dir));
-    Packed *p = pack(&f, -1);
+    Packed *p = fixture_batch(&f, -1);
     Run r;
     run_open(&r, f.dir, F32, false, &spec, STACK_KEEP);
     EXPECT_OK(peft_load(&r.g, dir));
@@ -308,7 +277,7 @@ CASE(invariant, recompute_on_equals_off_bit_for_bit) {
             int64_t count;
             snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
             Fixture f = fixture_open(name);
-            Packed *p = pack(&f, -1);
+            Packed *p = fixture_batch(&f, -1);
             float *keep =
                 gradients_of(f.dir, (DType)dtype, true, NULL, STACK_KEEP, true, p, &count);
             float *again =
@@ -329,7 +298,7 @@ CASE(invariant, shortcut_on_equals_off_bit_for_bit) {
                 float on_nll[64];
                 snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
                 Fixture f = fixture_open(name);
-                Packed *p = pack(&f, -1);
+                Packed *p = fixture_batch(&f, -1);
                 score_second_halves(p);
                 float *on = gradients_of(f.dir, (DType)dtype, false, &spec, (StackMode)mode, true,
                                          p, &count);
@@ -353,12 +322,12 @@ CASE(invariant, packed_equals_separate_and_accumulated_equals_one_batch) {
         int64_t count;
         snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
         Fixture f = fixture_open(name);
-        Packed *both = pack(&f, -1);
+        Packed *both = fixture_batch(&f, -1);
         float *packed = gradients_of(f.dir, F32, true, NULL, STACK_KEEP, true, both, &count);
         Run r;
         run_open(&r, f.dir, F32, true, NULL, STACK_KEEP);
         for (int s = 0, at = 0; s < 2; s++) {
-            Packed *one = pack(&f, s);
+            Packed *one = fixture_batch(&f, s);
             for (int64_t n = 0; n < one->batch.N; n++) one->weights[n] = 1.0f / (float)both->scored;
             step_run(&r.g, &r.memory, &one->batch, &r.options, one->nll);
             for (int64_t n = 0; n < one->batch.N; n++, at++)
@@ -374,7 +343,7 @@ CASE(invariant, packed_equals_separate_and_accumulated_equals_one_batch) {
 CASE(invariant, an_adapter_with_zero_b_is_the_base) {
     AdapterSpec spec = usual_adapter();
     Fixture f = fixture_open("model_e2b.h5");
-    Packed *p = pack(&f, -1);
+    Packed *p = fixture_batch(&f, -1);
     float base[64];
     Run r;
     run_open(&r, f.dir, BF16, false, NULL, STACK_SCORE);
@@ -404,7 +373,7 @@ static void merge_like_unmerged(const char *kind, const char *variant) {
     fixture_write(&f, name, dir, "adapter_config.json");
     AdapterSpec spec;
     EXPECT_OK(peft_load_spec(&spec, dir));
-    Packed *p = pack(&f, -1);
+    Packed *p = fixture_batch(&f, -1);
     float unmerged[64];
     Run r;
     run_open(&r, f.dir, F32, false, &spec, STACK_SCORE);
@@ -484,7 +453,7 @@ CASE(invariant, prefill_and_decode_equal_one_forward_across_the_window) {
         char name[64];
         snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
         Fixture f = fixture_open(name);
-        Packed *p = pack(&f, 0);
+        Packed *p = fixture_batch(&f, 0);
         Run r;
         run_open(&r, f.dir, F32, false, NULL, STACK_SCORE);
         step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
@@ -518,7 +487,7 @@ CASE(invariant, the_memory_plan_is_what_a_step_takes) {
         size_t activations, scratch;
         snprintf(name, sizeof name, "model_%s.h5", kinds[k]);
         Fixture f = fixture_open(name);
-        Packed *p = pack(&f, -1);
+        Packed *p = fixture_batch(&f, -1);
         Run r;
         run_open(&r, f.dir, F32, true, NULL, STACK_KEEP);
         step_measure(&r.g, p->batch.N, p->batch.N, &r.options, &activations, &scratch);

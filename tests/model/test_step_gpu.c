@@ -1,0 +1,119 @@
+/* test_step_gpu.c - a whole training step on the GPU, or the emulator that stands in for one,
+ * against the same step on the CPU. */
+#include "optim/optimizer.h"
+#include "tests/fixture.h"
+#include "tests/small_model.h"
+
+#include <math.h>
+
+static const char *const variants[] = {"e2b", "e4b", "12b", "26b-a4b", "31b"};
+
+typedef struct Method {
+    const char *name;
+    Setup *setup;
+} Method;
+
+/* Losses, gradients, and the trained values after an update, of one step. */
+typedef struct Outcome {
+    float nll[SMALL_MOST];
+    float *grads, *values;
+    int64_t count;
+} Outcome;
+
+/* Over random ids where there is no `batch`. */
+static Outcome step_on(Device *device, const char *path, const Packed *batch, DType dtype,
+                       StackMode mode, Setup *setup) {
+    Outcome out = {0};
+    Loaded m;
+    Optimizer o;
+    OptimizerConfig config = {.name = OPTIMIZER_ADAMW, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-2};
+    small_device = device;
+    small_load(&m, path, dtype, mode, setup);
+    small_device = NULL;
+    gemma_refresh(&m.g, &m.memory.scratch);
+    if (batch)
+        step_run(&m.g, &m.memory, &batch->batch, &m.options, out.nll);
+    else
+        small_run(&m);
+    gemma_finish_gradients(&m.g);
+    if (!batch) memcpy(out.nll, m.nll, sizeof m.nll);
+    out.count = tensor_count(m.g.params.space);
+    out.grads = small_values(m.g.params.grads);
+    EXPECT_OK(optimizer_init(&o, &config, &m.g.params, m.g.device));
+    optimizer_step(&o, &m.g.params, 1e-2, 1.0);
+    out.values = small_values(m.g.params.space);
+    optimizer_free(&o);
+    small_unload(&m);
+    return out;
+}
+
+static void expect_same_step(Device *gpu, const char *variant, const char *path,
+                             const Packed *batch, DType dtype, StackMode mode, Method method,
+                             double tolerance) {
+    Outcome a = step_on(device_cpu(), path, batch, dtype, mode, method.setup),
+            b = step_on(gpu, path, batch, dtype, mode, method.setup);
+    double nll = relative_error(b.nll, a.nll, SMALL_MOST),
+           grads = relative_error(b.grads, a.grads, a.count),
+           values = relative_error(b.values, a.values, a.count);
+    EXPECT(a.count == b.count && a.count > 0);
+    EXPECT(nll <= tolerance, "%s %s: losses differ by %.2e", variant, method.name, nll);
+    EXPECT(grads <= tolerance, "%s %s: gradients differ by %.2e", variant, method.name, grads);
+    EXPECT(values <= tolerance, "%s %s: updated values differ by %.2e", variant, method.name,
+           values);
+    free(a.grads);
+    free(a.values);
+    free(b.grads);
+    free(b.values);
+}
+
+static void every_variant(DType dtype, StackMode mode, Method method, double tolerance) {
+    Device *gpu;
+    if (device_open(&gpu, "cuda") != OK) SKIP("%s", status_message());
+    for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
+        char *name = must_format("model_%s.h5", variants[v]);
+        Fixture f = fixture_open(name);
+        Packed *batch = fixture_batch(&f, -1);
+        expect_same_step(gpu, variants[v], f.dir, batch, dtype, mode, method, tolerance);
+        free(batch);
+        free(name);
+    }
+}
+
+CASE(gpu, a_full_step_of_each_variant_equals_the_cpus) {
+    every_variant(F32, STACK_RECOMPUTE, (Method){"full", small_full}, 1e-4);
+}
+
+CASE(gpu, a_lora_step_of_each_variant_equals_the_cpus) {
+    every_variant(F32, STACK_KEEP, (Method){"lora", small_adapt}, 1e-4);
+}
+
+CASE(gpu, steps_in_bf16_stay_within_its_noise) {
+    every_variant(BF16, STACK_KEEP, (Method){"lora", small_adapt}, 4e-2);
+}
+
+/* Models whose rows are whole blocks. */
+static void every_kind(DType dtype, Method method, double tolerance) {
+    Device *gpu;
+    if (device_open(&gpu, "cuda") != OK) SKIP("%s", status_message());
+    for (int k = 0; k < SMALL_KINDS; k++) {
+        char *path = small_make(small_kinds[k]);
+        expect_same_step(gpu, small_kinds[k], path, NULL, dtype, STACK_RECOMPUTE, method,
+                         tolerance);
+        free(path);
+    }
+}
+
+CASE(gpu, a_qlora_step_equals_the_cpus) {
+    every_kind(F32, (Method){"qlora", small_adapt_packed}, 1e-4);
+}
+
+CASE(gpu, a_qat_step_equals_the_cpus) {
+    every_kind(F32, (Method){"qat", small_round_full}, 1e-4);
+}
+
+/* The sum of weight and adapter is another in its last bits, which moves a code now and then. */
+CASE(gpu, a_qat_lora_step_follows_the_cpus) {
+    every_kind(F32, (Method){"qat-lora", small_round_adapted}, 5e-3);
+    small_learned = true;
+    every_kind(F32, (Method){"qat-lora, learned scales", small_round_adapted}, 5e-3);
+}
