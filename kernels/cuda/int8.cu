@@ -117,7 +117,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
             }
         }
     }
-    if (SHARE) {
+    if constexpr (SHARE) {
 #pragma unroll
         for (int j = 0; j < NT; j++)
 #pragma unroll
@@ -130,15 +130,15 @@ static __global__ void __launch_bounds__(32 * WARPS)
             int64_t m = rows.first + i % (8 * NT), n = n0 + i / (8 * NT);
             if (m < rows.last && n < N) y[m * N + n] = from_float<Y>(sum);
         }
-        return;
+    } else {
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                int64_t m = rows.first + 8 * j + 2 * t + p % 2, n = n0 + g + p / 2 * 8;
+                if (here && m < rows.last) y[m * N + n] = from_float<Y>(sums[j][p]);
+            }
     }
-#pragma unroll
-    for (int j = 0; j < NT; j++)
-#pragma unroll
-        for (int p = 0; p < 4; p++) {
-            int64_t m = rows.first + 8 * j + 2 * t + p % 2, n = n0 + g + p / 2 * 8;
-            if (here && m < rows.last) y[m * N + n] = from_float<Y>(sums[j][p]);
-        }
 }
 
 template <typename Tile, typename Y>

@@ -14,12 +14,14 @@
 
 /* Prompts of 1 to 300 tokens; most begin like others, within a page and beyond. */
 typedef struct Prompts {
+    int number;
     int32_t ids[PROMPTS][300];
     int64_t count[PROMPTS];
 } Prompts;
 
 static Prompts *make_prompts(void) {
     Prompts *p = must_calloc(1, sizeof *p);
+    p->number = PROMPTS;
     for (int i = 0; i < PROMPTS; i++) {
         int64_t alike = i % 4 == 0 ? 0 : i % 4 == 1 ? 150 : i % 4 == 2 ? 20 : 128;
         p->count[i] = alike + 1 + (int64_t)(random_u64(1, (uint64_t)i) % 90);
@@ -43,7 +45,7 @@ static Answers *run_all(Gemma *g, const Prompts *p, const EngineOptions *options
     Engine e;
     Sequence *all[PROMPTS];
     EXPECT_OK(engine_init(&e, g, NULL, options));
-    for (int i = 0; i < PROMPTS; i++) {
+    for (int i = 0; i < p->number; i++) {
         Request r = {.ids = p->ids[i],
                      .count = p->count[i],
                      .score_from = i % 3 ? 0 : 1,
@@ -56,7 +58,7 @@ static Answers *run_all(Gemma *g, const Prompts *p, const EngineOptions *options
         EXPECT_OK(engine_submit(&e, &all[i], &r));
     }
     while (engine_step(&e)) continue;
-    for (int i = 0; i < PROMPTS; i++) {
+    for (int i = 0; i < p->number; i++) {
         EXPECT(all[i]->ending == ENDING_LENGTH && sequence_answered(all[i]) == ANSWER);
         memcpy(out->ids[i], all[i]->ids + p->count[i], sizeof out->ids[i]);
         memcpy(out->logprobs[i], all[i]->logprobs + p->count[i], sizeof out->logprobs[i]);
@@ -72,7 +74,7 @@ static Answers *run_all(Gemma *g, const Prompts *p, const EngineOptions *options
 }
 
 static void compare(const Prompts *p, const Answers *a, const Answers *b, const char *what) {
-    for (int i = 0; i < PROMPTS; i++) {
+    for (int i = 0; i < p->number; i++) {
         EXPECT(!memcmp(a->ids[i], b->ids[i], sizeof a->ids[i]), "%s: prompt %d", what, i);
         for (int t = 0; t < ANSWER; t++) EXPECT_CLOSE(a->logprobs[i][t], b->logprobs[i][t], 2e-4);
         for (int64_t t = 1; t < p->count[i] && i % 3 == 0; t++)
@@ -426,4 +428,31 @@ CASE(sampling, penalties_and_suppressed_tokens_change_the_logits) {
     int32_t ids[] = {1, 2, 2, 2};
     sampler_edit(&s, z, 5, ids, 4);
     EXPECT(z[0] == 1 && z[1] == -2 && z[2] == 2 && z[3] == -INFINITY && z[4] == 2);
+}
+
+/* The same engine on the GPU, or the emulator that stands in for one. */
+CASE(gpu, an_engine_answers_as_on_the_cpu) {
+    Device *gpu;
+    if (device_open(&gpu, "cuda") != OK) SKIP("%s", status_message());
+    Prompts *p = make_prompts();
+    EngineOptions options = {
+        .sequences = 4, .tokens = 2048, .chunk = 128, .kv = F32, .share = true};
+    p->number = 3;
+    for (int k = 0; k < SMALL_KINDS; k++) {
+        Loaded m;
+        char *dir = small_make(small_kinds[k]);
+        small_load(&m, dir, F32, STACK_SCORE, NULL);
+        Answers *here = run_all(&m.g, p, &options);
+        small_unload(&m);
+        small_device = gpu;
+        small_load(&m, dir, F32, STACK_SCORE, NULL);
+        small_device = NULL;
+        Answers *there = run_all(&m.g, p, &options);
+        compare(p, here, there, small_kinds[k]);
+        small_unload(&m);
+        free(here);
+        free(there);
+        free(dir);
+    }
+    free(p);
 }
