@@ -3,6 +3,10 @@
 set -eu
 cd "$(dirname "$0")/.."
 build=build/${SANITIZE:-${BACKEND:-cpu}}
+# The program whose device `cuda` is the emulator, or a GPU in a CUDA build.
+gpu_program=$build/lapidary-simt
+[ "${BACKEND:-cpu}" = cuda ] && gpu_program=$build/lapidary
+export LAPIDARY_GPU_PROGRAM=${LAPIDARY_GPU_PROGRAM:-$gpu_program}
 export LAPIDARY_PROGRAM=${LAPIDARY_PROGRAM:-$build/lapidary}
 if [ "${1:-}" = quick ]; then
     shift

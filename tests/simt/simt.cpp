@@ -1,6 +1,7 @@
 /* simt.cpp - threads of a block as stacks of their own, and a device made of host memory.
  *
- * LAPIDARY_SIMT_FAIL makes a call fail as a real one does: driver, none, memory, lost, image. */
+ * LAPIDARY_SIMT_FAIL makes calls fail as real ones do: driver, none, old, memory, register, image, or
+ * lost, after LAPIDARY_SIMT_CALLS calls that work did. */
 #include "simt.h"
 
 #include <csetjmp>
@@ -221,8 +222,14 @@ struct SimtGraph {
 };
 static SimtGraph *recorded;
 
+static bool is_lost() {
+    static long calls;
+    const char *most = getenv("LAPIDARY_SIMT_CALLS");
+    return fails("lost") && ++calls > (most ? atol(most) : 0);
+}
+
 static cudaError_t call(std::function<void()> work) {
-    if (fails("lost")) return last_error = cudaErrorLaunchFailure;
+    if (is_lost()) return last_error = cudaErrorLaunchFailure;
     if (recorded)
         recorded->calls.push_back(work);
     else
@@ -357,7 +364,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    return fails("lost") ? cudaErrorLaunchFailure : cudaSuccess;
+    return is_lost() ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
     *event = NULL;

@@ -1,0 +1,113 @@
+/* test_train_gpu.c - whole runs with --device cuda: on the GPU of a CUDA build, else on the
+ * emulator. */
+#include "formats/file.h"
+#include "formats/sha256.h"
+#include "tests/program.h"
+#include "train/metrics.h"
+
+#include <math.h>
+#include <unistd.h>
+
+/* The program that has a device `cuda`, from here on. */
+static void take_gpu_program(void) {
+    const char *path = getenv("LAPIDARY_GPU_PROGRAM");
+    if (!path || access(path, X_OK)) SKIP("no program with a GPU or its emulator");
+    setenv("LAPIDARY_PROGRAM", path, 1);
+}
+
+static bool is_emulated(void) {
+    return strstr(program_path(), "simt") != NULL;
+}
+
+static void prepare(const char *more) {
+    char *path = path_join(test_folder(), "run.yaml");
+    EXPECT_RUN(0, "init tiny %s/model --tokenizer demo/tokenizer --dtype f32 --layers 2",
+               test_folder());
+    char *text =
+        must_format("model: %s/model\noutput: %s/cpu\ndtype: f32\nmethod: lora\nlora: {rank: 4}\n"
+                    "data: {train: demo/gems.jsonl, max_length: 32, chat_format: small}\n"
+                    "batch: {sequences: 1, accumulate: 1}\nsteps: 6\nsave: {every: 2, keep: 9}\n"
+                    "optimizer: {eps: 1.0e-2}\n%s",
+                    test_folder(), test_folder(), more);
+    EXPECT_OK(file_write(path, text, strlen(text)));
+    free(path), free(text);
+}
+
+static void expect_near_curves(const char *a, const char *b, double tolerance) {
+    Metrics *x, *y;
+    int64_t m, n;
+    char *p = path_join(test_folder(), a), *q = path_join(test_folder(), b);
+    EXPECT_OK(metrics_read(&x, &m, p));
+    EXPECT_OK(metrics_read(&y, &n, q));
+    EXPECT(m == n && m > 0, "%d and %d rows", (int)m, (int)n);
+    for (int64_t i = 0; i < m; i++)
+        EXPECT(fabs(x[i].loss - y[i].loss) <= tolerance * fabs(x[i].loss),
+               "step %d: loss %.7f and %.7f", (int)i + 1, x[i].loss, y[i].loss);
+    free(x), free(y), free(p), free(q);
+}
+
+static void expect_same_adapters(const char *a, const char *b) {
+    char *x = must_format("%s/%s/adapter/adapter_model.safetensors", test_folder(), a),
+         *y = must_format("%s/%s/adapter/adapter_model.safetensors", test_folder(), b), one[65],
+         other[65];
+    EXPECT_OK(sha256_file(one, x));
+    EXPECT_OK(sha256_file(other, y));
+    EXPECT(!strcmp(one, other), "%s and %s differ", x, y);
+    free(x), free(y);
+}
+
+CASE(gpu, training_follows_the_cpu_and_repeats_bit_by_bit) {
+    const char *f = test_folder();
+    prepare("");
+    EXPECT_RUN(0, "train %s/run.yaml", f);
+    take_gpu_program();
+    EXPECT_RUN(0, "train %s/run.yaml --device cuda output=%s/one", f, f);
+    setenv("LAPIDARY_SIMT_ORDER", "reversed", 1);
+    EXPECT_RUN(0, "train %s/run.yaml --device cuda output=%s/two", f, f);
+    expect_near_curves("cpu/metrics.csv", "one/metrics.csv", 1e-4);
+    expect_same_adapters("one", "two");
+}
+
+CASE(gpu, a_lost_gpu_ends_the_run_and_it_goes_on_where_it_was_saved) {
+    const char *f = test_folder();
+    prepare("");
+    take_gpu_program();
+    if (!is_emulated()) SKIP("a real GPU is not lost on demand");
+    EXPECT_RUN(0, "train %s/run.yaml --device cuda output=%s/whole", f, f);
+    setenv("LAPIDARY_SIMT_FAIL", "lost", 1);
+    setenv("LAPIDARY_SIMT_CALLS", "1600", 1);
+    EXPECT_EXIT(1, "the GPU stopped working", "train %s/run.yaml --device cuda output=%s/cut", f,
+                f);
+    EXPECT(strstr(program_err, "--resume"), "%s", program_err);
+    char *saved = must_format("%s/cut/checkpoints", f);
+    EXPECT(file_exists(saved), "nothing was saved before: %s", program_err);
+    unsetenv("LAPIDARY_SIMT_FAIL");
+    EXPECT_RUN(0, "train %s/run.yaml --device cuda output=%s/cut --resume", f, f);
+    expect_same_adapters("whole", "cut");
+    free(saved);
+}
+
+CASE(gpu, what_is_in_the_way_is_said) {
+    static const char *const failures[][2] = {
+        {"driver", "the driver is for CUDA 11.4, this program needs 13.0 or newer"},
+        {"none", "there is no NVIDIA GPU"},
+        {"old", "has compute capability 7.0, this program needs 8.0"},
+        {"memory", "out of memory"},
+        {"image", "no code for this GPU's architecture"},
+        {"lost", "the GPU stopped working"},
+    };
+    const char *f = test_folder();
+    EXPECT_RUN(0, "init tiny %s/model --tokenizer demo/tokenizer --layers 2", f);
+    take_gpu_program();
+    EXPECT_EXIT(1, "there are", "generate --model %s/model --raw --max-tokens 1 --device cuda:7 a",
+                f);
+    if (!is_emulated()) return;
+    for (size_t i = 0; i < sizeof failures / sizeof *failures; i++) {
+        setenv("LAPIDARY_SIMT_FAIL", failures[i][0], 1);
+        EXPECT_EXIT(1, failures[i][1],
+                    "generate --model %s/model --raw --max-tokens 1 --device cuda a", f);
+        if (i > 2) continue; /* with auto the CPU takes over where a GPU cannot be opened */
+        EXPECT_RUN(0, "generate --model %s/model --raw --max-tokens 1 --device auto a", f);
+        EXPECT((strstr(program_err, "using the CPU") != NULL) == (i != 1), "%s", program_err);
+    }
+}
