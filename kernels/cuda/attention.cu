@@ -4,12 +4,21 @@
  * query and head, its lanes sharing the head's numbers; long sights are split among warps and joined
  * in order. The way back has no sums in an order of chance: one pass over keys for each query gives
  * dq, one over queries for each key dk and dv. */
-#include "kernels/cuda/attention.h"
+#include "kernels/cuda/flash.h"
 
 #define THREADS   128
 #define LANE_MOST 16 /* numbers of a head of 512 that a lane has */
 #define SPLIT     512 /* keys of a sight that one warp takes, when it is split */
 #define SPLITS    64
+
+/* Rows of paged queries below which the split of long sights is worth more than tensor cores. */
+#define PAGED_ROWS 512
+
+/* Whether tensor cores take heads of this kind: their rows fill tiles, and shared memory suffices. */
+static bool takes_flash(Tensor q, Tensor k, const Heads &heads, int rows, size_t bytes) {
+    return q.dtype == BF16 && k.dtype == BF16 && (heads.C == 256 || heads.C == 512) &&
+           rows % heads.group == 0 && bytes <= cuda_shared_most(q.device);
+}
 
 /* ---- forward ---- */
 
@@ -104,6 +113,19 @@ static __global__ void __launch_bounds__(THREADS)
     if (!lane) lse[item] = top + logf(total);
 }
 
+static void launch_flash(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads, Sight see,
+                         size_t bytes) {
+    dim3 grid((unsigned)ceil_div(heads.N, FORWARD_ROWS / heads.group), (unsigned)heads.K);
+    if (heads.C == 256)
+        LAUNCH(q.device, (flash_forward<256>), grid, FLASH_THREADS, bytes, data_of<bf16>(y),
+               data_of<float>(lse), data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), heads,
+               see);
+    else
+        LAUNCH(q.device, (flash_forward<512>), grid, FLASH_THREADS, bytes, data_of<bf16>(y),
+               data_of<float>(lse), data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), heads,
+               see);
+}
+
 extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
                                        Tensor index, Tensor first, Tensor last, Tensor sequence,
                                        Tensor pages) {
@@ -111,8 +133,14 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
     Heads heads = heads_of(q, k);
     Sight see = {data_of<int32_t>(first), data_of<int32_t>(last), data_of<int32_t>(sequence),
                  data_of<int32_t>(pages), pages.data ? tensor_cols(pages) : 0};
+    if (!heads.N) return;
+    size_t bytes = flash_forward_bytes(heads.C);
+    if (takes_flash(q, k, heads, FORWARD_ROWS, bytes) &&
+        (!pages.data || heads.N * heads.group >= PAGED_ROWS)) {
+        launch_flash(y, lse, q, k, v, heads, see, bytes);
+        return;
+    }
     int64_t items = heads.N * heads.H, longest = pages.data ? see.columns * PAGE_KEYS : heads.S;
-    if (!items) return;
     /* Few queries and many keys: more warps than queries. */
     int64_t parts = items < 4096 ? ceil_div(longest, SPLIT) : 1, each = longest;
     if (parts > SPLITS) parts = SPLITS;
@@ -211,6 +239,23 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
+template <int C>
+static void launch_flash_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor lse, Tensor q,
+                                  Tensor k, Tensor v, const float *delta, int *ranges, Heads heads,
+                                  Sight see) {
+    const Device *device = q.device;
+    size_t bytes = flash_backward_bytes(C);
+    unsigned tiles = (unsigned)ceil_div(heads.S, FLASH_KEYS),
+             rows = (unsigned)ceil_div(heads.N, BACKWARD_ROWS / heads.group);
+    LAUNCH(device, (find_queries), tiles, FLASH_THREADS, 0, ranges, heads, see);
+    LAUNCH(device, (flash_keys_backward<C>), dim3(tiles, (unsigned)heads.K), FLASH_THREADS, bytes,
+           data_of<float>(dk), data_of<float>(dv), data_of<bf16>(dy), delta, data_of<float>(lse),
+           data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), ranges, heads, see);
+    LAUNCH(device, (flash_rows_backward<C>), dim3(rows, (unsigned)heads.K), FLASH_THREADS, bytes,
+           data_of<bf16>(dq), data_of<bf16>(dy), delta, data_of<float>(lse), data_of<bf16>(q),
+           data_of<bf16>(k), data_of<bf16>(v), heads, see);
+}
+
 extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y,
                                         Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
                                         Tensor first, Tensor last, Tensor partial) {
@@ -219,10 +264,23 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
     Sight see = {data_of<int32_t>(first), data_of<int32_t>(last), NULL, NULL, 0};
     int64_t items = heads.N * heads.H, each = THREADS / 32;
     if (!items) return;
-    float *delta = (float *)cuda_workspace(q.device, (size_t)items * sizeof(float));
+    size_t delta_bytes = ((size_t)items * sizeof(float) + 255) / 256 * 256;
+    size_t range_bytes = (size_t)ceil_div(heads.S, FLASH_KEYS) * 2 * sizeof(int);
+    char *memory = (char *)cuda_workspace(q.device, delta_bytes + range_bytes);
+    float *delta = (float *)memory;
+    int *ranges = (int *)(memory + delta_bytes);
     WITH_FLOAT(q.dtype, T, {
         LAUNCH(q.device, (row_deltas<T>), (unsigned)ceil_div(items, each), THREADS, 0, delta,
                view_of(dy), view_of(y), items, heads.C);
+    });
+    if (takes_flash(q, k, heads, BACKWARD_ROWS, flash_backward_bytes(heads.C))) {
+        if (heads.C == 256)
+            launch_flash_backward<256>(dq, dk, dv, dy, lse, q, k, v, delta, ranges, heads, see);
+        else
+            launch_flash_backward<512>(dq, dk, dv, dy, lse, q, k, v, delta, ranges, heads, see);
+        return;
+    }
+    WITH_FLOAT(q.dtype, T, {
         LAUNCH(q.device, (query_gradients<T>), (unsigned)ceil_div(items, each), THREADS, 0,
                data_of<T>(dq), view_of(dy), delta, data_of<float>(lse), view_of(q), view_of(k),
                view_of(v), heads, see);

@@ -38,8 +38,9 @@ void cuda_check(cudaError_t error, const char *what);
  * same stream asks. Grows; a graph being recorded must have asked for as much before. */
 void *cuda_workspace(const Device *device, size_t bytes);
 
-/* Multiprocessors of the device. */
+/* Multiprocessors of the device, and the shared memory a block can have. */
 int cuda_processors(const Device *device);
+size_t cuda_shared_most(const Device *device);
 
 /* LAUNCH(device, (kernel<...>), grid, block, shared bytes, arguments...) */
 #define UNWRAP(...) __VA_ARGS__

@@ -31,6 +31,7 @@ struct Gpu {
     void *workspace;
     size_t workspace_bytes;
     int processors;
+    size_t shared_most;
     char name[300];
 };
 
@@ -82,6 +83,7 @@ Status cuda_open(Device **device, int index) {
              index, properties.name, properties.major, properties.minor);
     g->device = Device{DEVICE_CUDA, index};
     g->processors = properties.multiProcessorCount;
+    g->shared_most = properties.sharedMemPerBlockOptin;
     snprintf(g->name, sizeof g->name, "%s, %.0f GB", properties.name,
              (double)properties.totalGlobalMem / 1e9);
     cuda_check(cudaSetDevice(index), "choosing the GPU");
@@ -99,6 +101,10 @@ const char *cuda_name(const Device *device) {
 
 int cuda_processors(const Device *device) {
     return gpu_of(device)->processors;
+}
+
+size_t cuda_shared_most(const Device *device) {
+    return gpu_of(device)->shared_most;
 }
 
 cudaStream_t cuda_stream(const Device *device) {

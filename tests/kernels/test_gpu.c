@@ -561,32 +561,46 @@ GPU_CASE(attention_of_heads_of_512, s, dtype) {
     attend(s, dtype, 70, 4, 1, 512, 1000);
 }
 
-/* Two sequences whose keys lie in pages; cached as they are, or packed. */
-static void attend_pages(Side *s, DType dtype, DType cached, int64_t H, int64_t K, int64_t C) {
-    static const int32_t pages[] = {2, 0, 1, 3, 5, 4}, at[] = {100, 101, 9, 10, 150},
-                         from[] = {50, 50, 0, 0, 0}, to[] = {100, 101, 9, 10, 150},
-                         whose[] = {0, 0, 1, 1, 1};
-    int32_t rows[6 * PAGE_KEYS];
+/* Two sequences whose keys lie in pages; cached as they are, or packed. Each has `each` queries at
+ * the end of what is there of it. */
+static void attend_pages(Side *s, DType dtype, DType cached, int64_t each, int64_t H, int64_t K,
+                         int64_t C) {
+    static const int32_t pages[] = {2, 0, 1, 3, 5, 4};
+    int32_t rows[6 * PAGE_KEYS], at[400], from[400], to[400], whose[400];
+    int64_t N = 2 * each;
     for (int i = 0; i < 6 * PAGE_KEYS; i++) rows[i] = (i * 7) % (6 * PAGE_KEYS); /* 7 is coprime */
+    for (int n = 0; n < N; n++) {
+        whose[n] = n >= each;
+        at[n] = to[n] = (whose[n] ? 190 : 170) - (int)each + n % (int)each;
+        from[n] = whose[n] && at[n] > 60 ? at[n] - 60 : 0;
+    }
     Tensor k = SPACE(s, cached, 6 * PAGE_KEYS, K, C), v = SPACE(s, cached, 6 * PAGE_KEYS, K, C),
            places = ints(s, rows, 6 * PAGE_KEYS, 1);
     store_rows(k, GIVEN(s, dtype, 2, 6 * PAGE_KEYS, K, C), places);
     store_rows(v, GIVEN(s, dtype, 3, 6 * PAGE_KEYS, K, C), places);
     result(s, "stored", k, 1e-6);
-    Tensor q = GIVEN(s, dtype, 1, 5, H, C), y = SPACE(s, dtype, 5, H, C), lse = SPACE(s, F32, 5, H);
+    Tensor q = GIVEN(s, dtype, 1, N, H, C), y = SPACE(s, dtype, N, H, C), lse = SPACE(s, F32, N, H);
     scale_copy(q, SET, q, 2.0f / sqrtf((float)C));
-    attention_forward(y, lse, q, k, v, ints(s, at, 5, 1), ints(s, from, 5, 1), ints(s, to, 5, 1),
-                      ints(s, whose, 5, 1), ints(s, pages, 2, 3));
+    attention_forward(y, lse, q, k, v, ints(s, at, N, 1), ints(s, from, N, 1), ints(s, to, N, 1),
+                      ints(s, whose, N, 1), ints(s, pages, 2, 3));
     result(s, "y", y, dtype == F32 ? 1e-5 : 6e-3);
     result(s, "lse", lse, 1e-5);
 }
 
 GPU_CASE(attention_over_pages, s, dtype) {
-    attend_pages(s, dtype, dtype, 4, 2, 64);
-    attend_pages(s, dtype, Q8_0, 4, 1, 64);
-    attend_pages(s, dtype, Q4_0, 4, 1, 64);
-    attend_pages(s, dtype, dtype, 4, 2, 256);
-    attend_pages(s, dtype, dtype, 2, 1, 512);
+    attend_pages(s, dtype, dtype, 3, 4, 2, 64);
+    attend_pages(s, dtype, Q8_0, 3, 4, 1, 64);
+    attend_pages(s, dtype, Q4_0, 3, 4, 1, 64);
+    attend_pages(s, dtype, dtype, 2, 4, 2, 256);
+}
+
+/* Enough of them for tensor cores, where a tile has queries of both. */
+static void work_many_queries(Side *s, DType dtype) {
+    attend_pages(s, dtype, dtype, 67, 8, 2, 256);
+    attend_pages(s, dtype, dtype, 67, 4, 1, 512);
+}
+CASE(gpu, attention_of_many_queries_over_pages) {
+    both_sides(work_many_queries, BF16);
 }
 
 /* ---- rounding ---- */
