@@ -20,7 +20,7 @@ endif
 # The GPU's kernels: code for the architectures named, and PTX that newer ones compile at start.
 ARCH     ?= 90
 ARCHS    := $(if $(filter all,$(ARCH)),80 89 90 100,$(ARCH))
-NVFLAGS   = -std=c++17 -O3 -I. -lineinfo -Werror all-warnings \
+NVFLAGS   = -std=c++17 -O3 -I. -lineinfo -Werror all-warnings -Xptxas -v,-warn-spills \
             $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
             -gencode arch=compute_$(firstword $(ARCHS)),code=compute_$(firstword $(ARCHS))
 ifeq ($(CUDA),1)
@@ -80,7 +80,7 @@ $(BUILD)/%.o: %.c
 $(BUILD)/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  nvcc $@"
-	@$(NVCC) $(NVFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $<
+	@$(NVCC) $(NVFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.log) || { grep -v 'ptxas info\|bytes stack' $(@:.o=.log) >&2; exit 1; }
 
 # Quantisers round every product: the same bytes at every level and as the peers write them.
 $(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o $(BUILD)/kernels/cpu/int8.$(l).o \
@@ -180,8 +180,10 @@ deps:
 deps-all:
 	@$(MAKE) --no-print-directory MORE="$(EXTRA)" deps
 
-# By hand: every instruction level, and a minute for each fuzz target under sanitizers.
+# By hand: every architecture of GPU and every instruction level of the CPU, and a minute for each
+# fuzz target under sanitizers.
 check-all: check
+	@$(MAKE) --no-print-directory CUDA=1 ARCH=all BUILD=build/cuda-all build/cuda-all/lapidary
 	@for level in generic avx2; do echo "LAPIDARY_CPU=$$level"; LAPIDARY_CPU=$$level tests/run.sh | tail -2; done
 	@LAPIDARY_FUZZ_SECONDS=60 SANITIZE=asan tests/run.sh fuzz.
 
@@ -191,6 +193,11 @@ check:
 	@$(MAKE) --no-print-directory SANITIZE=asan all runner
 	@SANITIZE=asan tests/run.sh quick
 
+# What each of the GPU's kernels takes, from the compiler's own account; spilled registers are errors
+# of the build.
+registers: all
+	@kernels/cuda/registers.sh $(CUDA_SOURCES:%.cu=$(BUILD)/%.cu.log)
+
 install: all
 	install -D -m 755 lapidary $(DESTDIR)$(PREFIX)/bin/lapidary
 PREFIX   ?= /usr/local
@@ -198,5 +205,5 @@ PREFIX   ?= /usr/local
 clean:
 	rm -rf build lapidary
 
-.PHONY: all runner aarch64 test demo deps deps-all check check-all install clean
+.PHONY: all registers runner aarch64 test demo deps deps-all check check-all install clean
 -include $(shell find build -name '*.d' 2>/dev/null)

@@ -11,6 +11,17 @@
 #define SPLIT     512 /* keys of a sight that one warp takes, when it is split */
 #define SPLITS    64
 
+/* Runs the statements with D the dtype, as a constant, that keys and values are kept in. */
+#define WITH_CACHE(dtype_value, D, ...)                                                            \
+    switch (dtype_value) {                                                                         \
+        PACKED_CASE(F32, D, __VA_ARGS__)                                                           \
+        PACKED_CASE(BF16, D, __VA_ARGS__)                                                          \
+        PACKED_CASE(Q8_0, D, __VA_ARGS__)                                                          \
+        PACKED_CASE(Q4_0, D, __VA_ARGS__)                                                          \
+    default:                                                                                       \
+        CHECK(false, "keys in %s on the GPU", dtype_name(dtype_value));                            \
+    }
+
 /* Rows of paged queries below which the split of long sights is worth more than tensor cores. */
 #define PAGED_ROWS 512
 
@@ -150,7 +161,7 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
                   : NULL;
     dim3 grid((unsigned)ceil_div(items, THREADS / 32), (unsigned)parts);
     WITH_FLOAT(q.dtype, T, {
-        WITH_ANY(k.dtype, D, {
+        WITH_CACHE(k.dtype, D, {
             LAUNCH(q.device, (attend<T, D>), grid, THREADS, 0, data_of<T>(y), data_of<float>(lse),
                    partial, view_of(q), view_of(k), view_of(v), heads, see, each);
         })

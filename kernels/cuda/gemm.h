@@ -86,8 +86,9 @@ DEVICE_FUNCTION uint4 load_chunk(const PackedView &t, int64_t base, int64_t row,
         const bf16 *from = (const bf16 *)t.data + at;
         if (aligned && col + 8 <= cols) return *(const uint4 *)from;
         unsigned x[4] = {0, 0, 0, 0};
-        for (int i = 0; i < 8 && col + i < cols; i++)
-            x[i / 2] |= (unsigned)from[i].bits << (i % 2 * 16);
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            if (col + i < cols) x[i / 2] |= (unsigned)from[i].bits << (i % 2 * 16);
         return uint4{x[0], x[1], x[2], x[3]};
     } else {
         float x[8];
