@@ -1,8 +1,9 @@
 # Lapidary. `make` builds ./lapidary; `make demo`, `make test`, `make check` do what they say.
 CC       ?= gcc
+COMMA    := ,
 PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8 zlib libmicrohttpd libedit
 PKG      := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
-LIBS      = $(shell pkg-config --libs $(PKGS) 2>/dev/null) $(if $(ONEDNN),-ldnnl) $(CUDA_LIBS) -lm
+LIBS      = $(if $(STATIC),$(STATIC_LIBS),$(shell pkg-config --libs $(PKGS) 2>/dev/null)) $(if $(ONEDNN),-ldnnl) $(CUDA_LIBS) -lm
 SANITIZE ?=
 # The GPU's side is built where its compiler is found; CUDA=0 leaves it out.
 CUDA_HOME ?= /usr/local/cuda
@@ -11,7 +12,7 @@ CUDA     ?= $(if $(SANITIZE),0,$(if $(NVCC),1,0))
 BUILD    := build/$(if $(SANITIZE),$(SANITIZE),$(if $(filter 1,$(CUDA)),cuda,cpu))
 WARN     := -Wall -Wextra -Werror -Wmissing-prototypes -Wno-unknown-pragmas
 CFLAGS   := -std=gnu17 -O3 -g -fopenmp -fno-math-errno -fno-trapping-math -D_GNU_SOURCE -I. -I$(BUILD) $(WARN) $(PKG)
-LDFLAGS  := -fopenmp
+LDFLAGS  := $(if $(STATIC),,-fopenmp)
 ifneq ($(SANITIZE),)
 CFLAGS   += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1
 LDFLAGS  += -fsanitize=address,undefined
@@ -25,7 +26,7 @@ NVFLAGS   = -std=c++17 -O3 -I. -lineinfo -Werror all-warnings -Xptxas -v,-warn-s
             -gencode arch=compute_$(firstword $(ARCHS)),code=compute_$(firstword $(ARCHS))
 ifeq ($(CUDA),1)
 CFLAGS   += -DLAPIDARY_CUDA
-CUDA_LIBS := -L$(CUDA_HOME)/lib64 -lcudart_static -lstdc++ -ldl -lrt -lpthread
+CUDA_LIBS := -L$(CUDA_HOME)/lib64 -lcudart_static $(if $(STATIC),-Wl$(COMMA)-Bstatic) -lstdc++ -Wl$(COMMA)-Bdynamic -ldl -lrt -lpthread
 endif
 
 # The CPU kernels, once for each instruction level of the architecture.
@@ -40,8 +41,12 @@ LEVELS       := generic avx2 avx512
 FLAGS_avx2    = $(call LEVEL,avx2,8,0) -mavx2 -mfma -mf16c
 FLAGS_avx512  = $(call LEVEL,avx512,16,0) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c \
                 -mprefer-vector-width=512
+ifdef STATIC
+CFLAGS       += -DNO_ONEDNN
+else
 ONEDNN       := kernels/cpu/onednn.c
 DNNL         := libdnnl-dev
+endif
 endif
 
 FOLDERS  := kernels configs model formats data optim train infer eval
@@ -156,6 +161,13 @@ $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.
 	@echo "  ld $@"
 	@$(CC) $(LDFLAGS) -static -o $@ $^ -lm
 
+# A program to carry to a GPU machine that has CUDA's libraries and no others: without oneDNN, so its
+# CPU side is for small things.
+static:
+	@$(MAKE) --no-print-directory STATIC=1 BUILD=build/static build/static/lapidary
+STATIC_LIBS := -static-libgcc -Wl,-Bstatic -lyaml -lhdf5_serial -lsz -laec -ljansson -lprotobuf-c -lpcre2-8 -lmicrohttpd -ledit \
+               -ltinfo -lbsd -lmd -lz -lhogweed -lnettle -lgmp -l:libgomp.a -Wl,-Bdynamic -l:libgnutls.so.30
+
 test: deps
 	@$(MAKE) --no-print-directory CUDA=0 build/cpu/lapidary runner
 	@tests/run.sh
@@ -205,5 +217,5 @@ PREFIX   ?= /usr/local
 clean:
 	rm -rf build lapidary
 
-.PHONY: all registers runner aarch64 test demo deps deps-all check check-all install clean
+.PHONY: all static registers runner aarch64 test demo deps deps-all check check-all install clean
 -include $(shell find build -name '*.d' 2>/dev/null)

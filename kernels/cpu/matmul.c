@@ -9,7 +9,7 @@
 #include "kernels/cpu/tile.h"
 
 /* Where oneDNN is fast; elsewhere the ordered product does everything. */
-#ifdef __aarch64__
+#if defined __aarch64__ || defined NO_ONEDNN
 #define HAS_ONEDNN 0
 #else
 #define HAS_ONEDNN !LEVEL_PLAIN
