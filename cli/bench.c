@@ -1,5 +1,6 @@
 /* bench.c - lapidary bench: kernels, or a model's prefill and decoding, on this machine against the
  * limits it shows in the same run. */
+#include "cli/bench_drawn.h"
 #include "cli/command.h"
 #include "infer/engine.h"
 #include "infer/model.h"
@@ -134,21 +135,6 @@ typedef struct ModelBench {
     int64_t prompt, tokens, depth, sequences;
 } ModelBench;
 
-/* Bytes of weights that one decoded token reads: every matrix but the per-layer table, and of the
- * experts those that are chosen. */
-static double bytes_a_token(const Gemma *g) {
-    double bytes = 0;
-    for (int i = 0; i < g->params.count; i++) {
-        const Param *p = g->params.items[i];
-        if (p->mapped || p->adapter) continue;
-        double size = (double)tensor_bytes(p->value);
-        if (p->value.ndim == 3)
-            size *= (double)g->config.top_k_experts / (double)g->config.num_experts;
-        bytes += size;
-    }
-    return bytes;
-}
-
 /* Seconds to score the prompt with the logits of every token: a fresh sequence. */
 static Status time_scoring(Model *m, const int32_t *ids, int64_t n, double *seconds) {
     StepOptions options = {.mode = STACK_SCORE};
@@ -229,7 +215,7 @@ static Status bench_model(const ModelBench *b) {
     }
     decode /= (double)b->tokens;
     reads /= 1 + (double)((b->tokens + PROBE_TOKENS - 1) / PROBE_TOKENS);
-    double bytes = bytes_a_token(&m.g);
+    double bytes = bench_bytes_a_token(&m.g);
     printf(
         "{\"scoring_tokens_per_s\": %.1f, \"prefill_tokens_per_s\": %.1f, \"decode_tokens_per_s\": "
         "%.2f, \"bytes_per_token\": %.0f, \"decode_gb_per_s\": %.2f, \"probe_gb_per_s\": %.2f, "
@@ -261,8 +247,17 @@ Status command_bench(int argc, char **argv) {
         {"train, backward: 512 rows, nf4", NF4_NESTED, NN, 512, false},
     };
     ModelBench b = {.dtype = "bf16", .prompt = 512, .tokens = 64, .sequences = 1};
+    DrawnBench drawn = {.device = "auto", .weights = "bf16", .rank = 16};
     Option options[] = {
         {"--model", OPTION_TEXT, &b.model, "DIR  time this model's prefill and decoding instead"},
+        {"--preset", OPTION_TEXT, &drawn.preset,
+         "NAME  decode with a released shape, its random weights drawn where they run"},
+        {"--train", OPTION_TEXT, &drawn.train,
+         "lora|qlora|full  with --preset: training steps on --tokens tokens instead"},
+        {"--rank", OPTION_INT, &drawn.rank, "N  of the adapter (16)"},
+        {"--layers", OPTION_INT, &drawn.layers, "N  of the preset, fewer than released"},
+        {"--weights", OPTION_TEXT, &drawn.weights, "bf16|q4_0|q8_0  of the preset (bf16)"},
+        {"--device", OPTION_TEXT, &drawn.device, "auto|cpu|cuda[:n]  of a preset or `attention`"},
         {"--prompt", OPTION_INT, &b.prompt, "N  tokens of prefill (512)"},
         {"--tokens", OPTION_INT, &b.tokens, "N  tokens decoded (64)"},
         {"--depth", OPTION_INT, &b.depth, "N  tokens already there when decoding starts (0)"},
@@ -270,10 +265,11 @@ Status command_bench(int argc, char **argv) {
         {"--dtype", OPTION_TEXT, &b.dtype, "bf16|f32  (bf16)"},
         {"--kv", OPTION_TEXT, &b.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
         {NULL, OPTION_FLAG, NULL, NULL}};
-    Arguments a = {.usage = "bench [NAME] [--model DIR]",
+    Arguments a = {.usage = "bench [NAME] [--model DIR | --preset NAME [--train METHOD]]",
                    .about =
                        "Times the products of a 1536 x 12288 layer on this machine (NAME keeps "
-                       "those whose name contains it), or a model: one JSON line.",
+                       "those whose name contains it), `attention` of released heads, or a model: "
+                       "one JSON line.",
                    .options = options,
                    .least = 0,
                    .most = 1};
@@ -282,6 +278,12 @@ Status command_bench(int argc, char **argv) {
     if (b.prompt < 0 || b.tokens < 1 || b.depth < 0 || b.sequences < 1 || b.sequences > 512)
         FAIL(ERR_USAGE, "--prompt, --tokens, --depth or --sequences is out of range");
     if (b.model) return bench_model(&b);
+    drawn.tokens = b.tokens;
+    drawn.sequences = b.sequences;
+    drawn.depth = b.depth;
+    if (drawn.preset) return bench_drawn(&drawn);
+    if (a.count && !strcmp(a.positional[0], "attention"))
+        return bench_attention(drawn.device, b.tokens);
     Probe memory;
     TRY(probe_open(&memory));
     double probe = read_rate(&memory, 0.5);

@@ -6,6 +6,7 @@
 #include "formats/gguf_save.h"
 #include "formats/shards.h"
 #include "kernels/elementwise.h"
+#include "kernels/quantize.h"
 #include "kernels/random.h"
 
 #include <stdlib.h>
@@ -97,6 +98,50 @@ done:
     free(path);
     gemma_free(&g);
     return status;
+}
+
+/* ---- in memory ---- */
+
+/* Elements of a packed pattern, about. */
+#define PATTERN (1 << 22)
+
+/* A few rows packed by the host, one behind the other until the tensor is full. */
+static Status fill_packed(Tensor t, uint64_t key) {
+    int64_t cols = tensor_cols(t), rows = tensor_count(t) / cols, few = PATTERN / cols / 256 * 256;
+    if (few < 256) few = 256;
+    if (few > rows) few = rows;
+    Arena memory;
+    int64_t shape[] = {few, cols};
+    Tensor packed = tensor_make(NULL, t.dtype, 2, shape);
+    TRY(arena_init(&memory, device_cpu(), tensor_bytes(packed) + (size_t)(few * cols) * 4 + 128,
+                   "a few rows of random weights"));
+    Tensor values = ARENA_TENSOR(&memory, F32, few, cols);
+    packed = arena_tensor(&memory, t.dtype, 2, shape);
+    fill_normal(values, key, STANDARD_DEVIATION);
+    quantize(packed, values);
+    size_t size = tensor_bytes(packed), all = tensor_bytes(t);
+    for (size_t at = 0; at < all; at += size)
+        device_copy(t.device, (char *)t.data + at, device_cpu(), packed.data,
+                    all - at < size ? all - at : size);
+    arena_free(&memory);
+    return OK;
+}
+
+Status initial_values(Gemma *g, uint64_t seed) {
+    for (int i = 0; i < g->params.count; i++) {
+        Param *p = g->params.items[i];
+        uint64_t key = random_key_name(seed, p->name);
+        if (p->adapter || !p->value.data) continue;
+        if (dtype_is_packed(p->value.dtype))
+            TRY(fill_packed(p->value, key));
+        else if (is_one(p))
+            fill(p->value, 1.0f);
+        else
+            fill_normal(p->value, key, STANDARD_DEVIATION);
+    }
+    params_adopt(&g->params);
+    gemma_loaded(g);
+    return OK;
 }
 
 /* ---- GGUF ---- */

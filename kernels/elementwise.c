@@ -11,6 +11,11 @@ void fill(Tensor y, float value) {
     ON_DEVICE(y, fill)(y, value);
 }
 
+void fill_normal(Tensor y, uint64_t key, float factor) {
+    CHECK(y.dtype == F32 || y.dtype == BF16, "fill_normal: %s", tensor_text(y));
+    ON_DEVICE(y, fill_normal)(y, key, factor);
+}
+
 void add_scaled(Tensor y, Tensor a, Tensor b, float alpha) {
     CHECK(tensor_count(y) == tensor_count(a) && tensor_count(y) == tensor_count(b) &&
               y.dtype == a.dtype && y.dtype == b.dtype,

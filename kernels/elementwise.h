@@ -10,6 +10,9 @@ KERNEL(scale_copy, Tensor y, Write write, Tensor x, float alpha);
 /* y = value everywhere.   y f32 | bf16 */
 KERNEL(fill, Tensor y, float value);
 
+/* y[i] = factor * normal number i of stream `key` (random.h).   y f32 | bf16 */
+KERNEL(fill_normal, Tensor y, uint64_t key, float factor);
+
 /* y = alpha * (a + b), a + b rounded to the dtype before the factor as the reference does.
  *   y, a, b  f32 | bf16, one dtype; y may alias a or b */
 KERNEL(add_scaled, Tensor y, Tensor a, Tensor b, float alpha);

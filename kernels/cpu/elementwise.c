@@ -36,6 +36,18 @@ void CPU(fill)(Tensor y, float value) {
                   line);
 }
 
+void CPU(fill_normal)(Tensor y, uint64_t key, float factor) {
+    int64_t count = tensor_count(y), blocks = (count + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t first = block * CHUNK, n = count - first < CHUNK ? count - first : CHUNK;
+        float line[CHUNK];
+        random_normal(line, key, (uint64_t)first, n);
+        for (int64_t i = 0; i < n; i++) line[i] *= factor;
+        store_f32(y, first, n, line);
+    }
+}
+
 void CPU(add_scaled)(Tensor y, Tensor a, Tensor b, float alpha) {
     int64_t count = tensor_count(y), blocks = (count + CHUNK - 1) / CHUNK;
 #pragma omp parallel for schedule(static) if (blocks > 16)

@@ -69,6 +69,28 @@ extern "C" void cuda_fill(Tensor y, float value) {
     });
 }
 
+/* Pairs of normal numbers as random_normal makes them. */
+template <typename T>
+static __global__ void set_normal(T *y, uint64_t key, float factor, int64_t count) {
+    FOR_GRID(pair, (count + 1) / 2) {
+        uint64_t bits = random_u64(key, (uint64_t)pair);
+        float u = ((float)(bits >> 40) + 0.5f) * 0x1p-24f;
+        float angle = (float)(bits & 0xffffff) * (6.2831853071795865f * 0x1p-24f);
+        float radius = factor * sqrtf(-2.0f * logf(u));
+        y[2 * pair] = from_float<T>(radius * cosf(angle));
+        if (2 * pair + 1 < count) y[2 * pair + 1] = from_float<T>(radius * sinf(angle));
+    }
+}
+
+extern "C" void cuda_fill_normal(Tensor y, uint64_t key, float factor) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, T, {
+        LAUNCH(y.device, (set_normal<T>), grid_for(y.device, (count + 1) / 2, 256), 256, 0,
+               data_of<T>(y), key, factor, count);
+    });
+}
+
 template <typename T, int V>
 static __global__ void add(T *y, const T *a, const T *b, float alpha, int64_t packs) {
     FOR_GRID(i, packs) {

@@ -217,6 +217,8 @@ GPU_CASE(copies, s, dtype) {
     result(s, "sum", y, near(dtype));
     fill(y, 3.5f);
     result(s, "filled", y, 0);
+    fill_normal(y, 99, 0.02f);
+    result(s, "drawn", y, near(dtype));
     dropout(y, a, 0.3f, 77);
     result(s, "dropped", y, near(dtype));
     Tensor swapped = SPACE(s, dtype, 3, 4, 10), x = GIVEN(s, dtype, 5, 4, 3, 10);
