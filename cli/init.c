@@ -6,6 +6,7 @@
 #include "formats/initial.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -57,6 +58,7 @@ static Status make_config(char **json, const char *name, int64_t layers) {
 Status command_init(int argc, char **argv) {
     const char *tokenizer = NULL, *dtype = "bf16", *to = "safetensors";
     int64_t layers = 0, seed = 42;
+    bool config = false;
     Option options[] = {
         {"--tokenizer", OPTION_TEXT, &tokenizer,
          "DIR  copy tokenizer and template files from here; sets the vocabulary of `tiny`"},
@@ -65,6 +67,7 @@ Status command_init(int argc, char **argv) {
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of a safetensors file (bf16)"},
         {"--to", OPTION_TEXT, &to,
          "FORMAT  safetensors (a folder), bf16-gguf, q8_0-gguf or q4_0-gguf"},
+        {"--config", OPTION_FLAG, &config, "only print the config.json; needs no OUT"},
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {
         .usage =
@@ -73,7 +76,7 @@ Status command_init(int argc, char **argv) {
             "Writes a checkpoint folder, or a GGUF file, with random weights. Presets: tiny, e2b, "
             "e4b, 12b, 26b-a4b, 31b.",
         .options = options,
-        .least = 2,
+        .least = 1,
         .most = 2};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
@@ -86,7 +89,9 @@ Status command_init(int argc, char **argv) {
         TRY(gguf_format(&gguf, to));
         if (!tokenizer) FAIL(ERR_USAGE, "--to %s needs --tokenizer: a GGUF holds one", to);
     }
-    if (file_exists(a.positional[1])) FAIL(ERR_IO, "%s: is already there", a.positional[1]);
+    if (!config && a.count < 2) FAIL(ERR_USAGE, "init PRESET|config.json OUT: OUT is missing");
+    if (!config && file_exists(a.positional[1]))
+        FAIL(ERR_IO, "%s: is already there", a.positional[1]);
     char *json = NULL;
     Tokenizer *t = NULL;
     file_stop_on_signals();
@@ -94,7 +99,9 @@ Status command_init(int argc, char **argv) {
     Status status = make_config(&json, a.positional[0], layers);
     if (status == OK && t) fit_tokenizer(&json, t, !strcmp(a.positional[0], "tiny"));
     tokenizer_free(t);
-    if (status == OK && gguf != DTYPE_COUNT)
+    if (status == OK && config)
+        puts(json);
+    else if (status == OK && gguf != DTYPE_COUNT)
         status = initial_gguf(json, tokenizer, (uint64_t)seed, gguf, a.positional[1]);
     else if (status == OK)
         status = initial_checkpoint(json, tokenizer, (uint64_t)seed,

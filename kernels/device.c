@@ -185,6 +185,16 @@ void device_send(Device *device, void *to, const void *staged, size_t bytes) {
     (void)to, (void)staged, (void)bytes;
 }
 
+bool device_replay(Device *device, uint64_t key) {
+    ON_GPU(device, cuda_replay(device, key));
+    (void)key;
+    return false;
+}
+
+void device_recorded(Device *device) {
+    ON_GPU(device, cuda_recorded(device));
+}
+
 bool device_pin(Device *device, const void *memory, size_t bytes) {
     ON_GPU(device, cuda_pin(device, memory, bytes));
     (void)memory, (void)bytes;

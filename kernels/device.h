@@ -58,6 +58,13 @@ void device_copy(Device *to_device, void *to, Device *from_device, const void *f
 void *device_staging(Device *device, size_t bytes);
 void device_send(Device *device, void *to, const void *staged, size_t bytes);
 
+/* Work that comes again, as a token's pass does. device_replay gives the calls of kernels that were
+ * kept under `key` to the device at once and says so; when it returns false the caller makes them,
+ * then calls device_recorded. Calls under one key must be the same in all but what memory holds.
+ * The CPU keeps nothing. */
+bool device_replay(Device *device, uint64_t key);
+void device_recorded(Device *device);
+
 /* Lets kernels of the device read memory of the host where it is; false when that cannot be had,
  * and they go another way. Undone by device_unpin before the memory goes. */
 bool device_pin(Device *device, const void *memory, size_t bytes);

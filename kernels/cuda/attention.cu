@@ -110,12 +110,15 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t stride = heads.N * heads.H * (C + 2);
     const float *mine = partial + item * (C + 2);
     float top = -INFINITY, total = 0;
+#pragma unroll 1
     for (int p = 0; p < parts; p++) top = fmaxf(top, mine[p * stride + C]);
+#pragma unroll 1
     for (int p = 0; p < parts; p++)
         if (mine[p * stride + C] > -INFINITY)
             total += mine[p * stride + C + 1] * expf(mine[p * stride + C] - top);
     for (int c = lane; c < C; c += 32) {
         float sum = 0;
+#pragma unroll 1
         for (int p = 0; p < parts; p++)
             if (mine[p * stride + C] > -INFINITY)
                 sum += mine[p * stride + c] * expf(mine[p * stride + C] - top);

@@ -38,6 +38,9 @@ void cuda_check(cudaError_t error, const char *what);
  * same stream asks. Grows; a graph being recorded must have asked for as much before. */
 void *cuda_workspace(const Device *device, size_t bytes);
 
+/* From here on nothing of this device is kept to be replayed: the host has a part in each pass. */
+void cuda_never_replay(const Device *device);
+
 /* Multiprocessors of the device, and the shared memory a block can have. */
 int cuda_processors(const Device *device);
 size_t cuda_shared_most(const Device *device);

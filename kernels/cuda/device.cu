@@ -11,7 +11,8 @@ extern "C" {
 #include <stdio.h>
 #include <string.h>
 
-#define GPUS_MAX 16
+#define GPUS_MAX   16
+#define GRAPHS_MAX 64
 
 /* Bytes that go through pinned memory at a time. */
 #define CHUNK ((size_t)16 << 20)
@@ -23,11 +24,21 @@ struct Pinned {
     cudaEvent_t sent;
 };
 
+/* Calls kept under a key: seen once they have only run, seen twice they are kept. */
+struct Graph {
+    uint64_t key, used;
+    cudaGraphExec_t calls; /* NULL: not kept yet */
+};
+
 struct Gpu {
     Device device;
     bool open;
     cudaStream_t stream;
     Pinned staging, chunk[2];
+    Graph graphs[GRAPHS_MAX], *recording;
+    int graph_count;
+    uint64_t turn;
+    bool never_replay;
     void *workspace;
     size_t workspace_bytes;
     int processors;
@@ -129,8 +140,17 @@ void cuda_check(cudaError_t error, const char *what) {
 
 /* ---- memory ---- */
 
+/* What was kept knows addresses: it goes when memory does. */
+static void drop_graphs(Gpu *g) {
+    for (int i = 0; i < g->graph_count; i++)
+        if (g->graphs[i].calls)
+            cuda_check(cudaGraphExecDestroy(g->graphs[i].calls), "dropping a graph");
+    g->graph_count = 0;
+}
+
 void *cuda_allocate(Device *device, size_t bytes) {
     void *memory = NULL;
+    CHECK(!gpu_of(device)->recording, "memory is taken while calls are recorded");
     cudaStream_t stream = cuda_stream(device);
     cudaError_t error = cudaMalloc(&memory, bytes);
     if (error == cudaErrorMemoryAllocation) {
@@ -145,6 +165,7 @@ void *cuda_allocate(Device *device, size_t bytes) {
 void cuda_release(Device *device, void *memory) {
     if (!memory) return;
     cuda_check(cudaStreamSynchronize(cuda_stream(device)), "waiting for the GPU");
+    drop_graphs(gpu_of(device));
     cuda_check(cudaFree(memory), "giving memory back");
 }
 
@@ -190,6 +211,63 @@ void cuda_send(Device *device, void *to, const void *staged, size_t bytes) {
     cuda_check(cudaMemcpyAsync(to, staged, bytes, cudaMemcpyHostToDevice, stream),
                "sending a pass's inputs");
     cuda_check(cudaEventRecord(gpu_of(device)->staging.sent, stream), "noting a copy");
+}
+
+/* ---- graphs ---- */
+
+void cuda_never_replay(const Device *device) {
+    Gpu *g = gpu_of(device);
+    CHECK(!g->recording, "the host takes part in what is recorded");
+    g->never_replay = true;
+}
+
+/* The entry of a key; a new one takes the place of the one unused longest. */
+static Graph *graph_of(Gpu *g, uint64_t key, bool *is_new) {
+    Graph *oldest = &g->graphs[0];
+    *is_new = false;
+    for (int i = 0; i < g->graph_count; i++) {
+        if (g->graphs[i].key == key) return &g->graphs[i];
+        if (g->graphs[i].used < oldest->used) oldest = &g->graphs[i];
+    }
+    Graph *mine = oldest;
+    if (g->graph_count < GRAPHS_MAX)
+        mine = &g->graphs[g->graph_count++];
+    else if (mine->calls)
+        cuda_check(cudaGraphExecDestroy(mine->calls), "dropping a graph");
+    mine->key = key;
+    mine->used = 0;
+    mine->calls = NULL;
+    *is_new = true;
+    return mine;
+}
+
+bool cuda_replay(Device *device, uint64_t key) {
+    Gpu *g = gpu_of(device);
+    bool is_new;
+    if (g->never_replay) return false;
+    cudaStream_t stream = cuda_stream(device);
+    Graph *graph = graph_of(g, key, &is_new);
+    graph->used = ++g->turn;
+    if (graph->calls) {
+        cuda_check(cudaGraphLaunch(graph->calls, stream), "replaying calls");
+        return true;
+    }
+    if (is_new) return false; /* the first time memory is taken and plans are made */
+    cuda_check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording calls");
+    g->recording = graph;
+    return false;
+}
+
+void cuda_recorded(Device *device) {
+    Gpu *g = gpu_of(device);
+    Graph *graph = g->recording;
+    cudaGraph_t calls;
+    if (!graph) return;
+    g->recording = NULL;
+    cuda_check(cudaStreamEndCapture(cuda_stream(device), &calls), "recording calls");
+    cuda_check(cudaGraphInstantiate(&graph->calls, calls, 0), "keeping calls");
+    cuda_check(cudaGraphDestroy(calls), "keeping calls");
+    cuda_check(cudaGraphLaunch(graph->calls, cuda_stream(device)), "replaying calls");
 }
 
 /* ---- the host's memory as the GPU sees it ---- */

@@ -17,6 +17,9 @@ void cuda_copy(Device *to_device, void *to, Device *from_device, const void *fro
 void *cuda_staging(Device *device, size_t bytes);
 void cuda_send(Device *device, void *to, const void *staged, size_t bytes);
 size_t cuda_available(Device *device);
+bool cuda_replay(Device *device, uint64_t key);
+void cuda_recorded(Device *device);
+
 bool cuda_pin(Device *device, const void *memory, size_t bytes);
 void cuda_unpin(Device *device, const void *memory);
 

@@ -50,6 +50,7 @@ static void launch_look_up(Tensor y, Tensor table, int64_t first_col, Tensor ids
 /* The rows of a batch, gathered by the host into a table of their own that `rows` then names. */
 static void look_up_on_host(Tensor y, Tensor table, int64_t first_col, Tensor ids, float scale) {
     int64_t N = tensor_rows(y);
+    cuda_never_replay(y.device);
     int32_t *id = (int32_t *)must_malloc((size_t)N * sizeof *id);
     tensor_read(id, ids);
     Tensor host = y, own = ids;
