@@ -62,7 +62,7 @@ for stage in $stages; do
         ;;
     qlora)
         for preset in 26b-a4b 31b; do
-            measure bench --preset $preset --train qlora --rank 16 --tokens 2048
+            measure bench --preset $preset --train qlora --rank 16 --tokens 2048 --recompute
         done
         ;;
     decode) # one sequence; and sixteen

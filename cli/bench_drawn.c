@@ -121,6 +121,27 @@ static void time_steps(Gemma *g, StepMemory *memory, Optimizer *o, const StepOpt
     }
 }
 
+/* What it would take, with every activation kept and with them made again. */
+static void print_plan(Gemma *g, const DrawnBench *b, const OptimizerConfig *adam) {
+    size_t frozen, trained, activations, scratch;
+    params_measure(&g->params, &frozen, &trained);
+    double states = (double)optimizer_measure(adam, (int64_t)(trained / 4));
+    for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
+        StepOptions options = {.mode = (StackMode)mode, .shortcut = true};
+        step_plan(g, b->tokens, &options, &activations, &scratch);
+        printf(
+            "{\"preset\": \"%s\", \"train\": \"%s\", \"tokens\": %" PRId64
+            ", \"recompute\": %s, \"weights_gb\": %.2f, \"trained_gb\": %.2f, \"states_gb\": %.2f, "
+            "\"activations_gb\": %.2f, \"temporaries_gb\": %.2f, \"total_gb\": %.2f}\n",
+            b->preset, b->train, b->tokens, mode == STACK_RECOMPUTE ? "true" : "false",
+            (double)frozen / 1e9, 2.0 * (double)trained / 1e9, states / 1e9,
+            (double)activations / 1e9, (double)scratch / 1e9,
+            ((double)frozen + 2.0 * (double)trained + states + (double)activations +
+             (double)scratch) /
+                1e9);
+    }
+}
+
 static Status bench_training(Gemma *g, const DrawnBench *b) {
     RunConfig config = {0};
     AdapterSpec spec = {0};
@@ -135,11 +156,15 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     Status status = OK;
     TRY_DONE(method_of(&config, b));
     TRY_DONE(adapt(g, &config, &spec));
+    if (b->plan) {
+        print_plan(g, b, &adam);
+        goto done;
+    }
     size_t before = device_available(g->device), activations, scratch;
     StepOptions options = {.mode = STACK_KEEP, .shortcut = true};
     step_plan(g, N, &options, &activations, &scratch);
-    double states = (double)optimizer_measure(&adam, 0);
-    if (weight_bytes(g) + states + (double)activations + (double)scratch > 0.9 * (double)before)
+    if (b->recompute ||
+        weight_bytes(g) + (double)activations + (double)scratch > 0.9 * (double)before)
         options.mode = STACK_RECOMPUTE;
     TRY_DONE(params_place(&g->params, g->device, true));
     TRY_DONE(initial_values(g, 42));
@@ -160,8 +185,7 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
            ", \"recompute\": %s, \"tokens_per_s\": %.1f, \"model_tflops\": %.2f, \"device_gb\": "
            "%.2f, \"loss\": %.4f}\n",
            b->preset, b->train, N, options.mode == STACK_RECOMPUTE ? "true" : "false",
-           (double)N / seconds, flops / seconds / 1e12,
-           (double)(before - device_available(g->device)) / 1e9, loss);
+           (double)N / seconds, flops / seconds / 1e12, (double)device_held(g->device) / 1e9, loss);
 done:
     step_free(&memory);
     optimizer_free(&o);
@@ -189,7 +213,6 @@ static Status bench_decoding(Gemma *g, const DrawnBench *b) {
         .count = n,
         .sampling = {.max_tokens = b->tokens + 9, .top_p = 1, .repetition_penalty = 1}};
     Status status = OK;
-    size_t before = device_available(g->device);
     TRY_DONE(pack(g, b->weights));
     TRY_DONE(params_place(&g->params, g->device, false));
     TRY_DONE(initial_values(g, 42));
@@ -208,8 +231,7 @@ static Status bench_decoding(Gemma *g, const DrawnBench *b) {
            "\"read_gb_per_s\": %.1f, \"device_gb\": %.2f}\n",
            b->preset, b->weights, b->sequences, b->depth, (double)(n * b->sequences) / prefill,
            (double)b->sequences / seconds, bench_bytes_a_token(g) / 1e9,
-           bench_bytes_a_token(g) / seconds / 1e9,
-           (double)(before - device_available(g->device)) / 1e9);
+           bench_bytes_a_token(g) / seconds / 1e9, (double)device_held(g->device) / 1e9);
 done:
     engine_free(&e);
     free(ids);

@@ -10,6 +10,8 @@ typedef struct DrawnBench {
     const char *preset, *device, *train; /* train: lora | qlora | full; NULL: decoding */
     const char *weights;                 /* of decoding: bf16 | q4_0 | q8_0 */
     int64_t layers, tokens, rank, sequences, depth;
+    bool recompute; /* activations are made again, though there be room */
+    bool plan;      /* only say what memory training would take */
 } DrawnBench;
 
 /* One JSON line: tokens a second of training steps on `tokens` tokens, or of decoding them. */

@@ -161,7 +161,7 @@ void *device_allocate(Device *device, size_t bytes) {
 
 void device_release(Device *device, void *memory, size_t bytes) {
     if (!memory) return;
-    ON_GPU(device, cuda_release(device, memory));
+    ON_GPU(device, cuda_release(device, memory, bytes));
     if (bytes < HUGE_PAGE)
         free(memory);
     else
@@ -183,6 +183,11 @@ void *device_staging(Device *device, size_t bytes) {
 void device_send(Device *device, void *to, const void *staged, size_t bytes) {
     ON_GPU(device, cuda_send(device, to, staged, bytes));
     (void)to, (void)staged, (void)bytes;
+}
+
+size_t device_held(Device *device) {
+    ON_GPU(device, cuda_held(device));
+    return process_resident();
 }
 
 bool device_replay(Device *device, uint64_t key) {

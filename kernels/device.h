@@ -73,6 +73,9 @@ void device_unpin(Device *device, const void *memory);
 /* Bytes that could be taken from the device now without swapping. */
 size_t device_available(Device *device);
 
+/* Bytes this process holds of the device's memory. */
+size_t device_held(Device *device);
+
 /* Bytes this process holds, and those of them that no file backs, by the kernel's account; 0 where
  * it has none. */
 size_t process_resident(void);

@@ -290,7 +290,7 @@ static Status loop(Trainer *t) {
         double begin = progress_now();
         TRY(one_step(t, &m));
         m.tokens_per_s = (double)m.tokens / (progress_now() - begin);
-        m.memory_bytes = (double)process_resident();
+        m.memory_bytes = (double)device_held(t->s.g.device);
         bool last = t->state.step == t->steps,
              due = c->eval_every && (t->state.step % c->eval_every == 0 || last);
         if (has_eval && due) {

@@ -42,7 +42,7 @@ struct Gpu {
     void *workspace;
     size_t workspace_bytes;
     int processors;
-    size_t shared_most;
+    size_t shared_most, held;
     char name[300];
 };
 
@@ -159,14 +159,20 @@ void *cuda_allocate(Device *device, size_t bytes) {
     }
     cuda_check(error, "taking memory");
     cuda_check(cudaMemsetAsync(memory, 0, bytes, stream), "clearing memory");
+    gpu_of(device)->held += bytes;
     return memory;
 }
 
-void cuda_release(Device *device, void *memory) {
+void cuda_release(Device *device, void *memory, size_t bytes) {
     if (!memory) return;
     cuda_check(cudaStreamSynchronize(cuda_stream(device)), "waiting for the GPU");
     drop_graphs(gpu_of(device));
     cuda_check(cudaFree(memory), "giving memory back");
+    gpu_of(device)->held -= bytes;
+}
+
+size_t cuda_held(Device *device) {
+    return gpu_of(device)->held;
 }
 
 size_t cuda_available(Device *device) {
@@ -179,7 +185,7 @@ size_t cuda_available(Device *device) {
 void *cuda_workspace(const Device *device, size_t bytes) {
     Gpu *g = gpu_of(device);
     if (bytes <= g->workspace_bytes) return g->workspace;
-    cuda_release(&g->device, g->workspace);
+    cuda_release(&g->device, g->workspace, g->workspace_bytes);
     g->workspace = cuda_allocate(&g->device, bytes);
     if (!g->workspace)
         give_up("the GPU is out of memory: %.2f GB for partial results, %.2f GB are available",

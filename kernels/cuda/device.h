@@ -12,7 +12,8 @@ Status cuda_open(Device **device, int index);
 int cuda_count(const char **why);
 
 void *cuda_allocate(Device *device, size_t bytes);
-void cuda_release(Device *device, void *memory);
+void cuda_release(Device *device, void *memory, size_t bytes);
+size_t cuda_held(Device *device);
 void cuda_copy(Device *to_device, void *to, Device *from_device, const void *from, size_t bytes);
 void *cuda_staging(Device *device, size_t bytes);
 void cuda_send(Device *device, void *to, const void *staged, size_t bytes);
