@@ -9,8 +9,8 @@
 
 /* Host memory for what is read; made once. */
 typedef struct ReadingMemory {
-    float *values, *lse, *asked, *row;
-    int32_t *ids;
+    char *best; /* values, ids, lse and asked of all rows, as they lie in the arena */
+    float *row; /* (V) */
 } ReadingMemory;
 
 typedef struct Reading {
@@ -18,6 +18,7 @@ typedef struct Reading {
     Tensor next, asked;                /* (n) i32, (n) f32: a token asked about, and its logit */
     Tensor changed;                    /* (1, V) */
     ReadingMemory *memory;
+    int64_t edited; /* the row that reading_edit took last; -1: none */
     const float *host_values, *host_lse, *host_asked; /* the same on the host, once read */
     const int32_t *host_ids;
 } Reading;

@@ -280,10 +280,13 @@ void cuda_recorded(Device *device) {
 
 #define RANGES_MAX 64
 
+/* Pages of the host that the GPU reads where they are; or, where the driver does not pin such pages
+ * (of a file, often), a copy that it does. */
 struct Range {
     const char *begin;
     size_t bytes;
     char *reached;
+    void *copy; /* NULL: the pages themselves */
 };
 static Range ranges[RANGES_MAX];
 static int range_count;
@@ -292,16 +295,23 @@ bool cuda_pin(Device *device, const void *memory, size_t bytes) {
     const size_t PAGE = 4096;
     uintptr_t begin = (uintptr_t)memory / PAGE * PAGE,
               end = ((uintptr_t)memory + bytes + PAGE - 1) / PAGE * PAGE;
-    Range r = {(const char *)begin, end - begin, NULL};
+    Range r = {(const char *)begin, end - begin, NULL, NULL};
     void *reached = NULL;
     cuda_stream(device);
-    if (range_count == RANGES_MAX ||
-        cudaHostRegister((void *)r.begin, r.bytes,
-                         cudaHostRegisterMapped | cudaHostRegisterReadOnly) != cudaSuccess ||
-        cudaHostGetDevicePointer(&reached, (void *)r.begin, 0) != cudaSuccess) {
+    if (range_count == RANGES_MAX) return false;
+    if (cudaHostRegister((void *)r.begin, r.bytes,
+                         cudaHostRegisterMapped | cudaHostRegisterReadOnly) != cudaSuccess) {
         cudaGetLastError();
-        return false;
+        r.begin = (const char *)memory;
+        r.bytes = bytes;
+        if (cudaHostAlloc(&r.copy, bytes, cudaHostAllocMapped) != cudaSuccess) {
+            cudaGetLastError();
+            return false;
+        }
+        memcpy(r.copy, memory, bytes);
     }
+    cuda_check(cudaHostGetDevicePointer(&reached, r.copy ? r.copy : (void *)r.begin, 0),
+               "reaching the host's memory");
     r.reached = (char *)reached;
     ranges[range_count++] = r;
     return true;
@@ -312,7 +322,9 @@ void cuda_unpin(Device *device, const void *memory) {
         const char *at = (const char *)memory;
         if (at < ranges[i].begin || at >= ranges[i].begin + ranges[i].bytes) continue;
         cuda_check(cudaStreamSynchronize(cuda_stream(device)), "waiting for the GPU");
-        cuda_check(cudaHostUnregister((void *)ranges[i].begin), "giving pinned memory back");
+        cuda_check(ranges[i].copy ? cudaFreeHost(ranges[i].copy)
+                                  : cudaHostUnregister((void *)ranges[i].begin),
+                   "giving pinned memory back");
         ranges[i] = ranges[--range_count];
         return;
     }

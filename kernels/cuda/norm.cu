@@ -18,7 +18,7 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
 
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept. */
 template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(THREADS, 4)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
     __shared__ float space[32];

@@ -324,10 +324,14 @@ GPU_CASE(a_table_of_the_host_is_read_from_the_device, s, dtype) {
            y = SPACE(s, dtype, 3, 64);
     embedding_forward(y, table, 0, ids, 2.0f); /* gathered by the host */
     result(s, "gathered", y, near(dtype));
-    EXPECT(device_pin(s->device, table.data, tensor_bytes(table)));
-    embedding_forward(y, table, 0, ids, 2.0f);
-    result(s, "reached", y, near(dtype));
-    device_unpin(s->device, table.data);
+    for (int copied = 0; copied <= 1; copied++) {
+        if (copied) setenv("LAPIDARY_SIMT_FAIL", "register", 1);
+        EXPECT(device_pin(s->device, table.data, tensor_bytes(table)));
+        unsetenv("LAPIDARY_SIMT_FAIL");
+        embedding_forward(y, table, 0, ids, 2.0f);
+        result(s, copied ? "reached in a copy" : "reached", y, near(dtype));
+        device_unpin(s->device, table.data);
+    }
 }
 
 /* ---- loss and sampling ---- */

@@ -163,6 +163,7 @@ enum {
     cudaHostRegisterMapped = 2,
     cudaHostRegisterReadOnly = 8,
     cudaHostAllocDefault = 0,
+    cudaHostAllocMapped = 2,
 };
 struct cudaDeviceProp {
     char name[256];
