@@ -70,9 +70,8 @@ double bench_bytes_a_token(const Gemma *g) {
 }
 
 static double weight_bytes(const Gemma *g) {
-    size_t frozen, trained;
-    params_measure(&g->params, &frozen, &trained);
-    return (double)frozen + 2.0 * (double)trained;
+    ParamBytes bytes = params_bytes(&g->params);
+    return (double)bytes.values + (double)bytes.masters + (double)bytes.gradients;
 }
 
 /* Multiplications and additions a token takes forward: twice the weights it meets, of the experts
@@ -116,16 +115,16 @@ static void time_steps(Gemma *g, StepMemory *memory, Optimizer *o, const StepOpt
         (void)gradients_norm(&g->params);
         optimizer_step(o, &g->params, 1e-5, 1.0);
         float one;
-        tensor_read(&one, tensor_slice(g->params.space, 0, 1)); /* all of it is done */
+        tensor_read(&one, tensor_slice(g->params.grads, 0, 1)); /* all of it is done */
         if (i && omp_get_wtime() - start < *seconds) *seconds = omp_get_wtime() - start;
     }
 }
 
 /* What it would take, with every activation kept and with them made again. */
 static void print_plan(Gemma *g, const DrawnBench *b, const OptimizerConfig *adam) {
-    size_t frozen, trained, activations, scratch;
-    params_measure(&g->params, &frozen, &trained);
-    double states = (double)optimizer_measure(adam, (int64_t)(trained / 4));
+    size_t activations, scratch;
+    ParamBytes bytes = params_bytes(&g->params);
+    double states = (double)optimizer_measure(adam, (int64_t)(bytes.gradients / 4));
     for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
         StepOptions options = {.mode = (StackMode)mode, .shortcut = true};
         step_plan(g, b->tokens, &options, &activations, &scratch);
@@ -134,10 +133,10 @@ static void print_plan(Gemma *g, const DrawnBench *b, const OptimizerConfig *ada
             ", \"recompute\": %s, \"weights_gb\": %.2f, \"trained_gb\": %.2f, \"states_gb\": %.2f, "
             "\"activations_gb\": %.2f, \"temporaries_gb\": %.2f, \"total_gb\": %.2f}\n",
             b->preset, b->train, b->tokens, mode == STACK_RECOMPUTE ? "true" : "false",
-            (double)frozen / 1e9, 2.0 * (double)trained / 1e9, states / 1e9,
-            (double)activations / 1e9, (double)scratch / 1e9,
-            ((double)frozen + 2.0 * (double)trained + states + (double)activations +
-             (double)scratch) /
+            (double)bytes.values / 1e9, (double)(bytes.masters + bytes.gradients) / 1e9,
+            states / 1e9, (double)activations / 1e9, (double)scratch / 1e9,
+            ((double)(bytes.values + bytes.masters + bytes.gradients) + states +
+             (double)activations + (double)scratch) /
                 1e9);
     }
 }

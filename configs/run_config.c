@@ -15,6 +15,7 @@ static const char *const recomputes[] = {"auto", "on", "off", NULL};
 static const char *const schedules[] = {"constant", "linear", "cosine", "wsd", NULL};
 static const char *const optimizers[] = {"adamw", "sgd", NULL};
 static const char *const state_formats[] = {"f32", "8bit", NULL};
+static const char *const master_formats[] = {"f32", "none", NULL};
 static const char *const formats[] = {"auto", "large", "small", NULL};
 static const char *const longs[] = {"drop", "cut", NULL};
 static const char *const masks[] = {"lapidary", "trl", NULL};
@@ -226,6 +227,9 @@ static Status read_optimizer(RunConfig *c, Node *root) {
     int states = 0;
     TRY(get_choice(map, "states", state_formats, &states));
     c->optimizer.states_8bit = states;
+    int masters = 0;
+    TRY(get_choice(map, "masters", master_formats, &masters));
+    c->optimizer.no_masters = masters;
     return OK;
 }
 
@@ -617,10 +621,10 @@ char *run_config_text(const RunConfig *c) {
     put(&o,
         "optimizer: {name: %s, lr: %.17g, betas: [%.17g, %.17g], eps: %.17g, weight_decay: %.17g, "
         "momentum: %.17g, "
-        "states: %s}\n",
+        "states: %s, masters: %s}\n",
         optimizers[c->optimizer.sgd], c->optimizer.lr, c->optimizer.beta1, c->optimizer.beta2,
         c->optimizer.eps, c->optimizer.weight_decay, c->optimizer.momentum,
-        state_formats[c->optimizer.states_8bit]);
+        state_formats[c->optimizer.states_8bit], master_formats[c->optimizer.no_masters]);
     put(&o, "schedule: {name: %s, warmup: %.17g, min_lr: %.17g}\n", schedules[c->schedule.name],
         c->schedule.warmup, c->schedule.min_lr);
     put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\nclip: %.17g\n", c->sequences,

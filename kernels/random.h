@@ -36,6 +36,17 @@ INLINE double random_uniform_double(uint64_t key, uint64_t index) {
     return (double)(random_u64(key, index) >> 11) * 0x1p-53;
 }
 
+/* One of the two bf16 next to x, as bits, the nearer one more often: on average x itself. */
+INLINE uint16_t random_bf16(float x, uint64_t key, uint64_t index) {
+    union {
+        float f;
+        uint32_t u;
+    } bits = {x};
+    if ((bits.u & 0x7f800000u) == 0x7f800000u) /* infinities, and NaN that stay NaN */
+        return (uint16_t)(bits.u >> 16 | (bits.u & 0x7fffffu ? 0x40 : 0));
+    return (uint16_t)((bits.u + (uint32_t)(random_u64(key, index) & 0xffff)) >> 16);
+}
+
 /* Standard normal (Box-Muller), values first .. first + count - 1 of the stream. */
 void random_normal(float *values, uint64_t key, uint64_t first, int64_t count);
 

@@ -94,7 +94,7 @@ static size_t aligned(size_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
 
-/* Values that a trainable parameter takes of the space: whole blocks of 8-bit states. */
+/* Values that a trainable parameter takes of the flat space: whole blocks of 8-bit states. */
 static int64_t span(const Param *p) {
     return (tensor_count(p->value) + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK * DYNAMIC_BLOCK;
 }
@@ -103,46 +103,59 @@ bool param_takes_blocks(const Param *p) {
     return p->value.ndim > 1 && !strstr(p->name, ".router.");
 }
 
-void params_measure(const ParamList *params, size_t *frozen, size_t *trained) {
-    *frozen = *trained = 0;
+/* Whether the optimizer updates a value of f32. */
+static bool has_master(const ParamList *params, const Param *p) {
+    return p->trainable && (in_space(p) || !params->no_masters);
+}
+
+ParamBytes params_bytes(const ParamList *params) {
+    ParamBytes bytes = {0};
     for (int i = 0; i < params->count; i++) {
         const Param *p = params->items[i];
         if (!in_space(p) && !(p->mapped && !p->trainable))
-            *frozen += aligned(tensor_bytes(p->value));
-        if (p->trainable) *trained += (size_t)span(p) * 4;
+            bytes.values += aligned(tensor_bytes(p->value));
+        if (has_master(params, p)) bytes.masters += (size_t)span(p) * 4;
+        if (p->trainable) bytes.gradients += (size_t)span(p) * 4;
     }
     for (int i = 0; i < params->derived_count; i++)
-        *frozen += aligned(tensor_bytes(*params->derived[i]));
+        bytes.values += aligned(tensor_bytes(*params->derived[i]));
+    return bytes;
+}
+
+/* A tensor of the shape of p, from element `first` of a flat f32 one on. */
+static Tensor part_of(Tensor flat, int64_t first, const Param *p) {
+    Tensor t = p->value;
+    t.dtype = F32;
+    t.device = flat.device;
+    t.data = (float *)flat.data + first;
+    return t;
 }
 
 Status params_place(ParamList *params, Device *device, bool gradients) {
-    size_t frozen, trained;
-    params_measure(params, &frozen, &trained);
-    TRY(arena_init(&params->values, device, frozen, "the weights"));
-    TRY(arena_init(&params->trained, device, trained * (gradients ? 2 : 1),
+    ParamBytes bytes = params_bytes(params);
+    int64_t masters = (int64_t)(bytes.masters / 4), n = (int64_t)(bytes.gradients / 4);
+    TRY(arena_init(&params->values, device, bytes.values, "the weights"));
+    TRY(arena_init(&params->trained, device, bytes.masters + (gradients ? bytes.gradients : 0),
                    "the trained parameters"));
-    int64_t n = (int64_t)(trained / 4);
-    params->space = ARENA_TENSOR(&params->trained, F32, n);
+    if (masters) params->space = ARENA_TENSOR(&params->trained, F32, masters);
     if (gradients) params->grads = ARENA_TENSOR(&params->trained, F32, n);
-    int64_t offset = 0;
+    int64_t offset = 0, place = 0;
     for (int i = 0; i < params->count; i++) {
         Param *p = params->items[i];
         if (p->trainable) {
             p->offset = offset;
-            p->master = p->value;
-            p->master.dtype = F32;
-            p->master.device = device;
-            p->master.data = (float *)params->space.data + offset;
-            if (gradients) {
-                p->grad = p->master;
-                p->grad.data = (float *)params->grads.data + offset;
-            }
             offset += span(p);
+            if (gradients) p->grad = part_of(params->grads, p->offset, p);
+        }
+        if (has_master(params, p)) {
+            p->master = part_of(params->space, place, p);
+            place += span(p);
         }
         if (in_space(p))
             p->value = p->master;
         else if (!(p->mapped && !p->trainable))
             p->value = arena_like(&params->values, p->value);
+        if (p->trainable && !has_master(params, p)) p->master = p->value;
     }
     for (int i = 0; i < params->derived_count; i++)
         *params->derived[i] = arena_like(&params->values, *params->derived[i]);
@@ -152,13 +165,15 @@ Status params_place(ParamList *params, Device *device, bool gradients) {
 void params_publish(ParamList *params) {
     for (int i = 0; i < params->count; i++) {
         Param *p = params->items[i];
-        if (p->trainable && !in_space(p)) scale_copy(p->value, SET, p->master, 1.0f);
+        if (p->trainable && p->master.data != p->value.data)
+            scale_copy(p->value, SET, p->master, 1.0f);
     }
 }
 
 void params_adopt(ParamList *params) {
     for (int i = 0; i < params->count; i++) {
         Param *p = params->items[i];
-        if (p->trainable && !in_space(p)) scale_copy(p->master, SET, p->value, 1.0f);
+        if (p->trainable && p->master.data != p->value.data)
+            scale_copy(p->master, SET, p->value, 1.0f);
     }
 }

@@ -15,13 +15,14 @@ typedef struct Param {
     char name[PARAM_NAME_MAX]; /* as in the checkpoint */
     Tensor value;  /* working dtype; f32 for adapters and for everything under dtype f32 */
     Tensor grad;   /* f32, same shape; absent: frozen */
-    Tensor master; /* f32 copy the optimizer updates; the value itself when that is f32 */
+    Tensor master; /* what the optimizer updates: a f32 copy; the value itself when that is f32, or
+                    * when there are no masters */
     bool trainable;
     bool decay;     /* weight decay applies */
     bool adapter;   /* part of an adapter, not of the checkpoint; always f32 */
     bool buffer;    /* in the checkpoint but never trained (layer_scalar) */
     bool mapped;    /* the value may stay in the mapped file when frozen (per-layer table) */
-    int64_t offset; /* into the flat space, when trainable */
+    int64_t offset; /* of its gradient and states in the flat space, when trainable */
 } Param;
 
 typedef struct ParamList {
@@ -32,7 +33,9 @@ typedef struct ParamList {
     Arena values;              /* frozen values and bf16 working values */
     Tensor **derived;          /* made from values, never stored (params_add_derived) */
     int derived_count;
-    Tensor space, grads; /* (n) f32: trainable values or masters, and their gradients */
+    bool no_masters;     /* trainable bf16 values are updated as they are */
+    Tensor space;        /* f32: trainable values or masters; absent: there are none */
+    Tensor grads;        /* (n) f32: the gradient of every trainable value */
     Arena trained;
 } ParamList;
 
@@ -63,8 +66,13 @@ Param *params_find(const ParamList *params, const char *name);
  * whose choices are delicate. */
 bool param_takes_blocks(const Param *p);
 
-/* Bytes that params_place will take: frozen values, and the trainable space with gradients. */
-void params_measure(const ParamList *params, size_t *frozen, size_t *trained);
+/* Bytes that params_place will take. */
+typedef struct ParamBytes {
+    size_t values;    /* frozen and bf16 working values */
+    size_t masters;   /* trainable f32 values and masters */
+    size_t gradients; /* of everything trainable: four for each value of optimizer states */
+} ParamBytes;
+ParamBytes params_bytes(const ParamList *params);
 
 /* Takes memory for everything declared. With `gradients` false trainable parameters get no
  * gradient. */

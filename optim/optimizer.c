@@ -1,6 +1,7 @@
 /* optimizer.c - AdamW and SGD as loops over parameters in the flat space. */
 #include "optim/optimizer.h"
 #include "kernels/elementwise.h"
+#include "kernels/random.h"
 #include "kernels/update.h"
 
 #include <math.h>
@@ -24,7 +25,7 @@ size_t optimizer_measure(const OptimizerConfig *config, int64_t n) {
 Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
                       Device *device) {
     *o = (Optimizer){.config = *config};
-    int64_t n = tensor_count(params->space);
+    int64_t n = (int64_t)(params_bytes(params).gradients / 4);
     TRY(arena_init(&o->arena, device, optimizer_measure(config, n), "the optimizer's states"));
     if (moments(config) > 0) o->m = states(&o->arena, config, n, 0);
     if (moments(config) > 1) o->v = states(&o->arena, config, n, 1);
@@ -43,16 +44,17 @@ void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
         Param *p = params->items[i];
         if (!p->trainable) continue;
         int64_t n = tensor_count(p->value);
-        Tensor value = tensor_slice(params->space, p->offset, n),
-               grad = tensor_slice(params->grads, p->offset, n);
+        Tensor value = RESHAPE(p->master, n), grad = RESHAPE(p->grad, n);
+        uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
         int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
         Tensor m = tensor_slice(o->m, block, blocks), v = tensor_slice(o->v, block, blocks);
         float decay = p->decay ? (float)c->weight_decay : 0.0f;
         if (c->name == OPTIMIZER_ADAMW)
             adamw_update(value, grad, m, v, (float)scale, (float)lr, (float)c->beta1,
-                         (float)c->beta2, (float)c->eps, decay, o->t);
+                         (float)c->beta2, (float)c->eps, decay, o->t, key);
         else
-            sgd_update(value, grad, m, (float)scale, (float)lr, (float)c->momentum, decay, o->t);
+            sgd_update(value, grad, m, (float)scale, (float)lr, (float)c->momentum, decay, o->t,
+                       key);
     }
     params_publish(params);
 }

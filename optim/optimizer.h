@@ -9,6 +9,7 @@ typedef enum OptimizerName { OPTIMIZER_ADAMW, OPTIMIZER_SGD } OptimizerName;
 typedef struct OptimizerConfig {
     OptimizerName name;
     double lr, beta1, beta2, eps, weight_decay, momentum;
+    uint64_t seed;    /* of the rounding of values that have no master */
     bool states_8bit; /* moments in DYNAMIC8 and DYNAMIC8_UNSIGNED, else f32 */
 } OptimizerConfig;
 
@@ -19,7 +20,7 @@ typedef struct Optimizer {
     int64_t t;   /* updates made */
 } Optimizer;
 
-/* Bytes of state for a trainable space of n values. */
+/* Bytes of state for n trainable values, padding included (ParamBytes.gradients / 4). */
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n);
 Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
                       Device *device);

@@ -5,14 +5,15 @@
 
 #include <dirent.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* As values, or as the bytes of packed states. */
+/* As f32, or as the bytes of packed states and bf16 values. */
 static hid_t stored_type(Tensor t, int64_t *count) {
-    bool packed = dtype_is_packed(t.dtype);
-    *count = packed ? (int64_t)tensor_bytes(t) : tensor_count(t);
-    return packed ? H5T_NATIVE_UCHAR : H5T_NATIVE_FLOAT;
+    bool bytes = t.dtype != F32;
+    *count = bytes ? (int64_t)tensor_bytes(t) : tensor_count(t);
+    return bytes ? H5T_NATIVE_UCHAR : H5T_NATIVE_FLOAT;
 }
 
 static Status write_tensor(H5File *f, const char *name, Tensor t) {
@@ -25,6 +26,19 @@ static Status write_tensor(H5File *f, const char *name, Tensor t) {
     Status status = h5_write(f, name, type, count, 0, false, host.data);
     tensor_unstage(t, host, true);
     return status;
+}
+
+/* Values that have no master, one by one: `each` writes or reads a tensor. */
+static Status each_plain_value(H5File *f, const ParamList *params,
+                               Status (*each)(H5File *f, const char *name, Tensor t)) {
+    for (int i = 0; i < params->count; i++) {
+        char name[32];
+        const Param *p = params->items[i];
+        if (!p->trainable || p->master.dtype == F32) continue;
+        snprintf(name, sizeof name, "value_%d", i);
+        TRY(each(f, name, p->master));
+    }
+    return OK;
 }
 
 static double bits(const Optimizer *o) {
@@ -45,6 +59,7 @@ Status run_state_save(const RunState *state, const ParamList *params, const Opti
     TRY_DONE(h5_write_number(&f, "/", "optimizer_bits", bits(optimizer)));
     TRY_DONE(h5_write(&f, "norms", H5T_NATIVE_FLOAT, NORM_HISTORY, 0, false, state->norms));
     TRY_DONE(write_tensor(&f, "values", params->space));
+    TRY_DONE(each_plain_value(&f, params, write_tensor));
     TRY_DONE(write_tensor(&f, "m", optimizer->m));
     TRY_DONE(write_tensor(&f, "v", optimizer->v));
     status = h5_commit(&f);
@@ -95,6 +110,7 @@ Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, 
     TRY_DONE(h5_read_number(&f, "/", "best_eval", &state->best_eval));
     TRY_DONE(h5_read(&f, "norms", H5T_NATIVE_FLOAT, 0, NORM_HISTORY, state->norms));
     TRY_DONE(read_tensor(&f, "values", params->space));
+    TRY_DONE(each_plain_value(&f, params, read_tensor));
     TRY_DONE(read_tensor(&f, "m", optimizer->m));
     TRY_DONE(read_tensor(&f, "v", optimizer->v));
     params_publish(params);

@@ -39,8 +39,13 @@ static Status make_plan(Session *s) {
                            s->config.optimizer.eps,
                            s->config.optimizer.weight_decay,
                            s->config.optimizer.momentum,
+                           (uint64_t)s->config.seed,
                            s->config.optimizer.states_8bit};
-    params_measure(&s->g.params, &p->weights, &p->trained);
+    s->g.params.no_masters = s->config.optimizer.no_masters;
+    ParamBytes bytes = params_bytes(&s->g.params);
+    p->weights = bytes.values;
+    p->masters = bytes.masters;
+    p->gradients = bytes.gradients;
     for (int i = 0; i < s->g.params.count; i++) {
         const Param *q = s->g.params.items[i];
         if (q->mapped && !q->trainable) p->mapped += tensor_bytes(q->value);
@@ -48,11 +53,11 @@ static Status make_plan(Session *s) {
         p->experts += tensor_bytes(q->value);
         p->expert_bits = 8.0 * (double)tensor_bytes(q->value) / (double)tensor_count(q->value);
     }
-    p->optimizer = optimizer_measure(o, (int64_t)(p->trained / 4));
+    p->optimizer = optimizer_measure(o, (int64_t)(p->gradients / 4));
     p->rows = loader_capacity(s->loader);
     if (!s->store.train.count) FAIL(ERR_FORMAT, "%s: holds no training sample", s->store.file.path);
     p->available = device_available(s->g.device);
-    size_t base = p->weights + 2 * p->trained + p->optimizer;
+    size_t base = p->weights + p->masters + p->gradients + p->optimizer;
     for (int recompute = 0; recompute < 2; recompute++) {
         if (s->config.recompute == RECOMPUTE_ON && !recompute) continue;
         p->activations = p->scratch = 0;
@@ -130,8 +135,8 @@ void memory_plan_print(const MemoryPlan *p) {
         const char *name;
         size_t bytes;
     } lines[] = {{"weights", p->weights},
-                 {"trained values", p->trained},
-                 {"gradients", p->trained},
+                 {"trained values", p->masters},
+                 {"gradients", p->gradients},
                  {"optimizer states", p->optimizer},
                  {p->recompute ? "activations (recomputed)" : "activations", p->activations},
                  {"temporaries", p->scratch},

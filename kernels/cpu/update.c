@@ -3,6 +3,7 @@
 #include "kernels/blocks.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/dynamic.h"
+#include "kernels/random.h"
 
 #define SUM_BLOCK 65536
 
@@ -31,6 +32,18 @@ static void store_state(Tensor t, int64_t first, int64_t n, const float *x) {
     }
 }
 
+/* Values from element `first` on: in place, or a copy in f32. */
+static float *load_values(float *buffer, Tensor t, int64_t first, int64_t n) {
+    if (t.dtype == F32) return (float *)t.data + first;
+    return (float *)load_f32(buffer, t, first, n);
+}
+
+static void store_values(Tensor t, int64_t first, int64_t n, const float *x, uint64_t key) {
+    if (t.dtype == F32) return;
+    uint16_t *out = (uint16_t *)t.data + first;
+    for (int64_t i = 0; i < n; i++) out[i] = random_bf16(x[i], key, (uint64_t)(first + i));
+}
+
 /* ---- updates ---- */
 
 typedef struct Adam {
@@ -49,7 +62,7 @@ static void adamw_block(float *w, const float *g, float *first, float *second, i
 }
 
 void CPU(adamw_update)(Tensor value, Tensor grad, Tensor m, Tensor v, float scale, float lr,
-                       float beta1, float beta2, float eps, float decay, int64_t t) {
+                       float beta1, float beta2, float eps, float decay, int64_t t, uint64_t key) {
     int64_t n = tensor_count(value);
     Adam a = {scale, 1.0f - lr * decay, beta1, beta2, 0, 0, eps};
     a.step = (float)(lr / (1.0 - pow(beta1, (double)t)));
@@ -57,22 +70,25 @@ void CPU(adamw_update)(Tensor value, Tensor grad, Tensor m, Tensor v, float scal
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < n; first += DYNAMIC_BLOCK) {
         int64_t count = n - first < DYNAMIC_BLOCK ? n - first : DYNAMIC_BLOCK;
-        float buffers[2][DYNAMIC_BLOCK];
+        float buffers[3][DYNAMIC_BLOCK];
         float *x = load_state(buffers[0], m, first, count),
-              *y = load_state(buffers[1], v, first, count);
-        adamw_block((float *)value.data + first, (const float *)grad.data + first, x, y, count, &a);
+              *y = load_state(buffers[1], v, first, count),
+              *w = load_values(buffers[2], value, first, count);
+        adamw_block(w, (const float *)grad.data + first, x, y, count, &a);
+        store_values(value, first, count, w, key);
         store_state(m, first, count, x);
         store_state(v, first, count, y);
     }
 }
 
 void CPU(sgd_update)(Tensor value, Tensor grad, Tensor buffer, float scale, float lr,
-                     float momentum, float decay, int64_t t) {
+                     float momentum, float decay, int64_t t, uint64_t key) {
     int64_t n = tensor_count(value);
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < n; first += DYNAMIC_BLOCK) {
         int64_t count = n - first < DYNAMIC_BLOCK ? n - first : DYNAMIC_BLOCK;
-        float *w = (float *)value.data + first, unpacked[DYNAMIC_BLOCK];
+        float unpacked[DYNAMIC_BLOCK], values[DYNAMIC_BLOCK];
+        float *w = load_values(values, value, first, count);
         const float *g = (const float *)grad.data + first;
         float *velocity = momentum != 0 ? load_state(unpacked, buffer, first, count) : NULL;
         for (int64_t i = 0; i < count; i++) {
@@ -81,6 +97,7 @@ void CPU(sgd_update)(Tensor value, Tensor grad, Tensor buffer, float scale, floa
                 velocity[i] = gradient = t == 1 ? gradient : momentum * velocity[i] + gradient;
             w[i] -= lr * gradient;
         }
+        store_values(value, first, count, w, key);
         if (velocity) store_state(buffer, first, count, velocity);
     }
 }

@@ -95,8 +95,17 @@ struct Adam {
     for (int64_t block = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32;                    \
          block * DYNAMIC_BLOCK < (count); block += (int64_t)gridDim.x * blockDim.x / 32)
 
-static __global__ void adamw(float *value, const float *grad, States m, States v, int64_t count,
-                             Adam a) {
+/* A new value: rounded by chance where it has 16 bits. */
+DEVICE_FUNCTION void put(float *p, float x, uint64_t, int64_t) {
+    *p = x;
+}
+DEVICE_FUNCTION void put(bf16 *p, float x, uint64_t key, int64_t i) {
+    p->bits = random_bf16(x, key, (uint64_t)i);
+}
+
+template <typename T>
+static __global__ void adamw(T *value, const float *grad, States m, States v, int64_t count, Adam a,
+                             uint64_t key) {
     FOR_BLOCKS(block, count) {
         float first[8], second[8];
         load_states(first, m, block, count);
@@ -108,15 +117,17 @@ static __global__ void adamw(float *value, const float *grad, States m, States v
             float g = grad[k] * a.scale;
             first[i] += (1.0f - a.beta1) * (g - first[i]);
             second[i] = a.beta2 * second[i] + (1.0f - a.beta2) * g * g;
-            value[k] = value[k] * a.shrink - a.step * first[i] / (sqrtf(second[i]) * a.root + a.eps);
+            float step = a.step * first[i] / (sqrtf(second[i]) * a.root + a.eps);
+            put(&value[k], to_float(value[k]) * a.shrink - step, key, k);
         }
         store_states(m, block, count, first, false);
         store_states(v, block, count, second, true);
     }
 }
 
-static __global__ void sgd(float *value, const float *grad, States buffer, int64_t count,
-                           float scale, float lr, float momentum, float decay, bool first) {
+template <typename T>
+static __global__ void sgd(T *value, const float *grad, States buffer, int64_t count, float scale,
+                           float lr, float momentum, float decay, bool first, uint64_t key) {
     FOR_BLOCKS(block, count) {
         float velocity[8] = {0};
         if (buffer.data) load_states(velocity, buffer, block, count);
@@ -124,9 +135,9 @@ static __global__ void sgd(float *value, const float *grad, States buffer, int64
         for (int i = 0; i < 8; i++) {
             int64_t k = block * DYNAMIC_BLOCK + threadIdx.x % 32 * 8 + i;
             if (k >= count) continue;
-            float g = grad[k] * scale + decay * value[k];
+            float g = grad[k] * scale + decay * to_float(value[k]);
             if (buffer.data) velocity[i] = g = first ? g : momentum * velocity[i] + g;
-            value[k] -= lr * g;
+            put(&value[k], to_float(value[k]) - lr * g, key, k);
         }
         if (buffer.data) store_states(buffer, block, count, velocity, false);
     }
@@ -134,24 +145,28 @@ static __global__ void sgd(float *value, const float *grad, States buffer, int64
 
 extern "C" void cuda_adamw_update(Tensor value, Tensor grad, Tensor m, Tensor v, float scale,
                                   float lr, float beta1, float beta2, float eps, float decay,
-                                  int64_t t) {
+                                  int64_t t, uint64_t key) {
     int64_t count = tensor_count(value);
     if (!count) return;
     Adam a = {scale, 1.0f - lr * decay, beta1, beta2, 0, 0, eps};
     a.step = (float)(lr / (1.0 - pow((double)beta1, (double)t)));
     a.root = (float)(1.0 / sqrt(1.0 - pow((double)beta2, (double)t)));
-    LAUNCH(value.device, (adamw), grid_for(value.device, count / 8 + 32, 256), 256, 0,
-           data_of<float>(value), data_of<float>(grad), states_of(m), states_of(v), count, a);
+    WITH_FLOAT(value.dtype, T, {
+        LAUNCH(value.device, (adamw<T>), grid_for(value.device, count / 8 + 32, 256), 256, 0,
+               data_of<T>(value), data_of<float>(grad), states_of(m), states_of(v), count, a, key);
+    });
 }
 
 extern "C" void cuda_sgd_update(Tensor value, Tensor grad, Tensor buffer, float scale, float lr,
-                                float momentum, float decay, int64_t t) {
+                                float momentum, float decay, int64_t t, uint64_t key) {
     int64_t count = tensor_count(value);
     if (!count) return;
     if (momentum == 0) buffer = tensor_absent();
-    LAUNCH(value.device, (sgd), grid_for(value.device, count / 8 + 32, 256), 256, 0,
-           data_of<float>(value), data_of<float>(grad), states_of(buffer), count, scale, lr,
-           momentum, decay, t == 1);
+    WITH_FLOAT(value.dtype, T, {
+        LAUNCH(value.device, (sgd<T>), grid_for(value.device, count / 8 + 32, 256), 256, 0,
+               data_of<T>(value), data_of<float>(grad), states_of(buffer), count, scale, lr,
+               momentum, decay, t == 1, key);
+    });
 }
 
 /* ---- the norm ---- */

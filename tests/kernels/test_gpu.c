@@ -664,13 +664,18 @@ FLOAT_CASE(updates, s) {
                m = SPACE(s, kinds[i], blocks, 256),
                v = SPACE(s, i ? DYNAMIC8_UNSIGNED : F32, blocks, 256);
         for (int t = 1; t <= 3; t++)
-            adamw_update(value, grad, m, v, 0.5f, 0.01f, 0.9f, 0.99f, 1e-8f, 0.1f, t);
+            adamw_update(value, grad, m, v, 0.5f, 0.01f, 0.9f, 0.99f, 1e-8f, 0.1f, t, 0);
         result(s, "adamw", value, 1e-6);
         result(s, "m", m, 1e-6);
         result(s, "v", v, 1e-6);
-        for (int t = 1; t <= 2; t++) sgd_update(value, grad, m, 0.5f, 0.1f, 0.9f, 0.01f, t);
+        for (int t = 1; t <= 2; t++) sgd_update(value, grad, m, 0.5f, 0.1f, 0.9f, 0.01f, t, 0);
         result(s, "sgd", value, 1e-6);
     }
+    Tensor half = GIVEN(s, BF16, 4, n), slope = GIVEN(s, F32, 5, n), m = SPACE(s, F32, blocks, 256),
+           v = SPACE(s, F32, blocks, 256);
+    adamw_update(half, slope, m, v, 1.0f, 1e-3f, 0.9f, 0.99f, 1e-8f, 0.1f, 1, 77);
+    sgd_update(half, slope, m, 1.0f, 1e-3f, 0.9f, 0.1f, 2, 78);
+    result(s, "without masters", half, 1e-3);
     Tensor x = GIVEN(s, F32, 3, 70000), out = SPACE(s, F32, 1);
     double sum;
     sum_of_squares(&sum, x);

@@ -439,8 +439,8 @@ CASE(kernel_update, eight_bit_states_round_what_the_f32_update_leaves) {
         for (int i = 0; i < N; i++) ((float *)grad.data)[i] *= i % 7 ? 1e-3f : 1e-7f;
         scale_copy(plain_m, SET, m, 1.0f);
         scale_copy(plain_v, SET, v, 1.0f);
-        adamw_update(value, grad, m, v, 1, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, t);
-        adamw_update(same, grad, plain_m, plain_v, 1, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, t);
+        adamw_update(value, grad, m, v, 1, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, t, 0);
+        adamw_update(same, grad, plain_m, plain_v, 1, 1e-3f, 0.9f, 0.999f, 1e-8f, 0.01f, t, 0);
         EXPECT(!memcmp(value.data, same.data, N * 4), "update %d", (int)t);
         for (int k = 0; k < 2; k++)
             for (int i = 0; i < N; i++) {
@@ -463,11 +463,24 @@ CASE(kernel_update, adamw_takes_the_step_of_the_formula) {
     float w[] = {1, -2}, g[] = {0.5f, -0.1f}, m[] = {0.1f, 0}, v[] = {0.01f, 0};
     Tensor value = TENSOR(w, F32, 2), grad = TENSOR(g, F32, 2);
     adamw_update(value, grad, TENSOR(m, F32, 2), TENSOR(v, F32, 2), 2.0f, 0.1f, 0.9f, 0.99f, 1e-8f,
-                 0.01f, 3);
+                 0.01f, 3, 0);
     double m0 = 0.9 * 0.1 + 0.1 * 1.0, v0 = 0.99 * 0.01 + 0.01 * 1.0;
     double expected =
         1 * (1 - 0.1 * 0.01) - 0.1 / (1 - 0.729) * m0 / (sqrt(v0 / (1 - 0.970299)) + 1e-8);
     EXPECT_CLOSE(w[0], expected, 1e-5);
+}
+
+CASE(kernel_update, values_without_masters_move_as_they_should_on_average) {
+    enum { N = 100000 };
+    Tensor value = zeros(BF16, 1, N), grad = zeros(F32, 1, N), none = tensor_absent();
+    fill(value, 1.0f);
+    fill(grad, 1.0f);
+    for (int t = 1; t <= 20; t++) /* each far below half of the step to the next bf16 */
+        sgd_update(RESHAPE(value, N), RESHAPE(grad, N), none, 1.0f, 1e-4f, 0, 0, t,
+                   random_key(3, (uint64_t)t));
+    double mean = 0;
+    for (int64_t i = 0; i < N; i++) mean += at(value, i) / N;
+    EXPECT_CLOSE(mean, 1 - 20e-4, 5e-5);
 }
 
 CASE(kernel_levels, every_instruction_level_gives_the_same_norms_and_products) {
