@@ -124,7 +124,7 @@ static void time_steps(Gemma *g, StepMemory *memory, Optimizer *o, const StepOpt
 static void print_plan(Gemma *g, const DrawnBench *b, const OptimizerConfig *adam) {
     size_t activations, scratch;
     ParamBytes bytes = params_bytes(&g->params);
-    double states = (double)optimizer_measure(adam, (int64_t)(bytes.gradients / 4));
+    double states = (double)optimizer_measure(adam, bytes.trained);
     for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
         StepOptions options = {.mode = (StackMode)mode, .shortcut = true};
         step_plan(g, b->tokens, &options, &activations, &scratch);

@@ -230,6 +230,7 @@ static Status read_optimizer(RunConfig *c, Node *root) {
     int masters = 0;
     TRY(get_choice(map, "masters", master_formats, &masters));
     c->optimizer.no_masters = masters;
+    TRY(node_get_bool(map, "fused", &c->optimizer.fused, false));
     return OK;
 }
 
@@ -398,6 +399,11 @@ static Status read_run(RunConfig *c, Node *root) {
     index = 0;
     TRY(get_choice(root, "on_bad_step", bad_steps, &index));
     c->stop_on_bad_step = index;
+    if (c->optimizer.fused && (c->accumulate != 1 || c->clip != 0 || !c->stop_on_bad_step))
+        FAIL(ERR_CONFIG,
+             "%s: optimizer.fused updates each layer on the way back, when the other gradients are "
+             "not known: it needs batch.accumulate: 1, clip: 0 and on_bad_step: stop",
+             root->file);
     mention_unused(c, root);
     return node_check_used(root, "");
 }
@@ -621,10 +627,11 @@ char *run_config_text(const RunConfig *c) {
     put(&o,
         "optimizer: {name: %s, lr: %.17g, betas: [%.17g, %.17g], eps: %.17g, weight_decay: %.17g, "
         "momentum: %.17g, "
-        "states: %s, masters: %s}\n",
+        "states: %s, masters: %s, fused: %s}\n",
         optimizers[c->optimizer.sgd], c->optimizer.lr, c->optimizer.beta1, c->optimizer.beta2,
         c->optimizer.eps, c->optimizer.weight_decay, c->optimizer.momentum,
-        state_formats[c->optimizer.states_8bit], master_formats[c->optimizer.no_masters]);
+        state_formats[c->optimizer.states_8bit], master_formats[c->optimizer.no_masters],
+        yes(c->optimizer.fused));
     put(&o, "schedule: {name: %s, warmup: %.17g, min_lr: %.17g}\n", schedules[c->schedule.name],
         c->schedule.warmup, c->schedule.min_lr);
     put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\nclip: %.17g\n", c->sequences,

@@ -86,7 +86,7 @@ typedef struct RunConfig {
     struct {
         bool sgd;
         double lr, beta1, beta2, eps, weight_decay, momentum;
-        bool states_8bit, no_masters;
+        bool states_8bit, no_masters, fused;
     } optimizer;
     struct {
         ScheduleName name;

@@ -4,9 +4,9 @@
 
 #include "kernels/kernel.h"
 
-/* A value in bf16 has no master copy in f32: the new value is rounded to one of its two neighbours by
- * the random numbers of stream `key`, so that small updates are not lost on average (Gupta et al.
- * 2015). A value in f32 has no use for the key. */
+/* A value in bf16 has no master copy in f32: the new value is rounded to one of its two neighbours
+ * by the random numbers of stream `key`, so that small updates are not lost on average (Gupta et
+ * al. 2015). A value in f32 has no use for the key. */
 
 /* Decoupled-decay Adam (Loshchilov and Hutter 2019) as torch.optim.AdamW computes it:
  *   value *= 1 - lr * decay;  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2

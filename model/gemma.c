@@ -106,11 +106,15 @@ static void finish_param(const Gemma *g, Param *p, const Param *factors) {
                                g->fake.blend);
 }
 
-void gemma_finish_gradients(Gemma *g) {
+void gemma_finish_layer(Gemma *g, int layer) {
     if (!fake_quant_on(&g->fake)) return;
     for (Linear *l = g->linears.first; l; l = l->next)
-        if (l->fake) finish_param(g, l->weight, l->factors);
-    if (!g->fake.embeddings) return;
+        if (l->fake && l->weight->layer == layer) finish_param(g, l->weight, l->factors);
+    if (layer >= 0 || !g->fake.embeddings) return;
     finish_param(g, g->embed_tokens, NULL);
     if (g->per_layer_input.L) finish_param(g, g->per_layer_input.embed_tokens_per_layer, NULL);
+}
+
+void gemma_finish_gradients(Gemma *g) {
+    for (int l = -1; l < g->config.num_hidden_layers; l++) gemma_finish_layer(g, l);
 }

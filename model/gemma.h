@@ -56,6 +56,9 @@ bool gemma_rounds_embedding(const Gemma *g);
  * of trained weights. Before clipping and the update. */
 void gemma_finish_gradients(Gemma *g);
 
+/* The same of one layer's weights, or of those in none (-1). */
+void gemma_finish_layer(Gemma *g, int layer);
+
 /* Whether the gradient of the scaled embeddings is wanted by anything. */
 bool gemma_trains_embedding(const Gemma *g);
 

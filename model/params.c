@@ -1,5 +1,6 @@
 /* params.c - naming and placing parameters. */
 #include "model/params.h"
+#include "configs/model_config.h"
 #include "kernels/elementwise.h"
 
 #include <stdarg.h>
@@ -52,6 +53,8 @@ Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *
     Param *p = must_calloc(1, sizeof *p);
     int length = snprintf(p->name, sizeof p->name, "%s%s", params->path, name);
     CHECK(length < PARAM_NAME_MAX, "name too long: %s%s", params->path, name);
+    const char *layer = strstr(p->name, "layers.");
+    p->layer = layer ? atoi(layer + strlen("layers.")) : -1;
     p->value = tensor_make(NULL, params->dtype, ndim, shape);
     p->grad = p->value; /* its shape; placed only where it is trained */
     p->grad.dtype = F32;
@@ -108,17 +111,33 @@ static bool has_master(const ParamList *params, const Param *p) {
     return p->trainable && (in_space(p) || !params->no_masters);
 }
 
+/* Values of gradients: of what is in no layer (or of everything), and the most that a layer has. */
+static void gradient_space(const ParamList *params, int64_t *apart, int64_t *layer) {
+    int64_t sums[LAYERS_MAX] = {0};
+    *apart = *layer = 0;
+    for (int i = 0; i < params->count; i++) {
+        const Param *p = params->items[i];
+        if (!p->trainable) continue;
+        int64_t *sum = params->one_layer && p->layer >= 0 ? &sums[p->layer] : apart;
+        *sum += span(p);
+        if (sum != apart && *sum > *layer) *layer = *sum;
+    }
+}
+
 ParamBytes params_bytes(const ParamList *params) {
     ParamBytes bytes = {0};
+    int64_t apart, layer;
     for (int i = 0; i < params->count; i++) {
         const Param *p = params->items[i];
         if (!in_space(p) && !(p->mapped && !p->trainable))
             bytes.values += aligned(tensor_bytes(p->value));
         if (has_master(params, p)) bytes.masters += (size_t)span(p) * 4;
-        if (p->trainable) bytes.gradients += (size_t)span(p) * 4;
+        if (p->trainable) bytes.trained += span(p);
     }
     for (int i = 0; i < params->derived_count; i++)
         bytes.values += aligned(tensor_bytes(*params->derived[i]));
+    gradient_space(params, &apart, &layer);
+    bytes.gradients = (size_t)(apart + layer) * 4;
     return bytes;
 }
 
@@ -139,13 +158,19 @@ Status params_place(ParamList *params, Device *device, bool gradients) {
                    "the trained parameters"));
     if (masters) params->space = ARENA_TENSOR(&params->trained, F32, masters);
     if (gradients) params->grads = ARENA_TENSOR(&params->trained, F32, n);
-    int64_t offset = 0, place = 0;
+    int64_t offset = 0, place = 0, apart, layer, taken[LAYERS_MAX + 1] = {0};
+    gradient_space(params, &apart, &layer);
+    if (gradients && params->one_layer)
+        params->layer_grads = tensor_slice(params->grads, apart, layer);
     for (int i = 0; i < params->count; i++) {
         Param *p = params->items[i];
         if (p->trainable) {
+            bool shares = params->one_layer && p->layer >= 0;
+            int64_t *mine = &taken[shares ? p->layer + 1 : 0];
+            if (gradients) p->grad = part_of(params->grads, *mine + (shares ? apart : 0), p);
+            *mine += span(p);
             p->offset = offset;
             offset += span(p);
-            if (gradients) p->grad = part_of(params->grads, p->offset, p);
         }
         if (has_master(params, p)) {
             p->master = part_of(params->space, place, p);
@@ -162,12 +187,12 @@ Status params_place(ParamList *params, Device *device, bool gradients) {
     return OK;
 }
 
+void param_publish(Param *p) {
+    if (p->trainable && p->master.data != p->value.data) scale_copy(p->value, SET, p->master, 1.0f);
+}
+
 void params_publish(ParamList *params) {
-    for (int i = 0; i < params->count; i++) {
-        Param *p = params->items[i];
-        if (p->trainable && p->master.data != p->value.data)
-            scale_copy(p->value, SET, p->master, 1.0f);
-    }
+    for (int i = 0; i < params->count; i++) param_publish(params->items[i]);
 }
 
 void params_adopt(ParamList *params) {

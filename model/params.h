@@ -22,7 +22,8 @@ typedef struct Param {
     bool adapter;   /* part of an adapter, not of the checkpoint; always f32 */
     bool buffer;    /* in the checkpoint but never trained (layer_scalar) */
     bool mapped;    /* the value may stay in the mapped file when frozen (per-layer table) */
-    int64_t offset; /* of its gradient and states in the flat space, when trainable */
+    int layer;      /* that it is part of; -1: none */
+    int64_t offset; /* of its states in the flat space, when trainable */
 } Param;
 
 typedef struct ParamList {
@@ -33,9 +34,11 @@ typedef struct ParamList {
     Arena values;              /* frozen values and bf16 working values */
     Tensor **derived;          /* made from values, never stored (params_add_derived) */
     int derived_count;
-    bool no_masters;     /* trainable bf16 values are updated as they are */
-    Tensor space;        /* f32: trainable values or masters; absent: there are none */
-    Tensor grads;        /* (n) f32: the gradient of every trainable value */
+    bool no_masters;    /* trainable bf16 values are updated as they are */
+    bool one_layer;     /* there is room for the gradients of one layer, all take turns */
+    Tensor space;       /* f32: trainable values or masters; absent: there are none */
+    Tensor grads;       /* f32: the gradients */
+    Tensor layer_grads; /* the part of them that layers share; absent unless one_layer */
     Arena trained;
 } ParamList;
 
@@ -70,7 +73,8 @@ bool param_takes_blocks(const Param *p);
 typedef struct ParamBytes {
     size_t values;    /* frozen and bf16 working values */
     size_t masters;   /* trainable f32 values and masters */
-    size_t gradients; /* of everything trainable: four for each value of optimizer states */
+    size_t gradients; /* of everything trainable, or of what one layer at a time needs */
+    int64_t trained;  /* trainable values, padded as their states are */
 } ParamBytes;
 ParamBytes params_bytes(const ParamList *params);
 
@@ -78,7 +82,8 @@ ParamBytes params_bytes(const ParamList *params);
  * gradient. */
 Status params_place(ParamList *params, Device *device, bool gradients);
 
-/* master -> value for trainable parameters whose working dtype is not f32; run after an update. */
+/* master -> value of a trainable parameter whose working dtype is not f32; run after an update. */
+void param_publish(Param *p);
 void params_publish(ParamList *params);
 
 /* value -> master, once after loading. */

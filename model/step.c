@@ -92,6 +92,8 @@ static void backward(Step *t) {
         if (to_per_layer && l >= s->boundary) scatter_rows(dslice, SET, dmine, s->some.source);
         if (l == s->boundary && s->kept < s->N) scatter_rows(dfull, SET, dx, s->some.source);
         arena_release(p->scratch, inner);
+        if (t->options->layer_done && p->scratch->base)
+            t->options->layer_done(t->options->layer_context, l);
     }
     if (to_embedding) {
         p->rows = &s->all;

@@ -27,6 +27,8 @@ typedef struct StepOptions {
     float aux_scale;
     LogitsFunction *logits; /* NULL: nobody wants them */
     void *logits_context;
+    void (*layer_done)(void *context, int layer); /* its gradients are whole; NULL: nobody waits */
+    void *layer_context;
 } StepOptions;
 
 /* Everything a step places: made for the largest batch, placed anew for each. */

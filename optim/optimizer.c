@@ -25,7 +25,7 @@ size_t optimizer_measure(const OptimizerConfig *config, int64_t n) {
 Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
                       Device *device) {
     *o = (Optimizer){.config = *config};
-    int64_t n = (int64_t)(params_bytes(params).gradients / 4);
+    int64_t n = params_bytes(params).trained;
     TRY(arena_init(&o->arena, device, optimizer_measure(config, n), "the optimizer's states"));
     if (moments(config) > 0) o->m = states(&o->arena, config, n, 0);
     if (moments(config) > 1) o->v = states(&o->arena, config, n, 1);
@@ -37,26 +37,37 @@ void optimizer_free(Optimizer *o) {
     *o = (Optimizer){0};
 }
 
-void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
+static void update(Optimizer *o, Param *p, double lr, double scale) {
     const OptimizerConfig *c = &o->config;
+    int64_t n = tensor_count(p->value);
+    Tensor value = RESHAPE(p->master, n), grad = RESHAPE(p->grad, n);
+    uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
+    int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
+    Tensor m = tensor_slice(o->m, block, blocks), v = tensor_slice(o->v, block, blocks);
+    float decay = p->decay ? (float)c->weight_decay : 0.0f;
+    if (c->name == OPTIMIZER_ADAMW)
+        adamw_update(value, grad, m, v, (float)scale, (float)lr, (float)c->beta1, (float)c->beta2,
+                     (float)c->eps, decay, o->t, key);
+    else
+        sgd_update(value, grad, m, (float)scale, (float)lr, (float)c->momentum, decay, o->t, key);
+    param_publish(p);
+}
+
+void optimizer_begin(Optimizer *o) {
     o->t++;
+}
+
+void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale) {
     for (int i = 0; i < params->count; i++) {
         Param *p = params->items[i];
-        if (!p->trainable) continue;
-        int64_t n = tensor_count(p->value);
-        Tensor value = RESHAPE(p->master, n), grad = RESHAPE(p->grad, n);
-        uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
-        int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
-        Tensor m = tensor_slice(o->m, block, blocks), v = tensor_slice(o->v, block, blocks);
-        float decay = p->decay ? (float)c->weight_decay : 0.0f;
-        if (c->name == OPTIMIZER_ADAMW)
-            adamw_update(value, grad, m, v, (float)scale, (float)lr, (float)c->beta1,
-                         (float)c->beta2, (float)c->eps, decay, o->t, key);
-        else
-            sgd_update(value, grad, m, (float)scale, (float)lr, (float)c->momentum, decay, o->t,
-                       key);
+        if (p->trainable && p->layer == layer) update(o, p, lr, scale);
     }
-    params_publish(params);
+}
+
+void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
+    optimizer_begin(o);
+    for (int i = 0; i < params->count; i++)
+        if (params->items[i]->trainable) update(o, params->items[i], lr, scale);
 }
 
 double gradients_norm(const ParamList *params) {

@@ -20,7 +20,7 @@ typedef struct Optimizer {
     int64_t t;   /* updates made */
 } Optimizer;
 
-/* Bytes of state for n trainable values, padding included (ParamBytes.gradients / 4). */
+/* Bytes of state for n trainable values, padding included (ParamBytes.trained). */
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n);
 Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
                       Device *device);
@@ -29,6 +29,11 @@ void optimizer_free(Optimizer *o);
 /* One update at rate `lr`, every gradient multiplied by `scale` first; then publishes bf16 values.
  */
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
+
+/* The same in parts: optimizer_begin, then each layer's parameters, and those of none (-1), once.
+ */
+void optimizer_begin(Optimizer *o);
+void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale);
 
 /* The norm of all gradients together, in f64. */
 double gradients_norm(const ParamList *params);

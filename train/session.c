@@ -42,6 +42,7 @@ static Status make_plan(Session *s) {
                            (uint64_t)s->config.seed,
                            s->config.optimizer.states_8bit};
     s->g.params.no_masters = s->config.optimizer.no_masters;
+    s->g.params.one_layer = s->config.optimizer.fused;
     ParamBytes bytes = params_bytes(&s->g.params);
     p->weights = bytes.values;
     p->masters = bytes.masters;
@@ -53,7 +54,7 @@ static Status make_plan(Session *s) {
         p->experts += tensor_bytes(q->value);
         p->expert_bits = 8.0 * (double)tensor_bytes(q->value) / (double)tensor_count(q->value);
     }
-    p->optimizer = optimizer_measure(o, (int64_t)(p->gradients / 4));
+    p->optimizer = optimizer_measure(o, bytes.trained);
     p->rows = loader_capacity(s->loader);
     if (!s->store.train.count) FAIL(ERR_FORMAT, "%s: holds no training sample", s->store.file.path);
     p->available = device_available(s->g.device);

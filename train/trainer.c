@@ -1,6 +1,7 @@
 /* trainer.c - steps, evaluations, saves, and what is shown of them. */
 #include "train/trainer.h"
 #include "formats/file.h"
+#include "kernels/elementwise.h"
 #include "kernels/random.h"
 #include "kernels/update.h"
 #include "optim/schedule.h"
@@ -211,13 +212,69 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
     return status;
 }
 
+/* Updates within the backward pass: what a layer needs, and what it leaves. */
+typedef struct Fused {
+    Session *s;
+    double lr, squares; /* of the gradients' norm */
+} Fused;
+
+static void update_layer(void *context, int layer) {
+    Fused *f = context;
+    ParamList *params = &f->s->g.params;
+    double squares;
+    gemma_finish_layer(&f->s->g, layer);
+    Tensor grads =
+        layer >= 0 ? params->layer_grads
+                   : tensor_slice(params->grads, 0,
+                                  tensor_count(params->grads) - tensor_count(params->layer_grads));
+    sum_of_squares(&squares, grads);
+    f->squares += squares;
+    optimizer_update(&f->s->optimizer, params, layer, f->lr, 1.0);
+    fill(grads, 0.0f);
+}
+
+/* The update of a step whose gradients are all there: the norm, clipping, or leaving it out. */
+static Status update_all(Trainer *t, const MicroBatch *batches, int64_t count, double lr,
+                         Metrics *m) {
+    Session *s = &t->s;
+    double scale = 1, norm;
+    gemma_finish_gradients(&s->g);
+    norm = m->grad_norm = gradients_norm(&s->g.params);
+    m->skipped = !isfinite(m->loss) || !isfinite(norm) || is_spike(&t->state, norm);
+    if (m->skipped) {
+        TRY(report_bad_step(t, batches, count, m->loss, norm));
+        t->state.skipped++;
+        return OK;
+    }
+    t->state.norms[t->state.norm_count++ % NORM_HISTORY] = (float)norm;
+    if (s->config.clip > 0 && norm > s->config.clip) scale = s->config.clip / (norm + 1e-6);
+    optimizer_step(&s->optimizer, &s->g.params, lr, scale);
+    return OK;
+}
+
+/* What is left of an update that was made on the way: it cannot be left out any more. */
+static Status update_rest(Trainer *t, const MicroBatch *batches, int64_t count, Fused *f,
+                          Metrics *m) {
+    update_layer(f, -1);
+    m->grad_norm = sqrt(f->squares);
+    if (!isfinite(m->loss) || !isfinite(m->grad_norm))
+        return report_bad_step(t, batches, count, m->loss, m->grad_norm);
+    t->state.norms[t->state.norm_count++ % NORM_HISTORY] = (float)m->grad_norm;
+    return OK;
+}
+
 static Status one_step(Trainer *t, Metrics *m) {
     Session *s = &t->s;
     MicroBatch *batches;
     int64_t count, trained, tokens = 0;
     TRY(loader_next(s->loader, &batches, &count, &trained));
-    double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0, norm,
-           scale = 1;
+    double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0;
+    Fused fused = {.s = s, .lr = lr};
+    if (s->config.optimizer.fused) {
+        optimizer_begin(&s->optimizer);
+        s->options.layer_done = update_layer;
+        s->options.layer_context = &fused;
+    }
     gradients_zero(&s->g.params);
     s->g.fake.blend = adapt_blend(&s->config, t->state.step);
     for (int64_t i = 0; i < count; i++) {
@@ -229,25 +286,18 @@ static Status one_step(Trainer *t, Metrics *m) {
         if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)count;
         tokens += batches[i].batch.N;
     }
-    gemma_finish_gradients(&s->g);
-    norm = gradients_norm(&s->g.params);
     *m = (Metrics){.loss = loss,
                    .aux_loss = t->load ? aux : NAN,
                    .lr = lr,
-                   .grad_norm = norm,
                    .tokens = tokens,
                    .trained_tokens = trained,
                    .eval_loss = NAN};
-    m->skipped = !isfinite(loss) || !isfinite(norm) || is_spike(&t->state, norm);
-    if (m->skipped) {
-        TRY(report_bad_step(t, batches, count, loss, norm));
-        t->state.skipped++;
-    } else {
-        t->state.norms[t->state.norm_count++ % NORM_HISTORY] = (float)norm;
-        if (s->config.clip > 0 && norm > s->config.clip) scale = s->config.clip / (norm + 1e-6);
-        optimizer_step(&s->optimizer, &s->g.params, lr, scale);
-        gemma_refresh(&s->g, &s->memory.scratch);
-    }
+    s->options.layer_done = NULL;
+    if (s->config.optimizer.fused)
+        TRY(update_rest(t, batches, count, &fused, m));
+    else
+        TRY(update_all(t, batches, count, lr, m));
+    if (!m->skipped) gemma_refresh(&s->g, &s->memory.scratch);
     t->state.step++;
     m->step = t->state.step;
     m->epoch = loader_epoch(s->loader, t->state.step);

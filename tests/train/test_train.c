@@ -119,6 +119,34 @@ CASE(train, learned_scales_resume_and_are_exported) {
     EXPECT_RUN(0, "train %s/run.yaml output=%s/out5 lora.init=%s/out3/adapter steps=1", f, f, f);
 }
 
+CASE(train, bf16_full_training_without_masters_resumes) {
+    resumed_equals_uninterrupted(
+        "method: full\noptimizer: {lr: 1.0e-3, masters: none, states: 8bit}\n", "bf16",
+        "model/model.safetensors");
+}
+
+/* One layer's gradients at a time, or all of them: the same update. */
+CASE(train, updates_on_the_way_back_equal_those_at_the_end) {
+    static const char *const methods[] = {"full", "qat", "lora"};
+    const char *f = test_folder();
+    for (int i = 0; i < 3; i++) {
+        char *more = must_format("method: %s\nclip: 0\non_bad_step: stop\n", methods[i]);
+        tree_remove(path_join(f, "model"));
+        prepare(more);
+        EXPECT_RUN(0, "train %s/run.yaml batch.accumulate=1 steps=6 output=%s/end%d", f, f, i);
+        EXPECT_RUN(0,
+                   "train %s/run.yaml batch.accumulate=1 steps=6 output=%s/way%d "
+                   "optimizer.fused=true",
+                   f, f, i);
+        const char *file = i == 2 ? "adapter/adapter_model.safetensors" : "model/model.safetensors";
+        char *a = must_format("end%d/%s", i, file), *b = must_format("way%d/%s", i, file);
+        expect_same_file(a, b);
+        free(a), free(b), free(more);
+    }
+    EXPECT_EXIT(1, "needs batch.accumulate: 1",
+                "train %s/run.yaml optimizer.fused=true output=%s/no", f, f);
+}
+
 CASE(train, bf16_full_training_resumes_from_f32_masters) {
     resumed_equals_uninterrupted("method: full\nrecompute: on\n", "bf16",
                                  "model/model.safetensors");
