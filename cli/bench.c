@@ -254,6 +254,8 @@ Status command_bench(int argc, char **argv) {
          "NAME  decode with a released shape, its random weights drawn where they run"},
         {"--train", OPTION_TEXT, &drawn.train,
          "lora|qlora|full  with --preset: training steps on --tokens tokens instead"},
+        {"--lean", OPTION_FLAG, &drawn.lean,
+         "with --train: optimizer.masters: none and optimizer.fused"},
         {"--plan", OPTION_FLAG, &drawn.plan, "with --train: only say what memory it would take"},
         {"--recompute", OPTION_FLAG, &drawn.recompute, "with --train: even where memory suffices"},
         {"--rank", OPTION_INT, &drawn.rank, "N  of the adapter (16)"},

@@ -104,6 +104,18 @@ static Status method_of(RunConfig *config, const DrawnBench *b) {
     return status;
 }
 
+/* Updates on the way back, when training is lean. */
+typedef struct Lean {
+    Gemma *g;
+    Optimizer *o;
+} Lean;
+
+static void update_layer(void *context, int layer) {
+    Lean *l = context;
+    optimizer_update(l->o, &l->g->params, layer, 1e-5, 1.0);
+    if (layer >= 0) fill(l->g->params.layer_grads, 0.0f);
+}
+
 /* The fastest of a few steps, after one that makes plans. */
 static void time_steps(Gemma *g, StepMemory *memory, Optimizer *o, const StepOptions *options,
                        const Batch *batch, float *nll, double *seconds, double *loss) {
@@ -111,9 +123,13 @@ static void time_steps(Gemma *g, StepMemory *memory, Optimizer *o, const StepOpt
     for (int i = 0; i <= STEPS; i++) {
         double start = omp_get_wtime();
         gradients_zero(&g->params);
+        if (options->layer_done) optimizer_begin(o);
         *loss = step_run(g, memory, batch, options, nll);
         (void)gradients_norm(&g->params);
-        optimizer_step(o, &g->params, 1e-5, 1.0);
+        if (options->layer_done)
+            update_layer(options->layer_context, -1);
+        else
+            optimizer_step(o, &g->params, 1e-5, 1.0);
         float one;
         tensor_read(&one, tensor_slice(g->params.grads, 0, 1)); /* all of it is done */
         if (i && omp_get_wtime() - start < *seconds) *seconds = omp_get_wtime() - start;
@@ -154,6 +170,7 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     double seconds, loss;
     Status status = OK;
     TRY_DONE(method_of(&config, b));
+    g->params.no_masters = g->params.one_layer = b->lean;
     TRY_DONE(adapt(g, &config, &spec));
     if (b->plan) {
         print_plan(g, b, &adam);
@@ -171,6 +188,11 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     TRY_DONE(step_init(&memory, g, N, &options));
     TRY_DONE(optimizer_init(&o, &adam, &g->params, g->device));
     gemma_refresh(g, &memory.scratch);
+    Lean lean = {g, &o};
+    if (b->lean) {
+        options.layer_done = update_layer;
+        options.layer_context = &lean;
+    }
     for (int64_t i = 0; i < N; i++) {
         numbers[i] = (int32_t)i; /* positions; starts are 0 */
         numbers[2 * N + i] = ids[i + 1];
