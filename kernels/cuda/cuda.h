@@ -181,14 +181,22 @@ DEVICE_FUNCTION float quick_exp(float x) {
 /* ---- sums ---- */
 
 DEVICE_FUNCTION float warp_sum(float x) {
+#ifdef __CUDACC__
 #pragma unroll
     for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(0xffffffffu, x, d);
     return x;
+#else
+    return simt_butterfly(x, [](float a, float b) { return a + b; });
+#endif
 }
 DEVICE_FUNCTION float warp_max(float x) {
+#ifdef __CUDACC__
 #pragma unroll
     for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, d));
     return x;
+#else
+    return simt_butterfly(x, [](float a, float b) { return fmaxf(a, b); });
+#endif
 }
 
 /* Over all threads of the block, the same value in each, in an order that only the block's size

@@ -95,6 +95,18 @@ template <typename T> T __shfl_up_sync(unsigned, T value, int delta) {
 }
 unsigned __ballot_sync(unsigned mask, int value);
 
+/* What five butterflies of shuffles leave in this lane, from one exchange. */
+template <typename T, typename F> T simt_butterfly(T value, F join) {
+    const unsigned char *all = simt_exchange(&value, sizeof value);
+    T now[32], next[32];
+    for (int i = 0; i < 32; i++) memcpy(&now[i], all + 64 * i, sizeof(T));
+    for (int d = 16; d; d >>= 1) {
+        for (int i = 0; i < 32; i++) next[i] = join(now[i], now[i ^ d]);
+        memcpy(now, next, sizeof now);
+    }
+    return now[simt_lane()];
+}
+
 /* ---- arithmetic ---- */
 
 static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
