@@ -201,7 +201,7 @@ check-all: check
 
 # Format, then the suite under sanitizers.
 check:
-	@clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h')
+	@clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' '*.cu' '*.cpp')
 	@$(MAKE) --no-print-directory SANITIZE=asan all runner
 	@SANITIZE=asan tests/run.sh quick
 

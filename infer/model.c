@@ -97,7 +97,8 @@ static Status open_model(Model *m, const char *dir, const char *const *adapters,
     if (strcmp(dtype, "bf16") && strcmp(dtype, "f32"))
         FAIL_DONE(ERR_CONFIG, "dtype '%s', expected bf16 or f32", dtype);
     if (residence == WEIGHTS_MAPPED && !strncmp(device_name, "cuda", 4))
-        FAIL_DONE(ERR_USAGE, "--device %s: weights that stay in their file are worked on by the CPU",
+        FAIL_DONE(ERR_USAGE,
+                  "--device %s: weights that stay in their file are worked on by the CPU",
                   device_name);
     TRY_DONE(device_open(&device, residence == WEIGHTS_MAPPED ? "cpu" : device_name));
     TRY_DONE(checkpoint_open(&m->checkpoint, dir));

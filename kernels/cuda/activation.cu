@@ -16,7 +16,7 @@ DEVICE_FUNCTION float gelu_tanh(float x) {
  */
 template <typename T, int V>
 static __global__ void forward(T *y, const T *gate, const T *up, int64_t count, int64_t F,
-                        int64_t stride) {
+                               int64_t stride) {
     FOR_GRID(i, count / V) {
         int64_t k = i * V, at = k / F * stride + k % F;
         float g[V], u[V];
@@ -30,8 +30,8 @@ static __global__ void forward(T *y, const T *gate, const T *up, int64_t count, 
 }
 
 template <typename T, int V>
-static __global__ void backward(T *dgate, T *dup, const T *dy, const T *gate, const T *up, int64_t count,
-                         int64_t F, int64_t stride) {
+static __global__ void backward(T *dgate, T *dup, const T *dy, const T *gate, const T *up,
+                                int64_t count, int64_t F, int64_t stride) {
     FOR_GRID(i, count / V) {
         int64_t k = i * V, at = k / F * stride + k % F;
         float g[V], u[V], d[V], dg[V];
@@ -56,9 +56,9 @@ static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t F, int
     int64_t count = tensor_count(y);
     if (!count) return;
     WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
-        LAUNCH(y.device, (forward<T, V>), grid_for(y.device, count / V, 256), 256, 0,
-               data_of<T>(y), data_of<T>(gate), (const T *)up, count, F, stride);
-    }));
+                   LAUNCH(y.device, (forward<T, V>), grid_for(y.device, count / V, 256), 256, 0,
+                          data_of<T>(y), data_of<T>(gate), (const T *)up, count, F, stride);
+               }));
 }
 
 static void launch_backward(Tensor dgate, void *dup, Tensor dy, Tensor gate, const void *up,
@@ -66,10 +66,10 @@ static void launch_backward(Tensor dgate, void *dup, Tensor dy, Tensor gate, con
     int64_t count = tensor_count(dy);
     if (!count) return;
     WITH_FLOAT(dy.dtype, T, WITH_PACKS(fits, V, {
-        LAUNCH(dy.device, (backward<T, V>), grid_for(dy.device, count / V, 256), 256, 0,
-               data_of<T>(dgate), (T *)dup, data_of<T>(dy), data_of<T>(gate), (const T *)up, count,
-               F, stride);
-    }));
+                   LAUNCH(dy.device, (backward<T, V>), grid_for(dy.device, count / V, 256), 256, 0,
+                          data_of<T>(dgate), (T *)dup, data_of<T>(dy), data_of<T>(gate),
+                          (const T *)up, count, F, stride);
+               }));
 }
 
 extern "C" void cuda_gelu_mul_forward(Tensor y, Tensor gate, Tensor up) {

@@ -1,13 +1,13 @@
 /* attention.cu - which kernel takes which attention, and the one that takes any.
  *
  * Heads of 256 and 512 in bf16 go to tensor cores (flash.h). The rest is plain: a warp for each
- * query and head, its lanes sharing the head's numbers; long sights are split among warps and joined
- * in order. The way back has no sums in an order of chance: one pass over keys for each query gives
- * dq, one over queries for each key dk and dv. */
+ * query and head, its lanes sharing the head's numbers; long sights are split among warps and
+ * joined in order. The way back has no sums in an order of chance: one pass over keys for each
+ * query gives dq, one over queries for each key dk and dv. */
 #include "kernels/cuda/flash.h"
 
 #define THREADS   128
-#define LANE_MOST 16 /* numbers of a head of 512 that a lane has */
+#define LANE_MOST 16  /* numbers of a head of 512 that a lane has */
 #define SPLIT     512 /* keys of a sight that one warp takes, when it is split */
 #define SPLITS    64
 
@@ -25,7 +25,8 @@
 /* Rows of paged queries below which the split of long sights is worth more than tensor cores. */
 #define PAGED_ROWS 512
 
-/* Whether tensor cores take heads of this kind: their rows fill tiles, and shared memory suffices. */
+/* Whether tensor cores take heads of this kind: their rows fill tiles, and shared memory suffices.
+ */
 static bool takes_flash(Tensor q, Tensor k, const Heads &heads, int rows, size_t bytes) {
     return q.dtype == BF16 && k.dtype == BF16 && (heads.C == 256 || heads.C == 512) &&
            rows % heads.group == 0 && bytes <= cuda_shared_most(q.device);

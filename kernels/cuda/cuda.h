@@ -1,8 +1,8 @@
 /* cuda.h - what the CUDA twins share: launching, both float types, sums over warps and blocks.
  *
- * The sources compile twice: by nvcc for the GPU, and by the host's compiler with tests/simt/simt.h,
- * which runs the same threads one after the other. A file holds kernel, launcher and cuda_NAME, in
- * that order. */
+ * The sources compile twice: by nvcc for the GPU, and by the host's compiler with
+ * tests/simt/simt.h, which runs the same threads one after the other. A file holds kernel, launcher
+ * and cuda_NAME, in that order. */
 #ifndef CUDA_KERNELS_H
 #define CUDA_KERNELS_H
 
@@ -18,7 +18,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define INLINE    static inline __host__ __device__
+#define INLINE static inline __host__ __device__
 #define _Noreturn [[noreturn]]
 
 extern "C" {
@@ -117,9 +117,7 @@ template <typename T> DEVICE_FUNCTION float rounded(float x) {
 }
 
 /* V elements that are read and written at once. */
-template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
-    T v[V];
-};
+template <typename T, int V> struct alignas(sizeof(T) * V) Pack { T v[V]; };
 template <int V, typename T> DEVICE_FUNCTION void load(float (&x)[V], const T *p) {
     Pack<T, V> pack = *(const Pack<T, V> *)p;
 #pragma unroll
@@ -161,7 +159,8 @@ template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V
 /* Whether all present tensors can be read in packs of 4 along `cols` elements. */
 static inline bool fits_packs(int64_t cols, Tensor a, Tensor b = Tensor(), Tensor c = Tensor(),
                               Tensor d = Tensor()) {
-    uintptr_t places = (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c.data | (uintptr_t)d.data;
+    uintptr_t places =
+        (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c.data | (uintptr_t)d.data;
     return cols % 4 == 0 && places % 16 == 0;
 }
 

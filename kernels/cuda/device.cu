@@ -66,8 +66,9 @@ int cuda_count(const char **why) {
     if (!driver)
         *why = "no NVIDIA driver is installed";
     else if (error == cudaErrorInsufficientDriver || driver < runtime / 1000 * 1000) {
-        snprintf(text, sizeof text, "the driver is for CUDA %d.%d, this program needs %d.0 or newer",
-                 driver / 1000, driver % 100 / 10, runtime / 1000);
+        snprintf(text, sizeof text,
+                 "the driver is for CUDA %d.%d, this program needs %d.0 or newer", driver / 1000,
+                 driver % 100 / 10, runtime / 1000);
         *why = text;
     } else if (error == cudaErrorNoDevice || !count)
         *why = "there is no NVIDIA GPU";
@@ -375,6 +376,7 @@ void cuda_copy(Device *to_device, void *to, Device *from_device, const void *fro
         fetch_chunks(gpu_of(from_device), (char *)to, (const char *)from, bytes);
     } else {
         cudaStream_t stream = cuda_stream(to_device);
-        cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "a copy on the GPU");
+        cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream),
+                   "a copy on the GPU");
     }
 }

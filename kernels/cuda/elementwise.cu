@@ -42,14 +42,14 @@ extern "C" void cuda_scale_copy(Tensor y, Write write, Tensor x, float alpha) {
     unsigned grid = grid_for(y.device, floats ? count / 4 : (count + 7) / 8, 256);
     if (floats)
         WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
-            LAUNCH(y.device, (copy_packs<Y, X>), grid, 256, 0, data_of<Y>(y), write, data_of<X>(x),
-                   alpha, count / 4);
-        }));
+                       LAUNCH(y.device, (copy_packs<Y, X>), grid, 256, 0, data_of<Y>(y), write,
+                              data_of<X>(x), alpha, count / 4);
+                   }));
     else
         WITH_FLOAT(y.dtype, Y, WITH_ANY(x.dtype, D, {
-            LAUNCH(y.device, (copy<Y, D>), grid, 256, 0, data_of<Y>(y), write, view_of(x), alpha,
-                   count);
-        }));
+                       LAUNCH(y.device, (copy<Y, D>), grid, 256, 0, data_of<Y>(y), write,
+                              view_of(x), alpha, count);
+                   }));
 }
 
 template <typename T> static __global__ void set(T *y, float value, int64_t count) {
@@ -108,9 +108,9 @@ extern "C" void cuda_add_scaled(Tensor y, Tensor a, Tensor b, float alpha) {
     bool fits = fits_packs(count, y, a, b);
     if (!count) return;
     WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
-        LAUNCH(y.device, (add<T, V>), grid_for(y.device, count / V, 256), 256, 0, data_of<T>(y),
-               data_of<T>(a), data_of<T>(b), alpha, count / V);
-    }));
+                   LAUNCH(y.device, (add<T, V>), grid_for(y.device, count / V, 256), 256, 0,
+                          data_of<T>(y), data_of<T>(a), data_of<T>(b), alpha, count / V);
+               }));
 }
 
 /* ---- rows ---- */
@@ -207,9 +207,9 @@ extern "C" void cuda_gather_add_rows(Tensor y, Tensor x, Tensor slot) {
     bool fits = fits_packs(D, y, x);
     if (!N || !D) return;
     WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
-        LAUNCH(y.device, (gather_add<T, V>), grid_for(y.device, N * D / V, 256), 256, 0,
-               data_of<T>(y), data_of<T>(x), data_of<int32_t>(slot), N, A, D);
-    }));
+                   LAUNCH(y.device, (gather_add<T, V>), grid_for(y.device, N * D / V, 256), 256, 0,
+                          data_of<T>(y), data_of<T>(x), data_of<int32_t>(slot), N, A, D);
+               }));
 }
 
 template <typename U>
@@ -235,8 +235,8 @@ extern "C" void cuda_swap_outer(Tensor y, Tensor x) {
 template <typename T>
 static __global__ void drop(T *y, const T *x, float p, float keep, uint64_t key, int64_t count) {
     FOR_GRID(i, count)
-        y[i] = random_uniform(key, (uint64_t)i) >= p ? from_float<T>(to_float(x[i]) * keep)
-                                                     : from_float<T>(0.0f);
+    y[i] = random_uniform(key, (uint64_t)i) >= p ? from_float<T>(to_float(x[i]) * keep)
+                                                 : from_float<T>(0.0f);
 }
 
 extern "C" void cuda_dropout(Tensor y, Tensor x, float p, uint64_t key) {
@@ -252,17 +252,16 @@ template <typename Y, typename X>
 static __global__ void times_columns(Y *y, Write write, const X *x, const float *weight,
                                      int64_t count, int64_t D) {
     FOR_GRID(i, count)
-        y[i] = from_float<Y>((write == ADD ? to_float(y[i]) : 0.0f) +
-                             to_float(x[i]) * weight[i % D]);
+    y[i] = from_float<Y>((write == ADD ? to_float(y[i]) : 0.0f) + to_float(x[i]) * weight[i % D]);
 }
 
 extern "C" void cuda_scale_columns(Tensor y, Write write, Tensor x, Tensor weight) {
     int64_t count = tensor_count(y), D = tensor_cols(x);
     if (!count) return;
     WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
-        LAUNCH(y.device, (times_columns<Y, X>), grid_for(y.device, count, 256), 256, 0,
-               data_of<Y>(y), write, data_of<X>(x), data_of<float>(weight), count, D);
-    }));
+                   LAUNCH(y.device, (times_columns<Y, X>), grid_for(y.device, count, 256), 256, 0,
+                          data_of<Y>(y), write, data_of<X>(x), data_of<float>(weight), count, D);
+               }));
 }
 
 template <typename Y, typename X>
@@ -274,9 +273,9 @@ extern "C" void cuda_scale_rows(Tensor y, Tensor x, Tensor weight) {
     int64_t count = tensor_count(y), D = tensor_cols(x);
     if (!count) return;
     WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
-        LAUNCH(y.device, (times_rows<Y, X>), grid_for(y.device, count, 256), 256, 0, data_of<Y>(y),
-               data_of<X>(x), data_of<float>(weight), count, D);
-    }));
+                   LAUNCH(y.device, (times_rows<Y, X>), grid_for(y.device, count, 256), 256, 0,
+                          data_of<Y>(y), data_of<X>(x), data_of<float>(weight), count, D);
+               }));
 }
 
 namespace {
@@ -293,9 +292,9 @@ template <typename A, typename B> struct Product {
 extern "C" void cuda_dot_columns(Tensor y, Tensor a, Tensor b) {
     int64_t D = tensor_cols(a);
     WITH_FLOAT(a.dtype, A, WITH_FLOAT(b.data ? b.dtype : F32, B, {
-        add_column_sums(a.device, data_of<float>(y), tensor_rows(a), D,
-                        Product<A, B>{data_of<A>(a), data_of<B>(b), D});
-    }));
+                   add_column_sums(a.device, data_of<float>(y), tensor_rows(a), D,
+                                   Product<A, B>{data_of<A>(a), data_of<B>(b), D});
+               }));
 }
 
 static __global__ void norms(float *y, const float *x, int64_t D) {
@@ -318,7 +317,7 @@ extern "C" void cuda_row_norms(Tensor y, Tensor x) {
 static __global__ void divide(float *y, Write write, const float *a, const float *b,
                               int64_t count) {
     FOR_GRID(i, count)
-        y[i] = (write == ADD ? y[i] : 0.0f) + (b[i] != 0 ? a[i] / b[i] : 0.0f);
+    y[i] = (write == ADD ? y[i] : 0.0f) + (b[i] != 0 ? a[i] / b[i] : 0.0f);
 }
 
 extern "C" void cuda_quotient(Tensor y, Write write, Tensor a, Tensor b) {

@@ -5,8 +5,8 @@
 #include "kernels/cuda/packed.h"
 
 extern "C" {
-#include "kernels/embedding.h"
 #include "kernels/cuda/device.h"
+#include "kernels/embedding.h"
 }
 
 #include <stdlib.h>
@@ -29,7 +29,7 @@ template <typename Y, typename X>
 static __global__ void look_up_odd(Y *y, const X *table, int64_t cols, int64_t first_col,
                                    const int32_t *ids, float scale, int64_t N, int64_t width) {
     FOR_GRID(i, N * width)
-        y[i] = from_float<Y>(to_float(table[ids[i / width] * cols + first_col + i % width]) * scale);
+    y[i] = from_float<Y>(to_float(table[ids[i / width] * cols + first_col + i % width]) * scale);
 }
 
 static void launch_look_up(Tensor y, Tensor table, int64_t first_col, Tensor ids, float scale) {
@@ -37,14 +37,15 @@ static void launch_look_up(Tensor y, Tensor table, int64_t first_col, Tensor ids
     unsigned grid = grid_for(y.device, tensor_count(y) / 8 + 1, 256);
     if (width % 8 || first_col % 8 || tensor_cols(table) % 8)
         WITH_FLOAT(y.dtype, Y, WITH_FLOAT(table.dtype, X, {
-            LAUNCH(y.device, (look_up_odd<Y, X>), grid, 256, 0, data_of<Y>(y), data_of<X>(table),
-                   tensor_cols(table), first_col, data_of<int32_t>(ids), scale, N, width);
-        }));
+                       LAUNCH(y.device, (look_up_odd<Y, X>), grid, 256, 0, data_of<Y>(y),
+                              data_of<X>(table), tensor_cols(table), first_col,
+                              data_of<int32_t>(ids), scale, N, width);
+                   }));
     else
         WITH_FLOAT(y.dtype, Y, WITH_ANY(table.dtype, D, {
-            LAUNCH(y.device, (look_up<Y, D>), grid, 256, 0, data_of<Y>(y), view_of(table),
-                   first_col, data_of<int32_t>(ids), scale, N, width);
-        }));
+                       LAUNCH(y.device, (look_up<Y, D>), grid, 256, 0, data_of<Y>(y),
+                              view_of(table), first_col, data_of<int32_t>(ids), scale, N, width);
+                   }));
 }
 
 /* The rows of a batch, gathered by the host into a table of their own that `rows` then names. */
@@ -108,7 +109,7 @@ extern "C" void cuda_embedding_backward(Tensor dtable, int64_t first_col, Tensor
     if (!N || !width) return;
     WITH_FLOAT(dy.dtype, T, {
         LAUNCH(dy.device, (add_rows<T>), (unsigned)N, 256, 0, data_of<float>(dtable),
-               tensor_cols(dtable), first_col, data_of<T>(dy), data_of<int32_t>(ids), scale, skip, N,
-               width);
+               tensor_cols(dtable), first_col, data_of<T>(dy), data_of<int32_t>(ids), scale, skip,
+               N, width);
     });
 }

@@ -1,7 +1,7 @@
 /* flash.h - attention of bf16 heads of 256 and 512 on tensor cores (after Dao 2023).
  *
- * The rows of a tile are the heads that share keys, of a few queries: row r is query r / group, head
- * r % group. Keys go by in tiles of 32. Forward, 64 rows: the scores of a tile never leave the
+ * The rows of a tile are the heads that share keys, of a few queries: row r is query r / group,
+ * head r % group. Keys go by in tiles of 32. Forward, 64 rows: the scores of a tile never leave the
  * block; while they are made the tile's values arrive, and while those are added up the next keys.
  * Backward, 32 rows: scores are made again from lse; one kernel has the gradients of a tile of keys
  * and sees all rows, the other those of rows and sees all keys, so nothing is added in an order of

@@ -13,10 +13,9 @@ struct Groups {
     int count;
 };
 
-/* What a product is of. Row-major; of operands in groups `b` (or, where rows are summed over, y) has
- * one matrix behind the other.
- *   NT, NN  y (M, N), a (M, K), b (N, K) or (K, N)
- *   TN      y (M, N), a (K, M), b (K, N), K the rows */
+/* What a product is of. Row-major; of operands in groups `b` (or, where rows are summed over, y)
+ * has one matrix behind the other. NT, NN  y (M, N), a (M, K), b (N, K) or (K, N) TN      y (M, N),
+ * a (K, M), b (K, N), K the rows */
 struct Shape {
     int64_t M, N, K;
 };
@@ -31,8 +30,7 @@ struct RowTile {
 
 /* Tile number `tile` of BM rows, groups not sharing one; first == last when there are fewer. All
  * threads of the block get the same. */
-template <int BM>
-DEVICE_FUNCTION RowTile find_rows(const Groups &groups, int64_t M, int64_t tile) {
+template <int BM> DEVICE_FUNCTION RowTile find_rows(const Groups &groups, int64_t M, int64_t tile) {
     __shared__ int64_t found[3];
     if (!groups.offsets) {
         int64_t first = tile * BM;
@@ -157,19 +155,19 @@ static __global__ void __launch_bounds__(S::THREADS)
         for (int i = 0; i < A_EACH; i++) {
             int c = threadIdx.x + i * S::THREADS;
             if (A_CHUNKS % S::THREADS && c >= A_CHUNKS) break;
-            a_next[i] = TA ? load_chunk<BF16>(a, 0, k + c / (BM / 8), m0 + c % (BM / 8) * 8, k_end,
-                                              M, a_aligned)
-                           : load_chunk<BF16>(a, 0, m0 + c / 4, k + c % 4 * 8, m_end, shape.K,
-                                              a_aligned);
+            a_next[i] =
+                TA ? load_chunk<BF16>(a, 0, k + c / (BM / 8), m0 + c % (BM / 8) * 8, k_end, M,
+                                      a_aligned)
+                   : load_chunk<BF16>(a, 0, m0 + c / 4, k + c % 4 * 8, m_end, shape.K, a_aligned);
         }
 #pragma unroll
         for (int i = 0; i < B_EACH; i++) {
             int c = threadIdx.x + i * S::THREADS;
             if (B_CHUNKS % S::THREADS && c >= B_CHUNKS) break;
-            b_next[i] = TB ? load_chunk<DB>(b, b_base, k + c / (BN / 8), n0 + c % (BN / 8) * 8,
-                                            k_end, N, b_aligned)
-                           : load_chunk<DB>(b, b_base, n0 + c / 4, k + c % 4 * 8, N, shape.K,
-                                            b_aligned);
+            b_next[i] =
+                TB ? load_chunk<DB>(b, b_base, k + c / (BN / 8), n0 + c % (BN / 8) * 8, k_end, N,
+                                    b_aligned)
+                   : load_chunk<DB>(b, b_base, n0 + c / 4, k + c % 4 * 8, N, shape.K, b_aligned);
         }
     };
     auto put = [&](int turn) {
@@ -201,21 +199,24 @@ static __global__ void __launch_bounds__(S::THREADS)
 #pragma unroll
             for (int i = 0; i < S::MT; i++) {
                 if (TA)
-                    load_turned_tiles(x[i], &a_tiles[turn][(kk + lane % 8 + lane / 16 * 8) * A_STRIDE +
-                                                           wm + 16 * i + lane / 8 % 2 * 8]);
+                    load_turned_tiles(x[i],
+                                      &a_tiles[turn][(kk + lane % 8 + lane / 16 * 8) * A_STRIDE +
+                                                     wm + 16 * i + lane / 8 % 2 * 8]);
                 else
-                    load_tiles(x[i], &a_tiles[turn][(wm + 16 * i + lane % 16) * A_STRIDE + kk +
-                                                    lane / 16 * 8]);
+                    load_tiles(
+                        x[i],
+                        &a_tiles[turn][(wm + 16 * i + lane % 16) * A_STRIDE + kk + lane / 16 * 8]);
             }
 #pragma unroll
             for (int j = 0; j < S::NT / 2; j++) {
                 if (TB)
-                    load_turned_tiles(w[j], &b_tiles[turn][(kk + lane % 16) * B_STRIDE + wn + 16 * j +
-                                                           lane / 16 * 8]);
+                    load_turned_tiles(
+                        w[j],
+                        &b_tiles[turn][(kk + lane % 16) * B_STRIDE + wn + 16 * j + lane / 16 * 8]);
                 else
-                    load_tiles(w[j], &b_tiles[turn][(wn + 16 * j + lane % 8 + lane / 16 * 8) *
-                                                        B_STRIDE +
-                                                    kk + lane / 8 % 2 * 8]);
+                    load_tiles(w[j],
+                               &b_tiles[turn][(wn + 16 * j + lane % 8 + lane / 16 * 8) * B_STRIDE +
+                                              kk + lane / 8 % 2 * 8]);
             }
 #pragma unroll
             for (int i = 0; i < S::MT; i++)
@@ -339,7 +340,8 @@ static __global__ void __launch_bounds__(THREADS32)
         for (int j = 0; j < 4; j++)
 #pragma unroll
             for (int p = 0; p < 4; p++) {
-                int64_t m = m0 + wm + 16 * i + row + p / 2 * 8, n = n0 + wn + 8 * j + 2 * column + p % 2;
+                int64_t m = m0 + wm + 16 * i + row + p / 2 * 8,
+                        n = n0 + wn + 8 * j + 2 * column + p % 2;
                 if (m >= m_end || n >= N) continue;
                 if (partial) {
                     partial[m * N + n] = sums[i][j][p];

@@ -61,7 +61,8 @@ DEVICE_FUNCTION void read_tile(unsigned (&first)[4], unsigned (&second)[4], cons
     for (int i = 0; i < 4; i++) {
         unsigned word = *(const unsigned *)&tile->qs[t + i / 2 * 4][4 * (row + i % 2 * 8)];
         /* 8 is taken off each byte apart: its top bit keeps it from borrowing of the next */
-        unsigned low = (word & 0x0f0f0f0fu) | 0x80808080u, high = (word >> 4 & 0x0f0f0f0fu) | 0x80808080u;
+        unsigned low = (word & 0x0f0f0f0fu) | 0x80808080u,
+                 high = (word >> 4 & 0x0f0f0f0fu) | 0x80808080u;
         first[i] = (low - 0x08080808u) ^ 0x80808080u;
         second[i] = (high - 0x08080808u) ^ 0x80808080u;
     }
@@ -79,8 +80,8 @@ DEVICE_FUNCTION void read_tile(unsigned (&first)[4], unsigned (&second)[4], cons
 /* SHARE: the warps share K of the same 16 weight rows, else each has 16 of its own. */
 template <typename Tile, int NT, bool SHARE, typename Y>
 static __global__ void __launch_bounds__(32 * WARPS)
-    multiply(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M, int64_t N,
-             int64_t K, CountedGroups groups) {
+    multiply(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M,
+             int64_t N, int64_t K, CountedGroups groups) {
     __shared__ float parts[SHARE ? WARPS : 1][SHARE ? 16 * 8 * NT : 1];
     RowTile rows = find_counted<NT>(groups, M, blockIdx.y);
     if (rows.first == rows.last) return;

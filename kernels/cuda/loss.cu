@@ -105,9 +105,9 @@ extern "C" void cuda_cross_entropy(Tensor nll, Tensor dlogits, Tensor logits, Te
     if (!R) return;
     bool fits = fits_packs(vocab, logits, dlogits);
     WITH_FLOAT(dlogits.data ? dlogits.dtype : F32, T, WITH_PACKS(fits, V, {
-        LAUNCH(logits.device, (cross_entropy_row<T, V>), (unsigned)R, THREADS, 0,
-               data_of<float>(nll), data_of<T>(dlogits), data_of<float>(logits),
-               data_of<int32_t>(targets), data_of<float>(weights), vocab, cap,
-               cap != 0 ? 1.0f / cap : 0.0f);
-    }));
+                   LAUNCH(logits.device, (cross_entropy_row<T, V>), (unsigned)R, THREADS, 0,
+                          data_of<float>(nll), data_of<T>(dlogits), data_of<float>(logits),
+                          data_of<int32_t>(targets), data_of<float>(weights), vocab, cap,
+                          cap != 0 ? 1.0f / cap : 0.0f);
+               }));
 }

@@ -12,8 +12,8 @@ extern "C" {
 
 /* ---- a few rows ---- */
 
-#define ROWS_FEW   4  /* rows of a that the row-by-row kernel takes */
-#define ROWS_SMALL 64 /* rows up to which packed weights are read as they are */
+#define ROWS_FEW   4                   /* rows of a that the row-by-row kernel takes */
+#define ROWS_SMALL 64                  /* rows up to which packed weights are read as they are */
 #define PANEL      ((int64_t)64 << 20) /* elements of an unpacked panel */
 
 /* y (rows, N) (=|+=) alpha a b^T, rows <= M: a warp for each row of b, which it reads once. */
@@ -127,21 +127,26 @@ static void product32(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
                          : layout == TN && groups.offsets ? groups.count
                                                           : 1));
     WITH_FLOAT(y.dtype, Y, WITH_FLOAT(a.dtype, A, WITH_FLOAT(b.dtype, B, {
-        const A *left = data_of<A>(a);
-        const B *right = data_of<B>(b);
-        if (layout == TN)
-            LAUNCH(device, (gemm32<true, true, Y, A, B>), grid, THREADS32, 0, data_of<Y>(y),
-                   partial, write, left, right, shape, groups, alpha, k_split);
-        else if (layout == NT)
-            LAUNCH(device, (gemm32<false, false, Y, A, B>), grid, THREADS32, 0, data_of<Y>(y),
-                   partial, write, left, right, shape, groups, alpha, k_split);
-        else
-            LAUNCH(device, (gemm32<false, true, Y, A, B>), grid, THREADS32, 0, data_of<Y>(y),
-                   partial, write, left, right, shape, groups, alpha, k_split);
-        if (partial)
-            LAUNCH(device, (join_splits<Y>), grid_for(device, shape.M * shape.N, 256), 256, 0,
-                   data_of<Y>(y), write, partial, shape.M * shape.N, (int)splits, alpha);
-    })));
+                                          const A *left = data_of<A>(a);
+                                          const B *right = data_of<B>(b);
+                                          if (layout == TN)
+                                              LAUNCH(device, (gemm32<true, true, Y, A, B>), grid,
+                                                     THREADS32, 0, data_of<Y>(y), partial, write,
+                                                     left, right, shape, groups, alpha, k_split);
+                                          else if (layout == NT)
+                                              LAUNCH(device, (gemm32<false, false, Y, A, B>), grid,
+                                                     THREADS32, 0, data_of<Y>(y), partial, write,
+                                                     left, right, shape, groups, alpha, k_split);
+                                          else
+                                              LAUNCH(device, (gemm32<false, true, Y, A, B>), grid,
+                                                     THREADS32, 0, data_of<Y>(y), partial, write,
+                                                     left, right, shape, groups, alpha, k_split);
+                                          if (partial)
+                                              LAUNCH(device, (join_splits<Y>),
+                                                     grid_for(device, shape.M * shape.N, 256), 256,
+                                                     0, data_of<Y>(y), write, partial,
+                                                     shape.M * shape.N, (int)splits, alpha);
+                                      })));
 }
 
 /* ---- dense products ---- */
@@ -181,11 +186,11 @@ extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tens
     Shape shape = {M, N, K};
     if (layout == NT && takes_few_rows(a))
         WITH_FLOAT(y.dtype, Y, WITH_FLOAT(a.dtype, A, WITH_ANY(b.dtype, D, {
-            launch_few_rows<D, Y, A>(y, write, a, b, alpha);
-        })));
+                                              launch_few_rows<D, Y, A>(y, write, a, b, alpha);
+                                          })));
     else if (a.dtype == b.dtype)
-        blaslt_matmul(a.device, layout, y.data, y.dtype, N, write, a.data,
-                      layout == TN ? M : K, b.data, a.dtype, M, N, K, alpha);
+        blaslt_matmul(a.device, layout, y.data, y.dtype, N, write, a.data, layout == TN ? M : K,
+                      b.data, a.dtype, M, N, K, alpha);
     else if (!dtype_is_packed(b.dtype))
         product32(layout, y, write, a, b, shape, Groups{NULL, 0}, alpha);
     else if (M <= ROWS_SMALL && a.dtype == BF16)

@@ -5,7 +5,7 @@ extern "C" {
 #include "kernels/norm.h"
 }
 
-#define THREADS  256
+#define THREADS   256
 #define WARP_COLS 1024 /* rows up to here go to one warp */
 
 /* Threads of a row, and which of them and which row this is. */
@@ -16,7 +16,8 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
     return ROW == 32 ? warp_sum(x) : block_sum(x, space);
 }
 
-/* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept. */
+/* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
+ */
 template <typename T, typename W, int V, int ROW>
 static __global__ void __launch_bounds__(THREADS, 4)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
@@ -106,11 +107,15 @@ static void launch_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tenso
     if (!N) return;
     bool fits = fits_packs(D, y, x, weight, residual);
     DType weight_dtype = weight.data ? weight.dtype : F32;
-    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight_dtype, W, WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
-        LAUNCH(x.device, (forward<T, W, V, ROW>), (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
-               data_of<T>(y), data_of<float>(rstd), data_of<T>(x), data_of<W>(weight),
-               data_of<T>(residual), N, D, eps, given);
-    }))));
+    WITH_FLOAT(x.dtype, T,
+               WITH_FLOAT(weight_dtype, W,
+                          WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
+                                         LAUNCH(x.device, (forward<T, W, V, ROW>),
+                                                (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
+                                                data_of<T>(y), data_of<float>(rstd), data_of<T>(x),
+                                                data_of<W>(weight), data_of<T>(residual), N, D, eps,
+                                                given);
+                                     }))));
 }
 
 extern "C" void cuda_rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight,
@@ -136,16 +141,20 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     if (!N) return;
     if (dweight.data) /* first: it reads dy, which dx may overwrite */
-        WITH_FLOAT(x.dtype, T,
-                   add_column_sums(x.device, data_of<float>(dweight), N, D,
-                                   WeightTerm<T>{data_of<T>(dy), data_of<T>(x),
-                                                 data_of<float>(rstd), D}));
+        WITH_FLOAT(
+            x.dtype, T,
+            add_column_sums(x.device, data_of<float>(dweight), N, D,
+                            WeightTerm<T>{data_of<T>(dy), data_of<T>(x), data_of<float>(rstd), D}));
     if (!dx.data) return;
     bool fits = fits_packs(D, dx, dy, x, weight);
     DType weight_dtype = weight.data ? weight.dtype : F32;
-    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight_dtype, W, WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
-        LAUNCH(x.device, (backward<T, W, V, ROW>), (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
-               data_of<T>(dx), write, data_of<T>(dy), data_of<T>(x), data_of<float>(rstd),
-               data_of<W>(weight), N, D);
-    }))));
+    WITH_FLOAT(x.dtype, T,
+               WITH_FLOAT(weight_dtype, W,
+                          WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
+                                         LAUNCH(x.device, (backward<T, W, V, ROW>),
+                                                (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
+                                                data_of<T>(dx), write, data_of<T>(dy),
+                                                data_of<T>(x), data_of<float>(rstd),
+                                                data_of<W>(weight), N, D);
+                                     }))));
 }

@@ -147,14 +147,15 @@ extern "C" void cuda_fake_quantize(Tensor y, Tensor x, Tensor factors, QuantSche
     }
     if (scheme == SCHEME_INT8)
         WITH_FLOAT(y.dtype, Y, WITH_ANY(x.dtype, D, {
-            LAUNCH(device, (round_rows<Y, D>), (unsigned)(count / K), 256, 0, data_of<Y>(y),
-                   view_of(x), scheme, blend);
-        }));
+                       LAUNCH(device, (round_rows<Y, D>), (unsigned)(count / K), 256, 0,
+                              data_of<Y>(y), view_of(x), scheme, blend);
+                   }));
     else
         WITH_FLOAT(y.dtype, Y, WITH_ANY(x.dtype, D, {
-            LAUNCH(device, (round_blocks<Y, D>), grid_for(device, count, 256), 256, 0,
-                   data_of<Y>(y), view_of(x), data_of<float>(factors), scheme, blend, count / 32);
-        }));
+                       LAUNCH(device, (round_blocks<Y, D>), grid_for(device, count, 256), 256, 0,
+                              data_of<Y>(y), view_of(x), data_of<float>(factors), scheme, blend,
+                              count / 32);
+                   }));
 }
 
 /* What one element leaves of its gradient, and adds to that of its block's factor. */

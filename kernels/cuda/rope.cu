@@ -19,8 +19,8 @@ static __global__ void table(float *cosines, float *sines, const int32_t *positi
 
 /* Pairs of one head lie half a head apart. */
 template <typename Y, typename X, int V>
-static __global__ void rotate(Y *y, const X *x, const float *cosines, const float *sines, int64_t pairs,
-                       int64_t heads, int64_t half, float sign) {
+static __global__ void rotate(Y *y, const X *x, const float *cosines, const float *sines,
+                              int64_t pairs, int64_t heads, int64_t half, float sign) {
     FOR_GRID(k, pairs / V) {
         int64_t i = k * V % half, head = k * V / half, n = head / heads;
         const X *from = x + head * 2 * half + i;
@@ -55,10 +55,12 @@ static void launch_rotate(Tensor y, Tensor x, Tensor cosines, Tensor sines, floa
     if (!pairs) return;
     bool fits = fits_packs(half, y, x, cosines, sines);
     WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, WITH_PACKS(fits, V, {
-        LAUNCH(x.device, (rotate<Y, X, V>), grid_for(x.device, pairs / V, 256), 256, 0,
-               data_of<Y>(y), data_of<X>(x), data_of<float>(cosines), data_of<float>(sines), pairs,
-               x.shape[1], half, sign);
-    })));
+                                          LAUNCH(x.device, (rotate<Y, X, V>),
+                                                 grid_for(x.device, pairs / V, 256), 256, 0,
+                                                 data_of<Y>(y), data_of<X>(x),
+                                                 data_of<float>(cosines), data_of<float>(sines),
+                                                 pairs, x.shape[1], half, sign);
+                                      })));
 }
 
 extern "C" void cuda_rope_forward(Tensor y, Tensor x, Tensor cosines, Tensor sines) {

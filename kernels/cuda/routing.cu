@@ -231,10 +231,13 @@ extern "C" void cuda_combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor 
     bool fits = fits_packs(D, y, rows);
     if (!N) return;
     WITH_FLOAT(y.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_PACKS(fits, V, {
-        LAUNCH(y.device, (combine<T, S, V>), grid_for(y.device, N * D / V, 256), 256, 0,
-               data_of<T>(y), data_of<T>(rows), data_of<int32_t>(slot), data_of<float>(share),
-               data_of<int32_t>(experts), data_of<S>(scale), N, D, (int)A);
-    })));
+                                          LAUNCH(y.device, (combine<T, S, V>),
+                                                 grid_for(y.device, N * D / V, 256), 256, 0,
+                                                 data_of<T>(y), data_of<T>(rows),
+                                                 data_of<int32_t>(slot), data_of<float>(share),
+                                                 data_of<int32_t>(experts), data_of<S>(scale), N, D,
+                                                 (int)A);
+                                      })));
 }
 
 extern "C" void cuda_combine_backward(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy,
@@ -246,10 +249,13 @@ extern "C" void cuda_combine_backward(Tensor drows, Tensor dshare, Tensor dscale
     if (!N) return;
     cuda_check(cudaMemsetAsync(drows.data, 0, tensor_bytes(drows), cuda_stream(device)), "combine");
     WITH_FLOAT(dy.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_PACKS(fits, V, {
-        LAUNCH(device, (combine_rows<T, S, V>), (unsigned)entries, 256, 0, data_of<T>(drows),
-               data_of<float>(dshare), data_of<T>(dy), data_of<T>(rows), data_of<int32_t>(slot),
-               data_of<float>(share), data_of<int32_t>(experts), data_of<S>(scale), D, (int)A);
-    })));
+                                           LAUNCH(device, (combine_rows<T, S, V>),
+                                                  (unsigned)entries, 256, 0, data_of<T>(drows),
+                                                  data_of<float>(dshare), data_of<T>(dy),
+                                                  data_of<T>(rows), data_of<int32_t>(slot),
+                                                  data_of<float>(share), data_of<int32_t>(experts),
+                                                  data_of<S>(scale), D, (int)A);
+                                       })));
     if (dscale.data)
         LAUNCH(device, (add_scales), (unsigned)tensor_count(dscale), 256, 0, data_of<float>(dscale),
                data_of<float>(share), data_of<float>(dshare), data_of<int32_t>(experts), entries);

@@ -138,9 +138,8 @@ extern "C" void cuda_top_logits(Tensor values, Tensor ids, Tensor lse, Tensor lo
     if (!N) return;
     CHECK(k <= RUN / 2, "the best %d of a row on the GPU", k);
     size_t keys = (size_t)N * runs * k;
-    uint64_t *best = (uint64_t *)cuda_workspace(logits.device,
-                                                2 * keys * sizeof(uint64_t) +
-                                                    3 * (size_t)N * runs * sizeof(float));
+    uint64_t *best = (uint64_t *)cuda_workspace(
+        logits.device, 2 * keys * sizeof(uint64_t) + 3 * (size_t)N * runs * sizeof(float));
     uint64_t *other = best + keys;
     float *sums = (float *)(other + keys);
     int size = power_of_two(V < RUN ? V : RUN);

@@ -1,7 +1,7 @@
 /* simt.cpp - threads of a block as stacks of their own, and a device made of host memory.
  *
- * LAPIDARY_SIMT_FAIL makes calls fail as real ones do: driver, none, old, memory, register, image, or
- * lost, after LAPIDARY_SIMT_CALLS calls that work did. */
+ * LAPIDARY_SIMT_FAIL makes calls fail as real ones do: driver, none, old, memory, register, image,
+ * or lost, after LAPIDARY_SIMT_CALLS calls that work did. */
 #include "simt.h"
 
 #include <csetjmp>
@@ -25,7 +25,8 @@ struct Lane {
     jmp_buf here;
 };
 
-/* What lanes give lies in two sets: a lane may be one exchange ahead of another that still reads. */
+/* What lanes give lies in two sets: a lane may be one exchange ahead of another that still reads.
+ */
 struct Warp {
     unsigned char given[2][32 * 64];
     unsigned arrived;
@@ -160,7 +161,8 @@ static bool fails(const char *what) {
 /* Memory of the device can be reached inside kernels and copies alone. */
 static void reach(bool open) {
     if (open ? open_depth++ : --open_depth) return;
-    for (auto &a : allocations) mprotect(a.first, a.second, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+    for (auto &a : allocations)
+        mprotect(a.first, a.second, open ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 
 static size_t whole_pages(size_t bytes) {
@@ -169,7 +171,8 @@ static size_t whole_pages(size_t bytes) {
 
 cudaError_t cudaMalloc(void **p, size_t bytes) {
     size_t size = whole_pages(bytes);
-    if (fails("memory") || taken + size > DEVICE_BYTES) return last_error = cudaErrorMemoryAllocation;
+    if (fails("memory") || taken + size > DEVICE_BYTES)
+        return last_error = cudaErrorMemoryAllocation;
     void *memory = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return last_error = cudaErrorMemoryAllocation;
     allocations[(char *)memory] = size;
@@ -258,9 +261,8 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
     for (unsigned i = 0; i < grid.x * grid.y * grid.z; i++) {
         memset(aligned, 0xff, shared);
         for (unsigned k = 0; k < count; k++)
-            lanes[k].view = {dim3(),
-                             dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y), block,
-                             grid, aligned};
+            lanes[k].view = {dim3(), dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y),
+                             block, grid, aligned};
         run_block(block);
     }
     reach(false);
@@ -383,13 +385,21 @@ cudaError_t cudaGetLastError() {
 }
 const char *cudaGetErrorString(cudaError_t error) {
     switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInsufficientDriver: return "CUDA driver version is insufficient for CUDA runtime version";
-    case cudaErrorNoDevice: return "no CUDA-capable device is detected";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
-    case cudaErrorLaunchFailure: return "unspecified launch failure";
-    default: return "another error";
+    case cudaSuccess:
+        return "no error";
+    case cudaErrorMemoryAllocation:
+        return "out of memory";
+    case cudaErrorInsufficientDriver:
+        return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorNoDevice:
+        return "no CUDA-capable device is detected";
+    case cudaErrorInvalidDevice:
+        return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice:
+        return "no kernel image is available for execution on the device";
+    case cudaErrorLaunchFailure:
+        return "unspecified launch failure";
+    default:
+        return "another error";
     }
 }

@@ -22,7 +22,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __restrict__
-#define __shared__   static
+#define __shared__ static
 #define __constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
@@ -109,7 +109,9 @@ template <typename T, typename F> T simt_butterfly(T value, F join) {
 
 /* ---- arithmetic ---- */
 
-static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline float rsqrtf(float x) {
+    return 1.0f / sqrtf(x);
+}
 static inline unsigned __float_as_uint(float x) {
     unsigned u;
     memcpy(&u, &x, 4);
@@ -120,14 +122,30 @@ static inline float __uint_as_float(unsigned u) {
     memcpy(&x, &u, 4);
     return x;
 }
-static inline int __float2int_rn(float x) { return (int)rintf(x); }
-static inline int __popc(unsigned x) { return __builtin_popcount(x); }
-static inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
-static inline int __ffs(int x) { return __builtin_ffs(x); }
-static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fadd_rn(float a, float b) { return a + b; }
-static inline float __fdiv_rn(float a, float b) { return a / b; }
-template <typename T> T __ldg(const T *p) { return *p; }
+static inline int __float2int_rn(float x) {
+    return (int)rintf(x);
+}
+static inline int __popc(unsigned x) {
+    return __builtin_popcount(x);
+}
+static inline int __clz(int x) {
+    return x ? __builtin_clz((unsigned)x) : 32;
+}
+static inline int __ffs(int x) {
+    return __builtin_ffs(x);
+}
+static inline float __fmul_rn(float a, float b) {
+    return a * b;
+}
+static inline float __fadd_rn(float a, float b) {
+    return a + b;
+}
+static inline float __fdiv_rn(float a, float b) {
+    return a / b;
+}
+template <typename T> T __ldg(const T *p) {
+    return *p;
+}
 static inline int __dp4a(int a, int b, int c) {
     int8_t x[4], y[4];
     memcpy(x, &a, 4);
@@ -135,8 +153,12 @@ static inline int __dp4a(int a, int b, int c) {
     for (int i = 0; i < 4; i++) c += x[i] * y[i];
     return c;
 }
-template <typename T> T min(T a, T b) { return b < a ? b : a; }
-template <typename T> T max(T a, T b) { return a < b ? b : a; }
+template <typename T> T min(T a, T b) {
+    return b < a ? b : a;
+}
+template <typename T> T max(T a, T b) {
+    return a < b ? b : a;
+}
 
 /* Only integers: sums of floats in an order of chance have no place here. */
 static inline int atomicAdd(int *p, int value) {
@@ -165,7 +187,11 @@ enum cudaError_t {
     cudaErrorLaunchFailure = 719,
     cudaErrorNotSupported = 801,
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDefault = 4 };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToDevice = 1,
+    cudaMemcpyDeviceToHost = 2,
+    cudaMemcpyDefault = 4
+};
 enum cudaDeviceAttr { cudaDevAttrHostRegisterReadOnlySupported = 113 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeThreadLocal = 1 };
@@ -213,7 +239,8 @@ cudaError_t cudaGetLastError();
 const char *cudaGetErrorString(cudaError_t error);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
-cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                 unsigned long long flags);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
