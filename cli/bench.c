@@ -185,10 +185,8 @@ static Status bench_model(const ModelBench *b) {
     double prefill = 1e9, scoring = 0, decode = 0, reads = 0, used;
     DType kv = BF16;
     TRY(model_open(&m, b->model, NULL, "cpu", b->dtype, WEIGHTS_LOADED));
-    int64_t vocab = m.g.config.vocab_size, n = b->prompt > b->depth ? b->prompt : b->depth;
-    int32_t *ids = must_malloc((size_t)(n + 4) * sizeof *ids);
-    for (int64_t i = 0; i < n + 4; i++)
-        ids[i] = (int32_t)(3 + random_u64(9, (uint64_t)i) % (uint64_t)(vocab - 3));
+    int64_t n = b->prompt > b->depth ? b->prompt : b->depth;
+    int32_t *ids = bench_random_ids(&m.g, n + 4);
     TRY_DONE(kv_dtype(&kv, &m.g, b->kv));
     if (b->prompt) {
         TRY_DONE(time_scoring(&m, ids, b->prompt, &scoring));

@@ -49,7 +49,7 @@ static Status pack(Gemma *g, const char *weights) {
     return OK;
 }
 
-static int32_t *random_ids(const Gemma *g, int64_t n) {
+int32_t *bench_random_ids(const Gemma *g, int64_t n) {
     int32_t *ids = must_malloc((size_t)n * sizeof *ids);
     for (int64_t i = 0; i < n; i++)
         ids[i] = (int32_t)(3 + random_u64(9, (uint64_t)i) % (uint64_t)(g->config.vocab_size - 3));
@@ -69,13 +69,8 @@ double bench_bytes_a_token(const Gemma *g) {
     return bytes;
 }
 
-static double weight_bytes(const Gemma *g) {
-    ParamBytes bytes = params_bytes(&g->params);
-    return (double)bytes.values + (double)bytes.masters + (double)bytes.gradients;
-}
-
 /* Multiplications and additions a token takes forward: twice the weights it meets, of the experts
- * those chosen, and attention over `sight` keys of full layers. */
+ * those chosen, and attention over the keys that a token sees on average. */
 static double forward_flops(const Gemma *g, double tokens) {
     const ModelConfig *c = &g->config;
     double flops = 2.0 * (double)(c->vocab_size * c->hidden_size);
@@ -125,35 +120,46 @@ static void time_steps(Gemma *g, StepMemory *memory, Optimizer *o, const StepOpt
         gradients_zero(&g->params);
         if (options->layer_done) optimizer_begin(o);
         *loss = step_run(g, memory, batch, options, nll);
-        (void)gradients_norm(&g->params);
-        if (options->layer_done)
+        if (options->layer_done) {
             update_layer(options->layer_context, -1);
-        else
+        } else {
+            (void)gradients_norm(&g->params);
             optimizer_step(o, &g->params, 1e-5, 1.0);
+        }
         float one;
         tensor_read(&one, tensor_slice(g->params.grads, 0, 1)); /* all of it is done */
         if (i && omp_get_wtime() - start < *seconds) *seconds = omp_get_wtime() - start;
     }
 }
 
-/* What it would take, with every activation kept and with them made again. */
-static void print_plan(Gemma *g, const DrawnBench *b, const OptimizerConfig *adam) {
-    size_t activations, scratch;
-    ParamBytes bytes = params_bytes(&g->params);
-    double states = (double)optimizer_measure(adam, bytes.trained);
+/* What training takes. */
+typedef struct Plan {
+    ParamBytes params;
+    size_t states, activations, temporaries, total;
+} Plan;
+
+static Plan plan_of(Gemma *g, int64_t tokens, StackMode mode, const OptimizerConfig *adam) {
+    StepOptions options = {.mode = mode, .shortcut = true};
+    Plan p = {.params = params_bytes(&g->params)};
+    p.states = optimizer_measure(adam, p.params.trained);
+    step_plan(g, tokens, &options, &p.activations, &p.temporaries);
+    p.total = p.params.values + p.params.masters + p.params.gradients + p.states + p.activations +
+              p.temporaries;
+    return p;
+}
+
+/* With every activation kept, and with them made again. */
+static void print_plans(Gemma *g, const DrawnBench *b, const OptimizerConfig *adam) {
     for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
-        StepOptions options = {.mode = (StackMode)mode, .shortcut = true};
-        step_plan(g, b->tokens, &options, &activations, &scratch);
+        Plan p = plan_of(g, b->tokens, (StackMode)mode, adam);
         printf(
             "{\"preset\": \"%s\", \"train\": \"%s\", \"tokens\": %" PRId64
             ", \"recompute\": %s, \"weights_gb\": %.2f, \"trained_gb\": %.2f, \"states_gb\": %.2f, "
             "\"activations_gb\": %.2f, \"temporaries_gb\": %.2f, \"total_gb\": %.2f}\n",
             b->preset, b->train, b->tokens, mode == STACK_RECOMPUTE ? "true" : "false",
-            (double)bytes.values / 1e9, (double)(bytes.masters + bytes.gradients) / 1e9,
-            states / 1e9, (double)activations / 1e9, (double)scratch / 1e9,
-            ((double)(bytes.values + bytes.masters + bytes.gradients) + states +
-             (double)activations + (double)scratch) /
-                1e9);
+            (double)p.params.values / 1e9, (double)(p.params.masters + p.params.gradients) / 1e9,
+            (double)p.states / 1e9, (double)p.activations / 1e9, (double)p.temporaries / 1e9,
+            (double)p.total / 1e9);
     }
 }
 
@@ -165,7 +171,8 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     OptimizerConfig adam = {
         .name = OPTIMIZER_ADAMW, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .states_8bit = true};
     int64_t N = b->tokens;
-    int32_t *numbers = must_calloc((size_t)N * 4, sizeof *numbers), *ids = random_ids(g, N + 1);
+    int32_t *numbers = must_calloc((size_t)N * 4, sizeof *numbers),
+            *ids = bench_random_ids(g, N + 1);
     float *weights = must_malloc((size_t)N * 2 * sizeof *weights);
     double seconds, loss;
     Status status = OK;
@@ -173,14 +180,12 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     g->params.no_masters = g->params.one_layer = b->lean;
     TRY_DONE(adapt(g, &config, &spec));
     if (b->plan) {
-        print_plan(g, b, &adam);
+        print_plans(g, b, &adam);
         goto done;
     }
-    size_t before = device_available(g->device), activations, scratch;
     StepOptions options = {.mode = STACK_KEEP, .shortcut = true};
-    step_plan(g, N, &options, &activations, &scratch);
     if (b->recompute ||
-        weight_bytes(g) + (double)activations + (double)scratch > 0.9 * (double)before)
+        (double)plan_of(g, N, STACK_KEEP, &adam).total > 0.9 * (double)device_available(g->device))
         options.mode = STACK_RECOMPUTE;
     TRY_DONE(params_place(&g->params, g->device, true));
     TRY_DONE(initial_values(g, 42));
@@ -224,7 +229,7 @@ static Status bench_decoding(Gemma *g, const DrawnBench *b) {
     Engine e = {0};
     Sequence *s = NULL;
     int64_t n = b->depth + 4;
-    int32_t *ids = random_ids(g, n);
+    int32_t *ids = bench_random_ids(g, n);
     EngineOptions options = {.sequences = b->sequences,
                              .tokens = b->sequences * (n + b->tokens + 2 * PAGE_KEYS),
                              .chunk = 2048,

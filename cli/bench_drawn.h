@@ -21,6 +21,9 @@ Status bench_drawn(const DrawnBench *b);
 /* Attention of released heads over `tokens` tokens, forward and backward: a JSON line each. */
 Status bench_attention(const char *device, int64_t tokens);
 
+/* Ids that are no special tokens' and the same every time. Caller frees. */
+int32_t *bench_random_ids(const Gemma *g, int64_t n);
+
 /* Bytes of weights that one decoded token reads: every matrix but the per-layer table, and of the
  * experts those that are chosen. */
 double bench_bytes_a_token(const Gemma *g);

@@ -140,6 +140,12 @@ static bool matches(const Element *e, int byte, int32_t token) {
                      : e->kind == ELEMENT_TOKEN && e->value == token;
 }
 
+static void swap_states(GrammarState *a, GrammarState *b) {
+    GrammarState held = *a;
+    *a = *b;
+    *b = held;
+}
+
 /* One symbol further: a byte, or with byte -1 a special token. */
 static void advance(const Grammar *g, GrammarState *to, const GrammarState *from, int byte,
                     int32_t token) {
@@ -162,9 +168,7 @@ static bool walk_token(const Grammar *g, GrammarState *s, GrammarState *spare, c
     bool special = tokenizer_is_special(t, id);
     if (special) {
         advance(g, spare, s, -1, id);
-        GrammarState held = *s;
-        *s = *spare;
-        *spare = held;
+        swap_states(s, spare);
         return s->stacks > 0;
     }
     if (tokenizer_is_byte(t, id)) {
@@ -176,9 +180,7 @@ static bool walk_token(const Grammar *g, GrammarState *s, GrammarState *spare, c
     bool good = text.size > 0;
     for (size_t i = 0; i < text.size && good; i++) {
         advance(g, spare, s, (uint8_t)text.bytes[i], 0);
-        GrammarState held = *s;
-        *s = *spare;
-        *spare = held;
+        swap_states(s, spare);
         good = s->stacks > 0;
     }
     text_free(&text);
@@ -195,22 +197,28 @@ static void copy_state(GrammarState *to, const GrammarState *from) {
     to->stacks = from->stacks;
 }
 
-bool grammar_take(const Grammar *g, GrammarState *s, const Tokenizer *t, int32_t id) {
-    GrammarState next = {0}, spare = {0};
-    copy_state(&next, s);
-    bool good = walk_token(g, &next, &spare, t, id);
-    if (good) copy_state(s, &next);
-    grammar_end(&next);
+/* Whether a token may come, and in `next` (empty before) what is after it. */
+static bool try_token(const Grammar *g, GrammarState *next, const GrammarState *s,
+                      const Tokenizer *t, int32_t id) {
+    GrammarState spare = {0};
+    copy_state(next, s);
+    bool good = walk_token(g, next, &spare, t, id);
     grammar_end(&spare);
     return good;
 }
 
-bool grammar_allows(const Grammar *g, const GrammarState *s, const Tokenizer *t, int32_t id) {
-    GrammarState next = {0}, spare = {0};
-    copy_state(&next, s);
-    bool good = walk_token(g, &next, &spare, t, id);
+bool grammar_take(const Grammar *g, GrammarState *s, const Tokenizer *t, int32_t id) {
+    GrammarState next = {0};
+    bool good = try_token(g, &next, s, t, id);
+    if (good) swap_states(s, &next);
     grammar_end(&next);
-    grammar_end(&spare);
+    return good;
+}
+
+bool grammar_allows(const Grammar *g, const GrammarState *s, const Tokenizer *t, int32_t id) {
+    GrammarState next = {0};
+    bool good = try_token(g, &next, s, t, id);
+    grammar_end(&next);
     return good;
 }
 

@@ -133,6 +133,7 @@ static void balance(Step *t) {
 static void run(Step *t) {
     stack_forward(&t->stack);
     balance(t);
+    t->stack.pass.load_counts = tensor_absent(); /* layers made again are not counted again */
     loss(t);
     if (stack_trains(&t->stack)) backward(t);
 }

@@ -46,7 +46,7 @@ struct Library {
     void *workspace;
 };
 
-static Library libraries[16];
+static Library libraries[CUDA_DEVICES];
 static Plan *plans;
 
 static void *open_library() {

@@ -28,6 +28,8 @@ extern "C" {
 
 /* ---- the device's side of the host (device.cu) ---- */
 
+#define CUDA_DEVICES 16 /* that a program can see */
+
 /* Makes the device the thread's own and returns the stream that all its work is on. */
 cudaStream_t cuda_stream(const Device *device);
 
@@ -51,11 +53,14 @@ size_t cuda_shared_most(const Device *device);
 #define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
     do {                                                                                           \
         cudaStream_t launch_stream = cuda_stream(device);                                          \
-        if ((shared) > 48 * 1024)                                                                  \
+        static size_t launch_shared[CUDA_DEVICES]; /* what the kernel may take on each device */   \
+        if ((shared) > 48 * 1024 && (shared) > launch_shared[(device)->index]) {                   \
             cuda_check(cudaFuncSetAttribute(UNWRAP kernel,                                         \
                                             cudaFuncAttributeMaxDynamicSharedMemorySize,           \
                                             (int)(shared)),                                        \
                        #kernel);                                                                   \
+            launch_shared[(device)->index] = (shared);                                             \
+        }                                                                                          \
         UNWRAP kernel<<<grid, block, shared, launch_stream>>>(__VA_ARGS__);                        \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)

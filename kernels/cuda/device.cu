@@ -11,7 +11,6 @@ extern "C" {
 #include <stdio.h>
 #include <string.h>
 
-#define GPUS_MAX   16
 #define GRAPHS_MAX 64
 
 /* Bytes that go through pinned memory at a time. */
@@ -46,7 +45,7 @@ struct Gpu {
     char name[300];
 };
 
-static Gpu gpus[GPUS_MAX];
+static Gpu gpus[CUDA_DEVICES];
 
 static Gpu *gpu_of(const Device *device) {
     return &gpus[device->index];
@@ -59,7 +58,7 @@ int cuda_count(const char **why) {
     int count = 0, driver = 0, runtime = 0;
     cudaError_t error = cudaGetDeviceCount(&count);
     *why = NULL;
-    if (error == cudaSuccess && count > 0) return count < GPUS_MAX ? count : GPUS_MAX;
+    if (error == cudaSuccess && count > 0) return count < CUDA_DEVICES ? count : CUDA_DEVICES;
     cudaGetLastError();
     cudaDriverGetVersion(&driver);
     cudaRuntimeGetVersion(&runtime);

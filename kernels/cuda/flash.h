@@ -61,6 +61,21 @@ DEVICE_FUNCTION void load_keys(bf16 *tile, const bf16 *k, const Heads &heads, co
     }
 }
 
+/* sums += a b for sixteen rows of a warp: b lies in shared memory with K as rows, its sixteen rows
+ * from `b` on, eight columns to each tile of sums. */
+template <int C, int TILES>
+DEVICE_FUNCTION void add_product(float (&sums)[TILES][4], const unsigned (&a)[4], const bf16 *b) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < TILES; j += 2) {
+        unsigned x[4];
+        load_turned_tiles(x, b + lane % 16 * Flash<C>::STRIDE + 8 * j + lane / 16 * 8);
+        unsigned left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
+        mma_bf16(sums[j], a, left);
+        mma_bf16(sums[j + 1], a, right);
+    }
+}
+
 /* ---- forward ---- */
 
 template <int C>
@@ -169,15 +184,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS)
             for (int kk = 0; kk < FLASH_KEYS; kk += 16) {
                 unsigned a[4];
                 load_tiles(a, weights + (m0 + lane % 16) * SCORES + kk + lane / 16 * 8);
-#pragma unroll
-                for (int j = 0; j < TILES; j += 2) {
-                    unsigned b[4];
-                    load_turned_tiles(b, values + (kk + lane % 16) * STRIDE + half * (C / 2) +
-                                             8 * j + lane / 16 * 8);
-                    unsigned b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-                    mma_bf16(sums[j], a, b0);
-                    mma_bf16(sums[j + 1], a, b1);
-                }
+                add_product<C>(sums, a, values + kk * STRIDE + half * (C / 2));
             }
             __syncthreads();
             if (s0 + FLASH_KEYS < end)
@@ -331,19 +338,8 @@ static __global__ void __launch_bounds__(FLASH_THREADS)
             int at = (rr + lane % 8 + lane / 16 * 8) * SCORES + m0 + lane / 8 % 2 * 8;
             load_turned_tiles(w, weights + at);
             load_turned_tiles(d, slopes + at);
-#pragma unroll
-            for (int j = 0; j < TILES; j += 2) {
-                unsigned b[4];
-                int from = (rr + lane % 16) * STRIDE + c0 + 8 * j + lane / 16 * 8;
-                load_turned_tiles(b, douts + from);
-                unsigned b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-                mma_bf16(sums_v[j], w, b0);
-                mma_bf16(sums_v[j + 1], w, b1);
-                load_turned_tiles(b, rows + from);
-                unsigned b2[2] = {b[0], b[1]}, b3[2] = {b[2], b[3]};
-                mma_bf16(sums_k[j], d, b2);
-                mma_bf16(sums_k[j + 1], d, b3);
-            }
+            add_product<C>(sums_v, w, douts + rr * STRIDE + c0);
+            add_product<C>(sums_k, d, rows + rr * STRIDE + c0);
         }
         __syncthreads();
     }
@@ -397,14 +393,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS)
         for (int kk = 0; kk < FLASH_KEYS; kk += 16) {
             unsigned a[4];
             load_tiles(a, slopes + (m0 + lane % 16) * SCORES + kk + lane / 16 * 8);
-#pragma unroll
-            for (int j = 0; j < TILES; j += 2) {
-                unsigned b[4];
-                load_turned_tiles(b, keys + (kk + lane % 16) * STRIDE + c0 + 8 * j + lane / 16 * 8);
-                unsigned b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
-                mma_bf16(sums[j], a, b0);
-                mma_bf16(sums[j + 1], a, b1);
-            }
+            add_product<C>(sums, a, keys + kk * STRIDE + c0);
         }
         __syncthreads();
     }

@@ -11,18 +11,32 @@
 
 #ifndef __CUDACC__
 
-/* Every lane's operands: a of lane i at i * 64, b 32 bytes behind it. */
-template <int A, int B>
-static const unsigned char *simt_operands(const unsigned (&a)[A], const unsigned (&b)[B]) {
-    unsigned char mine[64] = {0};
-    memcpy(mine, a, sizeof a);
-    memcpy(mine + 32, b, sizeof b);
-    return simt_exchange(mine, 64);
-}
+/* What lane `lane` of an exchange gave: element i of type T, `offset` bytes in. */
 template <typename T> static T simt_part(const unsigned char *all, int lane, int offset, int i) {
     T out;
     memcpy(&out, all + 64 * lane + offset + i * (int)sizeof(T), sizeof out);
     return out;
+}
+
+/* The product of all lanes' operands, this lane's part of it: K deep, elements of T, the numbers
+ * they stand for by `value`. A register holds 4 / sizeof(T) neighbours along K. */
+template <int K, typename T, typename C, typename F>
+static void simt_multiply(C (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], F value) {
+    constexpr int each = 4 / (int)sizeof(T), half = K / 2;
+    unsigned char mine[64] = {0};
+    memcpy(mine, a, sizeof a);
+    memcpy(mine + 32, b, sizeof b);
+    const unsigned char *all = simt_exchange(mine, 64);
+    int g = simt_lane() / 4, t = simt_lane() % 4;
+    for (int i = 0; i < 4; i++) {
+        int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        for (int k = 0; k < K; k++) {
+            int from = k % half / each, part = k / half, at = k % each;
+            T x = simt_part<T>(all, row % 8 * 4 + from, 0, (2 * part + row / 8) * each + at),
+              y = simt_part<T>(all, column * 4 + from, 32, part * each + at);
+            c[i] += value(x) * value(y);
+        }
+    }
 }
 
 #endif
@@ -37,17 +51,7 @@ DEVICE_FUNCTION void mma_bf16(float (&c)[4], const unsigned (&a)[4], const unsig
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    const unsigned char *all = simt_operands(a, b);
-    int g = simt_lane() / 4, t = simt_lane() % 4;
-    for (int i = 0; i < 4; i++) {
-        int row = g + i / 2 * 8, column = 2 * t + i % 2;
-        for (int k = 0; k < 16; k++) {
-            int from = k % 8 / 2, part = k / 8;
-            bf16 x = simt_part<bf16>(all, row % 8 * 4 + from, 0, (2 * part + row / 8) * 2 + k % 2);
-            bf16 y = simt_part<bf16>(all, column * 4 + from, 32, part * 2 + k % 2);
-            c[i] += to_float(x) * to_float(y);
-        }
-    }
+    simt_multiply<16, bf16>(c, a, b, [](bf16 x) { return to_float(x); });
 #endif
 }
 
@@ -61,16 +65,8 @@ DEVICE_FUNCTION void mma_tf32(float (&c)[4], const unsigned (&a)[4], const unsig
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    const unsigned char *all = simt_operands(a, b);
-    int g = simt_lane() / 4, t = simt_lane() % 4;
-    for (int i = 0; i < 4; i++) {
-        int row = g + i / 2 * 8, column = 2 * t + i % 2;
-        for (int k = 0; k < 8; k++) {
-            unsigned x = simt_part<unsigned>(all, row % 8 * 4 + k % 4, 0, k / 4 * 2 + row / 8),
-                     y = simt_part<unsigned>(all, column * 4 + k % 4, 32, k / 4);
-            c[i] += __uint_as_float(x & 0xffffe000u) * __uint_as_float(y & 0xffffe000u);
-        }
-    }
+    simt_multiply<8, unsigned>(c, a, b,
+                               [](unsigned x) { return __uint_as_float(x & 0xffffe000u); });
 #endif
 }
 
@@ -84,18 +80,7 @@ DEVICE_FUNCTION void mma_int8(int (&c)[4], const unsigned (&a)[4], const unsigne
                  : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    const unsigned char *all = simt_operands(a, b);
-    int g = simt_lane() / 4, t = simt_lane() % 4;
-    for (int i = 0; i < 4; i++) {
-        int row = g + i / 2 * 8, column = 2 * t + i % 2;
-        for (int k = 0; k < 32; k++) {
-            int from = k % 16 / 4, part = k / 16;
-            int8_t x = simt_part<int8_t>(all, row % 8 * 4 + from, 0,
-                                         (2 * part + row / 8) * 4 + k % 4),
-                   y = simt_part<int8_t>(all, column * 4 + from, 32, part * 4 + k % 4);
-            c[i] += x * y;
-        }
-    }
+    simt_multiply<32, int8_t>(c, a, b, [](int8_t x) { return (int)x; });
 #endif
 }
 

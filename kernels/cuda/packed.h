@@ -9,6 +9,8 @@ extern "C" {
 #include "kernels/blocks.h"
 }
 
+#include <type_traits>
+
 /* The 256 levels of DYNAMIC8 (or its unsigned one) in the device's memory (update.cu). */
 const float *cuda_dynamic_levels(const Device *device, bool is_signed);
 
@@ -71,25 +73,16 @@ template <int D> DEVICE_FUNCTION void read8(float (&x)[8], const PackedView &t, 
         float d = f16_value(b->d);
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] = d * (float)b->qs[first % 32 + i];
-    } else if constexpr (D == Q4_K) {
-        const BlockQ4_K *b = (const BlockQ4_K *)t.data + first / 256;
+    } else if constexpr (D == Q4_K || D == Q5_K) {
+        typedef std::conditional_t<D == Q4_K, BlockQ4_K, BlockQ5_K> Block;
+        const Block *b = (const Block *)t.data + first / 256;
         int at = first % 256, j = at / 32, scale, min;
         read_scale(b->scales, j, &scale, &min);
         float s = f16_value(b->d) * (float)scale, m = f16_value(b->dmin) * (float)min;
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             int q = b->qs[j / 2 * 32 + at % 32 + i] >> (j % 2 * 4) & 15;
-            x[i] = __fadd_rn(__fmul_rn(s, (float)q), -m);
-        }
-    } else if constexpr (D == Q5_K) {
-        const BlockQ5_K *b = (const BlockQ5_K *)t.data + first / 256;
-        int at = first % 256, j = at / 32, scale, min;
-        read_scale(b->scales, j, &scale, &min);
-        float s = f16_value(b->d) * (float)scale, m = f16_value(b->dmin) * (float)min;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int low = b->qs[j / 2 * 32 + at % 32 + i] >> (j % 2 * 4) & 15;
-            int q = low | (b->qh[at % 32 + i] >> j & 1) << 4;
+            if constexpr (D == Q5_K) q |= (b->qh[at % 32 + i] >> j & 1) << 4;
             x[i] = __fadd_rn(__fmul_rn(s, (float)q), -m);
         }
     } else if constexpr (D == Q6_K) {

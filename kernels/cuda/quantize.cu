@@ -102,6 +102,22 @@ DEVICE_FUNCTION float blended(float x, const Rule &r, QuantScheme scheme, float 
     return blend == 1.0f ? held : x + blend * (held - x);
 }
 
+/* The rule of a block of 32, an element to each lane of a warp. */
+DEVICE_FUNCTION Rule block_rule(float x, QuantScheme scheme, const float *factor) {
+    float most = signed_largest(x);
+    return rule_of(scheme == SCHEME_Q4_0 ? most : fabsf(most), scheme, factor);
+}
+
+/* The rule of a row that has one scale, for all threads of a block. */
+template <int D>
+DEVICE_FUNCTION Rule row_rule(const PackedView &x, int64_t first, QuantScheme scheme,
+                              float *space) {
+    float most = 0;
+    for (int64_t k = threadIdx.x; k < x.cols; k += blockDim.x)
+        most = fmaxf(most, fabsf(read1<D>(x, first + k)));
+    return rule_of(block_max(most, space), scheme, NULL);
+}
+
 /* Blocks of 32: a warp each, one element to a lane. */
 template <typename Y, int D>
 static __global__ void round_blocks(Y *y, PackedView x, const float *factors, QuantScheme scheme,
@@ -109,9 +125,8 @@ static __global__ void round_blocks(Y *y, PackedView x, const float *factors, Qu
     int lane = threadIdx.x % 32;
     for (int64_t b = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32; b < blocks;
          b += (int64_t)gridDim.x * blockDim.x / 32) {
-        float v = read1<D>(x, b * 32 + lane), most = signed_largest(v);
-        if (scheme != SCHEME_Q4_0) most = fabsf(most);
-        Rule r = rule_of(most, scheme, factors ? factors + b : NULL);
+        float v = read1<D>(x, b * 32 + lane);
+        Rule r = block_rule(v, scheme, factors ? factors + b : NULL);
         y[b * 32 + lane] = from_float<Y>(blended(v, r, scheme, blend));
     }
 }
@@ -121,10 +136,7 @@ template <typename Y, int D>
 static __global__ void round_rows(Y *y, PackedView x, QuantScheme scheme, float blend) {
     __shared__ float space[32];
     int64_t K = x.cols, first = blockIdx.x * K;
-    float most = 0;
-    for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
-        most = fmaxf(most, fabsf(read1<D>(x, first + k)));
-    Rule r = rule_of(block_max(most, space), scheme, NULL);
+    Rule r = row_rule<D>(x, first, scheme, space);
     for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
         y[first + k] = from_float<Y>(blended(read1<D>(x, first + k), r, scheme, blend));
 }
@@ -174,9 +186,8 @@ static __global__ void round_blocks_backward(float *dx, float *dfactors, PackedV
     int lane = threadIdx.x % 32;
     for (int64_t b = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32; b < blocks;
          b += (int64_t)gridDim.x * blockDim.x / 32) {
-        float v = read1<D>(x, b * 32 + lane), most = signed_largest(v);
-        if (scheme != SCHEME_Q4_0) most = fabsf(most);
-        Rule r = rule_of(most, scheme, factors ? factors + b : NULL);
+        float v = read1<D>(x, b * 32 + lane);
+        Rule r = block_rule(v, scheme, factors ? factors + b : NULL);
         float sum = warp_sum(straight_through(&dx[b * 32 + lane], v, r, scheme, blend));
         if (dfactors && !lane) dfactors[b] += blend * r.base * sum;
     }
@@ -187,10 +198,7 @@ static __global__ void round_rows_backward(float *dx, PackedView x, QuantScheme 
                                            float blend) {
     __shared__ float space[32];
     int64_t K = x.cols, first = blockIdx.x * K;
-    float most = 0;
-    for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
-        most = fmaxf(most, fabsf(read1<D>(x, first + k)));
-    Rule r = rule_of(block_max(most, space), scheme, NULL);
+    Rule r = row_rule<D>(x, first, scheme, space);
     for (int64_t k = threadIdx.x; k < K; k += blockDim.x)
         straight_through(&dx[first + k], read1<D>(x, first + k), r, scheme, blend);
 }

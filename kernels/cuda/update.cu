@@ -11,7 +11,7 @@ extern "C" {
 /* ---- levels ---- */
 
 const float *cuda_dynamic_levels(const Device *device, bool is_signed) {
-    static float *levels[16][2];
+    static float *levels[CUDA_DEVICES][2];
     float **mine = &levels[device->index][is_signed];
     if (*mine) return *mine;
     *mine = (float *)device_allocate((Device *)device, 256 * sizeof(float));
