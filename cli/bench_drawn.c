@@ -245,7 +245,8 @@ static Status bench_decoding(Gemma *g, const DrawnBench *b) {
     TRY_DONE(engine_init(&e, g, NULL, &options));
     for (int64_t i = 0; i < b->sequences; i++) TRY_DONE(engine_submit(&e, &s, &request));
     double start = omp_get_wtime();
-    while (sequence_answered(s) == 0) engine_step(&e);
+    while (sequence_answered(s) == 0)
+        if (!engine_step(&e)) FAIL_DONE(ERR_CONFIG, "the model's first token is no number");
     double prefill = omp_get_wtime() - start;
     for (int i = 0; i < 8; i++) engine_step(&e);
     start = omp_get_wtime();

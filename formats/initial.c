@@ -103,7 +103,7 @@ done:
 /* ---- in memory ---- */
 
 /* Elements of a packed pattern, about. */
-#define PATTERN (1 << 22)
+#define PATTERN (1 << 20)
 
 /* A few rows packed by the host, one behind the other until the tensor is full. */
 static Status fill_packed(Tensor t, uint64_t key) {

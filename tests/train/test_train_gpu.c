@@ -111,3 +111,30 @@ CASE(gpu, what_is_in_the_way_is_said) {
         EXPECT((strstr(program_err, "using the CPU") != NULL) == (i != 1), "%s", program_err);
     }
 }
+
+/* The GPU's side of a bench as the emulator notes it: memory of an H200, no kernel run. */
+static void expect_launches(const char *preset, const char *what, const char *kernel) {
+    char *path = must_format("%s/%s%s.txt", test_folder(), preset, what), *text = NULL;
+    size_t size;
+    setenv("LAPIDARY_SIMT_LAUNCHES", path, 1);
+    EXPECT_EXIT(0, "\"device_gb\"", "bench --preset %s %s --device cuda", preset, what);
+    unsetenv("LAPIDARY_SIMT_LAUNCHES");
+    EXPECT_OK(file_read(&text, &size, path, 1 << 20));
+    EXPECT(strstr(text, kernel), "%s %s: no launch of %s in\n%s", preset, what, kernel, text);
+    free(text), free(path);
+}
+
+/* Grids, threads, shared memory and the whole of the device's memory, at 4,096 tokens. */
+CASE(gpu, launches_of_released_shapes_fit) {
+    static const char *const presets[] = {"e2b", "e4b", "12b", "26b-a4b", "31b"};
+    take_gpu_program();
+    if (!is_emulated()) SKIP("a GPU runs what it is given");
+    for (size_t i = 0; i < sizeof presets / sizeof *presets; i++) {
+        expect_launches(presets[i], "--weights bf16 --tokens 4", "attend");
+        expect_launches(presets[i], "--train lora --tokens 4096", "flash_keys_backward");
+        expect_launches(presets[i], "--train full --tokens 4096 --lean --recompute", "adamw");
+    }
+    expect_launches("e2b", "--train qlora --tokens 4096", "flash_rows_backward");
+    expect_launches("26b-a4b", "--train qlora --tokens 4096", "combine_rows");
+    expect_launches("26b-a4b", "--weights q4_0 --tokens 4", "few_rows");
+}
