@@ -279,6 +279,12 @@ Status command_bench(int argc, char **argv) {
     if (a.helped) return OK;
     if (b.prompt < 0 || b.tokens < 1 || b.depth < 0 || b.sequences < 1 || b.sequences > 512)
         FAIL(ERR_USAGE, "--prompt, --tokens, --depth or --sequences is out of range");
+    if (b.model && drawn.preset) FAIL(ERR_USAGE, "--model and --preset: one of them");
+    if (drawn.train && !drawn.preset) FAIL(ERR_USAGE, "--train goes with --preset");
+    if (!drawn.train && (drawn.lean || drawn.plan || drawn.recompute))
+        FAIL(ERR_USAGE, "--lean, --plan and --recompute go with --train");
+    if (b.model && strcmp(drawn.device, "auto") && strcmp(drawn.device, "cpu"))
+        FAIL(ERR_USAGE, "--model is timed on the CPU; --preset goes to --device %s", drawn.device);
     if (b.model) return bench_model(&b);
     drawn.tokens = b.tokens;
     drawn.sequences = b.sequences;
