@@ -260,6 +260,7 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
     TRY(node_get_int(root, "image_token_id", &c->image_token_id, false));
     TRY(node_get_int(root, "audio_token_id", &c->audio_token_id, false));
     TRY(node_get_int(root, "video_token_id", &c->video_token_id, false));
+    TRY(media_config_read(&c->vision, &c->audio, root, name));
     if (c->assistant) TRY(read_assistant(c, root, name));
     TRY(read_layer_types(c, text));
     TRY(read_heads(c, text));
@@ -311,4 +312,19 @@ BlockConfig block_config(const ModelConfig *c, int l) {
         if (owner == l) b.kv_is_shared = true;
     }
     return b;
+}
+
+BlockConfig vision_block_config(const VisionConfig *c, int l) {
+    return (BlockConfig){.layer = l,
+                         .kind = FULL,
+                         .hidden_size = c->hidden_size,
+                         .num_attention_heads = c->num_attention_heads,
+                         .num_key_value_heads = c->num_attention_heads,
+                         .head_dim = c->head_dim,
+                         .intermediate_size = c->intermediate_size,
+                         .owns_kv = true,
+                         .kv_layer = l,
+                         .linears = c->use_clipped_linears ? LINEAR_CLIPPED : LINEAR_WRAPPED,
+                         .unscaled = true,
+                         .eps = (float)c->rms_norm_eps};
 }

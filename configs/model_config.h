@@ -3,7 +3,7 @@
 #ifndef MODEL_CONFIG_H
 #define MODEL_CONFIG_H
 
-#include "configs/node.h"
+#include "configs/media_config.h"
 
 #include <stdint.h>
 
@@ -43,7 +43,13 @@ typedef struct ModelConfig {
         AttentionKind kind;
         int64_t head_dim, num_key_value_heads;
     } layer[LAYERS_MAX];
+    VisionConfig vision;
+    AudioConfig audio;
 } ModelConfig;
+
+/* How a module's linears are declared: as they are, one level deeper (q_proj.linear), and so with
+ * bounds that clamp input and output. */
+typedef enum LinearKind { LINEAR_PLAIN, LINEAR_WRAPPED, LINEAR_CLIPPED } LinearKind;
 
 /* Everything one layer asks about itself. Past this struct no code asks which model it is. */
 typedef struct BlockConfig {
@@ -56,6 +62,8 @@ typedef struct BlockConfig {
     bool v_from_k;     /* V is the raw output of k_proj */
     int kv_layer;      /* the layer whose K and V are used; itself when owns_kv */
     bool kv_is_shared; /* others read this layer's K and V */
+    LinearKind linears;
+    bool unscaled; /* has no layer_scalar */
     float eps;
 } BlockConfig;
 
@@ -64,6 +72,9 @@ typedef struct BlockConfig {
 Status model_config_parse(ModelConfig *config, const char *json, size_t size, const char *name);
 
 BlockConfig block_config(const ModelConfig *config, int layer);
+
+/* The same of the vision tower, whose layers are blocks as well. */
+BlockConfig vision_block_config(const VisionConfig *config, int layer);
 
 /* The last layer that owns K and V, plus one: beyond it a token without loss may stop. */
 int model_config_kv_layers(const ModelConfig *config);

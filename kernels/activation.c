@@ -38,3 +38,46 @@ void gelu_mul_joined_backward(Tensor dboth, Tensor dy, Tensor both) {
     check_joined(dy, dboth);
     ON_DEVICE(dy, gelu_mul_joined_backward)(dboth, dy, both);
 }
+
+static void check_glu(Tensor y, Tensor x) {
+    CHECK(tensor_rows(x) == tensor_rows(y) && tensor_cols(x) == 2 * tensor_cols(y) &&
+              x.dtype == y.dtype,
+          "glu: %s and %s", tensor_text(y), tensor_text(x));
+}
+
+void glu_forward(Tensor y, Tensor x) {
+    check_glu(y, x);
+    ON_DEVICE(y, glu_forward)(y, x);
+}
+
+void glu_backward(Tensor dx, Tensor dy, Tensor x) {
+    check_glu(dy, x);
+    check_glu(dy, dx);
+    ON_DEVICE(dy, glu_backward)(dx, dy, x);
+}
+
+void activation_forward(Tensor y, Tensor x, Activation f) {
+    CHECK(tensor_count(y) == tensor_count(x), "activation: %s and %s", tensor_text(y),
+          tensor_text(x));
+    ON_DEVICE(y, activation_forward)(y, x, f);
+}
+
+void activation_backward(Tensor dx, Write write, Tensor dy, Tensor x, Activation f) {
+    CHECK(tensor_count(dx) == tensor_count(x) && tensor_count(dy) == tensor_count(x) &&
+              dy.dtype == x.dtype,
+          "activation: %s and %s", tensor_text(dx), tensor_text(x));
+    ON_DEVICE(dy, activation_backward)(dx, write, dy, x, f);
+}
+
+void clamp_forward(Tensor y, Tensor x, float low, float high) {
+    CHECK(tensor_count(y) == tensor_count(x) && y.dtype == x.dtype, "clamp: %s and %s",
+          tensor_text(y), tensor_text(x));
+    ON_DEVICE(y, clamp_forward)(y, x, low, high);
+}
+
+void clamp_backward(Tensor dx, Write write, Tensor dy, Tensor x, float low, float high) {
+    CHECK(tensor_count(dx) == tensor_count(x) && tensor_count(dy) == tensor_count(x) &&
+              dx.dtype == x.dtype && dy.dtype == x.dtype,
+          "clamp: %s, %s and %s", tensor_text(dx), tensor_text(dy), tensor_text(x));
+    ON_DEVICE(dy, clamp_backward)(dx, write, dy, x, low, high);
+}

@@ -1,4 +1,4 @@
-/* activation.h - GELU (tanh form), alone in a gate: y = gelu(gate) * up. */
+/* activation.h - gates and other functions of single elements. */
 #ifndef ACTIVATION_H
 #define ACTIVATION_H
 
@@ -18,5 +18,31 @@ KERNEL(gelu_mul_joined_forward, Tensor y, Tensor both);
 
 /* dboth (M, 2 F) from dy (M, F); may not alias. */
 KERNEL(gelu_mul_joined_backward, Tensor dboth, Tensor dy, Tensor both);
+
+/* y = a * sigmoid(b) where each row of x (M, 2 F) holds a, then b.   y (M, F) dtype of x */
+KERNEL(glu_forward, Tensor y, Tensor x);
+
+/* dx (M, 2 F) from dy (M, F); may not alias. */
+KERNEL(glu_backward, Tensor dx, Tensor dy, Tensor x);
+
+typedef enum Activation {
+    RELU,     /* max(x, 0) */
+    SILU,     /* x sigmoid(x) */
+    SOFTPLUS, /* ln(1 + e^x) */
+} Activation;
+
+/* y = f(x), in f32.   y, x  same size, f32 | bf16 each; y may alias x */
+KERNEL(activation_forward, Tensor y, Tensor x, Activation f);
+
+/* dx (=|+=) dy * f'(x).   dx, dy, x  same size, f32 | bf16, dy's dtype that of x; dx may alias dy
+ */
+KERNEL(activation_backward, Tensor dx, Write write, Tensor dy, Tensor x, Activation f);
+
+/* y = min(max(x, low), high).   y, x  same size and dtype; y may alias x */
+KERNEL(clamp_forward, Tensor y, Tensor x, float low, float high);
+
+/* dx (=|+=) dy where low < x < high, else 0: x may be the clamped value as well, for what was
+ * clamped lies at a bound.   dx, dy, x  same size and dtype; dx may alias dy or x */
+KERNEL(clamp_backward, Tensor dx, Write write, Tensor dy, Tensor x, float low, float high);
 
 #endif

@@ -57,6 +57,13 @@ void scale_columns(Tensor y, Write write, Tensor x, Tensor weight) {
     ON_DEVICE(y, scale_columns)(y, write, x, weight);
 }
 
+void shift_columns(Tensor y, Tensor x, Tensor shift) {
+    CHECK(tensor_count(y) == tensor_count(x) && y.dtype == x.dtype &&
+              tensor_count(shift) == tensor_cols(x),
+          "shift_columns: %s by %s", tensor_text(x), tensor_text(shift));
+    ON_DEVICE(y, shift_columns)(y, x, shift);
+}
+
 void dot_columns(Tensor y, Tensor a, Tensor b) {
     CHECK((!tensor_present(b) || tensor_count(a) == tensor_count(b)) &&
               tensor_count(y) == tensor_cols(a) && y.dtype == F32,

@@ -34,6 +34,9 @@ KERNEL(dropout, Tensor y, Tensor x, float p, uint64_t key);
 /* y[., o] (=|+=) x[., o] * weight[o].   y, x (N, D), weight (D) f32 */
 KERNEL(scale_columns, Tensor y, Write write, Tensor x, Tensor weight);
 
+/* y[., o] = x[., o] + shift[o].   y, x (N, D) one dtype; shift (D) f32 | bf16; y may alias x */
+KERNEL(shift_columns, Tensor y, Tensor x, Tensor shift);
+
 /* y[n] = x[n] * weight[n].   y, x (N, D), weight (N) f32; y may alias x */
 KERNEL(scale_rows, Tensor y, Tensor x, Tensor weight);
 

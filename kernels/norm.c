@@ -40,3 +40,30 @@ void rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor 
           "rmsnorm: dweight is not (D) f32");
     ON_DEVICE(x, rmsnorm_backward)(dx, write, dweight, dy, x, rstd, weight);
 }
+
+static void check_layernorm(Tensor x, Tensor mean, Tensor rstd, Tensor weight) {
+    CHECK(tensor_cols(x) > 0 && tensor_cols(x) <= NORM_COLS_MAX, "layernorm: %s has too long rows",
+          tensor_text(x));
+    CHECK(tensor_count(mean) == tensor_rows(x) && tensor_count(rstd) == tensor_rows(x),
+          "layernorm: mean and rstd are not one a row");
+    CHECK(tensor_count(weight) == tensor_cols(x), "layernorm: weight is not (D)");
+}
+
+void layernorm_forward(Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor weight, Tensor bias,
+                       float eps) {
+    check_layernorm(x, mean, rstd, weight);
+    CHECK(tensor_count(y) == tensor_count(x) && y.dtype == x.dtype, "layernorm: y and x differ");
+    CHECK(!tensor_present(bias) ||
+              (tensor_count(bias) == tensor_cols(x) && bias.dtype == weight.dtype),
+          "layernorm: bias and weight differ");
+    ON_DEVICE(x, layernorm_forward)(y, mean, rstd, x, weight, bias, eps);
+}
+
+void layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dy, Tensor x, Tensor mean,
+                        Tensor rstd, Tensor weight) {
+    check_layernorm(x, mean, rstd, weight);
+    CHECK(tensor_count(dy) == tensor_count(x) && dy.dtype == x.dtype, "layernorm: dy and x differ");
+    CHECK(!tensor_present(dx) || (tensor_count(dx) == tensor_count(x) && dx.dtype == x.dtype),
+          "layernorm: dx and x differ");
+    ON_DEVICE(x, layernorm_backward)(dx, dweight, dbias, dy, x, mean, rstd, weight);
+}

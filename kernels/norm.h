@@ -1,4 +1,5 @@
-/* norm.h - root-mean-square normalisation, with and without a weight, alone or onto a residual. */
+/* norm.h - root-mean-square normalisation, with and without a weight, alone or onto a residual; and
+ * layer normalisation. */
 #ifndef NORM_H
 #define NORM_H
 
@@ -21,5 +22,20 @@ KERNEL(rmsnorm_apply, Tensor y, Tensor rstd, Tensor x, Tensor weight);
  * not needed dweight  (D)       f32; absent means frozen */
 KERNEL(rmsnorm_backward, Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd,
        Tensor weight);
+
+/* y = (x - mean) * rstd * weight + bias, mean and rstd = 1 / sqrt(variance + eps) over the columns
+ * (biased variance), in f32.
+ *   y, x          (..., D)  f32 | bf16, same dtype; y may not alias x
+ *   mean, rstd    (rows)    f32, kept for the backward pass
+ *   weight, bias  (D)       f32 | bf16; bias absent means zeros */
+KERNEL(layernorm_forward, Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor weight, Tensor bias,
+       float eps);
+
+/* With g = dy * weight and n = (x - mean) * rstd: dx = rstd * (g - mean(g) - n * mean(g * n));
+ * dweight += sum over rows of dy * n, dbias += sum over rows of dy, in a fixed order.
+ *   dx              (..., D)  dtype of dy; may alias dy; absent means not needed
+ *   dweight, dbias  (D)       f32; absent means frozen */
+KERNEL(layernorm_backward, Tensor dx, Tensor dweight, Tensor dbias, Tensor dy, Tensor x,
+       Tensor mean, Tensor rstd, Tensor weight);
 
 #endif

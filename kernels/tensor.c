@@ -89,6 +89,16 @@ void tensor_copy(Tensor to, Tensor from) {
         device_copy(to.device, to.data, from.device, from.data, tensor_bytes(to));
 }
 
+float tensor_first(Tensor t) {
+    union {
+        float f32;
+        uint16_t bf16;
+    } value[1] = {{0}};
+    if (is_measured(t)) return 0;
+    device_copy(device_cpu(), value, t.device, t.data, dtype_size(t.dtype));
+    return t.dtype == F32 ? value->f32 : bf16_to_f32(value->bf16);
+}
+
 const void *tensor_host(Tensor t, void *buffer) {
     if (t.device->kind == DEVICE_CPU) return t.data;
     tensor_read(buffer, t);

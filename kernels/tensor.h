@@ -165,6 +165,9 @@ void tensor_write(Tensor to, const void *from);
 void tensor_read(void *to, Tensor from);
 void tensor_copy(Tensor to, Tensor from);
 
+/* The first element of a f32 or bf16 tensor. */
+float tensor_first(Tensor t);
+
 /* The bytes on the host: the tensor's own where they are there already, else read into buffer. */
 const void *tensor_host(Tensor t, void *buffer);
 

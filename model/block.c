@@ -34,9 +34,11 @@ void block_declare(Block *b, ParamList *params, LinearList *list, const BlockCon
                        c->per_layer_input);
         norm_declare(&b->post_per_layer_input_norm, params, "post_per_layer_input_norm", D, c->eps);
     }
-    b->layer_scalar = PARAMS_ADD(params, "layer_scalar", 1);
-    b->layer_scalar->buffer = true;
     b->scalar = 1.0f;
+    if (!c->unscaled) {
+        b->layer_scalar = PARAMS_ADD(params, "layer_scalar", 1);
+        b->layer_scalar->buffer = true;
+    }
     params_leave(params);
 }
 
@@ -101,7 +103,7 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
         linear_forward(&b->per_layer_projection, s->projected, u, p);
         norm_forward(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2);
     }
-    scale_copy(y, SET, y, b->scalar);
+    if (!b->config.unscaled) scale_copy(y, SET, y, b->scalar);
     arena_release(p->scratch, mark);
 }
 

@@ -18,7 +18,7 @@ typedef struct Block {
     /* per-layer input only */
     Linear per_layer_input_gate, per_layer_projection;
     Norm post_per_layer_input_norm;
-    Param *layer_scalar; /* (1), a buffer: never trained */
+    Param *layer_scalar; /* (1), a buffer: never trained; NULL: none */
     float scalar;        /* its value, once loaded (gemma_loaded) */
 } Block;
 

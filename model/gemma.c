@@ -57,13 +57,7 @@ void gemma_free(Gemma *g) {
 
 void gemma_loaded(Gemma *g) {
     for (int l = 0; l < g->config.num_hidden_layers; l++) {
-        Tensor t = g->blocks[l].layer_scalar->value;
-        union {
-            float f32;
-            uint16_t bf16;
-        } value;
-        tensor_read(&value, t);
-        g->blocks[l].scalar = t.dtype == F32 ? value.f32 : bf16_to_f32(value.bf16);
+        g->blocks[l].scalar = tensor_first(g->blocks[l].layer_scalar->value);
     }
 }
 

@@ -1,5 +1,6 @@
 /* linear.c - the product, its adapter, and both ways back. */
 #include "model/linear.h"
+#include "kernels/activation.h"
 #include "kernels/elementwise.h"
 #include "kernels/matmul.h"
 #include "kernels/random.h"
@@ -22,6 +23,27 @@ void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *
     l->weight = PARAMS_ADD(params, "weight", out, in);
     params_leave(params);
     list_append(list, l);
+}
+
+void linear_declare_kind(Linear *l, ParamList *params, LinearList *list, LinearKind kind,
+                         const char *name, int64_t out, int64_t in) {
+    static const char *const bounds[] = {"input_min", "input_max", "output_min", "output_max"};
+    if (kind == LINEAR_PLAIN) {
+        linear_declare(l, params, list, name, out, in);
+        return;
+    }
+    params_enter(params, "%s", name);
+    linear_declare(l, params, list, "linear", out, in);
+    for (int i = 0; i < 4 && kind == LINEAR_CLIPPED; i++) {
+        l->bounds[i] = params_add(params, bounds[i], 0, NULL);
+        l->bounds[i]->buffer = true;
+    }
+    params_leave(params);
+}
+
+void linear_loaded(Linear *l) {
+    for (int i = 0; i < 4; i++)
+        if (l->bounds[i]) l->bound[i] = tensor_first(l->bounds[i]->value);
 }
 
 void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name,
@@ -305,16 +327,43 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
     arena_release(p->scratch, mark);
 }
 
+static Tensor clamped_input(const Linear *l, Tensor x, Pass *p) {
+    Tensor inside = arena_like(p->scratch, x);
+    clamp_forward(inside, x, l->bound[0], l->bound[1]);
+    return inside;
+}
+
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
-    forward(l, y, x, (RowGroups){0}, p);
+    size_t mark = arena_mark(p->scratch);
+    forward(l, y, l->bounds[0] ? clamped_input(l, x, p) : x, (RowGroups){0}, p);
+    if (l->bias) shift_columns(y, y, l->bias->value);
+    if (l->bounds[0]) clamp_forward(y, y, l->bound[2], l->bound[3]);
+    arena_release(p->scratch, mark);
 }
 
 void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
     forward(l, y, x, groups, p);
 }
 
+/* The adapter lies inside both clamps, as peft's does. */
+static void backward_clamped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
+                             Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor input = clamped_input(l, x, p), dsum = arena_like(p->scratch, dy);
+    forward(l, dsum, input, (RowGroups){0}, p);
+    clamp_backward(dsum, SET, dy, dsum, l->bound[2], l->bound[3]);
+    Tensor dinput = tensor_present(dx) ? arena_like(p->scratch, x) : dx;
+    backward(l, dinput, SET, dsum, input, (RowGroups){0}, p);
+    if (tensor_present(dx)) clamp_backward(dx, write, dinput, x, l->bound[0], l->bound[1]);
+    arena_release(p->scratch, mark);
+}
+
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p) {
-    backward(l, dx, write, dy, x, (RowGroups){0}, p);
+    if (l->bias && l->bias->trainable) dot_columns(l->bias->grad, dy, tensor_absent());
+    if (l->bounds[0])
+        backward_clamped(l, dx, write, dy, x, p);
+    else
+        backward(l, dx, write, dy, x, (RowGroups){0}, p);
 }
 
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,

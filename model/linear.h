@@ -31,6 +31,10 @@ typedef struct Linear {
     Param *weight;             /* (out, in) or (groups, out, in) */
     Lora *lora;                /* NULL: no adapter */
     const FakeQuant *fake;     /* NULL: weights are used as they are */
+    Param *bias;               /* (out); NULL: none */
+    Param *bounds[4];          /* (): input_min, input_max, output_min, output_max, between which
+                                * input and output are clamped; NULL: as they are */
+    float bound[4];            /* their values, once loaded (linear_loaded) */
     Param *factors;            /* (groups, out, in / 32) f32, learned, of the rounding's scales;
                                 * groups dropped when 1; NULL: none */
     char name[PARAM_NAME_MAX]; /* full name of the module, or of the parameter when grouped */
@@ -45,6 +49,13 @@ typedef struct LinearList {
 /* Declares name.weight (out, in). */
 void linear_declare(Linear *l, ParamList *params, LinearList *list, const char *name, int64_t out,
                     int64_t in);
+
+/* The same as a kind says: name.linear.weight, and name.input_min and its like, never trained. */
+void linear_declare_kind(Linear *l, ParamList *params, LinearList *list, LinearKind kind,
+                         const char *name, int64_t out, int64_t in);
+
+/* Keeps the bounds' values on the host. */
+void linear_loaded(Linear *l);
 
 /* Declares name (groups, out, in), without the .weight suffix: fused experts. */
 void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, const char *name,
@@ -70,7 +81,8 @@ void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups group
 /* y (N, V) = x W^T for a matrix that is no linear's: the tied head. */
 void project(Tensor y, Tensor x, Tensor weight, bool int8);
 
-/* dx (=|+=) dy W + adapter, absent dx: not needed; gradients of weight and adapter are added to. */
+/* dx (=|+=) dy W + adapter, absent dx: not needed; gradients of weight and adapter are added to.
+ * Where outputs are clamped they are computed once more, to know which of them were. */
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p);
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
                              RowGroups groups, Pass *p);

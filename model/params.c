@@ -54,7 +54,8 @@ Param *params_add(ParamList *params, const char *name, int ndim, const int64_t *
     int length = snprintf(p->name, sizeof p->name, "%s%s", params->path, name);
     CHECK(length < PARAM_NAME_MAX, "name too long: %s%s", params->path, name);
     const char *layer = strstr(p->name, "layers.");
-    p->layer = layer ? atoi(layer + strlen("layers.")) : -1;
+    p->tower = params->tower;
+    p->layer = layer && !p->tower ? atoi(layer + strlen("layers.")) : -1;
     p->value = tensor_make(NULL, params->dtype, ndim, shape);
     p->grad = p->value; /* its shape; placed only where it is trained */
     p->grad.dtype = F32;

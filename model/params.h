@@ -22,7 +22,8 @@ typedef struct Param {
     bool adapter;   /* part of an adapter, not of the checkpoint; always f32 */
     bool buffer;    /* in the checkpoint but never trained (layer_scalar) */
     bool mapped;    /* the value may stay in the mapped file when frozen (per-layer table) */
-    int layer;      /* that it is part of; -1: none */
+    bool tower;     /* of what reads pictures and sound: never packed, trained only when named */
+    int layer;      /* of the text model that it is part of; -1: none */
     int64_t offset; /* of its states in the flat space, when trainable */
 } Param;
 
@@ -30,6 +31,7 @@ typedef struct ParamList {
     Param **items;
     int count, capacity;
     char path[PARAM_NAME_MAX]; /* prefix of names being declared */
+    bool tower;                /* what is declared now is a tower's */
     DType dtype;               /* of working values */
     Arena values;              /* frozen values and bf16 working values */
     Tensor **derived;          /* made from values, never stored (params_add_derived) */

@@ -9,6 +9,13 @@
 #include "configs/model_config.h"
 #include "kernels/arena.h"
 
+/* What a pass through layers leaves behind. */
+typedef enum StackMode {
+    STACK_SCORE,     /* forward only; layers share one set of saved activations */
+    STACK_KEEP,      /* for a backward pass, every activation kept */
+    STACK_RECOMPUTE, /* for a backward pass that makes a block's activations again */
+} StackMode;
+
 /* The rows flowing through some layers, and per attention kind the keys each sees. */
 typedef struct Rows {
     int64_t count;

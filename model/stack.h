@@ -9,12 +9,6 @@
 
 #include "model/gemma.h"
 
-typedef enum StackMode {
-    STACK_SCORE,     /* forward only; layers share one set of saved activations */
-    STACK_KEEP,      /* for a backward pass, every activation kept */
-    STACK_RECOMPUTE, /* for a backward pass that makes a block's activations again */
-} StackMode;
-
 /* What an engine lends: slots of pages, and the size of the tables that find them. */
 typedef struct KvCache {
     KvSlot *slots; /* one a layer: (pages * PAGE_KEYS, K, C) where the layer owns K and V */

@@ -1,4 +1,4 @@
-/* activation.c - the gated GELU. */
+/* activation.c - gates and other functions of single elements. */
 #include "kernels/activation.h"
 #include "kernels/cpu/cpu.h"
 
@@ -70,4 +70,93 @@ void CPU(gelu_mul_joined_backward)(Tensor dboth, Tensor dy, Tensor both) {
         for (int64_t first = 0; first < F; first += CHUNK)
             backward(dboth, dboth, dy, m * F + first, both, 2 * m * F + first, both,
                      (2 * m + 1) * F + first, F - first < CHUNK ? F - first : CHUNK);
+}
+
+static inline float sigmoid(float x) {
+    return 1.0f / (1.0f + fast_exp(-x));
+}
+
+void CPU(glu_forward)(Tensor y, Tensor x) {
+    int64_t M = tensor_rows(y), F = tensor_cols(y);
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t first = 0; first < F; first += CHUNK) {
+            int64_t n = F - first < CHUNK ? F - first : CHUNK;
+            float u[CHUNK], v[CHUNK], out[CHUNK];
+            const float *a = load_f32(u, x, 2 * m * F + first, n),
+                        *b = load_f32(v, x, (2 * m + 1) * F + first, n);
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) out[i] = a[i] * sigmoid(b[i]);
+            store_f32(y, m * F + first, n, out);
+        }
+}
+
+void CPU(glu_backward)(Tensor dx, Tensor dy, Tensor x) {
+    int64_t M = tensor_rows(dy), F = tensor_cols(dy);
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t first = 0; first < F; first += CHUNK) {
+            int64_t n = F - first < CHUNK ? F - first : CHUNK;
+            float u[CHUNK], v[CHUNK], w[CHUNK], da[CHUNK], db[CHUNK];
+            const float *a = load_f32(u, x, 2 * m * F + first, n),
+                        *b = load_f32(v, x, (2 * m + 1) * F + first, n),
+                        *d = load_f32(w, dy, m * F + first, n);
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) {
+                float gate = sigmoid(b[i]);
+                da[i] = d[i] * gate;
+                db[i] = d[i] * a[i] * gate * (1.0f - gate);
+            }
+            store_f32(dx, 2 * m * F + first, n, da);
+            store_f32(dx, (2 * m + 1) * F + first, n, db);
+        }
+}
+
+/* y[i] (=|+=) VALUE, an expression of x = in[i] and g = d[i], for all elements; `other` is what
+ * d reads, absent for none. */
+#define MAP(y, write, other, x, VALUE)                                                             \
+    do {                                                                                           \
+        int64_t count = tensor_count(y);                                                           \
+        _Pragma("omp parallel for schedule(static)") for (int64_t first = 0; first < count;        \
+                                                          first += CHUNK) {                        \
+            int64_t n = count - first < CHUNK ? count - first : CHUNK;                             \
+            float buffer[3][CHUNK], out[CHUNK];                                                    \
+            const float *in = load_f32(buffer[0], x, first, n);                                    \
+            const float *d = (other).data ? load_f32(buffer[1], other, first, n) : in;             \
+            const float *old = (write) == ADD ? load_f32(buffer[2], y, first, n) : NULL;           \
+            _Pragma("omp simd") for (int64_t i = 0; i < n; i++) {                                  \
+                float x = in[i], g = d[i];                                                         \
+                (void)g;                                                                           \
+                out[i] = VALUE;                                                                    \
+            }                                                                                      \
+            for (int64_t i = 0; old && i < n; i++) out[i] += old[i];                               \
+            store_f32(y, first, n, out);                                                           \
+        }                                                                                          \
+    } while (0)
+
+void CPU(activation_forward)(Tensor y, Tensor x, Activation f) {
+    Tensor none = tensor_absent();
+    if (f == RELU)
+        MAP(y, SET, none, x, x > 0 ? x : 0);
+    else if (f == SILU)
+        MAP(y, SET, none, x, x * sigmoid(x));
+    else
+        MAP(y, SET, none, x, x > 20.0f ? x : log1pf(expf(x)));
+}
+
+void CPU(activation_backward)(Tensor dx, Write write, Tensor dy, Tensor x, Activation f) {
+    if (f == RELU)
+        MAP(dx, write, dy, x, x > 0 ? g : 0);
+    else if (f == SILU)
+        MAP(dx, write, dy, x, g * sigmoid(x) * (1.0f + x * (1.0f - sigmoid(x))));
+    else
+        MAP(dx, write, dy, x, g * sigmoid(x));
+}
+
+void CPU(clamp_forward)(Tensor y, Tensor x, float low, float high) {
+    MAP(y, SET, tensor_absent(), x, x < low ? low : x > high ? high : x);
+}
+
+void CPU(clamp_backward)(Tensor dx, Write write, Tensor dy, Tensor x, float low, float high) {
+    MAP(dx, write, dy, x, x > low && x < high ? g : 0);
 }

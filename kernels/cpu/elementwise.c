@@ -130,6 +130,20 @@ void CPU(dropout)(Tensor y, Tensor x, float p, uint64_t key) {
     }
 }
 
+void CPU(shift_columns)(Tensor y, Tensor x, Tensor shift) {
+    int64_t N = tensor_rows(x), D = tensor_cols(x);
+#pragma omp parallel for schedule(static) if (N > 4)
+    for (int64_t r = 0; r < N; r++)
+        FOR_CHUNKS(D) {
+            float a[CHUNK], b[CHUNK], out[CHUNK];
+            const float *in = load_f32(a, x, r * D + first, n),
+                        *more = load_f32(b, shift, first, n);
+#pragma omp simd
+            for (int64_t i = 0; i < n; i++) out[i] = in[i] + more[i];
+            store_f32(y, r * D + first, n, out);
+        }
+}
+
 void CPU(scale_columns)(Tensor y, Write write, Tensor x, Tensor weight) {
     int64_t N = tensor_rows(x), D = tensor_cols(x);
     const float *w = weight.data;

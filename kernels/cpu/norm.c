@@ -1,4 +1,4 @@
-/* norm.c - root-mean-square norms, a row at a time in f32. */
+/* norm.c - norms, a row at a time in f32. */
 #include "kernels/norm.h"
 #include "kernels/cpu/cpu.h"
 
@@ -102,6 +102,82 @@ void CPU(rmsnorm_backward)(Tensor dx, Write write, Tensor dweight, Tensor dy, Te
                 for (int64_t i = 0; i < D; i++) c[i] = r[n] * (g[i] - row[i] * mean);
             }
             store_f32(dx, n * D, D, c);
+        }
+    }
+}
+
+void CPU(layernorm_forward)(Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor weight,
+                            Tensor bias, float eps) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+#pragma omp parallel if (N * D > 16384)
+    {
+        float weights[COLS_MAX], biases[COLS_MAX], buffer[COLS_MAX];
+        const float *w = load_f32(weights, weight, 0, D);
+        const float *b = bias.data ? load_f32(biases, bias, 0, D) : NULL;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const float *row = load_f32(buffer, x, n * D, D);
+            float sum = 0, squares = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < D; i++) sum += row[i];
+            float m = sum / (float)D;
+#pragma omp simd reduction(+ : squares)
+            for (int64_t i = 0; i < D; i++) squares += (row[i] - m) * (row[i] - m);
+            float r = 1.0f / sqrtf(squares / (float)D + eps);
+            ((float *)mean.data)[n] = m;
+            ((float *)rstd.data)[n] = r;
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++) buffer[i] = (row[i] - m) * r * w[i];
+            for (int64_t i = 0; b && i < D; i++) buffer[i] += b[i];
+            store_f32(y, n * D, D, buffer);
+        }
+    }
+}
+
+/* The sums of layernorm_backward over the rows, columns first .. first + n - 1. */
+static void add_layernorm_columns(Tensor dweight, Tensor dbias, Tensor dy, Tensor x,
+                                  const float *mean, const float *rstd, int64_t first, int64_t n) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    float a[CHUNK], b[CHUNK], *dw = dweight.data, *db = dbias.data;
+    for (int64_t r = 0; r < N; r++) {
+        const float *g = load_f32(a, dy, r * D + first, n);
+        const float *row = load_f32(b, x, r * D + first, n);
+        for (int64_t i = 0; dw && i < n; i++) dw[first + i] += g[i] * (row[i] - mean[r]) * rstd[r];
+        for (int64_t i = 0; db && i < n; i++) db[first + i] += g[i];
+    }
+}
+
+void CPU(layernorm_backward)(Tensor dx, Tensor dweight, Tensor dbias, Tensor dy, Tensor x,
+                             Tensor mean, Tensor rstd, Tensor weight) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    const float *m = mean.data, *r = rstd.data;
+    if (dweight.data || dbias.data) { /* first: it reads dy, which dx may overwrite */
+#pragma omp parallel for schedule(static)
+        for (int64_t first = 0; first < D; first += CHUNK)
+            add_layernorm_columns(dweight, dbias, dy, x, m, r, first,
+                                  D - first < CHUNK ? D - first : CHUNK);
+    }
+    if (!dx.data) return;
+#pragma omp parallel if (N * D > 16384)
+    {
+        float weights[COLS_MAX], a[COLS_MAX], b[COLS_MAX];
+        const float *w = load_f32(weights, weight, 0, D);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const float *g = load_f32(a, dy, n * D, D), *row = load_f32(b, x, n * D, D);
+            float sum = 0, product = 0;
+#pragma omp simd reduction(+ : sum, product)
+            for (int64_t i = 0; i < D; i++) {
+                float u = g[i] * w[i];
+                sum += u;
+                product += u * (row[i] - m[n]) * r[n];
+            }
+            sum /= (float)D;
+            product /= (float)D;
+#pragma omp simd
+            for (int64_t i = 0; i < D; i++)
+                a[i] = r[n] * (g[i] * w[i] - sum - (row[i] - m[n]) * r[n] * product);
+            store_f32(dx, n * D, D, a);
         }
     }
 }

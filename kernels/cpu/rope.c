@@ -21,20 +21,21 @@ void CPU(rope_table)(Tensor cos_table, Tensor sin_table, Tensor positions, float
 }
 
 static void rotate(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table, float sign) {
-    int64_t N = x.shape[0], heads = x.shape[1], C = x.shape[2], half = C / 2;
+    int64_t axes = cos_table.ndim == 3 ? cos_table.shape[1] : 1;
+    int64_t N = x.shape[0], runs = x.shape[1] * axes, C = x.shape[2] / axes, half = C / 2;
 #pragma omp parallel for schedule(static) if (N > 4)
     for (int64_t n = 0; n < N; n++) {
-        const float *c = (const float *)cos_table.data + n * half,
-                    *s = (const float *)sin_table.data + n * half;
+        const float *c = (const float *)cos_table.data + n * axes * half,
+                    *s = (const float *)sin_table.data + n * axes * half;
         float buffer[C], out[C];
-        for (int64_t h = 0; h < heads; h++) {
-            int64_t first = (n * heads + h) * C;
+        for (int64_t run = 0; run < runs; run++) {
+            int64_t first = (n * runs + run) * C, turn_at = run % axes * half;
             const float *row = load_f32(buffer, x, first, C);
 #pragma omp simd
             for (int64_t i = 0; i < half; i++) {
-                float turn = sign * s[i];
-                out[i] = row[i] * c[i] - row[i + half] * turn;
-                out[i + half] = row[i + half] * c[i] + row[i] * turn;
+                float turn = sign * s[turn_at + i];
+                out[i] = row[i] * c[turn_at + i] - row[i + half] * turn;
+                out[i + half] = row[i + half] * c[turn_at + i] + row[i] * turn;
             }
             store_f32(y, first, C, out);
         }

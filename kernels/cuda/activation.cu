@@ -1,4 +1,4 @@
-/* activation.cu - the gated GELU. */
+/* activation.cu - gates and other functions of single elements. */
 #include "kernels/cuda/cuda.h"
 
 extern "C" {
@@ -98,4 +98,121 @@ extern "C" void cuda_gelu_mul_joined_backward(Tensor dboth, Tensor dy, Tensor bo
     int64_t F = tensor_cols(dy);
     launch_backward(dboth, half_of(dboth, F), dy, both, half_of(both, F), F, 2 * F,
                     fits_packs(F, dboth, dy, both));
+}
+
+DEVICE_FUNCTION float sigmoid(float x) {
+    return 1.0f / (1.0f + expf(-x));
+}
+
+template <typename T>
+static __global__ void glu(T *y, const T *x, int64_t count, int64_t F) {
+    FOR_GRID(k, count) {
+        int64_t at = k / F * 2 * F + k % F;
+        y[k] = from_float<T>(to_float(x[at]) * sigmoid(to_float(x[at + F])));
+    }
+}
+
+template <typename T>
+static __global__ void glu_both(T *dx, const T *dy, const T *x, int64_t count, int64_t F) {
+    FOR_GRID(k, count) {
+        int64_t at = k / F * 2 * F + k % F;
+        float d = to_float(dy[k]), gate = sigmoid(to_float(x[at + F]));
+        dx[at] = from_float<T>(d * gate);
+        dx[at + F] = from_float<T>(d * to_float(x[at]) * gate * (1.0f - gate));
+    }
+}
+
+extern "C" void cuda_glu_forward(Tensor y, Tensor x) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, T, {
+        LAUNCH(y.device, (glu<T>), grid_for(y.device, count, 256), 256, 0, data_of<T>(y),
+               data_of<T>(x), count, tensor_cols(y));
+    });
+}
+
+extern "C" void cuda_glu_backward(Tensor dx, Tensor dy, Tensor x) {
+    int64_t count = tensor_count(dy);
+    if (!count) return;
+    WITH_FLOAT(dy.dtype, T, {
+        LAUNCH(dy.device, (glu_both<T>), grid_for(dy.device, count, 256), 256, 0, data_of<T>(dx),
+               data_of<T>(dy), data_of<T>(x), count, tensor_cols(dy));
+    });
+}
+
+DEVICE_FUNCTION float value_of(Activation f, float x) {
+    if (f == RELU) return x > 0 ? x : 0;
+    if (f == SILU) return x * sigmoid(x);
+    return x > 20.0f ? x : log1pf(expf(x));
+}
+DEVICE_FUNCTION float slope_of(Activation f, float x) {
+    if (f == RELU) return x > 0 ? 1.0f : 0.0f;
+    if (f == SILU) return sigmoid(x) * (1.0f + x * (1.0f - sigmoid(x)));
+    return sigmoid(x);
+}
+
+template <typename Y, typename X>
+static __global__ void activate(Y *y, const X *x, Activation f, int64_t count) {
+    FOR_GRID(k, count) y[k] = from_float<Y>(value_of(f, to_float(x[k])));
+}
+
+template <typename Y, typename X>
+static __global__ void activate_backward(Y *dx, Write write, const X *dy, const X *x, Activation f,
+                                         int64_t count) {
+    FOR_GRID(k, count) {
+        float d = to_float(dy[k]) * slope_of(f, to_float(x[k]));
+        dx[k] = from_float<Y>(write == ADD ? to_float(dx[k]) + d : d);
+    }
+}
+
+extern "C" void cuda_activation_forward(Tensor y, Tensor x, Activation f) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
+                   LAUNCH(y.device, (activate<Y, X>), grid_for(y.device, count, 256), 256, 0,
+                          data_of<Y>(y), data_of<X>(x), f, count);
+               }));
+}
+
+extern "C" void cuda_activation_backward(Tensor dx, Write write, Tensor dy, Tensor x,
+                                         Activation f) {
+    int64_t count = tensor_count(dy);
+    if (!count) return;
+    WITH_FLOAT(dx.dtype, Y, WITH_FLOAT(x.dtype, X, {
+                   LAUNCH(dy.device, (activate_backward<Y, X>), grid_for(dy.device, count, 256),
+                          256, 0, data_of<Y>(dx), write, data_of<X>(dy), data_of<X>(x), f, count);
+               }));
+}
+
+template <typename T>
+static __global__ void clamp(T *y, const T *x, float low, float high, int64_t count) {
+    FOR_GRID(k, count) y[k] = from_float<T>(fminf(fmaxf(to_float(x[k]), low), high));
+}
+
+template <typename T>
+static __global__ void clamp_mask(T *dx, Write write, const T *dy, const T *x, float low,
+                                  float high, int64_t count) {
+    FOR_GRID(k, count) {
+        float v = to_float(x[k]), d = v > low && v < high ? to_float(dy[k]) : 0.0f;
+        dx[k] = from_float<T>(write == ADD ? to_float(dx[k]) + d : d);
+    }
+}
+
+extern "C" void cuda_clamp_forward(Tensor y, Tensor x, float low, float high) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, T, {
+        LAUNCH(y.device, (clamp<T>), grid_for(y.device, count, 256), 256, 0, data_of<T>(y),
+               data_of<T>(x), low, high, count);
+    });
+}
+
+extern "C" void cuda_clamp_backward(Tensor dx, Write write, Tensor dy, Tensor x, float low,
+                                    float high) {
+    int64_t count = tensor_count(dy);
+    if (!count) return;
+    WITH_FLOAT(dy.dtype, T, {
+        LAUNCH(dy.device, (clamp_mask<T>), grid_for(dy.device, count, 256), 256, 0, data_of<T>(dx),
+               write, data_of<T>(dy), data_of<T>(x), low, high, count);
+    });
 }

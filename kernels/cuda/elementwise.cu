@@ -248,6 +248,20 @@ extern "C" void cuda_dropout(Tensor y, Tensor x, float p, uint64_t key) {
     });
 }
 
+template <typename T, typename W>
+static __global__ void shift(T *y, const T *x, const W *more, int64_t D, int64_t count) {
+    FOR_GRID(i, count) y[i] = from_float<T>(to_float(x[i]) + to_float(more[i % D]));
+}
+
+extern "C" void cuda_shift_columns(Tensor y, Tensor x, Tensor more) {
+    int64_t count = tensor_count(y);
+    if (!count) return;
+    WITH_FLOAT(y.dtype, T, WITH_FLOAT(more.dtype, W, {
+                   LAUNCH(y.device, (shift<T, W>), grid_for(y.device, count, 256), 256, 0,
+                          data_of<T>(y), data_of<T>(x), data_of<W>(more), tensor_cols(x), count);
+               }));
+}
+
 template <typename Y, typename X>
 static __global__ void times_columns(Y *y, Write write, const X *x, const float *weight,
                                      int64_t count, int64_t D) {

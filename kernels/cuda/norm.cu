@@ -1,4 +1,4 @@
-/* norm.cu - root-mean-square norms: a warp a row where rows are short, else a block. */
+/* norm.cu - norms: a warp a row where rows are short, else a block. */
 #include "kernels/cuda/columns.h"
 
 extern "C" {
@@ -157,4 +157,104 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
                                                 data_of<T>(x), data_of<float>(rstd),
                                                 data_of<W>(weight), N, D);
                                      }))));
+}
+
+/* ---- layer norm ---- */
+
+template <typename T, typename W, int ROW>
+static __global__ void __launch_bounds__(THREADS)
+    layer_forward(T *y, float *mean, float *rstd, const T *x, const W *weight, const W *bias,
+                  int64_t N, int64_t D, float eps) {
+    __shared__ float space[32];
+    int64_t n = row_of<ROW>();
+    bool here = n < N; /* every thread goes on to the sums */
+    int lane = threadIdx.x % ROW;
+    const T *row = x + n * D;
+    float sum = 0, squares = 0;
+    for (int64_t d = lane; here && d < D; d += ROW) sum += to_float(row[d]);
+    float m = row_sum<ROW>(sum, space) / (float)D;
+    for (int64_t d = lane; here && d < D; d += ROW)
+        squares += (to_float(row[d]) - m) * (to_float(row[d]) - m);
+    float r = 1.0f / sqrtf(row_sum<ROW>(squares, space) / (float)D + eps);
+    if (!here) return;
+    if (!lane) mean[n] = m, rstd[n] = r;
+    for (int64_t d = lane; d < D; d += ROW)
+        y[n * D + d] = from_float<T>((to_float(row[d]) - m) * r * to_float(weight[d]) +
+                                     (bias ? to_float(bias[d]) : 0.0f));
+}
+
+template <typename T, typename W, int ROW>
+static __global__ void __launch_bounds__(THREADS)
+    layer_backward(T *dx, const T *dy, const T *x, const float *mean, const float *rstd,
+                   const W *weight, int64_t N, int64_t D) {
+    __shared__ float space[32];
+    int64_t n = row_of<ROW>();
+    bool here = n < N;
+    int lane = threadIdx.x % ROW;
+    float sum = 0, product = 0, m = here ? mean[n] : 0, r = here ? rstd[n] : 0;
+    for (int64_t d = lane; here && d < D; d += ROW) {
+        float u = to_float(dy[n * D + d]) * to_float(weight[d]);
+        sum += u;
+        product += u * (to_float(x[n * D + d]) - m) * r;
+    }
+    sum = row_sum<ROW>(sum, space) / (float)D;
+    product = row_sum<ROW>(product, space) / (float)D;
+    for (int64_t d = lane; here && d < D; d += ROW) {
+        float u = to_float(dy[n * D + d]) * to_float(weight[d]);
+        float normal = (to_float(x[n * D + d]) - m) * r;
+        dx[n * D + d] = from_float<T>(r * (u - sum - normal * product));
+    }
+}
+
+extern "C" void cuda_layernorm_forward(Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor weight,
+                                       Tensor bias, float eps) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    if (!N) return;
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(D, ROW, {
+                                          LAUNCH(x.device, (layer_forward<T, W, ROW>),
+                                                 (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
+                                                 data_of<T>(y), data_of<float>(mean),
+                                                 data_of<float>(rstd), data_of<T>(x),
+                                                 data_of<W>(weight), data_of<W>(bias), N, D, eps);
+                                      })));
+}
+
+template <typename T> struct LayerWeightTerm {
+    const T *dy, *x;
+    const float *mean, *rstd;
+    int64_t D;
+    __device__ float operator()(int64_t n, int64_t d) const {
+        return to_float(dy[n * D + d]) * (to_float(x[n * D + d]) - mean[n]) * rstd[n];
+    }
+};
+template <typename T> struct LayerBiasTerm {
+    const T *dy;
+    int64_t D;
+    __device__ float operator()(int64_t n, int64_t d) const {
+        return to_float(dy[n * D + d]);
+    }
+};
+
+extern "C" void cuda_layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dy,
+                                        Tensor x, Tensor mean, Tensor rstd, Tensor weight) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    if (!N) return;
+    if (dweight.data) /* first: they read dy, which dx may overwrite */
+        WITH_FLOAT(x.dtype, T,
+                   add_column_sums(x.device, data_of<float>(dweight), N, D,
+                                   LayerWeightTerm<T>{data_of<T>(dy), data_of<T>(x),
+                                                      data_of<float>(mean), data_of<float>(rstd),
+                                                      D}));
+    if (dbias.data)
+        WITH_FLOAT(x.dtype, T,
+                   add_column_sums(x.device, data_of<float>(dbias), N, D,
+                                   LayerBiasTerm<T>{data_of<T>(dy), D}));
+    if (!dx.data) return;
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(D, ROW, {
+                                          LAUNCH(x.device, (layer_backward<T, W, ROW>),
+                                                 (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
+                                                 data_of<T>(dx), data_of<T>(dy), data_of<T>(x),
+                                                 data_of<float>(mean), data_of<float>(rstd),
+                                                 data_of<W>(weight), N, D);
+                                      })));
 }

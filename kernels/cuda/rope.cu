@@ -17,14 +17,14 @@ static __global__ void table(float *cosines, float *sines, const int32_t *positi
     }
 }
 
-/* Pairs of one head lie half a head apart. */
+/* Pairs of one run lie half a run apart; a row has `runs`, which take its axes by turns. */
 template <typename Y, typename X, int V>
 static __global__ void rotate(Y *y, const X *x, const float *cosines, const float *sines,
-                              int64_t pairs, int64_t heads, int64_t half, float sign) {
+                              int64_t pairs, int64_t runs, int64_t axes, int64_t half, float sign) {
     FOR_GRID(k, pairs / V) {
-        int64_t i = k * V % half, head = k * V / half, n = head / heads;
-        const X *from = x + head * 2 * half + i;
-        Y *to = y + head * 2 * half + i;
+        int64_t i = k * V % half, run = k * V / half, n = run / runs * axes + run % axes;
+        const X *from = x + run * 2 * half + i;
+        Y *to = y + run * 2 * half + i;
         float a[V], b[V], c[V], s[V], first[V], second[V];
         load(a, from);
         load(b, from + half);
@@ -51,7 +51,8 @@ extern "C" void cuda_rope_table(Tensor cosines, Tensor sines, Tensor positions, 
 }
 
 static void launch_rotate(Tensor y, Tensor x, Tensor cosines, Tensor sines, float sign) {
-    int64_t half = x.shape[2] / 2, pairs = tensor_count(x) / 2;
+    int64_t axes = cosines.ndim == 3 ? cosines.shape[1] : 1;
+    int64_t half = x.shape[2] / axes / 2, pairs = tensor_count(x) / 2;
     if (!pairs) return;
     bool fits = fits_packs(half, y, x, cosines, sines);
     WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, WITH_PACKS(fits, V, {
@@ -59,7 +60,7 @@ static void launch_rotate(Tensor y, Tensor x, Tensor cosines, Tensor sines, floa
                                                  grid_for(x.device, pairs / V, 256), 256, 0,
                                                  data_of<Y>(y), data_of<X>(x),
                                                  data_of<float>(cosines), data_of<float>(sines),
-                                                 pairs, x.shape[1], half, sign);
+                                                 pairs, x.shape[1] * axes, axes, half, sign);
                                       })));
 }
 

@@ -4,8 +4,10 @@
  * with the threads in the other order, which must change no bit. */
 #include "kernels/activation.h"
 #include "kernels/attention.h"
+#include "kernels/convolution.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
+#include "kernels/local_attention.h"
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
 #include "kernels/norm.h"
@@ -681,4 +683,103 @@ FLOAT_CASE(updates, s) {
     sum_of_squares(&sum, x);
     fill(out, (float)sum);
     result(s, "squares", out, 1e-6);
+}
+
+/* ---- the towers' ---- */
+
+GPU_CASE(gates_and_clamps, s, dtype) {
+    double tolerance = dtype == F32 ? 2e-6 : 1e-2;
+    for (int64_t F = 5; F <= 512 + 5; F += 512) {
+        Tensor x = GIVEN(s, dtype, 1, 7, 2 * F), dy = GIVEN(s, dtype, 2, 7, F),
+               y = SPACE(s, dtype, 7, F), dx = SPACE(s, dtype, 7, 2 * F);
+        glu_forward(y, x);
+        result(s, "glu", y, tolerance);
+        glu_backward(dx, dy, x);
+        result(s, "glu backward", dx, tolerance);
+        Tensor a = GIVEN(s, dtype, 3, 7, F), da = GIVEN(s, dtype, 4, 7, F);
+        for (int f = RELU; f <= SOFTPLUS; f++) {
+            activation_forward(y, a, (Activation)f);
+            result(s, "activation", y, tolerance);
+            activation_backward(da, ADD, dy, a, (Activation)f);
+            result(s, "activation backward", da, tolerance);
+        }
+        clamp_forward(y, a, -0.5f, 0.25f);
+        result(s, "clamp", y, tolerance);
+        clamp_backward(da, SET, dy, a, -0.5f, 0.25f);
+        result(s, "clamp backward", da, tolerance);
+    }
+}
+
+GPU_CASE(layer_norms, s, dtype) {
+    double tolerance = dtype == F32 ? 1e-5 : 1e-2;
+    for (int64_t D = 33; D <= 1300; D += 1267) {
+        Tensor x = GIVEN(s, dtype, 1, 6, D), dy = GIVEN(s, dtype, 2, 6, D),
+               weight = GIVEN(s, dtype, 3, D), bias = GIVEN(s, dtype, 4, D),
+               y = SPACE(s, dtype, 6, D), mean = SPACE(s, F32, 6), rstd = SPACE(s, F32, 6),
+               dweight = GIVEN(s, F32, 5, D), dbias = GIVEN(s, F32, 6, D);
+        layernorm_forward(y, mean, rstd, x, weight, bias, 1e-6f);
+        result(s, "layernorm", y, tolerance);
+        layernorm_backward(dy, dweight, dbias, dy, x, mean, rstd, weight);
+        result(s, "layernorm dx", dy, tolerance);
+        result(s, "layernorm dweight", dweight, tolerance);
+        result(s, "layernorm dbias", dbias, tolerance);
+        layernorm_forward(y, mean, rstd, x, weight, tensor_absent(), 1e-6f);
+        result(s, "layernorm without bias", y, tolerance);
+    }
+}
+
+GPU_CASE(convolutions_and_means, s, dtype) {
+    double tolerance = dtype == F32 ? 1e-5 : 1e-2;
+    Tensor x = GIVEN(s, dtype, 1, 7, 6, 3), y = SPACE(s, dtype, 4, 3, 27),
+           dy = GIVEN(s, dtype, 2, 4, 3, 27), dx = SPACE(s, dtype, 7, 6, 3);
+    unfold_forward(y, x);
+    result(s, "unfold", y, 0);
+    unfold_backward(dx, dy);
+    result(s, "unfold backward", dx, tolerance);
+    Tensor a = GIVEN(s, dtype, 3, 9, 34), da = SPACE(s, dtype, 9, 34),
+           weight = GIVEN(s, dtype, 4, 34, 5), dweight = GIVEN(s, F32, 5, 34, 5),
+           out = SPACE(s, dtype, 9, 34);
+    depthwise_forward(out, a, weight);
+    result(s, "depthwise", out, tolerance);
+    depthwise_backward(da, dweight, out, a, weight);
+    result(s, "depthwise dx", da, tolerance);
+    result(s, "depthwise dweight", dweight, tolerance);
+    Tensor means = SPACE(s, F32, 3, 34), shift = GIVEN(s, dtype, 6, 34),
+           scale = GIVEN(s, dtype, 7, 34), z = SPACE(s, dtype, 3, 34);
+    pool_rows_forward(means, a, 5.5f);
+    result(s, "pool", means, tolerance);
+    pool_rows_backward(da, means, 5.5f);
+    result(s, "pool backward", da, tolerance);
+    standardize(z, means, shift, scale);
+    result(s, "standardize", z, tolerance);
+}
+
+FLOAT_CASE(local_attention, s) {
+    for (int64_t T = 3; T <= 30; T += 27) {
+        Tensor q = GIVEN(s, F32, 1, T, 2, 40), k = GIVEN(s, F32, 2, T, 2, 40),
+               v = GIVEN(s, F32, 3, T, 2, 40), places = GIVEN(s, F32, 4, 12, 2, 40),
+               dy = GIVEN(s, F32, 5, T, 2, 40), y = SPACE(s, F32, T, 2, 40),
+               kept = SPACE(s, F32, 2, T, 2, 12), scores = SPACE(s, F32, T, 2, 12),
+               dq = SPACE(s, F32, T, 2, 40), dk = SPACE(s, F32, T, 2, 40),
+               dv = SPACE(s, F32, T, 2, 40), dplaces = SPACE(s, F32, 12, 2, 40);
+        local_attention_forward(y, kept, q, k, v, places, 5.0f);
+        result(s, "y", y, 1e-5);
+        local_attention_backward(dq, dk, dv, dplaces, scores, dy, kept, q, k, v, places);
+        result(s, "dq", dq, 1e-5);
+        result(s, "dk", dk, 1e-5);
+        result(s, "dv", dv, 1e-5);
+        result(s, "drelative", dplaces, 1e-5);
+    }
+}
+
+GPU_CASE(rotations_of_two_axes, s, dtype) {
+    static const int32_t places[] = {0, 0, 1, 0, 2, 3, 7, 5};
+    double tolerance = dtype == F32 ? 1e-5 : 1e-2;
+    Tensor x = GIVEN(s, dtype, 1, 4, 3, 24), y = SPACE(s, dtype, 4, 3, 24),
+           cosines = SPACE(s, F32, 8, 6), sines = SPACE(s, F32, 8, 6);
+    rope_table(cosines, sines, ints(s, places, 8, 1), 100.0f, 6, 1.0f);
+    rope_forward(y, x, RESHAPE(cosines, 4, 2, 6), RESHAPE(sines, 4, 2, 6));
+    result(s, "turned", y, tolerance);
+    rope_backward(x, y, RESHAPE(cosines, 4, 2, 6), RESHAPE(sines, 4, 2, 6));
+    result(s, "turned back", x, tolerance);
 }
