@@ -45,8 +45,10 @@ static Status read_vision(VisionConfig *v, Node *map, Node *root) {
     TRY(node_get_text(map, "model_type", &type, false));
     bool unified = !strcmp(type, "gemma4_unified_vision");
     if (!unified && strcmp(type, "gemma4_vision"))
-        FAIL(ERR_CONFIG, "%s:%d: model_type is '%s', expected gemma4_vision or "
-             "gemma4_unified_vision", map->file, map->line, type);
+        FAIL(ERR_CONFIG,
+             "%s:%d: model_type is '%s', expected gemma4_vision or "
+             "gemma4_unified_vision",
+             map->file, map->line, type);
     *v = (VisionConfig){.path = unified ? MEDIA_UNIFIED : MEDIA_TOWER,
                         .hidden_size = 768,
                         .num_hidden_layers = 16,

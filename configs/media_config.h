@@ -20,9 +20,9 @@ typedef struct VisionConfig {
 typedef struct AudioConfig {
     MediaPath path;
     int64_t hidden_size, num_hidden_layers, num_attention_heads, output_proj_dims;
-    int64_t channels[2];     /* of the two convolutions */
+    int64_t channels[2]; /* of the two convolutions */
     int64_t conv_kernel_size;
-    int64_t keys;            /* that a row sees, itself included */
+    int64_t keys; /* that a row sees, itself included */
     bool use_clipped_linears;
     double logit_cap, residual_weight, rms_norm_eps;
     int64_t audio_embed_dim; /* unified only: samples of a soft token */

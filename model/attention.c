@@ -12,15 +12,18 @@ void attention_declare(Attention *a, ParamList *params, LinearList *list, const 
     int64_t C = c->head_dim, kv = c->num_key_value_heads * C, D = c->hidden_size;
     a->config = *c;
     params_enter(params, "self_attn");
-    linear_declare_kind(&a->q_proj, params, list, c->linears, "q_proj", c->num_attention_heads * C, D);
+    linear_declare_kind(&a->q_proj, params, list, c->linears, "q_proj", c->num_attention_heads * C,
+                        D);
     norm_declare(&a->q_norm, params, "q_norm", C, c->eps);
     if (c->owns_kv) {
         linear_declare_kind(&a->k_proj, params, list, c->linears, "k_proj", kv, D);
         norm_declare(&a->k_norm, params, "k_norm", C, c->eps);
-        if (!c->v_from_k) linear_declare_kind(&a->v_proj, params, list, c->linears, "v_proj", kv, D);
+        if (!c->v_from_k)
+            linear_declare_kind(&a->v_proj, params, list, c->linears, "v_proj", kv, D);
         a->v_norm = (Norm){.eps = c->eps};
     }
-    linear_declare_kind(&a->o_proj, params, list, c->linears, "o_proj", D, c->num_attention_heads * C);
+    linear_declare_kind(&a->o_proj, params, list, c->linears, "o_proj", D,
+                        c->num_attention_heads * C);
     params_leave(params);
 }
 

@@ -7,9 +7,12 @@
 
 void mlp_declare(Mlp *m, ParamList *params, LinearList *list, const BlockConfig *c) {
     params_enter(params, "mlp");
-    linear_declare_kind(&m->gate_proj, params, list, c->linears, "gate_proj", c->intermediate_size, c->hidden_size);
-    linear_declare_kind(&m->up_proj, params, list, c->linears, "up_proj", c->intermediate_size, c->hidden_size);
-    linear_declare_kind(&m->down_proj, params, list, c->linears, "down_proj", c->hidden_size, c->intermediate_size);
+    linear_declare_kind(&m->gate_proj, params, list, c->linears, "gate_proj", c->intermediate_size,
+                        c->hidden_size);
+    linear_declare_kind(&m->up_proj, params, list, c->linears, "up_proj", c->intermediate_size,
+                        c->hidden_size);
+    linear_declare_kind(&m->down_proj, params, list, c->linears, "down_proj", c->hidden_size,
+                        c->intermediate_size);
     params_leave(params);
 }
 

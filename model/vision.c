@@ -15,7 +15,8 @@ void vision_declare(Vision *v, ParamList *params, LinearList *list, const Vision
     *v = (Vision){.config = *c};
     params_enter(params, "vision_tower");
     params_enter(params, "patch_embedder");
-    linear_declare(&v->input_proj, params, list, "input_proj", D, 3 * c->patch_size * c->patch_size);
+    linear_declare(&v->input_proj, params, list, "input_proj", D,
+                   3 * c->patch_size * c->patch_size);
     v->position_embedding_table =
         PARAMS_ADD(params, "position_embedding_table", 2, c->position_embedding_size, D);
     params_leave(params);
@@ -110,8 +111,9 @@ static void send_places(const Vision *v, VisionSaved *s, const int32_t *places, 
         tensor_write(*lists[i], line);
     }
     tensor_write(both, places);
-    rope_table(RESHAPE(s->rows.cos[FULL], 2 * N, quarter), RESHAPE(s->rows.sin[FULL], 2 * N, quarter),
-               both, (float)v->config.rope_theta, quarter, 1.0f);
+    rope_table(RESHAPE(s->rows.cos[FULL], 2 * N, quarter),
+               RESHAPE(s->rows.sin[FULL], 2 * N, quarter), both, (float)v->config.rope_theta,
+               quarter, 1.0f);
     free(line);
     arena_release(scratch, mark);
 }
@@ -119,7 +121,8 @@ static void send_places(const Vision *v, VisionSaved *s, const int32_t *places, 
 static void embed(const Vision *v, VisionSaved *s, const float *pixels, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor values = ARENA_TENSOR(p->scratch, F32, s->N, tensor_cols(s->pixels)),
-           lines = arena_like(p->scratch, s->residual[0]), table = v->position_embedding_table->value;
+           lines = arena_like(p->scratch, s->residual[0]),
+           table = v->position_embedding_table->value;
     tensor_write(values, pixels);
     Tensor one = ARENA_TENSOR(p->scratch, F32, tensor_cols(values));
     fill(one, -1.0f);

@@ -9,7 +9,7 @@
 
 typedef struct Vision {
     VisionConfig config;
-    Linear input_proj;              /* of the patch embedder */
+    Linear input_proj;               /* of the patch embedder */
     Param *position_embedding_table; /* (2, positions, D): of columns, of rows */
     Block *blocks;
     Param *std_bias, *std_scale; /* (D), buffers; NULL: not standardised */
@@ -18,13 +18,13 @@ typedef struct Vision {
 /* One picture on its way: what the backward pass needs, where the mode keeps it. */
 typedef struct VisionSaved {
     StackMode mode;
-    int64_t N;              /* patches */
+    int64_t N; /* patches */
     Rows rows;
-    Tensor columns, lines;  /* (N) i32: x and y of each patch */
-    Tensor pixels;          /* (N, 768) */
-    KvSlot *slots;          /* one a block */
-    BlockSaved *saved;      /* one a block */
-    Tensor *residual;       /* (N, D): input of each block, and the last one's output */
+    Tensor columns, lines; /* (N) i32: x and y of each patch */
+    Tensor pixels;         /* (N, 768) */
+    KvSlot *slots;         /* one a block */
+    BlockSaved *saved;     /* one a block */
+    Tensor *residual;      /* (N, D): input of each block, and the last one's output */
 } VisionSaved;
 
 /* Declares vision_tower.* below the path that is entered. */

@@ -140,7 +140,8 @@ void CPU(standardize)(Tensor y, Tensor x, Tensor shift, Tensor scale) {
         for (int64_t first = 0; first < D; first += CHUNK) {
             int64_t count = D - first < CHUNK ? D - first : CHUNK;
             float a[CHUNK], b[CHUNK], out[CHUNK];
-            const float *s = load_f32(a, shift, first, count), *f = load_f32(b, scale, first, count);
+            const float *s = load_f32(a, shift, first, count),
+                        *f = load_f32(b, scale, first, count);
             for (int64_t d = 0; d < count; d++) out[d] = (in[n * D + first + d] - s[d]) * f[d];
             store_f32(y, n * D + first, count, out);
         }

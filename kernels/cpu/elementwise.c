@@ -133,8 +133,7 @@ void CPU(dropout)(Tensor y, Tensor x, float p, uint64_t key) {
 void CPU(shift_columns)(Tensor y, Tensor x, Tensor shift) {
     int64_t N = tensor_rows(x), D = tensor_cols(x);
 #pragma omp parallel for schedule(static) if (N > 4)
-    for (int64_t r = 0; r < N; r++)
-        FOR_CHUNKS(D) {
+    for (int64_t r = 0; r < N; r++) FOR_CHUNKS(D) {
             float a[CHUNK], b[CHUNK], out[CHUNK];
             const float *in = load_f32(a, x, r * D + first, n),
                         *more = load_f32(b, shift, first, n);

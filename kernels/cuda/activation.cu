@@ -104,8 +104,7 @@ DEVICE_FUNCTION float sigmoid(float x) {
     return 1.0f / (1.0f + expf(-x));
 }
 
-template <typename T>
-static __global__ void glu(T *y, const T *x, int64_t count, int64_t F) {
+template <typename T> static __global__ void glu(T *y, const T *x, int64_t count, int64_t F) {
     FOR_GRID(k, count) {
         int64_t at = k / F * 2 * F + k % F;
         y[k] = from_float<T>(to_float(x[at]) * sigmoid(to_float(x[at + F])));

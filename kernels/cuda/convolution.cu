@@ -139,7 +139,7 @@ template <typename Y, typename W>
 static __global__ void shift_scale(Y *y, const float *x, const W *shift, const W *scale, int64_t D,
                                    int64_t count) {
     FOR_GRID(i, count)
-        y[i] = from_float<Y>((x[i] - to_float(shift[i % D])) * to_float(scale[i % D]));
+    y[i] = from_float<Y>((x[i] - to_float(shift[i % D])) * to_float(scale[i % D]));
 }
 
 extern "C" void cuda_standardize(Tensor y, Tensor x, Tensor shift, Tensor scale) {

@@ -75,8 +75,8 @@ static __global__ void row_gradients(float *dq, float *dk, float *dv, const floa
         float to_q = 0, to_k = 0, to_v = 0;
         for (int64_t r = 0; r < z.W; r++) {
             if (r <= t)
-                to_q += da[item * z.W + r] * (k[((t - r) * z.H + h) * z.C + c] +
-                                              relative[(r * z.H + h) * z.C + c]);
+                to_q += da[item * z.W + r] *
+                        (k[((t - r) * z.H + h) * z.C + c] + relative[(r * z.H + h) * z.C + c]);
             if (t + r < z.T) {
                 int64_t from = (t + r) * z.H + h;
                 to_k += da[from * z.W + r] * q[from * z.C + c];

@@ -230,9 +230,7 @@ template <typename T> struct LayerWeightTerm {
 template <typename T> struct LayerBiasTerm {
     const T *dy;
     int64_t D;
-    __device__ float operator()(int64_t n, int64_t d) const {
-        return to_float(dy[n * D + d]);
-    }
+    __device__ float operator()(int64_t n, int64_t d) const { return to_float(dy[n * D + d]); }
 };
 
 extern "C" void cuda_layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias, Tensor dy,
@@ -240,11 +238,11 @@ extern "C" void cuda_layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias,
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     if (!N) return;
     if (dweight.data) /* first: they read dy, which dx may overwrite */
-        WITH_FLOAT(x.dtype, T,
-                   add_column_sums(x.device, data_of<float>(dweight), N, D,
-                                   LayerWeightTerm<T>{data_of<T>(dy), data_of<T>(x),
-                                                      data_of<float>(mean), data_of<float>(rstd),
-                                                      D}));
+        WITH_FLOAT(
+            x.dtype, T,
+            add_column_sums(x.device, data_of<float>(dweight), N, D,
+                            LayerWeightTerm<T>{data_of<T>(dy), data_of<T>(x), data_of<float>(mean),
+                                               data_of<float>(rstd), D}));
     if (dbias.data)
         WITH_FLOAT(x.dtype, T,
                    add_column_sums(x.device, data_of<float>(dbias), N, D,

@@ -1,6 +1,7 @@
 /* test_towers.c - the vision and audio towers with weights by formula, against values that the
  * reference gave in f32 (shared/spec/multimodal.md, section 11). */
 #include "kernels/elementwise.h"
+#include "model/audio.h"
 #include "model/vision.h"
 #include "tests/test.h"
 
@@ -37,9 +38,9 @@ static void give_values(ParamList *params, LinearList *list) {
         Tensor value = sorted[t]->value;
         for (int64_t i = 0; i < tensor_count(value); i++) {
             float v = formula((uint32_t)t, (uint32_t)i);
-            ((float *)value.data)[i] = value.ndim >= 2                      ? 0.25f * v
+            ((float *)value.data)[i] = value.ndim >= 2                   ? 0.25f * v
                                        : strstr(sorted[t]->name, "norm") ? 1.0f + 0.2f * v
-                                                                            : 0.3f * v;
+                                                                         : 0.3f * v;
         }
     }
     for (Linear *l = list->first; l; l = l->next) {
@@ -202,8 +203,119 @@ CASE(towers, vision_is_the_same_whatever_is_kept) {
     vision_run(&only, true, STACK_SCORE);
     EXPECT(!memcmp(kept.out.data, again.out.data, tensor_bytes(kept.out)), "recomputed differs");
     EXPECT(!memcmp(kept.out.data, only.out.data, tensor_bytes(kept.out)), "forward alone differs");
-    EXPECT(!memcmp(kept.params.grads.data, again.params.grads.data,
-                   tensor_bytes(kept.params.grads)),
-           "gradients differ");
+    EXPECT(
+        !memcmp(kept.params.grads.data, again.params.grads.data, tensor_bytes(kept.params.grads)),
+        "gradients differ");
     vision_stop(&kept), vision_stop(&again), vision_stop(&only);
+}
+
+/* ---- audio ---- */
+
+typedef struct AudioTower {
+    ParamList params;
+    LinearList list;
+    Arena memory, scratch;
+    Audio audio;
+    AudioSaved saved;
+    Tensor out;
+} AudioTower;
+
+static void audio_start(AudioTower *t, int64_t M, StackMode mode) {
+    static const AudioConfig c = {.path = MEDIA_TOWER,
+                                  .hidden_size = 32,
+                                  .num_hidden_layers = 2,
+                                  .num_attention_heads = 4,
+                                  .output_proj_dims = 24,
+                                  .channels = {128, 8},
+                                  .conv_kernel_size = 5,
+                                  .keys = 12,
+                                  .use_clipped_linears = true,
+                                  .logit_cap = 50.0,
+                                  .residual_weight = 0.5,
+                                  .rms_norm_eps = 1e-6};
+    params_init(&t->params, F32, "");
+    audio_declare(&t->audio, &t->params, &t->list, &c);
+    give_values(&t->params, &t->list);
+    EXPECT_OK(arena_init(&t->memory, device_cpu(), 16 << 20, "the recording"));
+    EXPECT_OK(arena_init(&t->scratch, device_cpu(), 32 << 20, "temporaries"));
+    Pass pass = {.scratch = &t->scratch, .training = true};
+    float *features = must_malloc((size_t)M * MEL_BINS * sizeof *features);
+    for (int64_t i = 0; i < M * MEL_BINS; i++) features[i] = 3 * formula(1000, (uint32_t)i);
+    t->out = ARENA_TENSOR(&t->memory, F32, audio_soft_tokens(M), 24);
+    Tensor dout = arena_like(&t->memory, t->out);
+    for (int64_t i = 0; i < tensor_count(dout); i++)
+        ((float *)dout.data)[i] = formula(1001, (uint32_t)i);
+    audio_open(&t->saved, &t->audio, mode);
+    audio_place(&t->saved, &t->audio, &t->memory, F32, M);
+    audio_forward(&t->audio, &t->saved, t->out, features, &pass);
+    if (mode != STACK_SCORE) {
+        if (M == 101) expect_close("L", product(t->out, dout), -2.414728, 1e-4);
+        audio_backward(&t->audio, &t->saved, dout, &pass);
+    }
+    free(features);
+}
+
+static void audio_stop(AudioTower *t) {
+    audio_close(&t->saved);
+    arena_free(&t->memory);
+    arena_free(&t->scratch);
+    params_free(&t->params);
+    audio_free(&t->audio);
+}
+
+CASE(towers, audio_equals_the_reference) {
+    AudioTower t = {0};
+    audio_start(&t, 101, STACK_KEEP);
+    EXPECT_ROW(t.saved.residual[0], 0, -1.0384, 1.2733, .748595, -1.39997);
+    EXPECT_ROW(t.saved.residual[0], 25, .605624, 1.42394, 2.03551, -.610552);
+    expect_close("after the convolutions", sum_of(t.saved.residual[0]), 1045.263, 1e-2);
+    EXPECT_ROW(t.saved.saved[0].x1, 13, 1.07523, .831829, .050879, -.546663);
+    EXPECT_ROW(t.saved.saved[0].posted, 13, .197394, .162711, .0817014, .622703);
+    EXPECT_ROW(t.saved.saved[0].x3, 13, 1.97786, 1.16918, .403067, 1.70518);
+    EXPECT_ROW(t.saved.residual[1], 13, 1.87072, 1.01936, -.0492542, 1.08286);
+    EXPECT_ROW(t.out, 0, .846257, -.787357, -.900006, -.541663);
+    EXPECT_ROW(t.out, 11, .684938, -1.13732, -1.15646, .0807935);
+    EXPECT_ROW(t.out, 12, .7078, -1.86256, -.89056, .215537);
+    EXPECT_ROW(t.out, 25, .858434, -1.22063, -1.03528, -.67995);
+    expect_close("sum", sum_of(t.out), 392.1441, 4e-3);
+#define AUDIO_GRADIENT(name, ...) expect_gradient(&t.params, "audio_tower." name, __VA_ARGS__)
+    AUDIO_GRADIENT("layers.0.feed_forward1.ffw_layer_1.linear.weight", 1648.73, .243029, .309165,
+                   .00381353);
+    AUDIO_GRADIENT("layers.0.norm_out.weight", 38.7987, -.675727, 1.02903, .0348676);
+    AUDIO_GRADIENT("layers.0.self_attn.per_dim_scale", 3.26276, -.659437, .683716, -.484534);
+    AUDIO_GRADIENT("layers.0.self_attn.q_proj.linear.weight", 315.63, .406668, .0281457, -.269631);
+    AUDIO_GRADIENT("layers.0.self_attn.relative_k_proj.weight", 29.2876, .0413821, -.272703,
+                   -.258731);
+    AUDIO_GRADIENT("layers.0.self_attn.v_proj.linear.weight", 1803.92, 2.44572, -1.95847, -3.30424);
+    AUDIO_GRADIENT("layers.1.lconv1d.depthwise_conv1d.weight", 161.288, -5.01298, -2.86881,
+                   -.520059);
+    AUDIO_GRADIENT("output_proj.bias", 52.4219, -1.67915, 3.12589, .935841);
+    AUDIO_GRADIENT("subsample_conv_projection.layer0.conv.weight", 2365.69, .338275, 1.47561,
+                   -.87885);
+    AUDIO_GRADIENT("subsample_conv_projection.layer1.norm.weight", 43.508, -.946461, 5.55361,
+                   5.5624);
+    audio_stop(&t);
+}
+
+/* As the reference's padded clip, whose last valid row this is. */
+CASE(towers, audio_of_a_shorter_clip_equals_the_reference) {
+    AudioTower t = {0};
+    audio_start(&t, 70, STACK_SCORE);
+    EXPECT_ROW(t.out, 0, .846257, -.787357, -.900006, -.541663);
+    EXPECT_ROW(t.out, 17, .436071, -1.32944, -.252246, .63643);
+    expect_close("sum", sum_of(t.out), 276.4843, 3e-3);
+    audio_stop(&t);
+}
+
+CASE(towers, audio_is_the_same_whatever_is_kept) {
+    AudioTower kept = {0}, again = {0}, only = {0};
+    audio_start(&kept, 45, STACK_KEEP);
+    audio_start(&again, 45, STACK_RECOMPUTE);
+    audio_start(&only, 45, STACK_SCORE);
+    EXPECT(!memcmp(kept.out.data, again.out.data, tensor_bytes(kept.out)), "recomputed differs");
+    EXPECT(!memcmp(kept.out.data, only.out.data, tensor_bytes(kept.out)), "forward alone differs");
+    EXPECT(
+        !memcmp(kept.params.grads.data, again.params.grads.data, tensor_bytes(kept.params.grads)),
+        "gradients differ");
+    audio_stop(&kept), audio_stop(&again), audio_stop(&only);
 }
