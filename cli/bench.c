@@ -143,7 +143,11 @@ static Status time_scoring(Model *m, const int32_t *ids, int64_t n, double *seco
     float *nll = must_calloc((size_t)n, sizeof *nll);
     Status status = step_init(&memory, &m->g, n, &options);
     for (int64_t i = 0; i < n; i++) numbers[i] = (int32_t)i, numbers[2 * n + i] = ids[(i + 1) % n];
-    Batch batch = {n, ids, numbers, numbers + n, NULL, numbers + 2 * n, NULL};
+    Batch batch = {.N = n,
+                   .ids = ids,
+                   .positions = numbers,
+                   .starts = numbers + n,
+                   .targets = numbers + 2 * n};
     *seconds = 1e9;
     for (int pass = 0; pass < 3 && status == OK; pass++) {
         double start = now();

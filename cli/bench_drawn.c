@@ -203,7 +203,12 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
         numbers[2 * N + i] = ids[i + 1];
         weights[i] = 1.0f / (float)N;
     }
-    Batch batch = {N, ids, numbers, numbers + N, NULL, numbers + 2 * N, weights};
+    Batch batch = {.N = N,
+                   .ids = ids,
+                   .positions = numbers,
+                   .starts = numbers + N,
+                   .targets = numbers + 2 * N,
+                   .weights = weights};
     time_steps(g, &memory, &o, &options, &batch, weights + N, &seconds, &loss);
     /* Forward, and back to the inputs; to the weights as well where they are trained. */
     double flops = forward_flops(g, (double)N) * (double)N * (strcmp(b->train, "full") ? 2 : 3);

@@ -78,7 +78,8 @@ static Status score_ids(Context *c, const Tokens *ids, int64_t first, float *nll
         starts[n] = 0;
         targets[n] = n + 1 < N && n + 1 >= first ? ids->ids[n + 1] : -1;
     }
-    Batch batch = {N, ids->ids, positions, starts, NULL, targets, NULL};
+    Batch batch = {
+        .N = N, .ids = ids->ids, .positions = positions, .starts = starts, .targets = targets};
     step_run(&c->model.g, &c->memory, &batch, &options, nll);
     free(positions);
     return OK;

@@ -251,7 +251,9 @@ static Status read_config(ModelConfig *c, Node *root, const char *name) {
     if (bidirectional && strcmp(bidirectional, "vision"))
         FAIL(ERR_CONFIG, "%s: use_bidirectional_attention is '%s', expected null or vision", name,
              bidirectional);
-    c->use_bidirectional_attention = bidirectional ? BIDIRECTIONAL_VISION : BIDIRECTIONAL_NONE;
+    c->use_bidirectional_attention = !bidirectional            ? BIDIRECTIONAL_NONE
+                                     : strstr(type, "unified") ? BIDIRECTIONAL_ALL
+                                                               : BIDIRECTIONAL_SLIDING;
 
     TRY(node_get_int(text, "pad_token_id", &c->pad_token_id, false));
     TRY(node_get_int(text, "bos_token_id", &c->bos_token_id, false));

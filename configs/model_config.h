@@ -12,7 +12,12 @@
 
 typedef enum AttentionKind { SLIDING, FULL, ATTENTION_KINDS } AttentionKind;
 
-typedef enum Bidirectional { BIDIRECTIONAL_NONE, BIDIRECTIONAL_VISION } Bidirectional;
+/* Whether the soft tokens of a picture see those behind them. */
+typedef enum Bidirectional {
+    BIDIRECTIONAL_NONE,
+    BIDIRECTIONAL_SLIDING, /* in sliding layers, and no farther back than the window */
+    BIDIRECTIONAL_ALL, /* in all layers, and all of their picture whatever the window: unified */
+} Bidirectional;
 
 typedef struct RopeConfig {
     double rope_theta, partial_rotary_factor, factor;

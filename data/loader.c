@@ -180,7 +180,11 @@ static void micro_batch_init(MicroBatch *b, int64_t capacity) {
 
 static void micro_batch_start(MicroBatch *b) {
     b->trained = b->sample_count = 0;
-    b->batch = (Batch){0, b->ids, b->positions, b->starts, NULL, b->targets, b->weights};
+    b->batch = (Batch){.ids = b->ids,
+                       .positions = b->positions,
+                       .starts = b->starts,
+                       .targets = b->targets,
+                       .weights = b->weights};
 }
 
 /* Appends a sample as a segment of its own. */

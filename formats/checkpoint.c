@@ -34,7 +34,8 @@ static bool is_dead(const ModelConfig *c, const char *name) {
 
 static bool is_tower(const char *name) {
     static const char *const prefixes[] = {"model.vision_tower.", "model.audio_tower.",
-                                           "model.embed_vision.", "model.embed_audio."};
+                                           "model.vision_embedder.", "model.embed_vision.",
+                                           "model.embed_audio."};
     for (size_t i = 0; i < sizeof prefixes / sizeof *prefixes; i++)
         if (starts_with(name, prefixes[i])) return true;
     return false;
@@ -97,6 +98,7 @@ done:
 static Status classify(Checkpoint *c) {
     Gemma names; /* declared for its names and shapes only */
     gemma_declare(&names, &c->config, BF16, device_cpu());
+    gemma_declare_media(&names);
     Status status = OK;
     for (int i = 0; i < c->count; i++) {
         CheckpointTensor *t = &c->tensors[i];
@@ -104,8 +106,9 @@ static Status classify(Checkpoint *c) {
         if (i && !strcmp(name, c->tensors[i - 1].stored->name))
             FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is also in %s", t->stored->file, name,
                       c->tensors[i - 1].stored->file);
-        if (params_find(&names.params, name))
-            t->role = ROLE_PARAM;
+        const Param *p = params_find(&names.params, name);
+        if (p)
+            t->role = p->tower ? ROLE_TOWER : ROLE_PARAM;
         else if (is_dead(&c->config, name))
             t->role = ROLE_DEAD;
         else if (is_tower(name))
@@ -123,6 +126,7 @@ static Status classify(Checkpoint *c) {
     for (int i = 0; i < names.params.count; i++) {
         const Param *p = names.params.items[i];
         const CheckpointTensor *t = find_tensor(c, p->name);
+        if (!t && p->tower) continue; /* missed where it is wanted */
         if (!t) FAIL_DONE(ERR_FORMAT, "%s: tensor '%s' is missing", c->dir, p->name);
         bool same = t->stored->ndim == p->value.ndim;
         for (int d = 0; same && d < p->value.ndim; d++)
@@ -222,7 +226,9 @@ void checkpoint_formats(const Checkpoint *c, Gemma *g) {
     for (int i = 0; i < g->params.count; i++) {
         Param *p = g->params.items[i];
         if (p->adapter || p->trainable) continue;
-        const StoredTensor *t = find_tensor(c, p->name)->stored;
+        const CheckpointTensor *found = find_tensor(c, p->name);
+        if (!found) continue; /* checkpoint_load says so */
+        const StoredTensor *t = found->stored;
         int64_t cols = tensor_cols(p->value), rows = tensor_count(p->value) / cols;
         if (p->value.ndim == 1 && t->dtype == F32) p->value.dtype = F32;
         size_t element = dtype_is_packed(t->dtype) ? 2 : dtype_size(t->dtype);
@@ -295,7 +301,13 @@ static Status load_param(const StoredTensor *t, Param *p, Device *device) {
 Status checkpoint_load(const Checkpoint *c, Gemma *g) {
     for (int i = 0; i < g->params.count; i++) {
         Param *p = g->params.items[i];
-        if (!p->adapter) TRY(load_param(find_tensor(c, p->name)->stored, p, g->device));
+        if (p->adapter) continue;
+        const CheckpointTensor *t = find_tensor(c, p->name);
+        if (!t)
+            FAIL(ERR_FORMAT,
+                 "%s: tensor '%s' is missing; this checkpoint reads no pictures or sound", c->dir,
+                 p->name);
+        TRY(load_param(t->stored, p, g->device));
     }
     params_adopt(&g->params);
     gemma_loaded(g);

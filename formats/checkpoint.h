@@ -12,7 +12,7 @@
 typedef enum TensorRole {
     ROLE_PARAM,   /* a parameter of the text model */
     ROLE_DEAD,    /* k, v of a layer that shares: in released files, used by nobody */
-    ROLE_TOWER,   /* vision or audio: carried through unchanged */
+    ROLE_TOWER,   /* vision or audio: read when media are declared, else carried through unchanged */
     ROLE_TIED,    /* an lm_head.weight, which must equal the embedding */
     ROLE_DERIVED, /* follows from the config (GGUF's rope_freqs) */
     ROLE_ORDER,   /* a drafter's tokens by centroid: integers, not a parameter */

@@ -129,6 +129,7 @@ static Status list_items(Saving *s) {
         }
     for (int i = 0; i < s->source->count; i++) {
         const CheckpointTensor *t = &s->source->tensors[i];
+        if (t->role == ROLE_TOWER && params_find(&s->g->params, t->stored->name)) continue;
         if (t->role == ROLE_TOWER && t->stored->parts)
             FAIL(ERR_FORMAT,
                  "%s: tensor '%s' of a tower is quantised and cannot go into another checkpoint",

@@ -75,7 +75,11 @@ static Status run_model(Model *m, const Prompts *p, Sink *sink) {
     StepOptions options = {.mode = STACK_SCORE, .logits = keep_logits, .logits_context = sink};
     StepMemory memory = {0};
     float *nll = must_malloc((size_t)p->count * sizeof *nll);
-    Batch batch = {p->count, p->ids, p->positions, p->starts, NULL, p->targets, NULL};
+    Batch batch = {.N = p->count,
+                   .ids = p->ids,
+                   .positions = p->positions,
+                   .starts = p->starts,
+                   .targets = p->targets};
     sink->vocab = m->g.config.vocab_size;
     sink->failed = false;
     sink->file = tmpfile();

@@ -39,6 +39,10 @@ void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *dev
     if (c->assistant) declare_assistant(g);
 }
 
+void gemma_declare_media(Gemma *g) {
+    media_declare(&g->media, &g->params, &g->linears, &g->config);
+}
+
 void gemma_free(Gemma *g) {
     for (Linear *l = g->linears.first; l; l = l->next) {
         for (Lora *lora = l->lora, *next; lora; lora = next) {
@@ -51,11 +55,13 @@ void gemma_free(Gemma *g) {
         if (p->mapped && p->value.data) device_unpin(g->device, p->value.data);
     }
     params_free(&g->params);
+    media_free(&g->media);
     free(g->blocks);
     *g = (Gemma){0};
 }
 
 void gemma_loaded(Gemma *g) {
+    for (Linear *l = g->linears.first; l; l = l->next) linear_loaded(l);
     for (int l = 0; l < g->config.num_hidden_layers; l++) {
         g->blocks[l].scalar = tensor_first(g->blocks[l].layer_scalar->value);
     }
@@ -83,7 +89,7 @@ void gemma_refresh(Gemma *g, Arena *scratch) {
 }
 
 bool gemma_trains_embedding(const Gemma *g) {
-    return g->embed_tokens->trainable ||
+    return g->embed_tokens->trainable || (g->media.params && media_trains(&g->media)) ||
            (g->per_layer_input.L && per_layer_input_trains(&g->per_layer_input));
 }
 

@@ -1,8 +1,10 @@
-/* gemma.h - the whole text model: embedding, per-layer input, blocks, final norm, tied head. */
+/* gemma.h - the whole model: embedding, per-layer input, blocks, final norm, tied head; and beside
+ * it what turns pictures and sound into rows of the embedding, where that is asked for. */
 #ifndef GEMMA_H
 #define GEMMA_H
 
 #include "model/block.h"
+#include "model/media.h"
 #include "model/per_layer_input.h"
 
 /* Told after the forward pass of each layer: what mapped weights need to let go of their pages. */
@@ -22,6 +24,7 @@ typedef struct Gemma {
     LinearList linears;
     Param *embed_tokens;           /* (V, D), also the head */
     PerLayerInput per_layer_input; /* L == 0: the model has none */
+    Media media;                   /* declared by gemma_declare_media alone */
     Block *blocks;
     Norm norm;
     /* of a drafter only: (token, state) of the other model in, its state out; and what tokens are
@@ -33,7 +36,10 @@ typedef struct Gemma {
 void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *device);
 void gemma_free(Gemma *g);
 
-/* Keeps what passes need of the values on the host (layer_scalar): once after loading. */
+/* Declares the towers and projections that config has, after gemma_declare. */
+void gemma_declare_media(Gemma *g);
+
+/* Keeps what passes need of the values on the host (layer_scalar, bounds): once after loading. */
 void gemma_loaded(Gemma *g);
 
 /* sqrt(D), rounded as the working dtype rounds it. */

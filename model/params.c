@@ -104,7 +104,7 @@ static int64_t span(const Param *p) {
 }
 
 bool param_takes_blocks(const Param *p) {
-    return p->value.ndim > 1 && !strstr(p->name, ".router.");
+    return p->value.ndim > 1 && !p->tower && !strstr(p->name, ".router.");
 }
 
 /* Whether the optimizer updates a value of f32. */

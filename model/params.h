@@ -68,7 +68,7 @@ void params_add_derived(ParamList *params, Tensor *t);
 Param *params_find(const ParamList *params, const char *name);
 
 /* Whether the weight is one that is stored in few bits where it fits: a matrix, and no router,
- * whose choices are delicate. */
+ * whose choices are delicate, nor a tower's. */
 bool param_takes_blocks(const Param *p);
 
 /* Bytes that params_place will take. */

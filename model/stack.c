@@ -200,6 +200,14 @@ static void embed(Stack *s) {
         fake_quantize(s->rounded_table, g->embed_tokens->value, tensor_absent(), g->fake.scheme,
                       g->fake.blend);
     embedding_forward(s->residual[0], stack_table(s), 0, s->ids, gemma_embedding_scale(g));
+    for (int64_t i = 0; i < s->media_count; i++) {
+        const MediaItem *item = &s->media[i];
+        Tensor rows = tensor_slice(s->residual[0], item->first, item->count);
+        if (tensor_present(item->soft))
+            tensor_copy(rows, item->soft);
+        else
+            media_forward(&g->media, rows, item, &s->pass);
+    }
     if (g->per_layer_input.L)
         per_layer_input_forward(&g->per_layer_input, &s->per_layer, s->residual[0], s->ids,
                                 &s->pass);

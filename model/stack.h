@@ -24,6 +24,9 @@ typedef struct Stack {
     int boundary;   /* first layer that sees only `some` */
     Staging inputs; /* integers that the caller fills: ids, positions, Rows, and lent tables */
     Tensor ids, positions;
+    const MediaItem *media; /* whose soft tokens take the rows of their slots; ids are padding there
+                             */
+    int64_t media_count;
     Tensor rounded_table; /* (V, D): the token table as it will be stored; only where that is
                              trained */
     KvSlot *slots;        /* one a layer; the stack's own unless a cache is lent */

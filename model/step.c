@@ -100,6 +100,10 @@ static void backward(Step *t) {
         if (to_per_layer)
             per_layer_input_backward(ple, &s->per_layer, dfull, dper_layer, s->residual[0], s->ids,
                                      p);
+        for (int64_t i = 0; i < s->media_count && g->media.params; i++)
+            if (media_trains(&g->media) && !tensor_present(s->media[i].soft))
+                media_backward(&g->media, tensor_slice(dfull, s->media[i].first, s->media[i].count),
+                               &s->media[i], s->mode, p);
         if (g->embed_tokens->trainable)
             embedding_backward(g->embed_tokens->grad, 0, dfull, s->ids, gemma_embedding_scale(g),
                                (int32_t)g->config.pad_token_id);
@@ -143,6 +147,8 @@ void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
     Arena place = arena_measure(), temporary = arena_measure();
     Step t;
     step_open(&t, g, options, N, kept, &temporary);
+    t.stack.media = options->largest;
+    t.stack.media_count = options->largest_count;
     step_place(&t, &place);
     gemma_refresh(g, &temporary);
     run(&t);
@@ -183,17 +189,20 @@ void step_free(StepMemory *m) {
 
 /* What every row sees, from its segment, its window and its span. */
 static void fill_rows(Stack *s, const Batch *batch) {
-    int64_t W = s->g->config.sliding_window;
+    int64_t W = s->g->config.sliding_window, span = 0;
+    bool all = s->g->config.use_bidirectional_attention == BIDIRECTIONAL_ALL;
+    const int32_t *ends = batch->span_ends;
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
         int32_t *index = staged(&s->inputs, s->all.index[kind]),
                 *first = staged(&s->inputs, s->all.first[kind]),
                 *last = staged(&s->inputs, s->all.last[kind]);
         for (int64_t n = 0; n < s->N; n++) {
             int64_t low = batch->starts[n], high = n;
-            if (kind == SLIDING) {
-                if (n - W + 1 > low) low = n - W + 1;
-                if (batch->span_ends && batch->span_ends[n] > high) high = batch->span_ends[n];
-            }
+            bool inside = ends && ends[n] >= 0;
+            if (!inside || !n || ends[n - 1] != ends[n]) span = n; /* where its span begins */
+            if (kind == SLIDING && n - W + 1 > low) low = n - W + 1;
+            if (inside && (all || kind == SLIDING)) high = ends[n];
+            if (inside && all && span < low) low = span;
             index[n] = (int32_t)n;
             first[n] = (int32_t)low;
             last[n] = (int32_t)high;
@@ -209,6 +218,14 @@ static void fill_rows(Stack *s, const Batch *batch) {
             some_last[m] = last[source[m]];
         }
     }
+}
+
+/* Slots have the padding's rows of both tables, as in the reference. */
+static void clear_slots(Stack *s, const Gemma *g) {
+    int32_t *ids = staged(&s->inputs, s->ids);
+    for (int64_t i = 0; i < s->media_count; i++)
+        for (int64_t n = 0; n < s->media[i].count; n++)
+            ids[s->media[i].first + n] = (int32_t)g->config.pad_token_id;
 }
 
 /* Values 0 .. count - 1 to their places among N, 0 elsewhere; source ascends. */
@@ -247,6 +264,9 @@ double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *
         k++;
     }
     fill_rows(s, batch);
+    s->media = batch->media;
+    s->media_count = batch->media_count;
+    clear_slots(s, g);
     staging_send(&s->inputs);
     tensor_write(t.targets, targets);
     tensor_write(t.weights, weights);

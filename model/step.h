@@ -14,6 +14,8 @@ typedef struct Batch {
         *span_ends; /* (N) last row of the bidirectional span a row is in, or -1; NULL: no spans */
     const int32_t *targets; /* (N) the next token where it is scored, else -1 */
     const float *weights;   /* (N) derivative of the loss by each nll; NULL when only scoring */
+    const MediaItem *media; /* what stands in their slots; ascending by `first` */
+    int64_t media_count;
 } Batch;
 
 /* Sees logits (n, V) f32, softcap included, of kept rows first .. first + n - 1. */
@@ -29,6 +31,8 @@ typedef struct StepOptions {
     void *logits_context;
     void (*layer_done)(void *context, int layer); /* its gradients are whole; NULL: nobody waits */
     void *layer_context;
+    const MediaItem *largest; /* of each kind a batch may hold: what a plan counts with */
+    int64_t largest_count;
 } StepOptions;
 
 /* Everything a step places: made for the largest batch, placed anew for each. */

@@ -99,6 +99,10 @@ static void send_places(const Vision *v, VisionSaved *s, const int32_t *places, 
     int64_t N = s->N, quarter = v->config.head_dim / 4;
     size_t mark = arena_mark(scratch);
     Tensor both = ARENA_TENSOR(scratch, I32, 2 * N);
+    if (!places) { /* only measured */
+        arena_release(scratch, mark);
+        return;
+    }
     int32_t *line = must_malloc((size_t)N * sizeof *line);
     Tensor *const lists[] = {&s->rows.index[FULL], &s->rows.first[FULL], &s->rows.last[FULL],
                              &s->columns, &s->lines};

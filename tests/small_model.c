@@ -94,7 +94,12 @@ void small_run(Loaded *m) {
         weights[i] = 1.0f / (SMALL_ROWS - 1);
     }
     for (int i = 0; i < SMALL_ROWS; i++) targets[i] = i + 1 < SMALL_ROWS ? ids[i + 1] : -1;
-    Batch batch = {SMALL_ROWS, ids, positions, starts, NULL, targets, weights};
+    Batch batch = {.N = SMALL_ROWS,
+                   .ids = ids,
+                   .positions = positions,
+                   .starts = starts,
+                   .targets = targets,
+                   .weights = weights};
     ExpertLoad load = {0};
     m->options.load = m->g.config.num_experts ? &load : NULL;
     step_run(&m->g, &m->memory, &batch, &m->options, m->nll);

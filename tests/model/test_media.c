@@ -1,0 +1,140 @@
+/* test_media.c - whole models with towers against the reference: pictures of two sizes, video
+ * frames and sound in one sequence. */
+#include "formats/adapter.h"
+#include "formats/checkpoint.h"
+#include "model/media.h"
+#include "tests/fixture.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+static const char *const kinds[] = {"e2b", "31b", "12b"};
+#define KINDS (sizeof kinds / sizeof *kinds)
+
+typedef struct Run {
+    Fixture f;
+    Checkpoint checkpoint;
+    Gemma g;
+    StepMemory memory;
+    StepOptions options;
+    Packed *packed;
+    MediaItem items[5];
+    uint8_t *pictures[4];
+    float *features;
+} Run;
+
+/* The slots of item i in the sequence: runs of one id, in the order of its pictures, frames and
+ * sounds. */
+static void find_slots(Run *r) {
+    const ModelConfig *c = &r->g.config;
+    int64_t sizes[4][2] = {{2, 3}, {1, 1}, {1, 2}, {1, 2}};
+    int64_t side = c->vision.patch_size * c->vision.pooling_kernel_size, n = r->packed->batch.N;
+    int count = 0;
+    for (int64_t at = 0; at < n; at++) {
+        int32_t id = r->packed->ids[at];
+        bool picture = id == c->image_token_id || id == c->video_token_id;
+        if (!picture && id != c->audio_token_id) continue;
+        MediaItem *item = &r->items[count];
+        item->first = at;
+        while (at < n && r->packed->ids[at] == id) at++;
+        item->count = at - item->first;
+        if (picture) {
+            char name[24];
+            int64_t bytes;
+            snprintf(name, sizeof name, "picture%d", count);
+            item->height = sizes[count][0] * side;
+            item->width = sizes[count][1] * side;
+            item->pixels = r->pictures[count] = fixture_bytes(&r->f, name, &bytes);
+            EXPECT(item->count == media_picture_tokens(&c->vision, item->height, item->width),
+                   "%d slots", (int)item->count);
+            for (int64_t k = item->first; k < at; k++)
+                if (c->use_bidirectional_attention) r->packed->spans[k] = (int32_t)at - 1;
+        } else {
+            int64_t values;
+            r->features = fixture_floats(&r->f, "features", &values);
+            item->features = r->features;
+            item->frames =
+                values / (c->audio.path == MEDIA_TOWER ? MEL_BINS : c->audio.audio_embed_dim);
+        }
+        count++;
+    }
+    r->packed->batch.media = r->items;
+    r->packed->batch.media_count = count;
+    r->packed->batch.span_ends = r->packed->spans;
+    for (int64_t k = 0; k < n; k++) /* every token is scored, slots as well */
+        r->packed->weights[k] = 1.0f / (float)(n - 1);
+}
+
+static void run_start(Run *r, const char *kind, StackMode mode, bool full,
+                      const AdapterSpec *spec) {
+    char name[40];
+    snprintf(name, sizeof name, "media_%s.h5", kind);
+    *r = (Run){.f = fixture_open(name)};
+    EXPECT_OK(checkpoint_open(&r->checkpoint, r->f.dir));
+    gemma_declare(&r->g, &r->checkpoint.config, F32, device_cpu());
+    gemma_declare_media(&r->g);
+    for (int i = 0; full && i < r->g.params.count; i++)
+        r->g.params.items[i]->trainable = !r->g.params.items[i]->buffer;
+    if (spec) EXPECT_OK(adapter_attach(&r->g, spec));
+    EXPECT_OK(params_place(&r->g.params, device_cpu(), true));
+    EXPECT_OK(checkpoint_load(&r->checkpoint, &r->g));
+    r->packed = fixture_batch(&r->f, -1);
+    find_slots(r);
+    r->options = (StepOptions){.mode = mode,
+                               .shortcut = true,
+                               .largest = r->items,
+                               .largest_count = r->packed->batch.media_count};
+    EXPECT_OK(step_init(&r->memory, &r->g, 64, &r->options));
+    step_run(&r->g, &r->memory, &r->packed->batch, &r->options, r->packed->nll);
+}
+
+static void run_stop(Run *r) {
+    step_free(&r->memory);
+    gemma_free(&r->g);
+    checkpoint_close(&r->checkpoint);
+    for (int i = 0; i < 4; i++) free(r->pictures[i]);
+    free(r->features);
+    free(r->packed);
+    H5Fclose(r->f.file);
+}
+
+static void compare_gradients(const Run *r, const char *kind) {
+    int compared = 0;
+    for (int i = 0; i < r->g.params.count; i++) {
+        const Param *p = r->g.params.items[i];
+        char name[PARAM_NAME_MAX + 8];
+        double error = 0, norm = 0;
+        int64_t count;
+        snprintf(name, sizeof name, "grad/%s", p->name);
+        if (p->buffer || !fixture_has(&r->f, name)) continue;
+        float *expected = fixture_floats(&r->f, name, &count);
+        for (int64_t k = 0; k < count; k++) {
+            double d = (double)((float *)p->grad.data)[k] - expected[k];
+            error += d * d;
+            norm += (double)expected[k] * expected[k];
+        }
+        EXPECT(sqrt(error) <= 1e-3 * sqrt(norm) + 1e-7,
+               "%s: gradient of %s differs by %.3g of %.3g", kind, p->name, sqrt(error),
+               sqrt(norm));
+        compared += p->tower;
+        free(expected);
+    }
+    EXPECT(compared > 8, "%s: only %d gradients of towers", kind, compared);
+}
+
+CASE(media, losses_and_every_gradient_equal_the_reference) {
+    for (size_t k = 0; k < KINDS; k++)
+        for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
+            Run r;
+            int64_t count;
+            run_start(&r, kinds[k], (StackMode)mode, true, NULL);
+            float *expected = fixture_floats(&r.f, "nll", &count);
+            for (int64_t n = 0; n < count; n++)
+                EXPECT(fabs(r.packed->nll[n] - expected[n]) < 1e-4 * fmax(1, fabs(expected[n])),
+                       "%s: nll of row %d is %.6f, expected %.6f", kinds[k], (int)n,
+                       r.packed->nll[n], expected[n]);
+            compare_gradients(&r, kinds[k]);
+            free(expected);
+            run_stop(&r);
+        }
+}
