@@ -2,8 +2,12 @@
 CC       ?= gcc
 COMMA    := ,
 PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8 zlib libmicrohttpd libedit
-PKG      := $(shell pkg-config --cflags $(PKGS) 2>/dev/null)
-LIBS      = $(if $(STATIC),$(STATIC_LIBS),$(shell pkg-config --libs $(PKGS) 2>/dev/null)) $(if $(ONEDNN),-ldnnl) $(CUDA_LIBS) -lm
+# What reads pictures and sound, each where its library is found; a static program has those alone that come without others.
+MEDIA    := $(foreach m,JPEG:libjpeg PNG:libpng WEBP:libwebpdemux $(if $(STATIC),,SNDFILE:sndfile SOXR:soxr LIBAV:libavformat),\
+            $(shell pkg-config --exists $(lastword $(subst :, ,$(m))) 2>/dev/null && echo $(m)))
+MEDIAPKGS := $(foreach m,$(MEDIA),$(lastword $(subst :, ,$(m)))) $(if $(findstring LIBAV,$(MEDIA)),libavcodec libavutil libswscale)
+PKG      := $(shell pkg-config --cflags $(PKGS) $(MEDIAPKGS) 2>/dev/null) $(foreach m,$(MEDIA),-DHAVE_$(firstword $(subst :, ,$(m))))
+LIBS      = $(if $(STATIC),$(STATIC_LIBS),$(shell pkg-config --libs $(PKGS) $(MEDIAPKGS) 2>/dev/null)) $(if $(ONEDNN),-ldnnl) $(CUDA_LIBS) -lm
 SANITIZE ?=
 # The GPU's side is built where its compiler is found; CUDA=0 leaves it out.
 CUDA_HOME ?= /usr/local/cuda
@@ -165,7 +169,7 @@ $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.
 # CPU side is for small things.
 static:
 	@$(MAKE) --no-print-directory STATIC=1 BUILD=build/static build/static/lapidary
-STATIC_LIBS := -static-libgcc -Wl,-Bstatic -lyaml -lhdf5_serial -lsz -laec -ljansson -lprotobuf-c -lpcre2-8 -lmicrohttpd -ledit \
+STATIC_LIBS := -static-libgcc -Wl,-Bstatic $(MEDIAPKGS:lib%=-l%) -lwebp -lyaml -lhdf5_serial -lsz -laec -ljansson -lprotobuf-c -lpcre2-8 -lmicrohttpd -ledit \
                -ltinfo -lbsd -lmd -lz -lhogweed -lnettle -lgmp -l:libgomp.a -Wl,-Bdynamic -l:libgnutls.so.30
 
 test: deps
@@ -177,9 +181,9 @@ demo: deps
 	@MODEL="$(MODEL)" DATA="$(DATA)" demo/run.sh
 
 # What the build needs, from Debian; asks for nothing when it is all there.
-EXTRA    := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+EXTRA    := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user libavformat-dev libavcodec-dev libswscale-dev
 DEPS     := gcc make pkg-config libyaml-dev libhdf5-dev libjansson-dev $(DNNL) nettle-dev libpcre2-dev zlib1g-dev libmicrohttpd-dev libedit-dev \
-            libprotobuf-c-dev protobuf-c-compiler
+            libprotobuf-c-dev protobuf-c-compiler libjpeg62-turbo-dev libpng-dev libwebp-dev libsndfile1-dev libsoxr-dev
 deps:
 	@missing=$$(for p in $(DEPS) $(MORE); do dpkg -s $$p >/dev/null 2>&1 || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
@@ -188,7 +192,7 @@ deps:
 	    $$as apt-get update -qq && $$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; \
 	fi
 
-# What only some tests need.
+# What only some tests need, and what reads videos.
 deps-all:
 	@$(MAKE) --no-print-directory MORE="$(EXTRA)" deps
 
