@@ -132,7 +132,9 @@ static void sequence_free(Sequence *s) {
     for (int i = 0; i < s->request.stop_text_count; i++) free((void *)s->request.stop_texts[i]);
     free((void *)s->request.stop_texts);
     free((void *)s->request.candidates);
+    free((void *)s->request.media);
     free(s->ids);
+    free(s->keys);
     free(s->logprobs);
     free(s->best);
     free(s->candidate_logprobs);
@@ -169,10 +171,51 @@ static void grow(Sequence *s) {
     s->capacity = 2 * s->capacity < s->limit ? 2 * s->capacity : s->limit;
     size_t n = (size_t)s->capacity;
     s->ids = must_realloc(s->ids, n * sizeof *s->ids);
+    s->keys = must_realloc(s->keys, n * sizeof *s->keys);
     s->logprobs = must_realloc(s->logprobs, n * sizeof *s->logprobs);
     s->best = must_realloc(s->best, n);
     if (s->request.top_logprobs)
         s->tops = must_realloc(s->tops, n * (size_t)s->request.top_logprobs * sizeof *s->tops);
+}
+
+/* Slots of other content are other tokens to whoever shares pages. */
+static void set_keys(Sequence *s) {
+    memcpy(s->keys, s->ids, (size_t)s->count * sizeof *s->keys);
+    for (int64_t i = 0; i < s->request.media_count; i++) {
+        const MediaItem *item = &s->request.media[i];
+        for (int64_t n = 0; n < item->count; n++)
+            s->keys[item->first + n] =
+                -1 - (int32_t)(random_u64(item->key, (uint64_t)n) & 0x3fffffff);
+    }
+}
+
+/* The picture whose rows see each other and that token `at` is one of; NULL: none. */
+static const MediaItem *span_of(const Engine *e, const Sequence *s, int64_t at) {
+    if (e->g->config.use_bidirectional_attention == BIDIRECTIONAL_NONE) return NULL;
+    for (int64_t i = 0; i < s->request.media_count; i++) {
+        const MediaItem *item = &s->request.media[i];
+        if (item->height && at >= item->first && at < item->first + item->count) return item;
+    }
+    return NULL;
+}
+
+static Status check_media(const Engine *e, const Request *r) {
+    int64_t at = 0;
+    for (int64_t i = 0; i < r->media_count; i++) {
+        const MediaItem *item = &r->media[i];
+        CHECK(item->first >= at && item->first + item->count <= r->count &&
+                  tensor_present(item->soft),
+              "media of a request");
+        at = item->first + item->count;
+        bool whole = item->height && e->g->config.use_bidirectional_attention;
+        int64_t room = e->options.chunk - e->options.sequences + 1; /* others are answering */
+        if (whole && item->count > room)
+            FAIL(ERR_CONFIG,
+                 "a picture of %" PRId64 " soft tokens does not fit the %" PRId64
+                 " rows that a pass has for it",
+                 item->count, room);
+    }
+    return OK;
 }
 
 /* From here on the answer is held to a form. */
@@ -192,6 +235,7 @@ Status engine_submit(Engine *e, Sequence **out, const Request *r) {
     if ((r->grammar || r->call_grammar) && !e->tokenizer)
         FAIL(ERR_USAGE, "a grammar speaks of texts: the engine needs a tokenizer");
     if (r->count < 1) FAIL(ERR_CONFIG, "the prompt is empty");
+    TRY(check_media(e, r));
     if (least > most)
         FAIL(ERR_CONFIG,
              "the prompt has %" PRId64 " tokens, the model takes %" PRId64
@@ -216,6 +260,9 @@ Status engine_submit(Engine *e, Sequence **out, const Request *r) {
     s->count = s->capacity = r->count;
     s->ids = copied(r->ids, (size_t)r->count, sizeof *r->ids);
     s->request.ids = s->ids;
+    s->request.media = copied(r->media, (size_t)r->media_count, sizeof *r->media);
+    s->keys = must_malloc((size_t)r->count * sizeof *s->keys);
+    set_keys(s);
     s->logprobs = must_malloc((size_t)r->count * sizeof *s->logprobs);
     s->best = must_calloc((size_t)r->count, 1);
     for (int64_t i = 0; i < r->count; i++) s->logprobs[i] = NAN;
@@ -257,7 +304,7 @@ void engine_drop(Engine *e, Sequence *s) {
 static void end(Engine *e, Sequence *s, Ending ending) {
     s->ending = ending;
     if (s->running) {
-        pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, true);
+        pages_advance(&e->pages, &s->pages, s->keys, s->done, s->request.adapter, true);
         leave_running(e, s);
     } else {
         leave_line(e, s);
@@ -294,7 +341,7 @@ static bool worth_waiting(const Engine *e, const Sequence *s, int64_t found) {
         const Sequence *other = e->running[i];
         int64_t n = 0;
         if (other->request.adapter != s->request.adapter) continue;
-        while (n < most && n < other->request.count && other->ids[n] == s->ids[n]) n++;
+        while (n < most && n < other->request.count && other->keys[n] == s->keys[n]) n++;
         n = n / PAGE_KEYS * PAGE_KEYS;
         if (n > found && n > other->done) return true;
     }
@@ -325,7 +372,7 @@ static void admit(Engine *e) {
         Sequence *next = s->next;
         PageCopy copy;
         int64_t found =
-            pages_match(&e->pages, &s->pages, s->ids, reusable(s), s->request.adapter, &copy);
+            pages_match(&e->pages, &s->pages, s->keys, reusable(s), s->request.adapter, &copy);
         bool wait = worth_waiting(e, s, found / PAGE_KEYS * PAGE_KEYS);
         int64_t feed = to_feed(s);
         int64_t want = feed - found < e->options.chunk ? feed : found + e->options.chunk;
@@ -349,7 +396,7 @@ static void admit(Engine *e) {
 
 /* The youngest starts again, first in line, with what it has answered as part of its prompt. */
 static void restart(Engine *e, Sequence *s) {
-    pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, false);
+    pages_advance(&e->pages, &s->pages, s->keys, s->done, s->request.adapter, false);
     leave_running(e, s);
     s->done = s->guess_count = 0;
     s->next = e->line;
@@ -390,6 +437,14 @@ static int by_adapter(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
+/* So many next rows, or fewer: no picture is cut whose rows see each other. */
+static int64_t whole_spans(const Engine *e, const Sequence *s, int64_t rows) {
+    int64_t cut = s->done + rows;
+    const MediaItem *span = span_of(e, s, cut);
+    if (!span || cut == span->first) return rows;
+    return span->first > s->done ? span->first - s->done : 0;
+}
+
 /* Shares of the running sequences, the oldest first; younger ones make room when pages run out. */
 static int64_t share_out(Engine *e, Share *shares) {
     int64_t room = e->options.chunk, count = 0;
@@ -401,7 +456,7 @@ static int64_t share_out(Engine *e, Share *shares) {
         if (e->apart && s->request.adapter != e->turn) continue;
         int64_t rows = to_feed(s) - s->done;
         if (!is_answering(s)) {
-            if (rows > room) rows = room;
+            if (rows > room) rows = whole_spans(e, s, room);
             room -= rows;
         }
         if (!rows) continue;
@@ -492,13 +547,46 @@ static void fill_rows(Engine *e, Stack *s, const Share *shares, int64_t count) {
             ids[n] = token_at(owner, at);
             positions[n] = (int32_t)at;
             rows.sequence[n] = (int32_t)i;
+            const MediaItem *span = span_of(e, owner, at);
+            bool all = e->g->config.use_bidirectional_attention == BIDIRECTIONAL_ALL;
             for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
-                rows.index[kind][n] = rows.last[kind][n] = (int32_t)at;
-                rows.first[kind][n] = (int32_t)(kind == SLIDING && at - W + 1 > 0 ? at - W + 1 : 0);
+                int64_t first = kind == SLIDING && at - W + 1 > 0 ? at - W + 1 : 0, last = at;
+                if (span && (all || kind == SLIDING)) last = span->first + span->count - 1;
+                if (span && all && span->first < first) first = span->first;
+                rows.index[kind][n] = (int32_t)at;
+                rows.last[kind][n] = (int32_t)last;
+                rows.first[kind][n] = (int32_t)first;
                 rows.place[kind][n] =
                     owner->pages.page[kind][at / PAGE_KEYS] * PAGE_KEYS + (int32_t)(at % PAGE_KEYS);
             }
         }
+}
+
+/* What of the pass's rows are slots; their ids become padding. Caller frees the list. */
+static MediaItem *place_media(const Engine *e, Stack *stack, const Share *shares, int64_t count) {
+    int32_t *ids = staged(&stack->inputs, stack->ids);
+    int64_t most = 0, row = 0;
+    for (int64_t i = 0; i < count; i++) most += shares[i].s->request.media_count;
+    if (!most) return NULL;
+    MediaItem *list = must_calloc((size_t)most, sizeof *list);
+    stack->media = list;
+    for (int64_t i = 0; i < count; row += shares[i].rows, i++) {
+        const Sequence *s = shares[i].s;
+        for (int64_t k = 0; k < s->request.media_count; k++) {
+            const MediaItem *item = &s->request.media[k];
+            int64_t begin = item->first > s->done ? item->first : s->done,
+                    end = item->first + item->count;
+            if (end > s->done + shares[i].rows) end = s->done + shares[i].rows;
+            if (begin >= end) continue;
+            list[stack->media_count++] =
+                (MediaItem){.first = row + begin - s->done,
+                            .count = end - begin,
+                            .soft = tensor_slice(item->soft, begin - item->first, end - begin)};
+            for (int64_t n = begin; n < end; n++)
+                ids[row + n - s->done] = (int32_t)e->g->config.pad_token_id;
+        }
+    }
+    return list;
 }
 
 /* The rows that go on past the last layer that owns keys. */
@@ -551,7 +639,7 @@ static void hold_back(Sequence *s) {
 static void add_token(Sequence *s, int32_t id, float logprob, bool best) {
     grow(s);
     s->request.ids = s->ids;
-    s->ids[s->count] = id;
+    s->ids[s->count] = s->keys[s->count] = id;
     s->logprobs[s->count] = logprob;
     s->best[s->count++] = best;
     s->scored = s->count;
@@ -769,7 +857,7 @@ static void forward(Engine *e, Stack *s, const KvCache *cache) {
     const int64_t sizes[] = {s->N, s->kept, cache->sequences, cache->pages};
     for (int i = 0; i < 3; i++) key = random_mix(key ^ (uint64_t)(uintptr_t)places[i]);
     for (int i = 0; i < 4; i++) key = random_mix(key ^ (uint64_t)sizes[i]);
-    bool again = s->N == cache->sequences && !e->adapters;
+    bool again = s->N == cache->sequences && !e->adapters && !s->media_count;
     if (again && device_replay(device, key)) return;
     stack_forward(s);
     if (again) device_recorded(device);
@@ -797,6 +885,7 @@ bool engine_step(Engine *e) {
     stack_place(&stack, &e->activations);
     fill_rows(e, &stack, shares, count);
     fill_some(&stack, wanted, wanted_count);
+    MediaItem *media = place_media(e, &stack, shares, count);
     list_adapters(e, &stack, shares, count, wanted, wanted_count, all_adapters, some_adapters);
     staging_send(&stack.inputs);
     forward(e, &stack, &cache);
@@ -812,12 +901,13 @@ bool engine_step(Engine *e) {
     read_logits(e, &stack, wanted, wanted_count);
     stack_close(&stack);
     free(wanted);
+    free(media);
     for (int64_t i = 0; i < count; i++) {
         Sequence *s = shares[i].s;
         e->counts.right += s->checked;
         s->guess_count = 0;
         if (!s->running) continue;
-        pages_advance(&e->pages, &s->pages, s->ids, s->done, s->request.adapter, false);
+        pages_advance(&e->pages, &s->pages, s->keys, s->done, s->request.adapter, false);
         if (s->done == to_feed(s) && s->request.sampling.max_tokens == 0) /* it was only read */
             end(e, s, ENDING_LENGTH);
     }

@@ -31,6 +31,9 @@ typedef void SequenceFunction(void *context, Sequence *s);
 typedef struct Request {
     const int32_t *ids; /* (count) the prompt */
     int64_t count;
+    const MediaItem *media; /* (media_count) whose soft tokens take the prompt's slots, ascending;
+                             * `soft` is there, and borrowed until the sequence ends */
+    int64_t media_count;
     int64_t score_from;        /* prompt tokens from here on get a log-probability; 0: none */
     const int32_t *candidates; /* tokens whose log-probability right after the prompt is wanted */
     int candidate_count;
@@ -66,6 +69,7 @@ typedef struct TokenChoice {
 struct Sequence {
     Request request; /* its arrays are the sequence's own */
     int32_t *ids;    /* (count) prompt and answer */
+    int32_t *keys;   /* (count) what pages are shared by: the ids, but slots by their content */
     float *logprobs; /* (count) of each token after those before it; NAN: not asked for */
     uint8_t *best;   /* (count) whether it is the most likely one, where logprobs has a number */
     int64_t count, capacity;

@@ -12,6 +12,7 @@
 
 typedef struct MediaItem {
     int64_t first, count;  /* rows of its slots in the batch; count: its soft tokens */
+    uint64_t key;          /* of its content */
     Tensor soft;           /* (count, D) made before, in the model's dtype; absent: made here */
     int64_t height, width; /* of a picture, multiples of a cell's side; 0: not one */
     const uint8_t *pixels; /* (height, width, 3) */

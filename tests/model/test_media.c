@@ -2,6 +2,8 @@
  * frames and sound in one sequence. */
 #include "formats/adapter.h"
 #include "formats/checkpoint.h"
+#include "infer/engine.h"
+#include "infer/soft.h"
 #include "model/media.h"
 #include "tests/fixture.h"
 
@@ -135,6 +137,56 @@ CASE(media, losses_and_every_gradient_equal_the_reference) {
                        r.packed->nll[n], expected[n]);
             compare_gradients(&r, kinds[k]);
             free(expected);
+            run_stop(&r);
+        }
+}
+
+static MediaItem *copied_items(const Run *r, int64_t *count) {
+    *count = r->packed->batch.media_count;
+    MediaItem *items = must_calloc((size_t)*count, sizeof *items);
+    memcpy(items, r->items, (size_t)*count * sizeof *items);
+    return items;
+}
+
+/* One request for the fixture's answer; how it came. */
+static void expect_answer(Run *r, Engine *e, const SoftMedia *soft, const char *kind,
+                          int64_t reused) {
+    int64_t count;
+    int32_t *expected = fixture_ints(&r->f, "answer", &count);
+    Request request = {.ids = r->packed->ids,
+                       .count = r->packed->batch.N,
+                       .media = soft->items,
+                       .media_count = soft->count,
+                       .sampling = {.max_tokens = count, .top_p = 1, .repetition_penalty = 1}};
+    Sequence *s;
+    EXPECT_OK(engine_submit(e, &s, &request));
+    while (s->ending == ENDING_NONE) engine_step(e);
+    EXPECT(s->count == request.count + count, "%s: %d tokens", kind, (int)s->count);
+    for (int64_t i = 0; i < count; i++)
+        EXPECT(s->ids[request.count + i] == expected[i], "%s: token %d is %d, expected %d", kind,
+               (int)i, s->ids[request.count + i], expected[i]);
+    EXPECT(s->reused >= reused, "%s: %d tokens were found", kind, (int)s->reused);
+    engine_drop(e, s);
+    free(expected);
+}
+
+CASE(media, answers_equal_the_reference_however_the_prompt_is_cut) {
+    static const int64_t chunks[] = {64, 13, 8};
+    for (size_t k = 0; k < KINDS; k++)
+        for (size_t c = 0; c < sizeof chunks / sizeof *chunks; c++) {
+            Run r;
+            Engine e;
+            SoftMedia soft;
+            int64_t count;
+            EngineOptions options = {
+                .sequences = 2, .tokens = 512, .chunk = chunks[c], .kv = F32, .share = true};
+            run_start(&r, kinds[k], STACK_SCORE, false, NULL);
+            MediaItem *items = copied_items(&r, &count);
+            EXPECT_OK(soft_media_make(&soft, &r.g, items, count));
+            EXPECT_OK(engine_init(&e, &r.g, NULL, &options));
+            expect_answer(&r, &e, &soft, kinds[k], 0);
+            engine_free(&e);
+            soft_media_free(&soft);
             run_stop(&r);
         }
 }

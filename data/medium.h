@@ -1,0 +1,56 @@
+/* medium.h - the pictures, videos and recordings of messages: found, read, and put into the
+ * rendered text as slots. */
+#ifndef MEDIUM_H
+#define MEDIUM_H
+
+#include "data/chat.h"
+#include "data/picture.h"
+#include "model/media.h"
+
+typedef enum MediumKind { MEDIUM_IMAGE, MEDIUM_VIDEO, MEDIUM_AUDIO } MediumKind;
+
+/* One part of a message, as the model will see it. */
+typedef struct Medium {
+    MediumKind kind;
+    Picture *frames; /* (frame_count) resized; a picture has one */
+    double *times;   /* (frame_count) seconds, of a video */
+    int frame_count;
+    float *features; /* (feature_rows, 128), or samples where the model takes them as they are */
+    int64_t feature_rows;
+    int64_t tokens; /* soft tokens of each frame, or of the recording */
+    uint64_t key;   /* of all that */
+} Medium;
+
+typedef struct MediumList {
+    Medium *items;
+    int count;
+} MediumList;
+
+/* How media are read. */
+typedef struct MediumOptions {
+    const ModelConfig *config;
+    const char *folder;   /* that relative names start from; NULL: the working folder */
+    const char *allowed;  /* files must lie in it; NULL: anywhere */
+    int64_t image_tokens; /* budget of a picture; 0: the model's */
+    int64_t video_tokens; /* of a frame; 0: 70 */
+    int64_t video_frames; /* of a video at most; 0: 32 */
+} MediumOptions;
+
+/* Reads the media of messages in their order: parts of type image, image_url, audio, input_audio
+ * and video, named by path, by data URL, or in base64. An error names message and part. */
+Status media_collect(MediumList *list, const json_t *messages, const MediumOptions *options);
+void media_list_free(MediumList *list);
+
+/* Whether any message has such a part. */
+bool messages_have_media(const json_t *messages);
+
+/* Puts each medium's marks and slots in place of its placeholder: a frame's time before it, all in
+ * order. ERR_FORMAT when there are more of a kind than the text has places for, or fewer. */
+Status media_expand(Rendered *rendered, const MediumList *list);
+
+/* Where the slots are among the ids: an item for each picture, frame and recording, ascending. They
+ * borrow from the list; caller frees the array. */
+Status media_items(MediaItem **items, int64_t *count, const MediumList *list, const ModelConfig *c,
+                   const int32_t *ids, int64_t n);
+
+#endif
