@@ -188,7 +188,7 @@ static Status bench_model(const ModelBench *b) {
     Status status = OK;
     double prefill = 1e9, scoring = 0, decode = 0, reads = 0, used;
     DType kv = BF16;
-    TRY(model_open(&m, b->model, NULL, "cpu", b->dtype, WEIGHTS_LOADED));
+    TRY(model_open(&m, b->model, NULL, "cpu", b->dtype, WEIGHTS_LOADED, WITHOUT_MEDIA));
     int64_t n = b->prompt > b->depth ? b->prompt : b->depth;
     int32_t *ids = bench_random_ids(&m.g, n + 4);
     TRY_DONE(kv_dtype(&kv, &m.g, b->kv));

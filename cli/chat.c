@@ -235,7 +235,7 @@ Status command_chat(int argc, char **argv) {
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
     if (s.context < 2) FAIL(ERR_USAGE, "--context is too small");
     TRY(chat_format_find(&s.format, model, format));
-    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED));
+    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED, WITH_MEDIA));
     Status status = OK;
     TRY_DONE(chat_open(&c, &m, &s));
     if (!isnan(temperature)) c.sampling.temperature = temperature;

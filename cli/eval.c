@@ -50,7 +50,7 @@ static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, 
                         const char *dtype, const char *format) {
     Results results = {0};
     Model m;
-    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED));
+    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED, WITHOUT_MEDIA));
     Status status = OK;
     if (eval_needs_chat(o)) status = chat_format_find(&o->prompt.format, model, format);
     file_stop_on_signals();

@@ -119,7 +119,7 @@ Status command_export(int argc, char **argv) {
     /* What is not proven yet does not have the name that was asked for. */
     char *written = must_format("%s%s", out, verify ? ".unverified" : "");
     file_stop_on_signals();
-    Status status = model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED);
+    Status status = model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED, WITHOUT_MEDIA);
     if (status == OK) status = write_export(&m, &f, written);
     model_close(&m);
     if (status == OK && verify) {

@@ -4,50 +4,69 @@
 #include "data/rows.h"
 #include "formats/file.h"
 #include "infer/answer.h"
+#include "infer/dialog.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct Prompt {
-    Tokens ids;
-    Text text; /* of a chat: what the answer is parsed after */
-} Prompt;
+/* What the command line says of the prompt. */
+typedef struct Asked {
+    const char *text, *format, *tools;
+    bool raw, think;
+    OptionList images, audio, videos;
+    MediumOptions reading;
+} Asked;
 
-static Status make_prompt(Prompt *p, Model *m, const char *text, const char *format,
-                          const char *tools_path, bool raw, bool think) {
-    DataConfig data = data_config_default();
-    RowReader reader;
-    TRY(row_reader_init(&reader, &data, m->tokenizer, m->dir));
-    if (!utf8_valid(text, slice_of(text).size)) FAIL(ERR_FORMAT, "the prompt is not UTF-8");
-    if (raw) {
-        encode_document(&reader, slice_of(text), &p->ids);
+static void add_parts(json_t *content, const char *type, const OptionList *files) {
+    for (int i = 0; i < files->count; i++)
+        json_array_append_new(content,
+                              json_pack("{s:s, s:s}", "type", type, "path", files->items[i]));
+}
+
+/* One user's message: pictures, recordings and videos, then the text. */
+static json_t *messages_of(const Asked *asked) {
+    json_t *content = json_array();
+    add_parts(content, "image", &asked->images);
+    add_parts(content, "audio", &asked->audio);
+    add_parts(content, "video", &asked->videos);
+    if (!json_array_size(content)) {
+        json_decref(content);
+        content = json_string(asked->text);
+    } else {
+        json_array_append_new(content,
+                              json_pack("{s:s, s:s}", "type", "text", "text", asked->text));
+    }
+    return json_pack("[{s:s, s:o}]", "role", "user", "content", content);
+}
+
+static Status make_prompt(DialogPrompt *p, Model *m, const Asked *asked) {
+    if (!utf8_valid(asked->text, slice_of(asked->text).size))
+        FAIL(ERR_FORMAT, "the prompt is not UTF-8");
+    if (asked->raw) {
+        DataConfig data = data_config_default();
+        RowReader reader;
+        TRY(row_reader_init(&reader, &data, m->tokenizer, m->dir));
+        encode_document(&reader, slice_of(asked->text), &p->ids);
         return OK;
     }
-    ChatOptions options = {.add_generation_prompt = true, .enable_thinking = think};
-    TRY(chat_format_find(&options.format, m->dir, format));
+    ChatOptions options = {.add_generation_prompt = true, .enable_thinking = asked->think};
+    TRY(chat_format_find(&options.format, m->dir, asked->format));
     json_t *tools = NULL;
-    if (tools_path) {
+    if (asked->tools) {
         char *bytes;
         size_t size;
-        TRY(file_read(&bytes, &size, tools_path, (size_t)64 << 20));
-        Status status = json_read(&tools, bytes, size, tools_path);
+        TRY(file_read(&bytes, &size, asked->tools, (size_t)64 << 20));
+        Status status = json_read(&tools, bytes, size, asked->tools);
         free(bytes);
         TRY(status);
     }
-    json_t *messages = json_pack("[{s:s, s:s}]", "role", "user", "content", text);
-    Rendered rendered;
-    Status status = chat_render(&rendered, messages, tools, &options);
+    json_t *messages = messages_of(asked);
+    Status status = dialog_prompt(p, m, messages, tools, &options, &asked->reading);
     json_decref(messages);
     json_decref(tools);
-    TRY(status);
-    uint8_t *mask;
-    chat_encode(m->tokenizer, &rendered, false, &p->ids, &mask);
-    free(mask);
-    text_add(&p->text, rendered.text.bytes, rendered.text.size);
-    rendered_free(&rendered);
-    return OK;
+    return status;
 }
 
 /* The text that is new since the last call. */
@@ -58,7 +77,7 @@ static void show_token(void *context, Sequence *s) {
     fflush(stdout);
 }
 
-static void print_json(const Tokens *ids, const Text *text, const Prompt *prompt, bool raw) {
+static void print_json(const Tokens *ids, const Text *text, const DialogPrompt *prompt, bool raw) {
     Text line = {0};
     text_adds(&line, "{\"ids\": ");
     text_add_ids(&line, ids);
@@ -76,24 +95,33 @@ static void print_json(const Tokens *ids, const Text *text, const Prompt *prompt
     text_free(&line);
 }
 
+/* 0: as the model says. */
+static bool check_budget(int64_t tokens) {
+    return !tokens || picture_is_budget(tokens);
+}
+
 Status command_generate(int argc, char **argv) {
     const char *kv = NULL, *draft = NULL;
     EngineCounts counts;
-    const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16", *format = "auto",
-               *tools = NULL;
-    bool raw = false, think = false, json = false;
+    const char *model = NULL, *adapter = NULL, *device = "auto", *dtype = "bf16";
+    bool json = false;
     double temperature = NAN, top_p = NAN, min_p = NAN, penalty = NAN;
     int64_t top_k = -1, seed = -1, max_tokens = -1;
-    OptionList media = {0};
+    Asked asked = {.format = "auto"};
     Option options[] = {
         {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
         {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
-        {"--raw", OPTION_FLAG, &raw, "the prompt is text after <bos>, no chat template"},
-        {"--tools", OPTION_TEXT, &tools, "FILE  JSON list of functions the model may call"},
-        {"--think", OPTION_FLAG, &think, "let the model think first"},
-        {"--image", OPTION_LIST, &media, "FILE  (not in this version)"},
-        {"--audio", OPTION_LIST, &media, "FILE  (not in this version)"},
-        {"--video", OPTION_LIST, &media, "FILE  (not in this version)"},
+        {"--raw", OPTION_FLAG, &asked.raw, "the prompt is text after <bos>, no chat template"},
+        {"--tools", OPTION_TEXT, &asked.tools, "FILE  JSON list of functions the model may call"},
+        {"--think", OPTION_FLAG, &asked.think, "let the model think first"},
+        {"--image", OPTION_LIST, &asked.images,
+         "FILE  a picture before the prompt; several: again"},
+        {"--audio", OPTION_LIST, &asked.audio, "FILE  a recording"},
+        {"--video", OPTION_LIST, &asked.videos, "FILE  a video"},
+        {"--image-tokens", OPTION_INT, &asked.reading.image_tokens,
+         "70|140|280|560|1120  most of a picture (the model's, 280)"},
+        {"--video-tokens", OPTION_INT, &asked.reading.video_tokens, "the same of a frame (70)"},
+        {"--video-frames", OPTION_INT, &asked.reading.video_frames, "N  of a video (32)"},
         {"--temperature", OPTION_REAL, &temperature, "X  0 is greedy"},
         {"--top-k", OPTION_INT, &top_k, "N"},
         {"--top-p", OPTION_REAL, &top_p, "X"},
@@ -106,7 +134,7 @@ Status command_generate(int argc, char **argv) {
         {"--json", OPTION_FLAG, &json, "one JSON line: ids, text, message"},
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
-        {"--chat-format", OPTION_TEXT, &format, "auto|large|small"},
+        {"--chat-format", OPTION_TEXT, &asked.format, "auto|large|small"},
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "generate --model DIR [--adapter DIR] [options] PROMPT",
                    .about = "Answers one prompt. Missing sampling options come from "
@@ -116,17 +144,21 @@ Status command_generate(int argc, char **argv) {
                    .most = 1};
     Model m;
     Sampling s;
-    Prompt prompt = {0};
+    DialogPrompt prompt = {0};
     Tokens ids = {0};
     Text text = {0};
     size_t shown = 0;
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
-    if (media.count)
-        FAIL(ERR_USAGE,
-             "images, audio and video need the towers, which this version does not have");
-    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED));
+    bool media = asked.images.count + asked.audio.count + asked.videos.count > 0;
+    asked.text = a.positional[0];
+    if (media && asked.raw) FAIL(ERR_USAGE, "--raw takes text alone: media need the chat template");
+    if (!check_budget(asked.reading.image_tokens) || !check_budget(asked.reading.video_tokens) ||
+        asked.reading.video_frames < 0)
+        FAIL(ERR_USAGE, "--image-tokens and --video-tokens: expected 70, 140, 280, 560 or 1120");
+    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED,
+                   media ? WITH_MEDIA : WITHOUT_MEDIA));
     Status status = OK;
     TRY_DONE(sampling_load(&s, m.dir, &m.g.config));
     if (!isnan(temperature)) s.temperature = temperature;
@@ -136,21 +168,21 @@ Status command_generate(int argc, char **argv) {
     if (top_k >= 0) s.top_k = top_k;
     if (seed >= 0) s.seed = (uint64_t)seed;
     if (max_tokens >= 0) s.max_tokens = max_tokens;
-    TRY_DONE(make_prompt(&prompt, &m, a.positional[0], format, tools, raw, think));
-    TRY_DONE(generate(&m, &prompt.ids, &s, kv, draft, &ids, &text, json ? NULL : show_token, &shown,
-                      &counts));
+    TRY_DONE(make_prompt(&prompt, &m, &asked));
+    TRY_DONE(dialog_soften(&prompt.soft, &m.g, &prompt.media, &prompt.ids));
+    TRY_DONE(generate(&m, &prompt.ids, &prompt.soft, &s, kv, draft, &ids, &text,
+                      json ? NULL : show_token, &shown, &counts));
     if (draft)
         fprintf(stderr, "%s%d of %d guesses were right\n", json ? "" : "\n", (int)counts.right,
                 (int)counts.guessed);
     if (json)
-        print_json(&ids, &text, &prompt, raw);
+        print_json(&ids, &text, &prompt, asked.raw);
     else
         putchar('\n');
 done:
     tokens_free(&ids);
     text_free(&text);
-    tokens_free(&prompt.ids);
-    text_free(&prompt.text);
+    dialog_prompt_free(&prompt);
     model_close(&m);
     return status;
 }

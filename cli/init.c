@@ -15,6 +15,11 @@ static void fit_tokenizer(char **json, const Tokenizer *t, bool vocabulary) {
     static const char *const keys[] = {"pad_token_id", "bos_token_id"}, *const tokens[] = {"<pad>",
                                                                                            "<bos>"};
     static const char *const ends[] = {"<eos>", "<turn|>"};
+    static const char *const marks[][2] = {
+        {"image_token_id", "<|image|>"}, {"audio_token_id", "<|audio|>"},
+        {"video_token_id", "<|video|>"}, {"boi_token_id", "<|image>"},
+        {"eoi_token_id", "<image|>"},    {"boa_token_id", "<|audio>"},
+        {"eoa_token_id", "<audio|>"}};
     json_t *root = json_loads(*json, 0, NULL), *text = json_object_get(root, "text_config"),
            *eos = json_array();
     if (!text) text = root;
@@ -25,6 +30,9 @@ static void fit_tokenizer(char **json, const Tokenizer *t, bool vocabulary) {
             json_array_append_new(eos, json_integer(tokenizer_find(t, ends[i])));
     }
     json_object_set_new(root, "eos_token_id", eos);
+    for (size_t i = 0; text != root && i < sizeof marks / sizeof *marks; i++)
+        if (tokenizer_find(t, marks[i][1]) >= 0)
+            json_object_set_new(root, marks[i][0], json_integer(tokenizer_find(t, marks[i][1])));
     if (vocabulary) {
         json_object_set_new(text, "vocab_size", json_integer(tokenizer_size(t)));
         json_object_set_new(text, "vocab_size_per_layer_input", json_integer(tokenizer_size(t)));
@@ -35,10 +43,11 @@ static void fit_tokenizer(char **json, const Tokenizer *t, bool vocabulary) {
 }
 
 /* The preset's or file's config.json, with another layer count where asked. */
-static Status make_config(char **json, const char *name, int64_t layers) {
+static Status make_config(char **json, const char *name, int64_t layers, bool media) {
     char *bytes = NULL;
     size_t size;
-    *json = preset_config(name, layers);
+    *json = media ? preset_config_with_media(name, layers) : preset_config(name, layers);
+    if (!*json && media) FAIL(ERR_USAGE, "--media goes with a preset; a config.json says itself");
     if (!*json) {
         if (!strchr(name, '/') && !strchr(name, '.'))
             FAIL(ERR_USAGE,
@@ -58,7 +67,7 @@ static Status make_config(char **json, const char *name, int64_t layers) {
 Status command_init(int argc, char **argv) {
     const char *tokenizer = NULL, *dtype = "bf16", *to = "safetensors";
     int64_t layers = 0, seed = 42;
-    bool config = false;
+    bool config = false, media = false;
     Option options[] = {
         {"--tokenizer", OPTION_TEXT, &tokenizer,
          "DIR  copy tokenizer and template files from here; sets the vocabulary of `tiny`"},
@@ -67,6 +76,7 @@ Status command_init(int argc, char **argv) {
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of a safetensors file (bf16)"},
         {"--to", OPTION_TEXT, &to,
          "FORMAT  safetensors (a folder), bf16-gguf, q8_0-gguf or q4_0-gguf"},
+        {"--media", OPTION_FLAG, &media, "with the towers that read pictures and sound"},
         {"--config", OPTION_FLAG, &config, "only print the config.json; needs no OUT"},
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {
@@ -96,7 +106,7 @@ Status command_init(int argc, char **argv) {
     Tokenizer *t = NULL;
     file_stop_on_signals();
     if (tokenizer) TRY(tokenizer_load(&t, tokenizer));
-    Status status = make_config(&json, a.positional[0], layers);
+    Status status = make_config(&json, a.positional[0], layers, media);
     if (status == OK && t) fit_tokenizer(&json, t, !strcmp(a.positional[0], "tiny"));
     tokenizer_free(t);
     if (status == OK && config)

@@ -1,10 +1,13 @@
 /* score.c - lapidary score: the negative log-likelihood of each token. */
 #include "cli/command.h"
+#include "data/medium.h"
 #include "data/rows.h"
 #include "infer/model.h"
+#include "infer/soft.h"
 
 #include <errno.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,10 +22,39 @@ typedef struct Context {
     int64_t capacity;
     FILE *logits; /* where --logits go; NULL: nowhere */
     int64_t scored;
+    MediumOptions reading;
 } Context;
 
+/* A chat as `tokenize --chat` renders it, its media in their slots. */
+static Status encode_chat(Context *c, const json_t *messages, const json_t *tools,
+                          const ChatOptions *options, Tokens *ids, SoftMedia *media) {
+    Rendered rendered = {0};
+    MediumList list = {0};
+    MediaItem *items = NULL;
+    int64_t count = 0;
+    uint8_t *mask = NULL;
+    Status status = OK;
+    TRY_DONE(chat_render(&rendered, messages, tools, options));
+    if (messages_have_media(messages)) {
+        TRY_DONE(model_check_media(&c->model));
+        TRY_DONE(media_collect(&list, messages, &c->reading));
+        TRY_DONE(media_expand(&rendered, &list));
+    }
+    chat_encode(c->model.tokenizer, &rendered, false, ids, &mask);
+    if (list.count) {
+        TRY_DONE(media_items(&items, &count, &list, &c->model.g.config, ids->ids, ids->count));
+        TRY_DONE(soft_media_make(media, &c->model.g, items, count));
+    }
+done:
+    free(mask);
+    media_list_free(&list);
+    rendered_free(&rendered);
+    return status;
+}
+
 /* Ids of a row, and from which on they are scored. */
-static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *first) {
+static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *first,
+                         SoftMedia *media) {
     json_t *text = row_get(row, "text"), *prompt = row_get(row, "prompt"),
            *completion = row_get(row, "completion");
     json_t *messages = row_get(row, "messages");
@@ -33,12 +65,7 @@ static Status encode_row(Context *c, const json_t *row, Tokens *ids, int64_t *fi
             c->reader.has_format = true;
         }
         ChatOptions options = row_chat_options(row, c->reader.format);
-        Rendered rendered;
-        uint8_t *mask;
-        TRY(chat_render(&rendered, messages, row_get(row, "tools"), &options));
-        chat_encode(c->model.tokenizer, &rendered, false, ids, &mask);
-        free(mask);
-        rendered_free(&rendered);
+        TRY(encode_chat(c, messages, row_get(row, "tools"), &options, ids, media));
     } else if (json_is_string(prompt) && json_is_string(completion)) {
         encode_document(&c->reader, json_slice(prompt), ids);
         *first = ids->count;
@@ -62,7 +89,12 @@ static void write_logits(void *context, int64_t first, Tensor logits) {
     if (n > 0) fwrite(logits.data, sizeof(float), (size_t)(n * logits.shape[1]), c->logits);
 }
 
-static Status score_ids(Context *c, const Tokens *ids, int64_t first, float *nll) {
+static bool is_slot(const ModelConfig *c, int32_t id) {
+    return id == c->image_token_id || id == c->video_token_id || id == c->audio_token_id;
+}
+
+static Status score_ids(Context *c, const Tokens *ids, int64_t first, const SoftMedia *media,
+                        float *nll) {
     StepOptions options = {.mode = STACK_SCORE, .shortcut = !c->logits};
     int64_t N = ids->count;
     if (c->logits) options.logits = write_logits, options.logits_context = c, c->scored = N - 1;
@@ -71,15 +103,23 @@ static Status score_ids(Context *c, const Tokens *ids, int64_t first, float *nll
         c->capacity = N > 512 ? N : 512;
         TRY(step_init(&c->memory, &c->model.g, c->capacity, &options));
     }
-    int32_t *positions = must_malloc((size_t)N * 3 * sizeof *positions), *starts = positions + N,
-            *targets = starts + N;
+    int32_t *positions = must_malloc((size_t)N * 4 * sizeof *positions), *starts = positions + N,
+            *targets = starts + N, *ends = targets + N;
     for (int64_t n = 0; n < N; n++) {
         positions[n] = (int32_t)n;
         starts[n] = 0;
         targets[n] = n + 1 < N && n + 1 >= first ? ids->ids[n + 1] : -1;
+        if (media->count && is_slot(&c->model.g.config, targets[n])) targets[n] = -1;
     }
-    Batch batch = {
-        .N = N, .ids = ids->ids, .positions = positions, .starts = starts, .targets = targets};
+    Batch batch = {.N = N,
+                   .ids = ids->ids,
+                   .positions = positions,
+                   .starts = starts,
+                   .targets = targets,
+                   .media = media->items,
+                   .media_count = media->count};
+    if (media_span_ends(ends, N, &c->model.g.config, media->items, media->count))
+        batch.span_ends = ends;
     step_run(&c->model.g, &c->memory, &batch, &options, nll);
     free(positions);
     return OK;
@@ -88,34 +128,51 @@ static Status score_ids(Context *c, const Tokens *ids, int64_t first, float *nll
 static Status score_row(void *context, const json_t *row, Text *out) {
     Context *c = context;
     Tokens ids = {0};
+    SoftMedia media = {0};
     float *nll = NULL;
     int64_t first;
     Status status = OK;
-    TRY_DONE(encode_row(c, row, &ids, &first));
+    TRY_DONE(encode_row(c, row, &ids, &first, &media));
     nll = must_calloc((size_t)ids.count + 1, sizeof *nll);
-    TRY_DONE(score_ids(c, &ids, first, nll));
+    TRY_DONE(score_ids(c, &ids, first, &media, nll));
     double total = 0;
     int64_t counted = 0;
-    for (int64_t n = first > 1 ? first - 1 : 0; n + 1 < ids.count; n++) total += nll[n], counted++;
+    for (int64_t n = 0; n + 1 < ids.count; n++) {
+        bool slot = media.count && is_slot(&c->model.g.config, ids.ids[n + 1]);
+        if (n + 1 < first || slot)
+            nll[n] = NAN;
+        else
+            total += nll[n], counted++;
+    }
     text_addf(out, "{\"tokens\": %" PRId64 ", \"nll\": ", counted);
     text_add_real(out, total);
     text_adds(out, ", \"token_nll\": [");
     for (int64_t n = 0; n + 1 < ids.count; n++)
-        if (n + 1 < first)
+        if (isnan(nll[n]))
             text_adds(out, n ? ", null" : "null");
         else
             text_addf(out, "%s%.9g", n ? ", " : "", (double)nll[n]);
     text_adds(out, "]}");
 done:
     free(nll);
+    soft_media_free(&media);
     tokens_free(&ids);
     return status;
+}
+
+/* The folder of a rows file: what its media are relative to. */
+static const char *folder_of(const char *path, char *folder, size_t size) {
+    const char *slash = path ? strrchr(path, '/') : NULL;
+    if (!slash) return NULL;
+    snprintf(folder, size, "%.*s", (int)(slash - path), path);
+    return folder;
 }
 
 Status command_score(int argc, char **argv) {
     const char *model = NULL, *adapter = NULL, *data = NULL, *device = "auto", *dtype = "bf16",
                *logits = NULL;
     Context c = {.format = "auto"};
+    char folder[PATH_MAX];
     Option options[] = {
         {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
         {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
@@ -123,6 +180,8 @@ Status command_score(int argc, char **argv) {
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
         {"--chat-format", OPTION_TEXT, &c.format, "auto|large|small"},
+        {"--image-tokens", OPTION_INT, &c.reading.image_tokens,
+         "70|140|280|560|1120  most of a picture (the model's, 280)"},
         {"--logits", OPTION_TEXT, &logits,
          "FILE  the logits too: (vocabulary) little-endian f32 after each token but a row's last"},
         {NULL, OPTION_FLAG, NULL, NULL}};
@@ -136,7 +195,11 @@ Status command_score(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
-    TRY(model_open(&c.model, model, adapter, device, dtype, WEIGHTS_LOADED));
+    if (c.reading.image_tokens && !picture_is_budget(c.reading.image_tokens))
+        FAIL(ERR_USAGE, "--image-tokens: expected 70, 140, 280, 560 or 1120");
+    TRY(model_open(&c.model, model, adapter, device, dtype, WEIGHTS_LOADED, WITH_MEDIA));
+    c.reading.config = &c.model.g.config;
+    c.reading.folder = folder_of(data, folder, sizeof folder);
     c.data = data_config_default();
     Status status = row_reader_init(&c.reader, &c.data, c.model.tokenizer, model);
     if (status == OK && logits && !(c.logits = fopen(logits, "wb")))

@@ -36,7 +36,9 @@ Status command_serve(int argc, char **argv) {
         {"--context", OPTION_INT, &o.context, "N  tokens of one request (8192)"},
         {"--cache", OPTION_INT, &o.cache, "N  tokens whose keys are kept (two contexts or more)"},
         {"--queue", OPTION_INT, &o.queue, "N  answers that wait (256); more are turned away"},
-        {"--body", OPTION_INT, &o.body, "N  bytes of one request (8 MiB)"},
+        {"--body", OPTION_INT, &o.body, "N  bytes of one request (32 MiB)"},
+        {"--media", OPTION_TEXT, &o.media,
+         "DIR  pictures and sound that messages may name; without it they come in data URLs"},
         {"--connections", OPTION_INT, &o.connections, "N  at once (512)"},
         {"--draft", OPTION_TEXT, &o.draft, "DIR  an assistant that guesses ahead"},
         {"--kv", OPTION_TEXT, &o.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
@@ -61,7 +63,7 @@ Status command_serve(int argc, char **argv) {
                         "--connections is out of range");
     for (; count < adapters.count; count++)
         split_adapter(adapters.items[count], &names[count], &dirs[count]);
-    Status status = model_open_several(&m, model, dirs, count, device, dtype);
+    Status status = model_open_several(&m, model, dirs, count, device, dtype, WITH_MEDIA);
     if (status == OK) {
         int64_t most = m.g.config.max_position_embeddings;
         o.has_format = chat_format_find(&o.format, model, format) == OK;

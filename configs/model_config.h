@@ -92,6 +92,9 @@ const char *model_config_prefix(const ModelConfig *config);
  * K/V owners. */
 char *preset_config(const char *name, int64_t layers);
 
+/* The same with the towers that the released model of that name has; `tiny` has small ones. */
+char *preset_config_with_media(const char *name, int64_t layers);
+
 /* config.json with another layer count; ERR_CONFIG when the result makes no model. Caller frees. */
 Status model_config_with_layers(char **json, const char *old, size_t size, const char *name,
                                 int64_t layers);

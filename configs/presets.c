@@ -132,10 +132,14 @@ static json_t *optional_int(int value) {
     return value ? json_integer(value) : json_null();
 }
 
-char *preset_config(const char *name, int64_t layers) {
-    const Preset *p = NULL;
+static const Preset *find_preset(const char *name) {
     for (size_t i = 0; i < sizeof presets / sizeof *presets; i++)
-        if (!strcmp(presets[i].name, name)) p = &presets[i];
+        if (!strcmp(presets[i].name, name)) return &presets[i];
+    return NULL;
+}
+
+char *preset_config(const char *name, int64_t layers) {
+    const Preset *p = find_preset(name);
     if (!p) return NULL;
     int64_t L = layers > 0 ? layers : p->layers;
     json_t *types = json_array();
@@ -181,6 +185,73 @@ char *preset_config(const char *name, int64_t layers) {
 #undef SET_KEY
     char *text = json_dumps(config, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
     json_decref(config);
+    return text;
+}
+
+/* vision_config and audio_config of a preset; NULL: it has none. */
+static json_t *vision_of(const Preset *p) {
+    bool tiny = !strcmp(p->name, "tiny"), small = p->per_layer_input > 0;
+    if (!strcmp(p->name, "12b"))
+        return json_pack("{s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:f}", "model_type",
+                         "gemma4_unified_vision", "patch_size", 16, "pooling_kernel_size", 3,
+                         "model_patch_size", 48, "mm_embed_dim", 3840, "output_proj_dims", 3840,
+                         "mm_posemb_size", 1120, "num_soft_tokens", 280, "rms_norm_eps", 1e-6);
+    int hidden = tiny ? 64 : small ? 768 : 1152, heads = tiny ? 4 : small ? 12 : 16;
+    return json_pack(
+        "{s:s, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:b, s:b, s:f, s:{s:f, s:s}}",
+        "model_type", "gemma4_vision", "hidden_size", hidden, "num_hidden_layers",
+        tiny    ? 2
+        : small ? 16
+                : 27,
+        "num_attention_heads", heads, "num_key_value_heads", heads, "head_dim", hidden / heads,
+        "global_head_dim", hidden / heads, "intermediate_size",
+        tiny    ? 128
+        : small ? 3072
+                : 4304,
+        "patch_size", 16, "pooling_kernel_size", 3, "position_embedding_size", 10240, "standardize",
+        !small, "use_clipped_linears", small, "rms_norm_eps", 1e-6, "rope_parameters", "rope_theta",
+        100.0, "rope_type", "default");
+}
+
+static json_t *audio_of(const Preset *p) {
+    bool tiny = !strcmp(p->name, "tiny");
+    if (!strcmp(p->name, "12b"))
+        return json_pack("{s:s, s:i, s:i, s:i, s:i, s:f}", "model_type", "gemma4_unified_audio",
+                         "audio_embed_dim", 640, "hidden_size", 640, "output_proj_dims", 640,
+                         "audio_samples_per_token", 640, "rms_norm_eps", 1e-6);
+    if (!p->per_layer_input) return json_null();
+    return json_pack("{s:s, s:i, s:i, s:i, s:[i, i], s:i, s:i, s:i, s:i, s:i, s:b, s:f, s:f, s:s, "
+                     "s:f}",
+                     "model_type", "gemma4_audio", "hidden_size", tiny ? 64 : 1024,
+                     "num_hidden_layers", tiny ? 2 : 12, "num_attention_heads", tiny ? 4 : 8,
+                     "subsampling_conv_channels", 128, tiny ? 8 : 32, "conv_kernel_size", 5,
+                     "output_proj_dims", tiny ? 96 : 1536, "attention_chunk_size", 12,
+                     "attention_context_left", 13, "attention_context_right", 0,
+                     "use_clipped_linears", 1, "attention_logit_cap", 50.0, "residual_weight", 0.5,
+                     "hidden_act", "silu", "rms_norm_eps", 1e-6);
+}
+
+char *preset_config_with_media(const char *name, int64_t layers) {
+    const Preset *p = find_preset(name);
+    char *alone = preset_config(name, layers), *text;
+    if (!p) return NULL;
+    bool unified = !strcmp(p->name, "12b");
+    json_t *inner = json_loads(alone, 0, NULL);
+    json_t *root = json_pack(
+        "{s:[s], s:s, s:s, s:b, s:[i,i], s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}", "architectures",
+        unified ? "Gemma4UnifiedForConditionalGeneration" : "Gemma4ForConditionalGeneration",
+        "model_type", unified ? "gemma4_unified" : "gemma4", "dtype", "bfloat16",
+        "tie_word_embeddings", 1, "eos_token_id", 1, 106, "image_token_id", 258880,
+        "audio_token_id", 258881, "video_token_id", 258884, "boi_token_id", 255999, "eoi_token_id",
+        258882, "boa_token_id", 256000, "eoa_token_id", 258883, "vision_soft_tokens_per_image",
+        280);
+    json_object_del(inner, "architectures");
+    json_object_set_new(root, "text_config", inner);
+    json_object_set_new(root, "vision_config", vision_of(p));
+    json_object_set_new(root, "audio_config", audio_of(p));
+    text = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
+    json_decref(root);
+    free(alone);
     return text;
 }
 

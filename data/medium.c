@@ -105,6 +105,7 @@ static Status check_allowed(const char *path, const char *allowed) {
 }
 
 static Status read_file(char **bytes, size_t *size, const char *name, const MediumOptions *o) {
+    if (o->no_files) FAIL(ERR_FORMAT, "%.60s: files are not read here, expected a data URL", name);
     char *path = !strncmp(name, "file:", 5)    ? path_of_url(name)
                  : o->folder && name[0] != '/' ? path_join(o->folder, name)
                                                : must_strdup(name);

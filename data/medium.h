@@ -31,6 +31,7 @@ typedef struct MediumOptions {
     const ModelConfig *config;
     const char *folder;   /* that relative names start from; NULL: the working folder */
     const char *allowed;  /* files must lie in it; NULL: anywhere */
+    bool no_files;        /* only what the messages hold themselves */
     int64_t image_tokens; /* budget of a picture; 0: the model's */
     int64_t video_tokens; /* of a frame; 0: 70 */
     int64_t video_frames; /* of a video at most; 0: 32 */

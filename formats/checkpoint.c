@@ -314,6 +314,12 @@ Status checkpoint_load(const Checkpoint *c, Gemma *g) {
     return OK;
 }
 
+bool checkpoint_has_towers(const Checkpoint *c) {
+    for (int i = 0; i < c->count; i++)
+        if (c->tensors[i].role == ROLE_TOWER) return true;
+    return false;
+}
+
 void checkpoint_release(const Checkpoint *c, const Param *p) {
     const CheckpointTensor *t = find_tensor(c, p->name);
     if (t && p->mapped) stored_tensor_release(t->stored);

@@ -10,10 +10,10 @@
 #define TOKEN_ORDERING "masked_embedding.token_ordering"
 
 typedef enum TensorRole {
-    ROLE_PARAM,   /* a parameter of the text model */
-    ROLE_DEAD,    /* k, v of a layer that shares: in released files, used by nobody */
-    ROLE_TOWER,   /* vision or audio: read when media are declared, else carried through unchanged */
-    ROLE_TIED,    /* an lm_head.weight, which must equal the embedding */
+    ROLE_PARAM, /* a parameter of the text model */
+    ROLE_DEAD,  /* k, v of a layer that shares: in released files, used by nobody */
+    ROLE_TOWER, /* vision or audio: read when media are declared, else carried through unchanged */
+    ROLE_TIED,  /* an lm_head.weight, which must equal the embedding */
     ROLE_DERIVED, /* follows from the config (GGUF's rope_freqs) */
     ROLE_ORDER,   /* a drafter's tokens by centroid: integers, not a parameter */
 } TensorRole;
@@ -49,6 +49,9 @@ void checkpoint_formats(const Checkpoint *c, Gemma *g);
  * missing tensor or a wrong shape is an error naming it. Mapped parameters keep pointing into the
  * open checkpoint. */
 Status checkpoint_load(const Checkpoint *c, Gemma *g);
+
+/* Whether the checkpoint holds what reads pictures or sound. */
+bool checkpoint_has_towers(const Checkpoint *c);
 
 /* Lets the kernel drop the pages of a mapped parameter that was read. */
 void checkpoint_release(const Checkpoint *c, const Param *p);

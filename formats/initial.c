@@ -15,21 +15,36 @@
 #define BLOCK              (1 << 22)
 #define STANDARD_DEVIATION 0.02f
 
-static bool is_one(const Param *p) {
-    return p->buffer || !p->decay; /* norms, router scales and layer_scalar */
+/* Bounds of clipped linears: wide enough to clip little. */
+#define BOUND 16.0f
+
+static bool ends_with(const char *name, const char *end) {
+    size_t n = strlen(name), m = strlen(end);
+    return n >= m && !strcmp(name + n - m, end);
+}
+
+/* What is not drawn: norms, router scales, layer_scalar and the like are ones. */
+static bool is_constant(const Param *p, float *value) {
+    *value = ends_with(p->name, "_min")                                          ? -BOUND
+             : ends_with(p->name, "_max")                                        ? BOUND
+             : ends_with(p->name, "bias") || ends_with(p->name, "per_dim_scale") ? 0.0f
+                                                                                 : 1.0f;
+    return p->buffer || !p->decay;
 }
 
 static void draw(float *values, const Param *p, const ModelConfig *c, uint64_t key, int64_t first,
                  int64_t n) {
     int64_t cols = tensor_cols(p->value);
     bool table = strstr(p->name, "embed_tokens") != NULL;
+    float constant;
+    bool drawn = !is_constant(p, &constant);
 #pragma omp parallel for schedule(static)
     for (int64_t at = 0; at < n; at += 4096) {
         int64_t count = n - at < 4096 ? n - at : 4096;
-        if (!is_one(p)) random_normal(values + at, key, (uint64_t)(first + at), count);
+        if (drawn) random_normal(values + at, key, (uint64_t)(first + at), count);
         for (int64_t i = at; i < at + count; i++) {
             bool pad = table && (first + i) / cols == c->pad_token_id;
-            values[i] = is_one(p) ? 1.0f : pad ? 0.0f : values[i] * STANDARD_DEVIATION;
+            values[i] = !drawn ? constant : pad ? 0.0f : values[i] * STANDARD_DEVIATION;
         }
     }
 }
@@ -86,6 +101,7 @@ Status initial_checkpoint(const char *config_json, const char *tokenizer_dir, ui
     Status status = OK;
     TRY_DONE(model_config_parse(&config, config_json, strlen(config_json), "config.json"));
     gemma_declare(&g, &config, dtype, device_cpu());
+    gemma_declare_media(&g);
     TRY_DONE(folder_begin(&temporary, dir));
     path = path_join(temporary, "config.json");
     TRY_DONE(file_write(path, config_json, strlen(config_json)));
@@ -131,11 +147,12 @@ Status initial_values(Gemma *g, uint64_t seed) {
     for (int i = 0; i < g->params.count; i++) {
         Param *p = g->params.items[i];
         uint64_t key = random_key_name(seed, p->name);
+        float constant;
         if (p->adapter || !p->value.data) continue;
         if (dtype_is_packed(p->value.dtype))
             TRY(fill_packed(p->value, key));
-        else if (is_one(p))
-            fill(p->value, 1.0f);
+        else if (is_constant(p, &constant))
+            fill(p->value, constant);
         else
             fill_normal(p->value, key, STANDARD_DEVIATION);
     }

@@ -42,6 +42,17 @@ static void finish(Board *b, Part *p, Ending ending) {
     b->counts.cancelled += ending == ENDING_CANCELLED;
 }
 
+/* Runs the towers over a call's media, for its first part; others go on meanwhile. */
+static Status soften(Board *b, Call *call) {
+    if (!call->media.count || call->soft.count) return OK;
+    pthread_mutex_unlock(&b->lock);
+    Status status = dialog_soften(&call->soft, b->engine->g, &call->media, &call->prompt);
+    pthread_mutex_lock(&b->lock);
+    call->request.media = call->soft.items;
+    call->request.media_count = call->soft.count;
+    return status;
+}
+
 /* Takes what is in line; under the lock. */
 static void take_line(Board *b, Part ***running, int64_t *count, int64_t *capacity) {
     while (b->line) {
@@ -54,11 +65,13 @@ static void take_line(Board *b, Part ***running, int64_t *count, int64_t *capaci
             finish(b, p, ENDING_CANCELLED);
             continue;
         }
+        Status status = soften(b, call);
         Request request = call->request;
         request.sampling.seed += (uint64_t)p->index;
         request.on_token = pass_on;
         request.context = p;
-        if (engine_submit(b->engine, &p->sequence, &request) != OK) {
+        if (status == OK) status = engine_submit(b->engine, &p->sequence, &request);
+        if (status != OK) {
             if (!call->error) call->error = must_strdup(status_message());
             b->counts.failed++;
             finish(b, p, ENDING_CANCELLED);

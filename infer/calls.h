@@ -25,6 +25,8 @@ typedef struct Call {
     Request request; /* of every part, but for the seed; its arrays are the call's */
     Tokens prompt;
     Text prompt_text;
+    MediumList media; /* of the prompt, and once its turn came their soft tokens */
+    SoftMedia soft;
     json_t *body, *tools;
     Grammar *grammar, *call_grammar; /* what the answer, and calls in it, are held to; or NULL */
     const char *model;               /* as the client named it */

@@ -80,11 +80,14 @@ static Status answer(Chat *c, const ChatView *view, json_t **out, bool *stopped)
     Grammar *calls = NULL;
     Hearing hearing = {.view = view};
     Status status = OK;
-    TRY(dialog_prompt(&prompt, c->m, c->messages, c->tools.list, &options));
+    TRY(dialog_prompt(&prompt, c->m, c->messages, c->tools.list, &options, &(MediumOptions){0}));
+    TRY_DONE(dialog_soften(&prompt.soft, &c->m->g, &prompt.media, &prompt.ids));
     Slice tail = {prompt.text.bytes, prompt.text.size};
     pieces_init(&hearing.pieces, tail, c->tools.list, view->piece, view->context);
     Request request = {.ids = prompt.ids.ids,
                        .count = prompt.ids.count,
+                       .media = prompt.soft.items,
+                       .media_count = prompt.soft.count,
                        .sampling = c->sampling,
                        .thought_begin = tokenizer_find(c->m->tokenizer, "<|channel>"),
                        .thought_end = tokenizer_find(c->m->tokenizer, "<channel|>"),

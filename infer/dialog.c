@@ -8,36 +8,41 @@
 
 /* ---- prompts ---- */
 
-static Status refuse_media(const json_t *messages) {
-    size_t i, k;
-    json_t *message, *part;
-    json_array_foreach(messages, i, message) {
-        json_t *content = json_object_get(message, "content");
-        if (!json_is_array(content)) continue;
-        json_array_foreach(content, k, part) {
-            const char *type = json_string_value(json_object_get(part, "type"));
-            if (type && strcmp(type, "text"))
-                FAIL(ERR_FORMAT, "messages[%zu].content[%zu] is '%s': this version reads text only",
-                     i, k, type);
-        }
-    }
-    return OK;
+/* The media of messages, put into the rendered text. */
+static Status read_media(MediumList *list, Rendered *rendered, const Model *m,
+                         const json_t *messages, const MediumOptions *reading) {
+    MediumOptions options = *reading;
+    if (!messages_have_media(messages)) return OK;
+    TRY(model_check_media(m));
+    options.config = &m->g.config;
+    TRY(media_collect(list, messages, &options));
+    return media_expand(rendered, list);
+}
+
+Status dialog_soften(SoftMedia *soft, Gemma *g, const MediumList *media, const Tokens *ids) {
+    MediaItem *items;
+    int64_t count;
+    *soft = (SoftMedia){0};
+    if (!media->count) return OK;
+    TRY(media_items(&items, &count, media, &g->config, ids->ids, ids->count));
+    return soft_media_make(soft, g, items, count);
 }
 
 Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, const json_t *tools,
-                     const ChatOptions *options) {
+                     const ChatOptions *options, const MediumOptions *reading) {
     DataConfig config = data_config_default();
     Rendered rendered = {0};
     uint8_t *mask = NULL;
     *p = (DialogPrompt){0};
-    TRY(refuse_media(messages));
     json_t *repaired = messages_repaired(&config, messages);
     Status status = chat_render(&rendered, repaired, tools, options);
+    if (status == OK) status = read_media(&p->media, &rendered, m, repaired, reading);
     json_decref(repaired);
     if (status == OK) {
         chat_encode(m->tokenizer, &rendered, false, &p->ids, &mask);
         text_add(&p->text, rendered.text.bytes, rendered.text.size);
     }
+    if (status != OK) dialog_prompt_free(p);
     free(mask);
     rendered_free(&rendered);
     return status;
@@ -46,6 +51,8 @@ Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, co
 void dialog_prompt_free(DialogPrompt *p) {
     tokens_free(&p->ids);
     text_free(&p->text);
+    media_list_free(&p->media);
+    soft_media_free(&p->soft);
     *p = (DialogPrompt){0};
 }
 

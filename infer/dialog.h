@@ -3,19 +3,26 @@
 #define DIALOG_H
 
 #include "data/chat.h"
+#include "data/medium.h"
 #include "infer/model.h"
+#include "infer/soft.h"
 
 typedef struct DialogPrompt {
     Tokens ids;
-    Text text; /* what the answer is parsed after */
+    Text text;        /* what the answer is parsed after */
+    MediumList media; /* decoded; dialog_soften runs the towers over them */
+    SoftMedia soft;
 } DialogPrompt;
 
 /* Renders messages (a list) with tools (a list, or NULL) and encodes them. Calls whose arguments
- * are a string are read first, as OpenAI's clients send them. ERR_FORMAT for what the template
- * refuses, and for media. */
+ * are a string are read first, as OpenAI's clients send them; media are read as `reading` says (its
+ * config is set here). ERR_FORMAT for what the template refuses. */
 Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, const json_t *tools,
-                     const ChatOptions *options);
+                     const ChatOptions *options, const MediumOptions *reading);
 void dialog_prompt_free(DialogPrompt *p);
+
+/* The soft tokens of a prompt's media. In the thread that runs the model. */
+Status dialog_soften(SoftMedia *soft, Gemma *g, const MediumList *media, const Tokens *ids);
 
 typedef enum PieceKind { PIECE_THOUGHT, PIECE_CONTENT, PIECE_CALL } PieceKind;
 

@@ -3,14 +3,19 @@
 
 #define PREFILL_CHUNK 512
 
-Status generate(Model *m, const Tokens *prompt, const Sampling *s, const char *kv,
-                const char *draft, Tokens *ids, Text *text, SequenceFunction *show, void *context,
-                EngineCounts *counts) {
+Status generate(Model *m, const Tokens *prompt, const SoftMedia *media, const Sampling *s,
+                const char *kv, const char *draft, Tokens *ids, Text *text, SequenceFunction *show,
+                void *context, EngineCounts *counts) {
     int64_t most = m->g.config.max_position_embeddings, want = prompt->count + s->max_tokens;
     EngineOptions options = {.sequences = 1, .tokens = want < most ? want : most};
-    options.chunk = prompt->count < PREFILL_CHUNK ? prompt->count : PREFILL_CHUNK;
+    options.chunk = PREFILL_CHUNK;
+    for (int64_t i = 0; media && i < media->count; i++)
+        if (media->items[i].count > options.chunk) options.chunk = media->items[i].count;
+    if (prompt->count < options.chunk) options.chunk = prompt->count;
     Request request = {.ids = prompt->ids,
                        .count = prompt->count,
+                       .media = media ? media->items : NULL,
+                       .media_count = media ? media->count : 0,
                        .sampling = *s,
                        .on_token = show,
                        .context = context};

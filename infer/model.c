@@ -88,7 +88,7 @@ static void chain(Model *m, int count, int first, Lora **loras) {
 
 static Status open_model(Model *m, const char *dir, const char *const *adapters, int count,
                          bool by_request, const char *device_name, const char *dtype,
-                         Residence residence) {
+                         Residence residence, ModelMedia media) {
     *m = (Model){.dir = must_strdup(dir), .adapters = by_request ? count : 0};
     Device *device;
     Arena measure = arena_measure(), scratch = {0};
@@ -112,6 +112,7 @@ static Status open_model(Model *m, const char *dir, const char *const *adapters,
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, dir,
                   tokenizer_size(m->tokenizer), m->checkpoint.config.vocab_size);
     gemma_declare(&m->g, &m->checkpoint.config, strcmp(dtype, "bf16") ? F32 : BF16, device);
+    if (media == WITH_MEDIA && checkpoint_has_towers(&m->checkpoint)) gemma_declare_media(&m->g);
     m->g.int8 = m->g.dtype == BF16 && residence == WEIGHTS_LOADED;
     if (residence == WEIGHTS_MAPPED) m->g.watch = (LayerWatch){release_layer, m};
     loras = must_calloc((size_t)(count * count_linears(&m->g)) + 1, sizeof(Lora *));
@@ -140,13 +141,24 @@ done:
 }
 
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
-                  const char *dtype, Residence residence) {
-    return open_model(m, dir, &adapter, adapter != NULL, false, device, dtype, residence);
+                  const char *dtype, Residence residence, ModelMedia media) {
+    return open_model(m, dir, &adapter, adapter != NULL, false, device, dtype, residence, media);
 }
 
 Status model_open_several(Model *m, const char *dir, const char *const *adapters, int count,
-                          const char *device, const char *dtype) {
-    return open_model(m, dir, adapters, count, true, device, dtype, WEIGHTS_LOADED);
+                          const char *device, const char *dtype, ModelMedia media) {
+    return open_model(m, dir, adapters, count, true, device, dtype, WEIGHTS_LOADED, media);
+}
+
+Status model_check_media(const Model *m) {
+    const ModelConfig *c = &m->g.config;
+    if (m->g.media.params) return OK;
+    if (!c->vision.path && !c->audio.path)
+        FAIL(ERR_CONFIG,
+             "%s: this model reads text alone: its config.json has neither vision_config "
+             "nor audio_config",
+             m->dir);
+    FAIL(ERR_CONFIG, "%s: holds no towers, so it reads text alone", m->dir);
 }
 
 void model_close(Model *m) {

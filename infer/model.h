@@ -22,14 +22,20 @@ typedef struct Model {
  * the mapped file, for walks that touch every row once. */
 typedef enum Residence { WEIGHTS_LOADED, WEIGHTS_MAPPED } Residence;
 
+/* Whether the checkpoint's towers come along, where it has any. */
+typedef enum ModelMedia { WITHOUT_MEDIA, WITH_MEDIA } ModelMedia;
+
 /* Everything goes through the adapter, which may be NULL; device and dtype as in a run file. */
 Status model_open(Model *m, const char *dir, const char *adapter, const char *device,
-                  const char *dtype, Residence residence);
+                  const char *dtype, Residence residence, ModelMedia media);
 
 /* The same with several adapters, which requests choose from by number: 0 is the base model, i + 1
  * adapters[i]. */
 Status model_open_several(Model *m, const char *dir, const char *const *adapters, int count,
-                          const char *device, const char *dtype);
+                          const char *device, const char *dtype, ModelMedia media);
+
+/* ERR_CONFIG where the model came without towers: what is missing. */
+Status model_check_media(const Model *m);
 void model_close(Model *m);
 
 #endif

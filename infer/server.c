@@ -37,7 +37,7 @@ ServeOptions serve_options_default(void) {
                           .context = 8192,
                           .cache = 0,
                           .queue = 256,
-                          .body = (int64_t)8 << 20,
+                          .body = (int64_t)32 << 20,
                           .connections = 512};
 }
 
@@ -259,9 +259,12 @@ static Status read_chat(const Server *s, Call *call) {
     call->request.thought_end = tokenizer_find(s->m->tokenizer, "<channel|>");
     call->request.thinks = chat.enable_thinking;
     TRY(get_forms(s, call, choice, format));
-    TRY(dialog_prompt(&prompt, s->m, messages, call->tools, &chat));
+    MediumOptions reading = {
+        .allowed = s->o->media, .folder = s->o->media, .no_files = !s->o->media};
+    TRY(dialog_prompt(&prompt, s->m, messages, call->tools, &chat, &reading));
     call->prompt = prompt.ids;
     call->prompt_text = prompt.text;
+    call->media = prompt.media;
     return check_room(s, call);
 }
 
@@ -305,6 +308,8 @@ static void call_free(Call *call) {
     }
     free(call->parts);
     free((void *)call->request.stop_texts);
+    media_list_free(&call->media);
+    soft_media_free(&call->soft);
     tokens_free(&call->prompt);
     text_free(&call->prompt_text);
     json_decref(call->tools);

@@ -210,8 +210,8 @@ Status verify_export(Verification *v, const char *model, const char *adapter, co
     FakeQuant fakes[SCHEMES];
     Status status = OK;
     *v = (Verification){0};
-    TRY_DONE(model_open(&m, model, adapter, "cpu", "f32", WEIGHTS_MAPPED));
-    TRY_DONE(model_open(&file, exported, NULL, "cpu", "f32", WEIGHTS_MAPPED));
+    TRY_DONE(model_open(&m, model, adapter, "cpu", "f32", WEIGHTS_MAPPED, WITHOUT_MEDIA));
+    TRY_DONE(model_open(&file, exported, NULL, "cpu", "f32", WEIGHTS_MAPPED, WITHOUT_MEDIA));
     TRY_DONE(read_prompts(&p, &m));
     count_adapter(v, &m.g);
     TRY_DONE(run_model(&m, &p, &plain));

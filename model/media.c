@@ -57,6 +57,16 @@ int64_t media_audio_tokens(const AudioConfig *c, int64_t frames) {
     return c->path == MEDIA_TOWER ? audio_soft_tokens(frames) : frames;
 }
 
+bool media_span_ends(int32_t *ends, int64_t N, const ModelConfig *c, const MediaItem *items,
+                     int64_t count) {
+    if (!c->use_bidirectional_attention || !count) return false;
+    for (int64_t n = 0; n < N; n++) ends[n] = -1;
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < items[i].count && items[i].height; n++)
+            ends[items[i].first + n] = (int32_t)(items[i].first + items[i].count - 1);
+    return true;
+}
+
 /* ---- pictures cut up ---- */
 
 /* Squares of `side` pixels in [0, 1], cell by cell, `cell` of them to a side of a cell: rows of

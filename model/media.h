@@ -38,6 +38,11 @@ void media_free(Media *m);
 int64_t media_picture_tokens(const VisionConfig *c, int64_t height, int64_t width);
 int64_t media_audio_tokens(const AudioConfig *c, int64_t frames);
 
+/* ends (N): the last row of the picture that a row is a slot of and whose rows see each other, else
+ * -1. False, and nothing written, where no rows do. */
+bool media_span_ends(int32_t *ends, int64_t N, const ModelConfig *c, const MediaItem *items,
+                     int64_t count);
+
 /* soft (count, D) of an item; nothing is kept. An item without pixels or features only measures. */
 void media_forward(const Media *m, Tensor soft, const MediaItem *item, Pass *p);
 
