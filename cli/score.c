@@ -35,7 +35,7 @@ static Status encode_chat(Context *c, const json_t *messages, const json_t *tool
     uint8_t *mask = NULL;
     Status status = OK;
     TRY_DONE(chat_render(&rendered, messages, tools, options));
-    if (messages_have_media(messages)) {
+    if (messages_media_count(messages)) {
         TRY_DONE(model_check_media(&c->model));
         TRY_DONE(media_collect(&list, messages, &c->reading));
         TRY_DONE(media_expand(&rendered, &list));

@@ -157,6 +157,18 @@ DataConfig data_config_default(void) {
                         .chat_format = "auto"};
 }
 
+/* Soft tokens of a picture or a frame at most; 0 where nothing is said. */
+static Status read_budget(Node *data, const char *key, int64_t *tokens) {
+    static const int64_t budgets[] = {0, 70, 140, 280, 560, 1120};
+    bool known = false;
+    TRY(node_get_int(data, key, tokens, false));
+    for (size_t i = 0; i < sizeof budgets / sizeof *budgets; i++) known |= *tokens == budgets[i];
+    if (!known)
+        FAIL(ERR_CONFIG, "%s:%d: data.%s is %" PRId64 ", expected 70, 140, 280, 560 or 1120",
+             data->file, data->line, key, *tokens);
+    return OK;
+}
+
 static Status read_data(RunConfig *c, Node *root) {
     Node *data, *repair;
     int loss = LOSS_ASSISTANT, turns = TURNS_AUTO, is_cut = 0, mask = 0, format = 0;
@@ -179,6 +191,12 @@ static Status read_data(RunConfig *c, Node *root) {
     TRY(node_get_bool(data, "packing", &c->data.packing, false));
     TRY(node_get_bool(data, "add_eos", &c->data.add_eos, false));
     TRY(node_get_bool(data, "literal", &c->data.literal, false));
+    TRY(read_budget(data, "image_tokens", &c->data.image_tokens));
+    TRY(read_budget(data, "video_tokens", &c->data.video_tokens));
+    TRY(node_get_int(data, "video_frames", &c->data.video_frames, false));
+    if (c->data.video_frames < 0 || c->data.video_frames > 100000)
+        FAIL(ERR_CONFIG, "%s:%d: data.video_frames is %" PRId64 ", expected 1 to 100000",
+             data->file, data->line, c->data.video_frames);
     TRY(node_get_bool(data, "skip_bad", &c->data.skip_bad, false));
     TRY(get_choice(data, "loss_on", losses, &loss));
     TRY(get_choice(data, "turns", turn_names, &turns));
@@ -603,6 +621,10 @@ static void put_data(Out *o, const RunConfig *c) {
         longs[c->data.cut_long], yes(c->data.inline_thoughts), yes(c->data.string_arguments),
         yes(c->data.empty_thought), masks[c->data.trl_mask], yes(c->data.literal),
         yes(c->data.skip_bad));
+    /* 0 is what the model has, and as good as nothing */
+    if (c->data.image_tokens) put(o, "  image_tokens: %" PRId64 "\n", c->data.image_tokens);
+    if (c->data.video_tokens) put(o, "  video_tokens: %" PRId64 "\n", c->data.video_tokens);
+    if (c->data.video_frames) put(o, "  video_frames: %" PRId64 "\n", c->data.video_frames);
 }
 
 char *run_config_text(const RunConfig *c) {

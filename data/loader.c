@@ -157,7 +157,18 @@ double loader_epoch(const Loader *l, int64_t step) {
     return (double)e + (double)(step - l->epoch_starts[e]) / (double)length;
 }
 
+static void drop_media(MicroBatch *b) {
+    for (int64_t i = 0; i < b->batch.media_count; i++) {
+        free((void *)b->media[i].pixels);
+        free((void *)b->media[i].features);
+    }
+    b->batch.media_count = 0;
+}
+
 void micro_batch_free(MicroBatch *b) {
+    drop_media(b);
+    free(b->media);
+    free(b->span_ends);
     free(b->ids);
     free(b->positions);
     free(b->starts);
@@ -175,16 +186,42 @@ static void micro_batch_init(MicroBatch *b, int64_t capacity) {
     b->starts = must_malloc(n * sizeof *b->starts);
     b->targets = must_malloc(n * sizeof *b->targets);
     b->weights = must_malloc(n * sizeof *b->weights);
+    b->span_ends = must_malloc(n * sizeof *b->span_ends);
     b->samples = must_malloc(n * sizeof *b->samples);
 }
 
 static void micro_batch_start(MicroBatch *b) {
     b->trained = b->sample_count = 0;
+    drop_media(b);
     b->batch = (Batch){.ids = b->ids,
                        .positions = b->positions,
                        .starts = b->starts,
                        .targets = b->targets,
                        .weights = b->weights};
+}
+
+/* One of the store's media in its slots from row `first` on. */
+static Status add_medium(MicroBatch *b, Store *store, int64_t item, int64_t first) {
+    const StoredMedium *m = &store->media[item];
+    if (b->batch.media_count == b->media_capacity) {
+        b->media_capacity = b->media_capacity ? 2 * b->media_capacity : 8;
+        b->media = must_realloc(b->media, (size_t)b->media_capacity * sizeof *b->media);
+    }
+    uint8_t *bytes = malloc((size_t)m->bytes);
+    if (!bytes) FAIL(ERR_IO, "%s: out of memory for a picture or a recording", store->file.path);
+    MediaItem *mine = &b->media[b->batch.media_count++];
+    *mine = (MediaItem){.first = first,
+                        .count = m->tokens,
+                        .key = (uint64_t)item + 1,
+                        .height = m->height,
+                        .width = m->width,
+                        .frames = m->frames};
+    if (m->height)
+        mine->pixels = bytes;
+    else
+        mine->features = (const float *)bytes;
+    b->batch.media = b->media;
+    return store_read_medium(store, item, bytes);
 }
 
 /* Appends a sample as a segment of its own. */
@@ -200,9 +237,18 @@ static Status micro_batch_add(MicroBatch *b, Store *store, bool eval, int64_t sa
         b->targets[at + t] = target ? b->ids[at + t + 1] : -1;
         b->trained += target;
     }
+    for (int64_t i = set->slot_begins[sample]; i < set->slot_begins[sample + 1]; i++)
+        TRY(add_medium(b, store, set->slots[2 * i + 1],
+                       at + set->slots[2 * i] - set->begins[sample]));
     b->samples[b->sample_count++] = sample;
     b->batch.N += n;
     return OK;
+}
+
+/* Once a batch is whole: which pictures see themselves. */
+static void micro_batch_end(MicroBatch *b, const ModelConfig *model) {
+    if (model && media_span_ends(b->span_ends, b->batch.N, model, b->media, b->batch.media_count))
+        b->batch.span_ends = b->span_ends;
 }
 
 static Status fill(Loader *l, Slot *slot, int64_t step) {
@@ -221,6 +267,7 @@ static Status fill(Loader *l, Slot *slot, int64_t step) {
             for (int64_t i = l->plan.row_begins[row];
                  i < l->plan.row_begins[row + 1] && status == OK; i++)
                 status = micro_batch_add(b, l->store, false, l->plan.order[i], mask);
+        micro_batch_end(b, c->model);
         slot->trained += b->trained;
     }
     for (int64_t i = 0; i < slot->count; i++)
@@ -322,7 +369,7 @@ Status loader_next(Loader *l, MicroBatch **batches, int64_t *count, int64_t *tra
 }
 
 Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_length,
-                         MicroBatch *out) {
+                         const ModelConfig *model, MicroBatch *out) {
     const SampleSet *set = eval ? &store->eval : &store->train;
     if (!out->ids) micro_batch_init(out, max_length);
     micro_batch_start(out);
@@ -331,6 +378,7 @@ Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_l
     while (status == OK && *sample < set->count &&
            out->batch.N + sample_length(set, *sample) <= max_length)
         status = micro_batch_add(out, store, eval, (*sample)++, mask);
+    micro_batch_end(out, model);
     free(mask);
     if (status == OK && !out->sample_count && *sample < set->count)
         FAIL(ERR_FORMAT, "%s: an eval sample is longer than max_length", store->file.path);

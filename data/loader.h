@@ -15,6 +15,9 @@ typedef struct MicroBatch {
     Batch batch;
     int32_t *ids, *positions, *starts, *targets;
     float *weights;
+    int32_t *span_ends;
+    MediaItem *media; /* each with bytes of its own */
+    int64_t media_capacity;
     int64_t trained;  /* targets in it */
     int64_t *samples; /* the samples in it, ascending in the batch */
     int64_t sample_count;
@@ -27,6 +30,7 @@ typedef struct LoaderConfig {
     bool shuffle, packing;
     int64_t steps; /* 0: by epochs */
     double epochs;
+    const ModelConfig *model; /* whose pictures may see themselves; NULL: text alone */
 } LoaderConfig;
 
 /* Plans the run; loader_start then begins filling from step `first` (0 is the beginning). */
@@ -48,7 +52,7 @@ Status loader_next(Loader *l, MicroBatch **batches, int64_t *count, int64_t *tra
 /* All samples of the eval set (or train set) as one batch each of up to max_length tokens, for
  * scoring. */
 Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_length,
-                         MicroBatch *out);
+                         const ModelConfig *model, MicroBatch *out);
 
 void micro_batch_free(MicroBatch *b);
 

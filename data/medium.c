@@ -135,13 +135,13 @@ static int64_t feature_width(const AudioConfig *c) {
     return c->path == MEDIA_TOWER ? MEL_BINS : c->audio_embed_dim;
 }
 
-/* `width`: numbers of a row of features. */
-static uint64_t key_of(const Medium *m, int64_t width) {
+static uint64_t key_of(const Medium *m) {
     uint64_t key = 0;
     for (int i = 0; i < m->frame_count || (!i && m->features); i++) {
         char sum[65];
         if (m->features)
-            sha256_text(sum, m->features, (size_t)(m->feature_rows * width) * sizeof(float));
+            sha256_text(sum, m->features,
+                        (size_t)(m->feature_rows * m->feature_width) * sizeof(float));
         else
             sha256_text(sum, m->frames[i].pixels,
                         (size_t)(m->frames[i].height * m->frames[i].width) * 3);
@@ -190,6 +190,7 @@ static Status take_sound(Medium *m, Sound *s, const MediumOptions *o, const char
         mel_features(m->features, s->samples, s->count);
     else
         sound_chunks(m->features, s->samples, s->count, width);
+    m->feature_width = width;
     m->tokens = media_audio_tokens(c, m->feature_rows);
     return OK;
 }
@@ -206,7 +207,7 @@ static Status decode(Medium *m, const uint8_t *bytes, size_t size, const char *n
     Sound sound = {0};
     if (m->kind == MEDIUM_AUDIO) {
         if (o->config->audio.path == MEDIA_NONE)
-            FAIL(ERR_CONFIG, "%s: this model hears nothing: its config.json has no audio_config",
+            FAIL(ERR_FORMAT, "%s: this model hears nothing: its config.json has no audio_config",
                  name);
         TRY(sound_decode(&sound, bytes, size, name));
         Status status = take_sound(m, &sound, o, name);
@@ -214,7 +215,7 @@ static Status decode(Medium *m, const uint8_t *bytes, size_t size, const char *n
         return status;
     }
     if (o->config->vision.path == MEDIA_NONE)
-        FAIL(ERR_CONFIG, "%s: this model sees nothing: its config.json has no vision_config", name);
+        FAIL(ERR_FORMAT, "%s: this model sees nothing: its config.json has no vision_config", name);
     if (m->kind == MEDIUM_VIDEO) {
         Video video;
         TRY(video_decode(&video, bytes, size, o->video_frames ? o->video_frames : VIDEO_FRAMES,
@@ -244,23 +245,26 @@ static Status load_part(Medium *m, const json_t *part, const MediumOptions *o) {
     Status status = read_source(&bytes, &size, &source, o);
     if (status == OK) status = decode(m, (uint8_t *)bytes, size, name_of(&source, m->kind), o);
     free(bytes);
-    if (status == OK) m->key = key_of(m, feature_width(&o->config->audio));
+    if (status == OK) m->key = key_of(m);
     return status;
 }
 
-bool messages_have_media(const json_t *messages) {
+int messages_media_count(const json_t *messages) {
+    int count = 0;
     size_t i, k;
     json_t *message, *part;
-    MediumKind kind;
-    json_array_foreach(messages, i, message) json_array_foreach(
-        json_object_get(message, "content"), k, part) if (kind_of(&kind, part)) return true;
-    return false;
+    json_array_foreach(messages, i, message) {
+        const json_t *content = json_object_get(message, "content");
+        MediumKind kind;
+        json_array_foreach(content, k, part) count += kind_of(&kind, part);
+    }
+    return count;
 }
 
 /* A call's answer is written before the content of its message: places would not be in order. */
 static Status check_order(const json_t *message, size_t i) {
     json_t *one = json_pack("[O]", message);
-    bool both = messages_have_media(one) && json_truth(json_object_get(message, "tool_calls"));
+    bool both = messages_media_count(one) > 0 && json_truth(json_object_get(message, "tool_calls"));
     json_decref(one);
     if (both)
         FAIL(ERR_FORMAT, "messages[%zu]: a message with tool_calls cannot hold media as well", i);
@@ -374,6 +378,7 @@ static MediaItem item_of(const Medium *m, int frame) {
     if (m->kind == MEDIUM_AUDIO) {
         item.frames = m->feature_rows;
         item.features = m->features;
+        item.feature_width = m->feature_width;
     } else {
         item.height = m->frames[frame].height;
         item.width = m->frames[frame].width;

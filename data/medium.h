@@ -16,7 +16,7 @@ typedef struct Medium {
     double *times;   /* (frame_count) seconds, of a video */
     int frame_count;
     float *features; /* (feature_rows, 128), or samples where the model takes them as they are */
-    int64_t feature_rows;
+    int64_t feature_rows, feature_width;
     int64_t tokens; /* soft tokens of each frame, or of the recording */
     uint64_t key;   /* of all that */
 } Medium;
@@ -42,8 +42,8 @@ typedef struct MediumOptions {
 Status media_collect(MediumList *list, const json_t *messages, const MediumOptions *options);
 void media_list_free(MediumList *list);
 
-/* Whether any message has such a part. */
-bool messages_have_media(const json_t *messages);
+/* How many such parts there are. */
+int messages_media_count(const json_t *messages);
 
 /* Puts each medium's marks and slots in place of its placeholder: a frame's time before it, all in
  * order. ERR_FORMAT when there are more of a kind than the text has places for, or fewer. */

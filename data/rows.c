@@ -5,6 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+static const char *const marks[] = {"<|image>", "<image|>", "<|image|>", "<|video|>",
+                                    "<|audio>", "<audio|>", "<|audio|>"};
+
 Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *tokenizer,
                        const char *model_dir) {
     *r = (RowReader){.config = config, .tokenizer = tokenizer, .model_dir = model_dir};
@@ -12,6 +15,8 @@ Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *
     r->eos = tokenizer_find(tokenizer, "<eos>");
     if (r->bos < 0 || r->eos < 0)
         FAIL(ERR_FORMAT, "%s: the tokenizer has no <bos> or <eos>", model_dir);
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        r->marks[i] = tokenizer_find(tokenizer, marks[i]);
     return OK;
 }
 
@@ -67,7 +72,7 @@ static void convert_text(RowReader *r, Slice text, SampleFunction *give, void *c
     for (int64_t at = 1; at < ids.count;) {
         int64_t n = ids.count - at < piece - 1 ? ids.count - at : piece - 1;
         memcpy(part + 1, ids.ids + at, (size_t)n * sizeof *part);
-        give_or_drop(r, (Sample){part, mask, n + 1, false}, give, context);
+        give_or_drop(r, (Sample){.ids = part, .mask = mask, .count = n + 1}, give, context);
         at += n;
     }
     if (ids.count < 2) r->dropped++;
@@ -86,7 +91,7 @@ static void convert_pair(RowReader *r, Slice prompt, Slice completion, SampleFun
     if (r->config->add_eos) tokens_add(&ids, r->eos);
     uint8_t *mask = must_calloc((size_t)ids.count + 1, 1);
     for (int64_t i = 1; i < ids.count; i++) mask[i] = i >= start || r->config->loss_on == LOSS_ALL;
-    give_or_drop(r, (Sample){ids.ids, mask, ids.count, false}, give, context);
+    give_or_drop(r, (Sample){.ids = ids.ids, .mask = mask, .count = ids.count}, give, context);
     free(mask);
     tokens_free(&ids);
 }
@@ -132,27 +137,45 @@ json_t *messages_repaired(const DataConfig *c, const json_t *messages) {
     return copy;
 }
 
-/* Renders and gives messages[0 .. count) with the turns from `from` on trained. */
-static Status give_chat(RowReader *r, const json_t *messages, size_t count, const json_t *tools,
-                        ChatOptions options, bool cut, SampleFunction *give, void *context,
-                        bool *fits) {
+static bool is_mark(const RowReader *r, int32_t id) {
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        if (id == r->marks[i]) return true;
+    return false;
+}
+
+/* Renders and gives messages[0 .. count) with the turns from `from` on trained. `list` has the
+ * media of all messages. */
+static Status give_chat(RowReader *r, const json_t *messages, const MediumList *list, size_t count,
+                        const json_t *tools, ChatOptions options, bool cut, SampleFunction *give,
+                        void *context, bool *fits) {
     json_t *part = json_array();
     for (size_t i = 0; i < count; i++) json_array_append(part, json_array_get(messages, i));
-    Rendered rendered;
-    Status status = chat_render(&rendered, part, tools, &options);
-    json_decref(part);
-    TRY(status);
+    Rendered rendered = {0};
     Tokens ids = {0};
-    uint8_t *mask;
+    uint8_t *mask = NULL;
+    MediaItem *items = NULL;
+    int64_t item_count = 0;
+    MediumList mine = {list->items, messages_media_count(part)};
+    Status status = OK;
+    TRY_DONE(chat_render(&rendered, part, tools, &options));
+    if (mine.count) TRY_DONE(media_expand(&rendered, &mine));
     chat_encode(r->tokenizer, &rendered, r->config->literal, &ids, &mask);
-    if (r->config->loss_on == LOSS_ALL)
-        for (int64_t i = 0; i < ids.count; i++) mask[i] = i > 0;
+    if (mine.count)
+        TRY_DONE(media_items(&items, &item_count, &mine, r->reading.config, ids.ids, ids.count));
+    for (int64_t i = 0; i < ids.count; i++) {
+        if (r->config->loss_on == LOSS_ALL) mask[i] = i > 0;
+        if (mine.count && is_mark(r, ids.ids[i])) mask[i] = 0;
+    }
     *fits = ids.count <= r->config->max_length;
-    if (give) give_or_drop(r, (Sample){ids.ids, mask, ids.count, cut}, give, context);
+    if (give)
+        give_or_drop(r, (Sample){ids.ids, mask, ids.count, cut, items, item_count}, give, context);
+done:
+    json_decref(part);
+    free(items);
     free(mask);
     tokens_free(&ids);
     rendered_free(&rendered);
-    return OK;
+    return status;
 }
 
 /* One past the last message of the model turn that holds message i: up to the next user message. */
@@ -189,8 +212,9 @@ static size_t list_turns(const json_t *messages, Turn *turns) {
     return count;
 }
 
-static Status convert_chat(RowReader *r, const json_t *messages, const json_t *tools,
-                           size_t first_trained, SampleFunction *give, void *context) {
+static Status convert_chat(RowReader *r, const json_t *messages, const MediumList *media,
+                           const json_t *tools, size_t first_trained, SampleFunction *give,
+                           void *context) {
     const DataConfig *c = r->config;
     if (!r->has_format) {
         TRY(chat_format_find(&r->format, r->model_dir, c->chat_format));
@@ -216,8 +240,8 @@ static Status convert_chat(RowReader *r, const json_t *messages, const json_t *t
                 (int)(turns[t].from > first_trained ? turns[t].from : first_trained);
             options.empty_thought_from =
                 large && !thinks && c->empty_thought ? options.train_from : 0;
-            TRY_DONE(
-                give_chat(r, messages, turns[t].to, tools, options, false, give, context, &fits));
+            TRY_DONE(give_chat(r, messages, media, turns[t].to, tools, options, false, give,
+                               context, &fits));
         }
         goto done;
     }
@@ -230,13 +254,14 @@ static Status convert_chat(RowReader *r, const json_t *messages, const json_t *t
         options.empty_thought_from = large && !thinks && c->empty_thought ? (int)end.from : 0;
         bool all = last == count;
         if (c->cut_long) {
-            TRY_DONE(give_chat(r, messages, end.to, tools, options, !all, NULL, NULL, &fits));
+            TRY_DONE(
+                give_chat(r, messages, media, end.to, tools, options, !all, NULL, NULL, &fits));
             if (!fits && last - 1 > begin) {
                 last--;
                 continue;
             }
         }
-        TRY_DONE(give_chat(r, messages, end.to, tools, options, !all, give, context, &fits));
+        TRY_DONE(give_chat(r, messages, media, end.to, tools, options, !all, give, context, &fits));
         break;
     }
 done:
@@ -289,25 +314,38 @@ static json_t *from_alpaca(const RowReader *r, const json_t *row) {
     return messages;
 }
 
-static Status refuse_media(const json_t *messages) {
+/* Parts of an unknown type would be dropped by the template without a word. */
+static Status check_parts(const json_t *messages) {
+    static const char *const known[] = {"text",  "image",       "image_url",
+                                        "audio", "input_audio", "video"};
     size_t i, k;
     json_t *message, *part;
     json_array_foreach(messages, i, message)
         json_array_foreach(json_object_get(message, "content"), k, part) {
         Slice type = json_slice(json_object_get(part, "type"));
-        if (type.size && !slice_is(type, "text"))
-            FAIL(ERR_FORMAT, "message %zu holds a part of type '%s'; only text is trained so far",
-                 i, type.bytes);
+        bool found = !type.size;
+        for (size_t t = 0; t < sizeof known / sizeof *known; t++) found |= slice_is(type, known[t]);
+        if (!found)
+            FAIL(ERR_FORMAT,
+                 "message %zu holds a part of type '%s', expected text, image, audio or video", i,
+                 type.bytes);
     }
     return OK;
 }
 
 static Status convert_messages(RowReader *r, const json_t *messages, const json_t *tools,
                                size_t first_trained, SampleFunction *give, void *context) {
+    MediumList media = {0};
     if (!json_is_array(messages)) FAIL(ERR_FORMAT, "messages is not a list");
-    TRY(refuse_media(messages));
+    TRY(check_parts(messages));
+    if (messages_media_count(messages) && !r->reading.config)
+        FAIL(ERR_FORMAT, "the row holds media, and this model reads text alone");
     json_t *repaired = messages_repaired(r->config, messages);
-    Status status = convert_chat(r, repaired, tools, first_trained, give, context);
+    Status status = OK;
+    if (messages_media_count(messages)) status = media_collect(&media, repaired, &r->reading);
+    if (status == OK)
+        status = convert_chat(r, repaired, &media, tools, first_trained, give, context);
+    media_list_free(&media);
     json_decref(repaired);
     return status;
 }

@@ -6,13 +6,15 @@
 #define ROWS_H
 
 #include "configs/run_config.h"
-#include "data/chat.h"
+#include "data/medium.h"
 
 typedef struct Sample {
     const int32_t *ids;
     const uint8_t *mask; /* 1: trained */
     int64_t count;
-    bool cut; /* lost its last turns to max_length */
+    bool cut;               /* lost its last turns to max_length */
+    const MediaItem *media; /* what stands in its slots, ascending */
+    int64_t media_count;
 } Sample;
 
 /* Called with each sample of a row, in order. */
@@ -26,7 +28,9 @@ typedef struct RowReader {
     bool has_format;
     ChatFormat format;
     int32_t bos, eos;
-    int64_t dropped; /* samples that were too long or had nothing to train */
+    int64_t dropped;       /* samples that were too long or had nothing to train */
+    MediumOptions reading; /* config NULL: media are refused */
+    int32_t marks[7];      /* of media: never trained; -1: not in the vocabulary */
 } RowReader;
 
 Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *tokenizer,

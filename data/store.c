@@ -18,13 +18,74 @@ typedef struct Growing {
     int64_t *begins;
     int32_t *sources;
     int64_t samples, sample_capacity, trained;
+    int64_t *slots; /* (slot_count, 2) */
+    int64_t slot_count, slot_capacity;
 } Growing;
+
+/* Media so far, found by their key. */
+typedef struct Bank {
+    StoredMedium *items;
+    uint64_t *keys;
+    int64_t count, capacity, bytes;
+    int64_t *table; /* (size) item + 1 by key, 0: free; size a power of two, at most half full */
+    int64_t size;
+} Bank;
 
 typedef struct Builder {
     Growing train, eval, *to;
     StoreCounts counts;
     int32_t file, line;
+    Bank bank;
+    H5File out;
+    Status status; /* of writing media */
 } Builder;
+
+static int64_t bank_place(const Bank *b, uint64_t key) {
+    int64_t at = (int64_t)(key & (uint64_t)(b->size - 1));
+    while (b->table[at] && b->keys[b->table[at] - 1] != key) at = (at + 1) & (b->size - 1);
+    return at;
+}
+
+static void bank_grow(Bank *b) {
+    b->capacity = b->capacity ? 2 * b->capacity : 256;
+    b->size = 2 * b->capacity;
+    b->items = must_realloc(b->items, (size_t)b->capacity * sizeof *b->items);
+    b->keys = must_realloc(b->keys, (size_t)b->capacity * sizeof *b->keys);
+    free(b->table);
+    b->table = must_calloc((size_t)b->size, sizeof *b->table);
+    for (int64_t i = 0; i < b->count; i++) b->table[bank_place(b, b->keys[i])] = i + 1;
+}
+
+/* The number of a medium's content, which is written when it is new. */
+static int64_t bank_item(Builder *b, const MediaItem *item) {
+    Bank *bank = &b->bank;
+    if (bank->count == bank->capacity) bank_grow(bank);
+    int64_t at = bank_place(bank, item->key);
+    if (bank->table[at]) return bank->table[at] - 1;
+    StoredMedium m = {.height = item->height,
+                      .width = item->width,
+                      .frames = item->frames,
+                      .tokens = item->count,
+                      .offset = bank->bytes};
+    m.bytes = item->height ? 3 * item->height * item->width
+                           : item->frames * item->feature_width * (int64_t)sizeof(float);
+    const uint8_t *bytes = item->height ? item->pixels : (const uint8_t *)item->features;
+    if (b->status == OK) b->status = h5_append(&b->out, "media/bytes", bytes, m.bytes);
+    bank->bytes += m.bytes;
+    bank->keys[bank->count] = item->key;
+    bank->items[bank->count] = m;
+    bank->table[at] = ++bank->count;
+    return bank->count - 1;
+}
+
+static void add_slot(Growing *g, int64_t token, int64_t item) {
+    if (g->slot_count == g->slot_capacity) {
+        g->slot_capacity = g->slot_capacity ? 2 * g->slot_capacity : 256;
+        g->slots = must_realloc(g->slots, (size_t)g->slot_capacity * 2 * sizeof *g->slots);
+    }
+    g->slots[2 * g->slot_count] = token;
+    g->slots[2 * g->slot_count++ + 1] = item;
+}
 
 static void add_sample(void *context, const Sample *sample) {
     Builder *b = context;
@@ -42,6 +103,8 @@ static void add_sample(void *context, const Sample *sample) {
     memcpy(g->tokens + g->count, sample->ids, (size_t)sample->count * sizeof *g->tokens);
     memcpy(g->mask + g->count, sample->mask, (size_t)sample->count);
     g->begins[g->samples] = g->count;
+    for (int64_t i = 0; i < sample->media_count; i++)
+        add_slot(g, g->count + sample->media[i].first, bank_item(b, &sample->media[i]));
     g->sources[2 * g->samples] = b->file;
     g->sources[2 * g->samples + 1] = b->line;
     g->samples++;
@@ -56,6 +119,7 @@ static void growing_free(Growing *g) {
     free(g->mask);
     free(g->begins);
     free(g->sources);
+    free(g->slots);
 }
 
 static Status convert_line(Builder *b, RowReader *reader, const char *line, size_t size,
@@ -66,7 +130,13 @@ static Status convert_line(Builder *b, RowReader *reader, const char *line, size
                                            : status_fail(ERR_FORMAT, "is not UTF-8");
     if (status == OK) status = row_convert(reader, row, add_sample, b);
     json_decref(row);
-    return status;
+    return status == OK ? b->status : status;
+}
+
+/* What a file's rows name their media from. */
+static char *folder_of(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? must_format("%.*s", (int)(slash - path), path) : must_strdup(".");
 }
 
 /* A mapped file would be quicker to start, but a file that shrinks under us would crash: read by
@@ -78,9 +148,10 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
     fseeko(file, 0, SEEK_END);
     double total = (double)ftello(file);
     rewind(file);
-    char *line = NULL;
+    char *line = NULL, *folder = folder_of(path);
     size_t space = 0;
     int64_t rows = 0, bad = 0;
+    reader->reading.folder = folder;
     Status status = OK;
     b->line = 0;
     for (ssize_t size; (size = getline(&line, &space, file)) >= 0;) {
@@ -96,7 +167,7 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
                      random_uniform_double(random_key((uint64_t)seed, (uint64_t)b->file),
                                            (uint64_t)b->line) < config->eval_share);
         status = convert_line(b, reader, text.bytes, text.size, held_out ? &b->eval : &b->train);
-        if (status == ERR_CONFIG) break; /* not the row's fault */
+        if (status == ERR_CONFIG || b->status != OK) break; /* not the row's fault */
         if (status != OK && !config->skip_bad) {
             status_prefix(status, "%s:%d", path, b->line);
             break;
@@ -110,6 +181,8 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
     if (status == OK && progress) progress(path, rows, 1);
     b->counts.rows += (double)rows;
     b->counts.bad += (double)bad;
+    reader->reading.folder = NULL;
+    free(folder);
     free(line);
     fclose(file);
     return status;
@@ -129,6 +202,9 @@ static char *settings_text(const DataConfig *c, int64_t seed) {
               c->chat_format, c->eval_share, c->eval_share > 0 ? seed : 0);
     for (int i = 0; i < c->field_names.count; i++)
         text_addf(&text, "%s:%s,", c->field_names.items[i], c->field_values.items[i]);
+    if (c->image_tokens || c->video_tokens || c->video_frames)
+        text_addf(&text, " media=%" PRId64 ",%" PRId64 ",%" PRId64, c->image_tokens,
+                  c->video_tokens, c->video_frames);
     return text.bytes;
 }
 
@@ -141,44 +217,48 @@ static Status write_set(H5File *f, const char *name, const Growing *g) {
     TRY(h5_write(f, NAMED("mask"), H5T_NATIVE_UINT8, g->count, 0, true, g->mask));
     TRY(h5_write(f, NAMED("begins"), H5T_NATIVE_INT64, g->samples + 1, 0, true,
                  g->samples ? g->begins : &zero));
-    return h5_write(f, NAMED("sources"), H5T_NATIVE_INT32, g->samples, 2, true, g->sources);
+    TRY(h5_write(f, NAMED("sources"), H5T_NATIVE_INT32, g->samples, 2, true, g->sources));
+    if (!g->slot_count) return OK;
+    return h5_write(f, NAMED("slots"), H5T_NATIVE_INT64, g->slot_count, 2, true, g->slots);
 }
 
 static const char *source_at(const DataConfig *c, int i) {
     return i < c->train.count ? c->train.items[i] : c->eval.items[i - c->train.count];
 }
 
-static Status write_store(const char *path, const Builder *b, const RowReader *reader,
-                          const DataConfig *config, int64_t seed) {
+/* All but the media's bytes, which are there. */
+static Status write_store(Builder *b, const RowReader *reader, const DataConfig *config,
+                          int64_t seed) {
     static const char *const names[] = {"rows", "samples", "cut",    "dropped",
                                         "bad",  "tokens",  "trained"};
     const double *counts = &b->counts.rows;
-    H5File f = {0};
+    H5File *f = &b->out;
     Status status = OK;
     char *settings = settings_text(config, seed);
-    TRY_DONE(h5_create(&f, path));
-    TRY_DONE(h5_write_number(&f, "/", "lapidary_store", STORE_VERSION));
-    TRY_DONE(h5_write_text(&f, "/", "tokenizer_sha256", tokenizer_hash(reader->tokenizer)));
-    TRY_DONE(h5_write_text(&f, "/", "template",
+    TRY_DONE(h5_write_number(f, "/", "lapidary_store", STORE_VERSION));
+    TRY_DONE(h5_write_text(f, "/", "tokenizer_sha256", tokenizer_hash(reader->tokenizer)));
+    TRY_DONE(h5_write_text(f, "/", "template",
                            reader->has_format ? chat_format_name(reader->format) : "none"));
-    TRY_DONE(h5_write_text(&f, "/", "settings", settings));
-    for (int i = 0; i < 7; i++) TRY_DONE(h5_write_number(&f, "/", names[i], counts[i]));
+    TRY_DONE(h5_write_text(f, "/", "settings", settings));
+    for (int i = 0; i < 7; i++) TRY_DONE(h5_write_number(f, "/", names[i], counts[i]));
     int sources = config->train.count + config->eval.count;
-    TRY_DONE(h5_write_number(&f, "/", "source_count", sources));
+    TRY_DONE(h5_write_number(f, "/", "source_count", sources));
     for (int i = 0; i < sources; i++) {
         char hash[65], name[64];
         TRY_DONE(sha256_file(hash, source_at(config, i)));
         snprintf(name, sizeof name, "source_%d_path", i);
-        TRY_DONE(h5_write_text(&f, "/", name, source_at(config, i)));
+        TRY_DONE(h5_write_text(f, "/", name, source_at(config, i)));
         snprintf(name, sizeof name, "source_%d_sha256", i);
-        TRY_DONE(h5_write_text(&f, "/", name, hash));
+        TRY_DONE(h5_write_text(f, "/", name, hash));
     }
-    TRY_DONE(write_set(&f, "train", &b->train));
-    TRY_DONE(write_set(&f, "eval", &b->eval));
-    status = h5_commit(&f);
+    TRY_DONE(write_set(f, "train", &b->train));
+    TRY_DONE(write_set(f, "eval", &b->eval));
+    if (b->bank.count)
+        TRY_DONE(h5_write(f, "media/items", H5T_NATIVE_INT64, b->bank.count,
+                          sizeof(StoredMedium) / sizeof(int64_t), true, b->bank.items));
+    status = h5_commit(f);
 done:
     free(settings);
-    h5_close(&f);
     return status;
 }
 
@@ -186,6 +266,8 @@ Status store_build(const char *path, RowReader *reader, const DataConfig *config
                    StoreProgress *progress) {
     Builder b = {0};
     Status status = OK;
+    TRY_DONE(h5_create(&b.out, path));
+    TRY_DONE(h5_group(&b.out, "media"));
     for (int i = 0; i < config->train.count + config->eval.count; i++) {
         b.file = i;
         TRY_DONE(read_file(&b, reader, config, source_at(config, i), i >= config->train.count, seed,
@@ -202,8 +284,12 @@ Status store_build(const char *path, RowReader *reader, const DataConfig *config
             " tokens or without a trained token, %.0f bad)",
             config->train.items[0], b.counts.rows, b.counts.dropped, config->max_length,
             b.counts.bad);
-    TRY_DONE(write_store(path, &b, reader, config, seed));
+    TRY_DONE(write_store(&b, reader, config, seed));
 done:
+    h5_close(&b.out);
+    free(b.bank.items);
+    free(b.bank.keys);
+    free(b.bank.table);
     growing_free(&b.train);
     growing_free(&b.eval);
     return status;
@@ -238,6 +324,59 @@ static Status read_set(H5File *f, const char *name, SampleSet *set) {
     }
     free(mask);
     return status;
+}
+
+/* Where items stand in samples. A slot belongs to the sample whose tokens it lies in. */
+static Status read_slots(Store *s, const char *name, SampleSet *set) {
+    char path[64];
+    int64_t numbers = 0, at = 0;
+    set->slot_begins = must_calloc((size_t)set->count + 1, sizeof *set->slot_begins);
+    if (!s->media_count || !h5_has(&s->file, NAMED("slots"))) return OK;
+    TRY(h5_count(&s->file, NAMED("slots"), &numbers));
+    set->slot_count = numbers / 2;
+    set->slots = must_malloc((size_t)numbers * sizeof *set->slots);
+    TRY(h5_read(&s->file, NAMED("slots"), H5T_NATIVE_INT64, 0, numbers, set->slots));
+    for (int64_t i = 0; i < set->count; i++) {
+        set->slot_begins[i] = at;
+        for (; at < set->slot_count && set->slots[2 * at] < set->begins[i + 1]; at++) {
+            int64_t first = set->slots[2 * at], item = set->slots[2 * at + 1];
+            bool fits = item >= 0 && item < s->media_count && first >= set->begins[i] &&
+                        first + s->media[item].tokens <= set->begins[i + 1];
+            if (!fits) FAIL(ERR_FORMAT, "%s: '%s/slots' do not lie in samples", s->file.path, name);
+        }
+        set->slot_begins[i + 1] = at;
+    }
+    if (at != set->slot_count)
+        FAIL(ERR_FORMAT, "%s: '%s/slots' do not lie in samples", s->file.path, name);
+    return OK;
+}
+
+static bool is_possible(const StoredMedium *m, int64_t bytes) {
+    bool picture = m->height > 0 && m->width > 0 && m->height <= PICTURE_PIXELS_MAX / m->width;
+    return m->tokens > 0 && m->tokens < 1 << 20 && m->offset >= 0 && m->bytes > 0 &&
+           m->bytes <= bytes && m->offset <= bytes - m->bytes &&
+           (picture ? m->bytes == 3 * m->height * m->width
+                    : !m->height && m->frames > 0 && m->bytes % (4 * m->frames) == 0);
+}
+
+static Status read_media(Store *s) {
+    const int64_t numbers = sizeof(StoredMedium) / sizeof(int64_t);
+    int64_t count, bytes;
+    if (!h5_has(&s->file, "media/items")) return OK;
+    TRY(h5_count(&s->file, "media/items", &count));
+    TRY(h5_count(&s->file, "media/bytes", &bytes));
+    s->media = must_malloc((size_t)(count + 1) * sizeof(int64_t));
+    s->media_count = count / numbers;
+    TRY(h5_read(&s->file, "media/items", H5T_NATIVE_INT64, 0, count, s->media));
+    for (int64_t i = 0; i < s->media_count; i++)
+        if (!is_possible(&s->media[i], bytes))
+            FAIL(ERR_FORMAT, "%s: item %" PRId64 " of media/items is impossible", s->file.path, i);
+    return OK;
+}
+
+Status store_read_medium(Store *s, int64_t item, uint8_t *bytes) {
+    return h5_read(&s->file, "media/bytes", H5T_NATIVE_UINT8, s->media[item].offset,
+                   s->media[item].bytes, bytes);
 }
 
 Status store_check_origin(Store *s, const Tokenizer *tokenizer) {
@@ -299,6 +438,9 @@ Status store_open(Store *s, const char *path, RowReader *reader, const DataConfi
     }
     TRY_DONE(read_set(&s->file, "train", &s->train));
     TRY_DONE(read_set(&s->file, "eval", &s->eval));
+    TRY_DONE(read_media(s));
+    TRY_DONE(read_slots(s, "train", &s->train));
+    TRY_DONE(read_slots(s, "eval", &s->eval));
     if (reader) {
         TRY_DONE(check_settings(s, config, seed));
         TRY_DONE(store_check_origin(s, reader->tokenizer));
@@ -320,7 +462,10 @@ void store_close(Store *s) {
         free(sets[i]->begins);
         free(sets[i]->trained);
         free(sets[i]->sources);
+        free(sets[i]->slots);
+        free(sets[i]->slot_begins);
     }
+    free(s->media);
     for (int i = 0; i < s->source_count; i++) free(s->source_paths[i]);
     free(s->source_paths);
     h5_close(&s->file);

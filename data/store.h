@@ -10,8 +10,19 @@ typedef struct SampleSet {
     int64_t *begins;  /* (count + 1) first token of each */
     int64_t *trained; /* (count) trained tokens that have one before them */
     int32_t *sources; /* (count, 2) file and line (1-based) */
+    int64_t *slots;   /* (slot_count, 2) token where an item's slots begin, and the item */
+    int64_t slot_count;
+    int64_t *slot_begins; /* (count + 1) first of each sample's slots */
     int64_t total_trained;
 } SampleSet;
+
+/* A picture or a recording as the model reads it, kept once whatever number of samples hold it. */
+typedef struct StoredMedium {
+    int64_t height, width; /* of a picture: its bytes are (height, width, 3); 0: a recording */
+    int64_t frames;        /* of a recording: its bytes are rows of f32 */
+    int64_t tokens;        /* soft tokens */
+    int64_t offset, bytes; /* in media/bytes */
+} StoredMedium;
 
 typedef struct StoreCounts {
     double rows, samples, cut, dropped, bad, tokens, trained;
@@ -21,6 +32,8 @@ typedef struct Store {
     H5File file;
     SampleSet train, eval;
     StoreCounts counts; /* of train and eval together */
+    StoredMedium *media;
+    int64_t media_count;
     char **source_paths;
     int source_count;
 } Store;
@@ -48,6 +61,9 @@ const char *store_source(const Store *s, bool eval, int64_t sample, int *line);
 
 /* Tokens and mask of one sample. */
 Status store_read(Store *s, bool eval, int64_t sample, int32_t *ids, uint8_t *mask);
+
+/* The bytes of an item of s->media. */
+Status store_read_medium(Store *s, int64_t item, uint8_t *bytes);
 
 static inline int64_t sample_length(const SampleSet *set, int64_t i) {
     return set->begins[i + 1] - set->begins[i];

@@ -12,7 +12,7 @@
 static Status read_media(MediumList *list, Rendered *rendered, const Model *m,
                          const json_t *messages, const MediumOptions *reading) {
     MediumOptions options = *reading;
-    if (!messages_have_media(messages)) return OK;
+    if (!messages_media_count(messages)) return OK;
     TRY(model_check_media(m));
     options.config = &m->g.config;
     TRY(media_collect(list, messages, &options));

@@ -1,5 +1,6 @@
 /* model.c - opening a model for reading. */
 #include "infer/model.h"
+#include "formats/file.h"
 #include "formats/learned_scales.h"
 
 #include <inttypes.h>
@@ -86,6 +87,21 @@ static void chain(Model *m, int count, int first, Lora **loras) {
         }
 }
 
+/* Whether an adapter holds weights of towers or projections. */
+static Status touches_towers(bool *does, const char *adapter) {
+    static const char *const parts[] = {"vision_tower.", "audio_tower.", "vision_embedder.",
+                                        "embed_vision.", "embed_audio."};
+    char *path = path_join(adapter, "adapter_model.safetensors");
+    Safetensors file = {0};
+    Status status = file_exists(path) ? safetensors_open(&file, path) : OK;
+    for (int i = 0; i < file.count; i++)
+        for (size_t k = 0; k < sizeof parts / sizeof *parts; k++)
+            *does |= strstr(file.tensors[i].name, parts[k]) != NULL;
+    safetensors_close(&file);
+    free(path);
+    return status;
+}
+
 static Status open_model(Model *m, const char *dir, const char *const *adapters, int count,
                          bool by_request, const char *device_name, const char *dtype,
                          Residence residence, ModelMedia media) {
@@ -112,7 +128,9 @@ static Status open_model(Model *m, const char *dir, const char *const *adapters,
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64, dir,
                   tokenizer_size(m->tokenizer), m->checkpoint.config.vocab_size);
     gemma_declare(&m->g, &m->checkpoint.config, strcmp(dtype, "bf16") ? F32 : BF16, device);
-    if (media == WITH_MEDIA && checkpoint_has_towers(&m->checkpoint)) gemma_declare_media(&m->g);
+    bool towers = media == WITH_MEDIA;
+    for (int i = 0; i < count; i++) TRY_DONE(touches_towers(&towers, adapters[i]));
+    if (towers && checkpoint_has_towers(&m->checkpoint)) gemma_declare_media(&m->g);
     m->g.int8 = m->g.dtype == BF16 && residence == WEIGHTS_LOADED;
     if (residence == WEIGHTS_MAPPED) m->g.watch = (LayerWatch){release_layer, m};
     loras = must_calloc((size_t)(count * count_linears(&m->g)) + 1, sizeof(Lora *));
@@ -153,12 +171,10 @@ Status model_open_several(Model *m, const char *dir, const char *const *adapters
 Status model_check_media(const Model *m) {
     const ModelConfig *c = &m->g.config;
     if (m->g.media.params) return OK;
-    if (!c->vision.path && !c->audio.path)
-        FAIL(ERR_CONFIG,
-             "%s: this model reads text alone: its config.json has neither vision_config "
-             "nor audio_config",
-             m->dir);
-    FAIL(ERR_CONFIG, "%s: holds no towers, so it reads text alone", m->dir);
+    if (c->vision.path || c->audio.path)
+        FAIL(ERR_FORMAT, "this model reads text alone: its checkpoint holds no towers");
+    FAIL(ERR_FORMAT, "this model reads text alone: its config.json has neither vision_config nor "
+                     "audio_config");
 }
 
 void model_close(Model *m) {

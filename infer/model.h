@@ -34,7 +34,7 @@ Status model_open(Model *m, const char *dir, const char *adapter, const char *de
 Status model_open_several(Model *m, const char *dir, const char *const *adapters, int count,
                           const char *device, const char *dtype, ModelMedia media);
 
-/* ERR_CONFIG where the model came without towers: what is missing. */
+/* ERR_FORMAT where the model came without towers: what is missing. */
 Status model_check_media(const Model *m);
 void model_close(Model *m);
 

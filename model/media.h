@@ -17,6 +17,7 @@ typedef struct MediaItem {
     int64_t height, width; /* of a picture, multiples of a cell's side; 0: not one */
     const uint8_t *pixels; /* (height, width, 3) */
     int64_t frames;        /* of a recording, 0: not one */
+    int64_t feature_width; /* numbers of a frame */
     const float *features; /* (frames, 128) mel features; unified: (frames, audio_embed_dim) */
 } MediaItem;
 

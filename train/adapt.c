@@ -9,7 +9,8 @@
 static void adapt_full(Gemma *g, const RunConfig *config) {
     for (int i = 0; i < g->params.count; i++) {
         Param *p = g->params.items[i];
-        p->trainable = !p->buffer && !p->tower && (config->train_router || !strstr(p->name, ".router."));
+        p->trainable =
+            !p->buffer && !p->tower && (config->train_router || !strstr(p->name, ".router."));
     }
 }
 

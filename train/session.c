@@ -28,6 +28,37 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
     return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
 }
 
+/* Declares the model as the method wants it. */
+static Status declare(Session *s, Device *device, bool media) {
+    const RunConfig *c = &s->config;
+    adapter_spec_free(&s->spec);
+    gemma_free(&s->g);
+    gemma_declare(&s->g, &s->checkpoint.config, !strcmp(c->dtype, "bf16") ? BF16 : F32, device);
+    if (media) gemma_declare_media(&s->g);
+    TRY(adapt(&s->g, c, &s->spec));
+    checkpoint_formats(&s->checkpoint, &s->g);
+    return OK;
+}
+
+/* The largest picture and the longest recording of the data: what towers need memory for. */
+static void find_largest(Session *s) {
+    int64_t count = 0, picture = -1, sound = -1;
+    const StoredMedium *m = s->store.media;
+    for (int64_t i = 0; i < s->store.media_count; i++) {
+        int64_t *best = m[i].height ? &picture : &sound;
+        if (*best < 0 || m[i].tokens > m[*best].tokens) *best = i;
+    }
+    int64_t found[] = {picture, sound};
+    for (int i = 0; i < 2; i++)
+        if (found[i] >= 0)
+            s->largest[count++] = (MediaItem){.count = m[found[i]].tokens,
+                                              .height = m[found[i]].height,
+                                              .width = m[found[i]].width,
+                                              .frames = m[found[i]].frames};
+    s->options.largest = s->largest;
+    s->options.largest_count = count;
+}
+
 /* Measures the run with activations kept, and recomputed, and chooses. */
 static Status make_plan(Session *s) {
     MemoryPlan *p = &s->plan;
@@ -87,16 +118,25 @@ Status session_open(Session *s, RunConfig *config, const char *store_path,
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64,
                   c->model, tokenizer_size(s->tokenizer), s->checkpoint.config.vocab_size);
     TRY_DONE(row_reader_init(&s->reader, &s->config.data, s->tokenizer, c->model));
-    gemma_declare(&s->g, &s->checkpoint.config, !strcmp(c->dtype, "bf16") ? BF16 : F32, device);
-    TRY_DONE(adapt(&s->g, c, &s->spec));
-    checkpoint_formats(&s->checkpoint, &s->g);
+    s->reader.reading = (MediumOptions){.image_tokens = c->data.image_tokens,
+                                        .video_tokens = c->data.video_tokens,
+                                        .video_frames = c->data.video_frames};
+    bool towers = checkpoint_has_towers(&s->checkpoint);
+    if (towers) s->reader.reading.config = &s->checkpoint.config;
+    TRY_DONE(declare(s, device, towers)); /* what is wrong is said before the data is read */
     TRY_DONE(open_data(s, store_path, progress));
-    LoaderConfig loader = {c->sequences,    c->accumulate,   c->data.max_length, c->seed,
-                           c->data.shuffle, c->data.packing, c->steps,           c->epochs};
+    if (s->store.media_count && !towers)
+        FAIL_DONE(ERR_CONFIG, "%s: holds media, and %s has no towers", s->store.file.path,
+                  c->model);
+    if (towers && !s->store.media_count) TRY_DONE(declare(s, device, false));
+    LoaderConfig loader = {c->sequences, c->accumulate,   c->data.max_length,
+                           c->seed,      c->data.shuffle, c->data.packing,
+                           c->steps,     c->epochs,       &s->checkpoint.config};
     TRY_DONE(loader_open(&s->loader, &s->store, &loader));
     const char *shortcut = getenv("LAPIDARY_SHORTCUT"); /* 0: for measuring what it saves */
     s->options = (StepOptions){.shortcut = !shortcut || strcmp(shortcut, "0"),
                                .aux_scale = (float)c->aux_loss};
+    find_largest(s);
     TRY_DONE(make_plan(s));
 done:
     if (status != OK) session_close(s);

@@ -28,6 +28,7 @@ typedef struct Session {
     Gemma g;
     MemoryPlan plan;
     StepOptions options;
+    MediaItem largest[2];
     StepMemory memory;
     Optimizer optimizer;
     Loader *loader;

@@ -115,7 +115,7 @@ Status evaluate(Session *s, StepMemory *memory, double *loss) {
     Status status = OK;
     if (!memory->activations.capacity) TRY_DONE(step_init(memory, &s->g, capacity, &options));
     while (sample < s->store.eval.count) {
-        TRY_DONE(loader_eval_batch(&s->store, true, &sample, capacity, &batch));
+        TRY_DONE(loader_eval_batch(&s->store, true, &sample, capacity, &s->g.config, &batch));
         batch.batch.weights = NULL;
         total += step_run(&s->g, memory, &batch.batch, &options, nll);
         trained += batch.trained;

@@ -210,7 +210,7 @@ CASE(serve, calls_come_and_go_and_what_is_wrong_is_said) {
     EXPECT_REPLY(400, "'messages' is not", "POST", CHAT_PATH, "", "{}");
     EXPECT_REPLY(400, "'max_tokens' is 0", "POST", CHAT_PATH, "",
                  "{\"messages\": [" SAY("user", "x") "], \"max_tokens\": 0}");
-    EXPECT_REPLY(400, "is 'input_audio'", "POST", CHAT_PATH, "",
+    EXPECT_REPLY(400, "reads text alone", "POST", CHAT_PATH, "",
                  "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": "
                  "\"input_audio\"}]}]}");
     EXPECT_REPLY(404, "no model 'other'", "POST", CHAT_PATH, "",

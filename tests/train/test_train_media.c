@@ -1,0 +1,171 @@
+/* test_train_media.c - runs over pictures and sounds drawn here: learned, packed, resumed, and what
+ * a tool shows. */
+#include "data/text.h"
+#include "formats/file.h"
+#include "formats/sha256.h"
+#include "tests/program.h"
+#include "train/metrics.h"
+
+#include <math.h>
+
+static const char *const names[] = {"a red ruby", "a green emerald", "a blue sapphire"};
+#define PICTURES (sizeof names / sizeof *names)
+
+static char *in_folder(const char *name) {
+    return path_join(test_folder(), name);
+}
+
+static void write_text(const char *name, const char *text) {
+    char *path = in_folder(name);
+    EXPECT_OK(file_write(path, text, strlen(text)));
+    free(path);
+}
+
+/* A square of one colour with a darker stone in it. */
+static void draw_picture(int which) {
+    char *path = must_format("%s/stone%d.ppm", test_folder(), which), header[] = "P6 60 60 255\n";
+    uint8_t pixels[60 * 60 * 3 + sizeof header];
+    memcpy(pixels, header, sizeof header - 1);
+    for (int i = 0; i < 60 * 60; i++)
+        for (int c = 0; c < 3; c++) {
+            int x = i % 60 - 30, y = i / 60 - 30;
+            bool stone = x * x + y * y < 300;
+            pixels[sizeof header - 1 + (size_t)(3 * i + c)] = (uint8_t)(c == which ? 230
+                                                                        : stone    ? 20
+                                                                                   : 200);
+        }
+    EXPECT_OK(file_write(path, pixels, sizeof pixels - 1));
+    free(path);
+}
+
+static void put(uint8_t *to, uint32_t value, int bytes) {
+    for (int i = 0; i < bytes; i++) to[i] = (uint8_t)(value >> 8 * i);
+}
+
+/* Half a second of one tone, 16 bits, 16 kHz. */
+static void play_tone(double hertz) {
+    enum { SAMPLES = 8000 };
+    uint8_t wav[44 + 2 * SAMPLES] = "RIFF....WAVEfmt ";
+    put(wav + 4, sizeof wav - 8, 4);
+    put(wav + 16, 16, 4), put(wav + 20, 1, 2), put(wav + 22, 1, 2);
+    put(wav + 24, 16000, 4), put(wav + 28, 32000, 4), put(wav + 32, 2, 2), put(wav + 34, 16, 2);
+    memcpy(wav + 36, "data", 4);
+    put(wav + 40, 2 * SAMPLES, 4);
+    for (int n = 0; n < SAMPLES; n++)
+        put(wav + 44 + 2 * n, (uint32_t)(int)(9000 * sin(2 * M_PI * hertz * n / 16000)), 2);
+    char *path = in_folder("tone.wav");
+    EXPECT_OK(file_write(path, wav, sizeof wav));
+    free(path);
+}
+
+/* A model with small towers, and rows: pictures, a tone, and a picture that a tool shows. */
+static void prepare(void) {
+    Text rows = {0};
+    EXPECT_RUN(0, "init tiny %s/model --media --tokenizer demo/tokenizer --dtype f32 --layers 2",
+               test_folder());
+    for (int i = 0; i < (int)PICTURES; i++) {
+        draw_picture(i);
+        text_addf(&rows,
+                  "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\", "
+                  "\"path\": \"stone%d.ppm\"}, {\"type\": \"text\", \"text\": \"Which?\"}]}, "
+                  "{\"role\": \"assistant\", \"content\": \"%s\"}]}\n",
+                  i, names[i]);
+    }
+    play_tone(440);
+    text_adds(&rows, "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"audio\", "
+                     "\"path\": \"tone.wav\"}]}, {\"role\": \"assistant\", \"content\": "
+                     "\"a tone\"}]}\n");
+    text_adds(&rows,
+              "{\"messages\": [{\"role\": \"user\", \"content\": \"Look.\"}, {\"role\": "
+              "\"assistant\", \"content\": \"\", \"tool_calls\": [{\"id\": \"c\", \"type\": "
+              "\"function\", \"function\": {\"name\": \"look\", \"arguments\": {}}}]}, {\"role\": "
+              "\"tool\", \"tool_call_id\": \"c\", \"content\": [{\"type\": \"text\", \"text\": "
+              "\"Here.\"}, {\"type\": \"image\", \"path\": \"stone0.ppm\"}]}, {\"role\": "
+              "\"assistant\", \"content\": \"It is red.\"}]}\n");
+    write_text("rows.jsonl", rows.bytes);
+    text_free(&rows);
+}
+
+static void write_run(const char *name, const char *more) {
+    char *text = must_format(
+        "model: %s/model\noutput: %s/%s\ndtype: f32\nmethod: lora\nlora: {rank: 8, train_also: "
+        "[embedding_projection]}\noptimizer: {lr: 4.0e-3, eps: 1.0e-3}\nsave: {every: 20, keep: "
+        "2}\n%s",
+        test_folder(), test_folder(), name, more);
+    char *file = must_format("%s.yaml", name);
+    write_text(file, text);
+    free(text), free(file);
+}
+
+#define DATA                                                                                       \
+    "data: {train: %s/rows.jsonl, max_length: 512, chat_format: small, image_tokens: 70%s}\n"
+
+static Metrics first_step(const char *run) {
+    char *path = must_format("%s/%s/metrics.csv", test_folder(), run);
+    Metrics *rows, first;
+    int64_t count;
+    EXPECT_OK(metrics_read(&rows, &count, path));
+    EXPECT(count > 0, "%s has no step", run);
+    first = rows[0];
+    free(rows), free(path);
+    return first;
+}
+
+CASE(train, packed_media_train_as_separate_ones) {
+    const char *f = test_folder();
+    prepare();
+    char *packed = must_format(DATA "batch: {sequences: 1, accumulate: 1}\nsteps: 1\n", f, ""),
+         *apart = must_format(DATA "batch: {sequences: 1, accumulate: 5}\nsteps: 1\n", f,
+                              ", packing: false");
+    write_run("packed", packed);
+    write_run("apart", apart);
+    EXPECT_RUN(0, "train %s/packed.yaml --device cpu", f);
+    EXPECT_RUN(0, "train %s/apart.yaml --device cpu", f);
+    Metrics a = first_step("packed"), b = first_step("apart");
+    EXPECT(a.trained_tokens == b.trained_tokens, "%d and %d tokens", (int)a.trained_tokens,
+           (int)b.trained_tokens);
+    EXPECT(fabs(a.loss - b.loss) < 1e-5 && fabs(a.grad_norm - b.grad_norm) < 1e-4 * b.grad_norm,
+           "loss %.7f and %.7f, gradient %.6f and %.6f", a.loss, b.loss, a.grad_norm, b.grad_norm);
+    EXPECT_EXIT(0, "\"media\": 4", "inspect %s/packed/data.h5 --json", f); /* of five in rows */
+    free(packed), free(apart);
+}
+
+CASE(train, pictures_and_tones_are_learned_and_a_stopped_run_goes_on) {
+    const char *f = test_folder();
+    char one[65], other[65];
+    prepare();
+    char *data = must_format(DATA "batch: {sequences: 1, accumulate: 1}\nsteps: 60\nschedule: "
+                                  "{name: constant, warmup: 0}\n",
+                             f, "");
+    write_run("whole", data);
+    EXPECT_RUN(0, "train %s/whole.yaml --device cpu", f);
+    for (int i = 0; i < (int)PICTURES; i++)
+        EXPECT_EXIT(0, names[i],
+                    "generate --model %s/model --adapter %s/whole/adapter --chat-format small "
+                    "--dtype f32 --device cpu --image %s/stone%d.ppm --image-tokens 70 "
+                    "--temperature 0 --max-tokens 12 Which?",
+                    f, f, f, i);
+    EXPECT_RUN(0, "train %s/whole.yaml --device cpu output=%s/cut steps=40", f, f);
+    EXPECT_RUN(0, "train %s/whole.yaml --device cpu output=%s/cut --resume steps=60", f, f);
+    char *x = must_format("%s/whole/adapter/adapter_model.safetensors", f),
+         *y = must_format("%s/cut/adapter/adapter_model.safetensors", f);
+    EXPECT_OK(sha256_file(one, x));
+    EXPECT_OK(sha256_file(other, y));
+    EXPECT(!strcmp(one, other), "the run that stopped ended elsewhere");
+    free(x), free(y), free(data);
+}
+
+CASE(train, bad_media_name_their_row) {
+    const char *f = test_folder();
+    prepare();
+    write_text("rows.jsonl",
+               "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\", \"path\": "
+               "\"none.png\"}]}, {\"role\": \"assistant\", \"content\": \"x\"}]}\n");
+    char *data = must_format(DATA "steps: 1\n", f, "");
+    write_run("bad", data);
+    EXPECT_EXIT(1, "rows.jsonl:1: messages[0].content[0]: ", "train %s/bad.yaml --device cpu", f);
+    EXPECT_EXIT(1, "none.png: No such file", "train %s/bad.yaml --device cpu output=%s/b2", f, f);
+    EXPECT_EXIT(1, "expected 70, 140, 280, 560 or 1120",
+                "train %s/bad.yaml --device cpu output=%s/b3 data.image_tokens=71", f, f);
+    free(data);
+}
