@@ -21,6 +21,7 @@ Status soft_media_make(SoftMedia *s, Gemma *g, MediaItem *items, int64_t count) 
     Status status = OK;
     place(s, g, &measured);
     run(s, g, &temporary);
+    s->peak = temporary.peak;
     TRY_DONE(arena_init(&s->memory, g->device, measured.peak, "soft tokens"));
     TRY_DONE(arena_init(&scratch, g->device, temporary.peak, "the towers' temporaries"));
     place(s, g, &s->memory);

@@ -8,6 +8,7 @@ typedef struct SoftMedia {
     Arena memory;
     MediaItem *items; /* (count), `soft` filled */
     int64_t count;
+    size_t peak; /* bytes that the towers' temporaries took */
 } SoftMedia;
 
 /* Runs the towers over the items (which it takes, NULL for none), one after the other. */
