@@ -9,10 +9,10 @@
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
 
-/* About as many matrix rows in a block of queries. At 64 keys are read so often that the vision tower
- * takes 1.2 times as long and the backward pass 1.35 times. */
+/* About as many matrix rows in a block of queries. At 64 keys are read so often that the vision
+ * tower takes 1.2 times as long and the backward pass 1.35 times. */
 #define BLOCK_ROWS 256
-#define TILE_KEYS PAGE_KEYS
+#define TILE_KEYS  PAGE_KEYS
 #define PART_KEYS                                                                                  \
     512 /* keys of one part when a sequence has few queries: parts run side by side                \
          */

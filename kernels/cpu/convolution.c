@@ -47,7 +47,9 @@ void CPU(unfold_backward)(Tensor dx, Tensor dy) {
             }
 }
 
-void CPU(depthwise_forward)(Tensor y, Tensor x, Tensor weight) {
+/* y[t] = sum over j of weight[j] x[t + step (J - 1 - j)], zeros outside: step -1 forward, 1 back.
+ */
+static void slide(Tensor y, Tensor x, Tensor weight, int64_t step) {
     int64_t T = tensor_rows(x), D = tensor_cols(x), J = tensor_cols(weight);
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t t = 0; t < T; t++)
@@ -56,8 +58,8 @@ void CPU(depthwise_forward)(Tensor y, Tensor x, Tensor weight) {
             float w[CHUNK * TAPS_MAX], a[CHUNK], sum[CHUNK] = {0};
             const float *taps = load_f32(w, weight, first * J, n * J);
             for (int64_t j = 0; j < J; j++) {
-                int64_t s = t + j - (J - 1);
-                if (s < 0) continue;
+                int64_t s = t + step * (J - 1 - j);
+                if (s < 0 || s >= T) continue;
                 const float *in = load_f32(a, x, s * D + first, n);
                 for (int64_t i = 0; i < n; i++) sum[i] += taps[i * J + j] * in[i];
             }
@@ -65,24 +67,13 @@ void CPU(depthwise_forward)(Tensor y, Tensor x, Tensor weight) {
         }
 }
 
+void CPU(depthwise_forward)(Tensor y, Tensor x, Tensor weight) {
+    slide(y, x, weight, -1);
+}
+
 void CPU(depthwise_backward)(Tensor dx, Tensor dweight, Tensor dy, Tensor x, Tensor weight) {
     int64_t T = tensor_rows(x), D = tensor_cols(x), J = tensor_cols(weight);
-    if (tensor_present(dx)) {
-#pragma omp parallel for schedule(static) collapse(2)
-        for (int64_t t = 0; t < T; t++)
-            for (int64_t first = 0; first < D; first += CHUNK) {
-                int64_t n = D - first < CHUNK ? D - first : CHUNK;
-                float w[CHUNK * TAPS_MAX], a[CHUNK], sum[CHUNK] = {0};
-                const float *taps = load_f32(w, weight, first * J, n * J);
-                for (int64_t j = 0; j < J; j++) {
-                    int64_t s = t + (J - 1) - j;
-                    if (s >= T) continue;
-                    const float *g = load_f32(a, dy, s * D + first, n);
-                    for (int64_t i = 0; i < n; i++) sum[i] += taps[i * J + j] * g[i];
-                }
-                store_f32(dx, t * D + first, n, sum);
-            }
-    }
+    if (tensor_present(dx)) slide(dx, dy, weight, 1);
     if (!dweight.data) return;
     float *out = dweight.data;
 #pragma omp parallel for schedule(static)

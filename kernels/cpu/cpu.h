@@ -54,6 +54,13 @@ static inline void store_f32(Tensor t, int64_t first, int64_t n, const float *va
     for (int64_t i = 0; i < n; i++) out[i] = f32_to_bf16(values[i]);
 }
 
+static inline float dot(const float *a, const float *b, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
 /* values <- what a tensor of this dtype would hold. */
 static inline void round_to(DType dtype, float *values, int64_t n) {
     if (dtype != BF16) return;

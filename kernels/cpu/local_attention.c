@@ -4,13 +4,6 @@
 
 #define KEYS_MAX 32
 
-static float dot(const float *a, const float *b, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
 static void add(float *y, const float *x, float factor, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) y[i] += factor * x[i];

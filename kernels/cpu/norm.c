@@ -4,13 +4,6 @@
 
 #define COLS_MAX 32768
 
-static float dot(const float *a, const float *b, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += a[i] * b[i];
-    return sum;
-}
-
 static void scale_row(float *out, const float *x, float rstd, const float *weight, int64_t D) {
     if (weight) {
 #pragma omp simd

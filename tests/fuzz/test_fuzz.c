@@ -6,7 +6,9 @@
  * count. */
 #include "configs/model_config.h"
 #include "configs/run_config.h"
+#include "data/picture.h"
 #include "data/rows.h"
+#include "data/sound.h"
 #include "data/store.h"
 #include "eval/table.h"
 #include "formats/adapter.h"
@@ -20,6 +22,18 @@
 #include "train/metrics.h"
 
 #include <time.h>
+#ifdef HAVE_JPEG
+#include <jpeglib.h>
+#endif
+#ifdef HAVE_PNG
+#include <png.h>
+#endif
+#ifdef HAVE_WEBP
+#include <webp/encode.h>
+#endif
+#ifdef HAVE_SNDFILE
+#include <sndfile.h>
+#endif
 
 typedef void Target(const char *bytes, size_t size);
 
@@ -418,4 +432,97 @@ CASE(fuzz, gguf) {
     sizes[1] = sizes[0] < 4096 ? sizes[0] : 4096;
     fuzz(seeds, sizes, 2, target_gguf);
     free(whole);
+}
+
+/* ---- pictures and sound ---- */
+
+static void on_picture(const char *bytes, size_t size) {
+    Picture p;
+    /* A few bytes may say that they are millions of pixels: those are decoded, but not over again.
+     */
+    if (picture_decode(&p, (const uint8_t *)bytes, size, "fuzz") == OK) picture_free(&p);
+}
+
+static void draw(uint8_t *pixels, int side) {
+    for (int i = 0; i < side * side * 3; i++) pixels[i] = (uint8_t)(i * 7 + i / 97);
+}
+
+CASE(fuzz, pictures) {
+    enum { SIDE = 24, MOST = 4 };
+    static uint8_t pixels[SIDE * SIDE * 3];
+    const char *seeds[MOST];
+    size_t sizes[MOST];
+    int count = 0;
+    char ppm[16 + sizeof pixels];
+    draw(pixels, SIDE);
+    int head = snprintf(ppm, 16, "P6 %d %d 255\n", SIDE, SIDE);
+    memcpy(ppm + head, pixels, sizeof pixels);
+    seeds[count] = ppm, sizes[count++] = (size_t)head + sizeof pixels;
+#ifdef HAVE_JPEG
+    struct jpeg_compress_struct jpeg = {0};
+    struct jpeg_error_mgr errors;
+    unsigned char *jpeg_bytes = NULL;
+    unsigned long jpeg_size = 0;
+    jpeg.err = jpeg_std_error(&errors);
+    jpeg_create_compress(&jpeg);
+    jpeg_mem_dest(&jpeg, &jpeg_bytes, &jpeg_size);
+    jpeg.image_width = jpeg.image_height = SIDE;
+    jpeg.input_components = 3;
+    jpeg.in_color_space = JCS_RGB;
+    jpeg_set_defaults(&jpeg);
+    jpeg_start_compress(&jpeg, TRUE);
+    for (int y = 0; y < SIDE; y++) {
+        JSAMPROW row = pixels + y * SIDE * 3;
+        jpeg_write_scanlines(&jpeg, &row, 1);
+    }
+    jpeg_finish_compress(&jpeg);
+    jpeg_destroy_compress(&jpeg);
+    seeds[count] = (char *)jpeg_bytes, sizes[count++] = jpeg_size;
+#endif
+#ifdef HAVE_PNG
+    png_image png = {
+        .version = PNG_IMAGE_VERSION, .width = SIDE, .height = SIDE, .format = PNG_FORMAT_RGB};
+    png_alloc_size_t png_size = 1 << 16;
+    char *png_bytes = must_malloc(png_size);
+    EXPECT(png_image_write_to_memory(&png, png_bytes, &png_size, 0, pixels, 0, NULL), "a PNG");
+    seeds[count] = png_bytes, sizes[count++] = png_size;
+#endif
+#ifdef HAVE_WEBP
+    uint8_t *webp_bytes;
+    size_t webp_size = WebPEncodeRGB(pixels, SIDE, SIDE, SIDE * 3, 80, &webp_bytes);
+    seeds[count] = (char *)webp_bytes, sizes[count++] = webp_size;
+#endif
+    fuzz(seeds, sizes, count, on_picture);
+}
+
+static void on_sound(const char *bytes, size_t size) {
+    Sound s;
+    if (sound_decode(&s, (const uint8_t *)bytes, size, "fuzz") == OK) sound_free(&s);
+}
+
+CASE(fuzz, sounds) {
+    enum { SAMPLES = 900 };
+    char wav[44 + 2 * SAMPLES] = "RIFF\x2c\x07\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80\x3e\0\0\0"
+                                 "\x7d\0\0\2\0\x10\0data\x08\x07\0";
+    for (int i = 0; i < 2 * SAMPLES; i++) wav[44 + i] = (char)(i * 13);
+    const char *seeds[3] = {wav};
+    size_t sizes[3] = {sizeof wav};
+    int count = 1;
+#ifdef HAVE_SNDFILE
+    static const int kinds[] = {SF_FORMAT_FLAC | SF_FORMAT_PCM_16,
+                                SF_FORMAT_OGG | SF_FORMAT_VORBIS};
+    float samples[SAMPLES];
+    for (int i = 0; i < SAMPLES; i++) samples[i] = (float)(i % 50) / 60.0f;
+    for (int k = 0; k < 2; k++) {
+        char *path = must_format("%s/seed%d", test_folder(), k), *bytes;
+        SF_INFO info = {.samplerate = 22050, .channels = 1, .format = kinds[k]};
+        SNDFILE *file = sf_open(path, SFM_WRITE, &info);
+        EXPECT(file && sf_writef_float(file, samples, SAMPLES) == SAMPLES, "a seed");
+        sf_close(file);
+        EXPECT_OK(file_read(&bytes, &sizes[count], path, 1 << 20));
+        seeds[count++] = bytes;
+        free(path);
+    }
+#endif
+    fuzz(seeds, sizes, count, on_sound);
 }
