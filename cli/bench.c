@@ -248,9 +248,8 @@ static MediaItem tower_item(const ModelConfig *c, bool picture, void **bytes) {
         item.pixels = *bytes = pixels;
         item.count = media_picture_tokens(&c->vision, item.height, item.width);
     } else {
-        bool tower = c->audio.path == MEDIA_TOWER;
-        item.frames = tower ? 2999 : 750;
-        int64_t values = item.frames * (tower ? MEL_BINS : c->audio.audio_embed_dim);
+        item.frames = c->audio.path == MEDIA_TOWER ? 2999 : 750;
+        int64_t values = item.frames * media_feature_width(&c->audio);
         float *features = must_malloc((size_t)values * sizeof *features);
         random_normal(features, 6, 0, values);
         item.features = *bytes = features;

@@ -1,6 +1,7 @@
 /* prepare.c - lapidary prepare: rows to an HDF5 dataset. */
 #include "cli/command.h"
 #include "data/store.h"
+#include "formats/companion.h"
 #include "formats/file.h"
 #include "train/progress.h"
 
@@ -8,12 +9,28 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+/* What pictures and sound become depends on the model; a folder of a tokenizer alone reads none. */
+static Status read_model_config(ModelConfig *config, bool *found, const char *model) {
+    char *bytes, *path = companion_path(model, "config.json");
+    size_t size;
+    Status status = companion_find(&bytes, &size, model, "config.json");
+    *found = status == OK && bytes;
+    if (*found) status = model_config_parse(config, bytes, size, path);
+    free(bytes);
+    free(path);
+    return status;
+}
+
 static Status prepare(const DataConfig *data, const char *model, int64_t seed, const char *out) {
     Tokenizer *tokenizer;
     RowReader reader;
     Store store;
+    ModelConfig config;
+    bool found;
+    TRY(read_model_config(&config, &found, model));
     TRY(tokenizer_load(&tokenizer, model));
     Status status = row_reader_init(&reader, data, tokenizer, model);
+    if (found) reader.reading.config = &config;
     if (status == OK) status = store_build(out, &reader, data, seed, progress_rows);
     if (status == OK) status = store_open(&store, out, &reader, data, seed);
     if (status == OK) {

@@ -131,10 +131,6 @@ static Status read_source(char **bytes, size_t *size, const Source *s, const Med
 
 /* ---- what the model sees ---- */
 
-static int64_t feature_width(const AudioConfig *c) {
-    return c->path == MEDIA_TOWER ? MEL_BINS : c->audio_embed_dim;
-}
-
 static uint64_t key_of(const Medium *m) {
     uint64_t key = 0;
     for (int i = 0; i < m->frame_count || (!i && m->features); i++) {
@@ -179,7 +175,7 @@ static Status take_frames(Medium *m, const MediumOptions *o, const char *name) {
 
 static Status take_sound(Medium *m, Sound *s, const MediumOptions *o, const char *name) {
     const AudioConfig *c = &o->config->audio;
-    int64_t width = feature_width(c);
+    int64_t width = media_feature_width(c);
     m->feature_rows =
         c->path == MEDIA_TOWER ? mel_frames(s->count) : (s->count + width - 1) / width;
     if (!m->feature_rows)

@@ -10,7 +10,12 @@ static const char *const marks[] = {"<|image>", "<image|>", "<|image|>", "<|vide
 
 Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *tokenizer,
                        const char *model_dir) {
-    *r = (RowReader){.config = config, .tokenizer = tokenizer, .model_dir = model_dir};
+    *r = (RowReader){.config = config,
+                     .tokenizer = tokenizer,
+                     .model_dir = model_dir,
+                     .reading = {.image_tokens = config->image_tokens,
+                                 .video_tokens = config->video_tokens,
+                                 .video_frames = config->video_frames}};
     r->bos = tokenizer_find(tokenizer, "<bos>");
     r->eos = tokenizer_find(tokenizer, "<eos>");
     if (r->bos < 0 || r->eos < 0)

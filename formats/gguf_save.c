@@ -59,6 +59,17 @@ static Status write_param(GgufWriter *w, const Gemma *g, const Param *p, DType d
     return OK;
 }
 
+/* What an adapter changed in towers and projections would be lost without a word. */
+static Status check_text_only(const Gemma *g, const char *path) {
+    for (int i = 0; i < g->params.count; i++)
+        if (g->params.items[i]->tower)
+            FAIL(ERR_CONFIG,
+                 "%s: a GGUF holds the text model alone, and the adapter goes with towers or "
+                 "projections: export to safetensors or peft",
+                 path);
+    return OK;
+}
+
 Status gguf_save(const GgufModel *m, const Gemma *g, const RowSource *source, const char *path) {
     GgufWriter *w = NULL;
     char name[PARAM_NAME_MAX];
@@ -67,6 +78,7 @@ Status gguf_save(const GgufModel *m, const Gemma *g, const RowSource *source, co
     float *freqs = must_malloc((size_t)half * sizeof *freqs), *values = NULL;
     void *packed = NULL;
     Status status = OK;
+    TRY_DONE(check_text_only(g, path));
     TRY_DONE(gguf_create(&w, path));
     for (int i = 0; i < g->params.count; i++)
         if (!g->params.items[i]->adapter) parameters += tensor_count(g->params.items[i]->value);
@@ -133,6 +145,7 @@ Status gguf_save_adapter(const Gemma *g, const AdapterSpec *spec, const char *pa
     Status status = OK;
     char name[PARAM_NAME_MAX + 16];
     float *scaled = NULL;
+    TRY(check_text_only(g, path));
     TRY(check_adapter(g, spec));
     TRY(gguf_create(&w, path));
     gguf_put_text(w, "general.architecture", "gemma4");

@@ -57,6 +57,10 @@ int64_t media_audio_tokens(const AudioConfig *c, int64_t frames) {
     return c->path == MEDIA_TOWER ? audio_soft_tokens(frames) : frames;
 }
 
+int64_t media_feature_width(const AudioConfig *c) {
+    return c->path == MEDIA_TOWER ? MEL_BINS : c->audio_embed_dim;
+}
+
 bool media_span_ends(int32_t *ends, int64_t N, const ModelConfig *c, const MediaItem *items,
                      int64_t count) {
     if (!c->use_bidirectional_attention || !count) return false;

@@ -39,6 +39,9 @@ void media_free(Media *m);
 int64_t media_picture_tokens(const VisionConfig *c, int64_t height, int64_t width);
 int64_t media_audio_tokens(const AudioConfig *c, int64_t frames);
 
+/* Numbers of a frame of a recording: mel bins, or samples where there is no tower. */
+int64_t media_feature_width(const AudioConfig *c);
+
 /* ends (N): the last row of the picture that a row is a slot of and whose rows see each other, else
  * -1. False, and nothing written, where no rows do. */
 bool media_span_ends(int32_t *ends, int64_t N, const ModelConfig *c, const MediaItem *items,

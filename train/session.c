@@ -40,6 +40,26 @@ static Status declare(Session *s, Device *device, bool media) {
     return OK;
 }
 
+/* A store may have been made for another model: the same tokenizer, but other cells or features. */
+static Status check_media(const Session *s) {
+    const VisionConfig *v = &s->checkpoint.config.vision;
+    const AudioConfig *a = &s->checkpoint.config.audio;
+    int64_t side = v->patch_size * v->pooling_kernel_size;
+    for (int64_t i = 0; i < s->store.media_count; i++) {
+        const StoredMedium *m = &s->store.media[i];
+        bool picture = m->height > 0;
+        bool fits =
+            picture ? v->path && !(m->height % side) && !(m->width % side) &&
+                          m->tokens == media_picture_tokens(v, m->height, m->width)
+                    : a->path && m->tokens == media_audio_tokens(a, m->frames) &&
+                          m->bytes == m->frames * media_feature_width(a) * (int64_t)sizeof(float);
+        if (!fits)
+            FAIL(ERR_FORMAT, "%s: its %s %" PRId64 " was made for another model than %s",
+                 s->store.file.path, picture ? "picture" : "recording", i, s->config.model);
+    }
+    return OK;
+}
+
 /* The largest picture and the longest recording of the data: what towers need memory for. */
 static void find_largest(Session *s) {
     int64_t count = 0, picture = -1, sound = -1;
@@ -118,9 +138,6 @@ Status session_open(Session *s, RunConfig *config, const char *store_path,
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64,
                   c->model, tokenizer_size(s->tokenizer), s->checkpoint.config.vocab_size);
     TRY_DONE(row_reader_init(&s->reader, &s->config.data, s->tokenizer, c->model));
-    s->reader.reading = (MediumOptions){.image_tokens = c->data.image_tokens,
-                                        .video_tokens = c->data.video_tokens,
-                                        .video_frames = c->data.video_frames};
     bool towers = checkpoint_has_towers(&s->checkpoint);
     if (towers) s->reader.reading.config = &s->checkpoint.config;
     TRY_DONE(declare(s, device, towers)); /* what is wrong is said before the data is read */
@@ -128,6 +145,7 @@ Status session_open(Session *s, RunConfig *config, const char *store_path,
     if (s->store.media_count && !towers)
         FAIL_DONE(ERR_CONFIG, "%s: holds media, and %s has no towers", s->store.file.path,
                   c->model);
+    TRY_DONE(check_media(s));
     if (towers && !s->store.media_count) TRY_DONE(declare(s, device, false));
     LoaderConfig loader = {c->sequences, c->accumulate,   c->data.max_length,
                            c->seed,      c->data.shuffle, c->data.packing,

@@ -107,7 +107,10 @@ done:
 /* ---- evaluation ---- */
 
 Status evaluate(Session *s, StepMemory *memory, double *loss) {
-    StepOptions options = {.mode = STACK_SCORE, .shortcut = true};
+    StepOptions options = {.mode = STACK_SCORE,
+                           .shortcut = true,
+                           .largest = s->options.largest,
+                           .largest_count = s->options.largest_count};
     int64_t capacity = s->config.data.max_length, sample = 0, trained = 0;
     MicroBatch batch = {0};
     float *nll = must_malloc((size_t)capacity * sizeof *nll);

@@ -56,8 +56,7 @@ static void find_slots(Run *r) {
             int64_t values;
             r->features = fixture_floats(&r->f, "features", &values);
             item->features = r->features;
-            item->frames =
-                values / (c->audio.path == MEDIA_TOWER ? MEL_BINS : c->audio.audio_embed_dim);
+            item->frames = values / media_feature_width(&c->audio);
         }
         count++;
     }

@@ -145,6 +145,9 @@ CASE(train, pictures_and_tones_are_learned_and_a_stopped_run_goes_on) {
                     "--dtype f32 --device cpu --image %s/stone%d.ppm --image-tokens 70 "
                     "--temperature 0 --max-tokens 12 Which?",
                     f, f, f, i);
+    EXPECT_EXIT(1, "a GGUF holds the text model alone",
+                "export --model %s/model --adapter %s/whole/adapter --to q8_0-gguf %s/x.gguf", f, f,
+                f);
     EXPECT_RUN(0, "train %s/whole.yaml --device cpu output=%s/cut steps=40", f, f);
     EXPECT_RUN(0, "train %s/whole.yaml --device cpu output=%s/cut --resume steps=60", f, f);
     char *x = must_format("%s/whole/adapter/adapter_model.safetensors", f),
@@ -153,6 +156,26 @@ CASE(train, pictures_and_tones_are_learned_and_a_stopped_run_goes_on) {
     EXPECT_OK(sha256_file(other, y));
     EXPECT(!strcmp(one, other), "the run that stopped ended elsewhere");
     free(x), free(y), free(data);
+}
+
+/* The tokenizer is the same, the pictures' cells and the sound's features are not. */
+CASE(train, media_made_for_another_model_are_refused) {
+    const char *f = test_folder();
+    size_t size;
+    char *config, *changed, *path = in_folder("model/config.json");
+    prepare();
+    char *data = must_format(DATA "steps: 1\n", f, "");
+    write_run("first", data);
+    EXPECT_RUN(0, "prepare %s/first.yaml --out %s/rows.h5", f, f);
+    EXPECT_OK(file_read(&config, &size, path, 1 << 20));
+    char *at = strstr(config, "\"pooling_kernel_size\": 3");
+    EXPECT(at, "%s", config);
+    at[strlen("\"pooling_kernel_size\": ")] = '2';
+    EXPECT_OK(file_write(path, config, size));
+    changed = must_format("data: {train: %s/rows.h5, max_length: 512}\nsteps: 1\n", f);
+    write_run("second", changed);
+    EXPECT_EXIT(1, "was made for another model", "train %s/second.yaml --device cpu", f);
+    free(data), free(changed), free(config), free(path);
 }
 
 CASE(train, bad_media_name_their_row) {
