@@ -95,11 +95,6 @@ static void print_json(const Tokens *ids, const Text *text, const DialogPrompt *
     text_free(&line);
 }
 
-/* 0: as the model says. */
-static bool check_budget(int64_t tokens) {
-    return !tokens || picture_is_budget(tokens);
-}
-
 Status command_generate(int argc, char **argv) {
     const char *kv = NULL, *draft = NULL;
     EngineCounts counts;
@@ -154,8 +149,9 @@ Status command_generate(int argc, char **argv) {
     bool media = asked.images.count + asked.audio.count + asked.videos.count > 0;
     asked.text = a.positional[0];
     if (media && asked.raw) FAIL(ERR_USAGE, "--raw takes text alone: media need the chat template");
-    if (!check_budget(asked.reading.image_tokens) || !check_budget(asked.reading.video_tokens) ||
-        asked.reading.video_frames < 0)
+    if (asked.reading.video_frames < 0) FAIL(ERR_USAGE, "--video-frames is below 0");
+    if (!media_is_budget(asked.reading.image_tokens) ||
+        !media_is_budget(asked.reading.video_tokens))
         FAIL(ERR_USAGE, "--image-tokens and --video-tokens: expected 70, 140, 280, 560 or 1120");
     TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED,
                    media ? WITH_MEDIA : WITHOUT_MEDIA));

@@ -1,13 +1,11 @@
 /* score.c - lapidary score: the negative log-likelihood of each token. */
 #include "cli/command.h"
-#include "data/medium.h"
 #include "data/rows.h"
-#include "infer/model.h"
-#include "infer/soft.h"
+#include "formats/file.h"
+#include "infer/dialog.h"
 
 #include <errno.h>
 #include <inttypes.h>
-#include <limits.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,21 +28,12 @@ static Status encode_chat(Context *c, const json_t *messages, const json_t *tool
                           const ChatOptions *options, Tokens *ids, SoftMedia *media) {
     Rendered rendered = {0};
     MediumList list = {0};
-    MediaItem *items = NULL;
-    int64_t count = 0;
     uint8_t *mask = NULL;
     Status status = OK;
     TRY_DONE(chat_render(&rendered, messages, tools, options));
-    if (messages_media_count(messages)) {
-        TRY_DONE(model_check_media(&c->model));
-        TRY_DONE(media_collect(&list, messages, &c->reading));
-        TRY_DONE(media_expand(&rendered, &list));
-    }
+    TRY_DONE(dialog_read_media(&list, &rendered, &c->model, messages, &c->reading));
     chat_encode(c->model.tokenizer, &rendered, false, ids, &mask);
-    if (list.count) {
-        TRY_DONE(media_items(&items, &count, &list, &c->model.g.config, ids->ids, ids->count));
-        TRY_DONE(soft_media_make(media, &c->model.g, items, count));
-    }
+    TRY_DONE(dialog_soften(media, &c->model.g, &list, ids));
 done:
     free(mask);
     media_list_free(&list);
@@ -89,8 +78,12 @@ static void write_logits(void *context, int64_t first, Tensor logits) {
     if (n > 0) fwrite(logits.data, sizeof(float), (size_t)(n * logits.shape[1]), c->logits);
 }
 
-static bool is_slot(const ModelConfig *c, int32_t id) {
-    return id == c->image_token_id || id == c->video_token_id || id == c->audio_token_id;
+/* Whether token n of a row is scored: from `first` on, but no slot of the row's media. */
+static bool is_scored(const ModelConfig *c, const Tokens *ids, int64_t n, int64_t first,
+                      const SoftMedia *media) {
+    int32_t id = ids->ids[n];
+    bool slot = id == c->image_token_id || id == c->video_token_id || id == c->audio_token_id;
+    return n >= first && !(media->count && slot);
 }
 
 static Status score_ids(Context *c, const Tokens *ids, int64_t first, const SoftMedia *media,
@@ -108,8 +101,8 @@ static Status score_ids(Context *c, const Tokens *ids, int64_t first, const Soft
     for (int64_t n = 0; n < N; n++) {
         positions[n] = (int32_t)n;
         starts[n] = 0;
-        targets[n] = n + 1 < N && n + 1 >= first ? ids->ids[n + 1] : -1;
-        if (media->count && is_slot(&c->model.g.config, targets[n])) targets[n] = -1;
+        bool scored = n + 1 < N && is_scored(&c->model.g.config, ids, n + 1, first, media);
+        targets[n] = scored ? ids->ids[n + 1] : -1;
     }
     Batch batch = {.N = N,
                    .ids = ids->ids,
@@ -137,18 +130,13 @@ static Status score_row(void *context, const json_t *row, Text *out) {
     TRY_DONE(score_ids(c, &ids, first, &media, nll));
     double total = 0;
     int64_t counted = 0;
-    for (int64_t n = 0; n + 1 < ids.count; n++) {
-        bool slot = media.count && is_slot(&c->model.g.config, ids.ids[n + 1]);
-        if (n + 1 < first || slot)
-            nll[n] = NAN;
-        else
-            total += nll[n], counted++;
-    }
+    for (int64_t n = 0; n + 1 < ids.count; n++)
+        if (is_scored(&c->model.g.config, &ids, n + 1, first, &media)) total += nll[n], counted++;
     text_addf(out, "{\"tokens\": %" PRId64 ", \"nll\": ", counted);
     text_add_real(out, total);
     text_adds(out, ", \"token_nll\": [");
     for (int64_t n = 0; n + 1 < ids.count; n++)
-        if (isnan(nll[n]))
+        if (!is_scored(&c->model.g.config, &ids, n + 1, first, &media))
             text_adds(out, n ? ", null" : "null");
         else
             text_addf(out, "%s%.9g", n ? ", " : "", (double)nll[n]);
@@ -160,19 +148,11 @@ done:
     return status;
 }
 
-/* The folder of a rows file: what its media are relative to. */
-static const char *folder_of(const char *path, char *folder, size_t size) {
-    const char *slash = path ? strrchr(path, '/') : NULL;
-    if (!slash) return NULL;
-    snprintf(folder, size, "%.*s", (int)(slash - path), path);
-    return folder;
-}
-
 Status command_score(int argc, char **argv) {
     const char *model = NULL, *adapter = NULL, *data = NULL, *device = "auto", *dtype = "bf16",
                *logits = NULL;
     Context c = {.format = "auto"};
-    char folder[PATH_MAX];
+    char *folder = NULL;
     Option options[] = {
         {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder"},
         {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
@@ -195,11 +175,11 @@ Status command_score(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
-    if (c.reading.image_tokens && !picture_is_budget(c.reading.image_tokens))
+    if (!media_is_budget(c.reading.image_tokens))
         FAIL(ERR_USAGE, "--image-tokens: expected 70, 140, 280, 560 or 1120");
     TRY(model_open(&c.model, model, adapter, device, dtype, WEIGHTS_LOADED, WITH_MEDIA));
     c.reading.config = &c.model.g.config;
-    c.reading.folder = folder_of(data, folder, sizeof folder);
+    if (data) c.reading.folder = folder = path_folder(data);
     c.data = data_config_default();
     Status status = row_reader_init(&c.reader, &c.data, c.model.tokenizer, model);
     if (status == OK && logits && !(c.logits = fopen(logits, "wb")))
@@ -208,6 +188,7 @@ Status command_score(int argc, char **argv) {
         status = rows_run(data, a.count ? a.positional[0] : NULL, true, score_row, &c);
     if (c.logits && (ferror(c.logits) | fclose(c.logits)) && status == OK)
         status = status_fail(ERR_IO, "%s: cannot be written", logits);
+    free(folder);
     step_free(&c.memory);
     model_close(&c.model);
     return status;

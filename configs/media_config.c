@@ -147,3 +147,7 @@ Status media_config_read(VisionConfig *vision, AudioConfig *audio, Node *root, c
     if (!node_is_null(a)) TRY(read_audio(audio, a));
     return OK;
 }
+
+bool media_is_budget(int64_t n) {
+    return n == 0 || n == 70 || n == 140 || n == 280 || n == 560 || n == 1120;
+}

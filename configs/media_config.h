@@ -31,6 +31,10 @@ typedef struct AudioConfig {
 /* Mel bins of a frame that the audio tower reads. */
 #define MEL_BINS 128
 
+/* Whether a picture or a frame may have so many soft tokens: 70, 140, 280, 560, 1120, or 0 for what
+ * the model says. */
+bool media_is_budget(int64_t soft_tokens);
+
 /* Reads vision_config and audio_config of a model's config.json; absent or null: MEDIA_NONE. */
 Status media_config_read(VisionConfig *vision, AudioConfig *audio, Node *root, const char *name);
 

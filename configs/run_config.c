@@ -1,5 +1,6 @@
 /* run_config.c - reading, checking and writing run files. */
 #include "configs/run_config.h"
+#include "configs/media_config.h"
 
 #include <inttypes.h>
 #include <stdarg.h>
@@ -159,11 +160,8 @@ DataConfig data_config_default(void) {
 
 /* Soft tokens of a picture or a frame at most; 0 where nothing is said. */
 static Status read_budget(Node *data, const char *key, int64_t *tokens) {
-    static const int64_t budgets[] = {0, 70, 140, 280, 560, 1120};
-    bool known = false;
     TRY(node_get_int(data, key, tokens, false));
-    for (size_t i = 0; i < sizeof budgets / sizeof *budgets; i++) known |= *tokens == budgets[i];
-    if (!known)
+    if (!media_is_budget(*tokens))
         FAIL(ERR_CONFIG, "%s:%d: data.%s is %" PRId64 ", expected 70, 140, 280, 560 or 1120",
              data->file, data->line, key, *tokens);
     return OK;

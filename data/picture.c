@@ -1,18 +1,11 @@
 /* picture.c - target sizes, resampling, and turning upright. Decoders are in picture_files.c. */
 #include "data/picture.h"
 #include "data/picture_files.h"
-#include "formats/file.h"
 
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define FILE_MAX ((size_t)512 << 20)
-
-bool picture_is_budget(int64_t n) {
-    return n == 70 || n == 140 || n == 280 || n == 560 || n == 1120;
-}
 
 Status picture_target(int64_t *to_height, int64_t *to_width, int64_t height, int64_t width,
                       const VisionConfig *c, int64_t soft_tokens, const char *name) {
@@ -194,16 +187,6 @@ Status picture_decode(Picture *p, const uint8_t *bytes, size_t size, const char 
         turn_upright(p, orientation);
     else
         picture_free(p);
-    return status;
-}
-
-Status picture_read(Picture *p, const char *path) {
-    char *bytes = NULL;
-    size_t size;
-    *p = (Picture){0};
-    TRY(file_read(&bytes, &size, path, FILE_MAX));
-    Status status = picture_decode(p, (uint8_t *)bytes, size, path);
-    free(bytes);
     return status;
 }
 

@@ -15,7 +15,6 @@ typedef struct Picture {
 /* Decodes JPEG, PNG, WebP (the first frame) or PPM, whatever the name says; EXIF orientation is
  * applied, alpha dropped, grey repeated, 16 bits cut to 8. `name` is for messages. */
 Status picture_decode(Picture *p, const uint8_t *bytes, size_t size, const char *name);
-Status picture_read(Picture *p, const char *path);
 void picture_free(Picture *p);
 
 /* The size a picture is resized to so that it takes at most `soft_tokens`: sides that cells divide,
@@ -25,8 +24,5 @@ Status picture_target(int64_t *to_height, int64_t *to_width, int64_t height, int
 
 /* Pillow's bicubic, bit for bit: one axis after the other, each rounded to 8 bits. out is new. */
 Status picture_resize(Picture *out, const Picture *in, int64_t height, int64_t width);
-
-/* Budgets that a picture may have: 70, 140, 280, 560, 1120. */
-bool picture_is_budget(int64_t soft_tokens);
 
 #endif

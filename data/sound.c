@@ -2,7 +2,6 @@
  * 160 before the recording; a periodic Hann window, 512 points of Fourier transform, magnitudes
  * through 128 HTK mel filters from 0 to 8000 Hz, and the logarithm of that plus 0.001. */
 #include "data/sound.h"
-#include "formats/file.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -16,7 +15,6 @@
 #include <soxr.h>
 #endif
 
-#define FILE_MAX  ((size_t)2 << 30)
 #define RATE_MAX  768000
 #define PARTS_MAX 256 /* channels */
 
@@ -282,16 +280,6 @@ Status sound_decode(Sound *s, const uint8_t *bytes, size_t size, const char *nam
     if (status == OK && s->count && rate != SOUND_RATE) status = resample(s, rate, name);
     if (status != OK) sound_free(s);
     if (s->count > SOUND_MOST) s->count = SOUND_MOST;
-    return status;
-}
-
-Status sound_read(Sound *s, const char *path) {
-    char *bytes = NULL;
-    size_t size;
-    *s = (Sound){0};
-    TRY(file_read(&bytes, &size, path, FILE_MAX));
-    Status status = sound_decode(s, (uint8_t *)bytes, size, path);
-    free(bytes);
     return status;
 }
 

@@ -17,7 +17,6 @@ typedef struct Sound {
 /* Decodes WAV, FLAC, Ogg or MP3, whatever the name says: the mean of the channels, resampled, cut
  * to SOUND_MOST. `name` is for messages. */
 Status sound_decode(Sound *s, const uint8_t *bytes, size_t size, const char *name);
-Status sound_read(Sound *s, const char *path);
 void sound_free(Sound *s);
 
 /* Frames of `count` samples: one each 10 ms. 160 samples or fewer have none. */

@@ -70,6 +70,7 @@ static int64_t bank_item(Builder *b, const MediaItem *item) {
     m.bytes = item->height ? 3 * item->height * item->width
                            : item->frames * item->feature_width * (int64_t)sizeof(float);
     const uint8_t *bytes = item->height ? item->pixels : (const uint8_t *)item->features;
+    if (!bank->count) b->status = h5_group(&b->out, "media");
     if (b->status == OK) b->status = h5_append(&b->out, "media/bytes", bytes, m.bytes);
     bank->bytes += m.bytes;
     bank->keys[bank->count] = item->key;
@@ -133,12 +134,6 @@ static Status convert_line(Builder *b, RowReader *reader, const char *line, size
     return status == OK ? b->status : status;
 }
 
-/* What a file's rows name their media from. */
-static char *folder_of(const char *path) {
-    const char *slash = strrchr(path, '/');
-    return slash ? must_format("%.*s", (int)(slash - path), path) : must_strdup(".");
-}
-
 /* A mapped file would be quicker to start, but a file that shrinks under us would crash: read by
  * lines. */
 static Status read_file(Builder *b, RowReader *reader, const DataConfig *config, const char *path,
@@ -148,7 +143,7 @@ static Status read_file(Builder *b, RowReader *reader, const DataConfig *config,
     fseeko(file, 0, SEEK_END);
     double total = (double)ftello(file);
     rewind(file);
-    char *line = NULL, *folder = folder_of(path);
+    char *line = NULL, *folder = path_folder(path);
     size_t space = 0;
     int64_t rows = 0, bad = 0;
     reader->reading.folder = folder;
@@ -267,7 +262,6 @@ Status store_build(const char *path, RowReader *reader, const DataConfig *config
     Builder b = {0};
     Status status = OK;
     TRY_DONE(h5_create(&b.out, path));
-    TRY_DONE(h5_group(&b.out, "media"));
     for (int i = 0; i < config->train.count + config->eval.count; i++) {
         b.file = i;
         TRY_DONE(read_file(&b, reader, config, source_at(config, i), i >= config->train.count, seed,

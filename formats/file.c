@@ -70,6 +70,12 @@ char *path_join(const char *dir, const char *name) {
     return must_format("%s%s%s", dir, length && dir[length - 1] == '/' ? "" : "/", name);
 }
 
+char *path_folder(const char *path) {
+    const char *slash = strrchr(path, '/');
+    return slash ? must_format("%.*s", slash == path ? 1 : (int)(slash - path), path)
+                 : must_strdup(".");
+}
+
 Status file_writer_open(FileWriter *w, const char *path) {
     *w = (FileWriter){.path = must_strdup(path),
                       .temporary = must_format("%s.tmp%d", path, (int)getpid())};

@@ -18,6 +18,9 @@ bool file_exists(const char *path);
 /* dir/name; caller frees. */
 char *path_join(const char *dir, const char *name);
 
+/* The folder that a file lies in; caller frees. */
+char *path_folder(const char *path);
+
 /* From now on SIGINT and SIGTERM make the next write fail with ERR_STOPPED, so that whoever writes
  * removes what it has begun. For commands whose whole work is a file. */
 void file_stop_on_signals(void);

@@ -8,8 +8,7 @@
 
 /* ---- prompts ---- */
 
-/* The media of messages, put into the rendered text. */
-static Status read_media(MediumList *list, Rendered *rendered, const Model *m,
+Status dialog_read_media(MediumList *list, Rendered *rendered, const Model *m,
                          const json_t *messages, const MediumOptions *reading) {
     MediumOptions options = *reading;
     if (!messages_media_count(messages)) return OK;
@@ -36,7 +35,7 @@ Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, co
     *p = (DialogPrompt){0};
     json_t *repaired = messages_repaired(&config, messages);
     Status status = chat_render(&rendered, repaired, tools, options);
-    if (status == OK) status = read_media(&p->media, &rendered, m, repaired, reading);
+    if (status == OK) status = dialog_read_media(&p->media, &rendered, m, repaired, reading);
     json_decref(repaired);
     if (status == OK) {
         chat_encode(m->tokenizer, &rendered, false, &p->ids, &mask);

@@ -21,6 +21,10 @@ Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, co
                      const ChatOptions *options, const MediumOptions *reading);
 void dialog_prompt_free(DialogPrompt *p);
 
+/* Reads the media of messages, if there are any, and puts their slots into the rendered text. */
+Status dialog_read_media(MediumList *list, Rendered *rendered, const Model *m,
+                         const json_t *messages, const MediumOptions *reading);
+
 /* The soft tokens of a prompt's media. In the thread that runs the model. */
 Status dialog_soften(SoftMedia *soft, Gemma *g, const MediumList *media, const Tokens *ids);
 

@@ -77,11 +77,11 @@ Packed *fixture_batch(const Fixture *f, int only) {
     }
     for (int64_t i = 0; i < at; i++) p->weights[i] = 1.0f / (float)p->scored;
     p->batch = (Batch){.N = at,
-                        .ids = p->ids,
-                        .positions = p->positions,
-                        .starts = p->starts,
-                        .targets = p->targets,
-                        .weights = p->weights};
+                       .ids = p->ids,
+                       .positions = p->positions,
+                       .starts = p->starts,
+                       .targets = p->targets,
+                       .weights = p->weights};
     free(ids);
     free(lengths);
     return p;
