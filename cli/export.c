@@ -2,6 +2,7 @@
 #include "cli/command.h"
 #include "formats/file.h"
 #include "formats/gguf_save.h"
+#include "formats/mmproj.h"
 #include "infer/verify.h"
 #include "model/merge.h"
 
@@ -25,14 +26,23 @@ static void release_source(void *context, const Param *p) {
     checkpoint_release(&m->checkpoint, p);
 }
 
+/* What the model is called: the last part of its path. */
+static const char *name_of(const Model *m) {
+    const char *slash = strrchr(m->dir, '/');
+    return slash && slash[1] ? slash + 1 : m->dir;
+}
+
 static Status export_gguf(Model *m, DType dtype, const char *out) {
-    const char *slash = strrchr(m->dir, '/'), *name = slash && slash[1] ? slash + 1 : m->dir;
-    GgufModel model = {&m->checkpoint.config, m->dir, name, dtype};
+    GgufModel model = {&m->checkpoint.config, m->dir, name_of(m), dtype};
+    if (m->g.media.params)
+        note("the adapter goes with towers or projections too: %s holds the text model alone, "
+             "--to mmproj writes the rest",
+             out);
     RowSource source = {merged_source, stored_source, release_source, m};
     return gguf_save(&model, &m->g, &source, out);
 }
 
-typedef enum Target { TO_SAFETENSORS, TO_PEFT, TO_LORA_GGUF, TO_GGUF } Target;
+typedef enum Target { TO_SAFETENSORS, TO_PEFT, TO_LORA_GGUF, TO_MMPROJ, TO_GGUF } Target;
 
 /* What --to says: `dtype` of a GGUF's matrices, or the scheme of a folder's. */
 typedef struct Format {
@@ -54,13 +64,13 @@ static Status read_format(Format *f, const char *to) {
     } else if (!strcmp(to, "int8")) {
         f->scheme = SCHEME_INT8;
     } else if (!strcmp(to, "mmproj")) {
-        FAIL(ERR_USAGE, "--to mmproj needs the towers, which this version does not have");
+        f->target = TO_MMPROJ;
     } else {
         f->target = TO_GGUF;
         if (gguf_format(&f->dtype, to) != OK)
             FAIL(ERR_USAGE,
                  "--to is '%s', expected safetensors, peft, bf16-gguf, q8_0-gguf, q4_0-gguf, "
-                 "lora-gguf, w4a16 or int8",
+                 "lora-gguf, mmproj, w4a16 or int8",
                  to);
     }
     return OK;
@@ -74,6 +84,8 @@ static Status write_export(Model *m, const Format *f, const char *out) {
         return peft_save(&m->g, &m->spec, out);
     case TO_LORA_GGUF:
         return gguf_save_adapter(&m->g, &m->spec, out);
+    case TO_MMPROJ:
+        return mmproj_save(&m->g, name_of(m), m->g.dtype, out);
     case TO_GGUF:
         return export_gguf(m, f->dtype, out);
     }
@@ -88,12 +100,13 @@ Status command_export(int argc, char **argv) {
         {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder"},
         {"--to", OPTION_TEXT, &to,
          "FORMAT  safetensors (merged checkpoint), peft, bf16-gguf, q8_0-gguf, "
-         "q4_0-gguf, lora-gguf, w4a16, int8 (compressed-tensors)"},
+         "q4_0-gguf, lora-gguf, mmproj (towers, for llama.cpp), w4a16, int8 "
+         "(compressed-tensors)"},
         {"--verify", OPTION_FLAG, &verify,
          "prove the result: logits of the base with its adapter, the merged weights and "
          "the file; one that differs beyond its format's own error is removed"},
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
-        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of merged safetensors (bf16)"},
+        {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  of merged safetensors and mmproj (bf16)"},
         {NULL, OPTION_FLAG, NULL, NULL}};
     Arguments a = {.usage = "export --model DIR [--adapter DIR] --to FORMAT OUT",
                    .about = "Merges an adapter into its base and converts, or writes the adapter "
@@ -112,14 +125,15 @@ Status command_export(int argc, char **argv) {
              to);
     if ((f.target == TO_PEFT || f.target == TO_LORA_GGUF) && !adapter)
         FAIL(ERR_USAGE, "--to %s needs --adapter", to);
-    if (verify && (f.target == TO_PEFT || f.target == TO_LORA_GGUF))
-        FAIL(ERR_USAGE, "--verify proves merged models; --to %s writes an adapter", to);
+    if (verify && f.target != TO_SAFETENSORS && f.target != TO_GGUF)
+        FAIL(ERR_USAGE, "--verify proves merged models, not what --to %s writes", to);
     const char *out = a.positional[0];
     if (file_exists(out)) FAIL(ERR_IO, "%s: is already there", out);
     /* What is not proven yet does not have the name that was asked for. */
     char *written = must_format("%s%s", out, verify ? ".unverified" : "");
     file_stop_on_signals();
-    Status status = model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED, WITHOUT_MEDIA);
+    Status status = model_open(&m, model, adapter, device, dtype, WEIGHTS_MAPPED,
+                               f.target == TO_MMPROJ ? WITH_MEDIA : WITHOUT_MEDIA);
     if (status == OK) status = write_export(&m, &f, written);
     model_close(&m);
     if (status == OK && verify) {

@@ -42,6 +42,29 @@ static bool ends_in(const char *name, const char *end) {
     return n >= e && !strcmp(name + n - e, end) && (n == e || name[n - e - 1] == '.');
 }
 
+void adapter_module_name(char *out, size_t size, const ModelConfig *c, const char *name) {
+    static const char *const moved[][2] = {
+        {"vision_embedder.", "embed_vision."},
+        {"embed_vision.embedding_projection",
+         "embed_vision.multimodal_embedder.embedding_projection"}};
+    int n = snprintf(out, size, "%s", name);
+    for (int i = 0; i < 2 && c->vision.path == MEDIA_UNIFIED; i++) {
+        const char *at = strstr(name, moved[i][0]);
+        if (!at || (at != name && at[-1] != '.')) continue;
+        n = snprintf(out, size, "%.*s%s%s", (int)(at - name), name, moved[i][1],
+                     at + strlen(moved[i][0]));
+        break;
+    }
+    CHECK(n < (int)size, "name too long: %s", name);
+}
+
+/* The same of the module's name in the checkpoint or in peft. */
+static bool is_named(const Gemma *g, const char *name, const char *end) {
+    char other[PARAM_NAME_MAX];
+    adapter_module_name(other, sizeof other, &g->config, name);
+    return ends_in(name, end) || ends_in(other, end);
+}
+
 /* The value of the first pattern that matches name as peft matches it: whole, or after a dot. */
 static Status pattern_value(double *value, const PatternValue *patterns, int count, bool *used,
                             const char *name) {
@@ -59,13 +82,17 @@ static Status pattern_value(double *value, const PatternValue *patterns, int cou
     return OK;
 }
 
-static Status is_target(bool *target, const AdapterSpec *spec, const Linear *l, bool *used) {
+static Status is_target(bool *target, const Gemma *g, const AdapterSpec *spec, const Linear *l,
+                        bool *used) {
     *target = false;
     const TextList *names = l->groups > 1 ? &spec->parameters : &spec->targets;
-    if (l->groups == 1 && spec->target_pattern)
-        return pattern_matches(target, spec->target_pattern, l->name);
+    if (l->groups == 1 && spec->target_pattern) {
+        char name[PARAM_NAME_MAX];
+        adapter_module_name(name, sizeof name, &g->config, l->name);
+        return pattern_matches(target, spec->target_pattern, name);
+    }
     for (int i = 0; i < names->count; i++)
-        if (ends_in(l->name, names->items[i])) *target = used[i] = true;
+        if (is_named(g, l->name, names->items[i])) *target = used[i] = true;
     return OK;
 }
 
@@ -96,10 +123,10 @@ static Status attach_train_also(Gemma *g, const AdapterSpec *spec) {
             Param *p = g->params.items[j];
             char module[PARAM_NAME_MAX];
             snprintf(module, sizeof module, "%s", p->name);
-            bool match = ends_in(module, spec->train_also.items[i]);
+            bool match = is_named(g, module, spec->train_also.items[i]);
             for (char *dot; !match && (dot = strrchr(module, '.'));) {
                 *dot = 0;
-                match = ends_in(module, spec->train_also.items[i]);
+                match = is_named(g, module, spec->train_also.items[i]);
             }
             if (!match || p->adapter || p->buffer) continue;
             const Linear *l = gemma_owner(g, p);
@@ -133,7 +160,7 @@ Status adapter_attach(Gemma *g, const AdapterSpec *spec) {
     for (Linear *l = g->linears.first; l; l = l->next) {
         bool target;
         double rank = (double)spec->rank, alpha = spec->alpha;
-        TRY_DONE(is_target(&target, spec, l, l->groups > 1 ? parameters : used));
+        TRY_DONE(is_target(&target, g, spec, l, l->groups > 1 ? parameters : used));
         if (!target) continue;
         TRY_DONE(pattern_value(&rank, spec->rank_pattern, spec->rank_patterns, ranks, l->name));
         TRY_DONE(pattern_value(&alpha, spec->alpha_pattern, spec->alpha_patterns, alphas, l->name));

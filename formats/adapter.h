@@ -37,6 +37,10 @@ void adapter_spec_free(AdapterSpec *spec);
  * params_place. A target or pattern that matches nothing is an error. */
 Status adapter_attach(Gemma *g, const AdapterSpec *spec);
 
+/* The name that peft knows a module or parameter by: the checkpoint's but for the 12B, whose media
+ * modules lie elsewhere in the reference's model. */
+void adapter_module_name(char *out, size_t size, const ModelConfig *c, const char *name);
+
 /* Fills a placed adapter: A as peft draws it (uniform within 1/sqrt(in)), B zero, magnitudes the
  * norms of the base's rows. */
 Status adapter_init(Gemma *g, uint64_t seed);

@@ -410,8 +410,7 @@ static Status put_sampling(GgufWriter *w, const char *source) {
     return OK;
 }
 
-/* llama.cpp's number of the mix a file mostly is. */
-static uint32_t file_type(DType dtype) {
+uint32_t gguf_file_type(DType dtype) {
     return dtype == F32 ? 0 : dtype == Q4_0 ? 2 : dtype == Q8_0 ? 7 : 32;
 }
 
@@ -441,7 +440,7 @@ Status gguf_put_model(GgufWriter *w, const GgufModel *m, int64_t parameters) {
     gguf_put_text(w, "general.name", m->name);
     gguf_put_text(w, "general.size_label", label);
     put_config(w, m->config);
-    gguf_put_u32(w, "general.file_type", file_type(m->dtype));
+    gguf_put_u32(w, "general.file_type", gguf_file_type(m->dtype));
     gguf_put_u32(w, "general.quantization_version", 2);
     gguf_put_text(w, PREFIX_KEY, model_config_prefix(m->config));
     return gguf_put_tokenizer(w, m->source);

@@ -36,6 +36,9 @@ typedef struct GgufModel {
     DType dtype;
 } GgufModel;
 
+/* llama.cpp's number of the mix a file mostly is, by the dtype of its matrices. */
+uint32_t gguf_file_type(DType dtype);
+
 /* All of the metadata; `parameters` are those of the text tower. */
 Status gguf_put_model(GgufWriter *w, const GgufModel *m, int64_t parameters);
 

@@ -59,15 +59,9 @@ static Status write_param(GgufWriter *w, const Gemma *g, const Param *p, DType d
     return OK;
 }
 
-/* What an adapter changed in towers and projections would be lost without a word. */
-static Status check_text_only(const Gemma *g, const char *path) {
-    for (int i = 0; i < g->params.count; i++)
-        if (g->params.items[i]->tower)
-            FAIL(ERR_CONFIG,
-                 "%s: a GGUF holds the text model alone, and the adapter goes with towers or "
-                 "projections: export to safetensors or peft",
-                 path);
-    return OK;
+/* Towers have a file of their own (mmproj). */
+static bool is_text(const Param *p) {
+    return !p->adapter && !p->tower;
 }
 
 Status gguf_save(const GgufModel *m, const Gemma *g, const RowSource *source, const char *path) {
@@ -78,16 +72,15 @@ Status gguf_save(const GgufModel *m, const Gemma *g, const RowSource *source, co
     float *freqs = must_malloc((size_t)half * sizeof *freqs), *values = NULL;
     void *packed = NULL;
     Status status = OK;
-    TRY_DONE(check_text_only(g, path));
     TRY_DONE(gguf_create(&w, path));
     for (int i = 0; i < g->params.count; i++)
-        if (!g->params.items[i]->adapter) parameters += tensor_count(g->params.items[i]->value);
+        if (is_text(g->params.items[i])) parameters += tensor_count(g->params.items[i]->value);
     TRY_DONE(gguf_put_model(w, m, parameters));
     gguf_rope_freqs(freqs, &g->config);
     gguf_declare(w, GGUF_ROPE_FREQS, F32, 1, &half);
     for (int i = 0; i < g->params.count; i++) {
         const Param *p = g->params.items[i];
-        if (p->adapter) continue;
+        if (!is_text(p)) continue;
         CHECK(gguf_name_of(name, sizeof name, local_name(g, p)), "GGUF has no name for %s",
               p->name);
         gguf_declare(w, name, gguf_param_dtype(p, m->dtype), p->value.ndim, p->value.shape);
@@ -100,7 +93,7 @@ Status gguf_save(const GgufModel *m, const Gemma *g, const RowSource *source, co
     TRY_DONE(gguf_write(w, freqs, (size_t)half * sizeof *freqs));
     for (int i = 0; i < g->params.count; i++) {
         const Param *p = g->params.items[i];
-        if (!p->adapter)
+        if (is_text(p))
             TRY_DONE(
                 write_param(w, g, p, gguf_param_dtype(p, m->dtype), source, path, values, packed));
     }
@@ -125,7 +118,7 @@ static Status check_adapter(const Gemma *g, const AdapterSpec *spec) {
              "model instead",
              spec->train_also.items[0]);
     for (const Linear *l = g->linears.first; l; l = l->next)
-        if (l->lora && strstr(l->name, "per_layer_model_projection"))
+        if (l->lora && (l->weight->tower || strstr(l->name, "per_layer_model_projection")))
             FAIL(ERR_CONFIG,
                  "llama.cpp applies no adapter to '%s'; export the merged model instead", l->name);
     return OK;
@@ -145,7 +138,6 @@ Status gguf_save_adapter(const Gemma *g, const AdapterSpec *spec, const char *pa
     Status status = OK;
     char name[PARAM_NAME_MAX + 16];
     float *scaled = NULL;
-    TRY(check_text_only(g, path));
     TRY(check_adapter(g, spec));
     TRY(gguf_create(&w, path));
     gguf_put_text(w, "general.architecture", "gemma4");

@@ -12,6 +12,7 @@
 #include <inttypes.h>
 #include <jansson.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -139,13 +140,12 @@ typedef struct Entry {
 } Entry;
 
 /* The module part of a linear's name in peft: fused parameters are named by their module. */
-static void module_key(char *out, size_t size, const Linear *l, bool inner) {
-    const char *dot = strrchr(l->name, '.');
-    if (l->groups == 1)
-        snprintf(out, size, KEY_PREFIX "%s", l->name);
-    else
-        snprintf(out, size, KEY_PREFIX "%.*s%s", (int)(dot - l->name), l->name,
-                 inner ? ".base_layer" : "");
+static void module_key(char *out, size_t size, const Gemma *g, const Linear *l, bool inner) {
+    char name[PARAM_NAME_MAX];
+    adapter_module_name(name, sizeof name, &g->config, l->name);
+    char *dot = strrchr(name, '.');
+    if (l->groups > 1) *dot = 0;
+    snprintf(out, size, KEY_PREFIX "%s%s", name, inner ? ".base_layer" : "");
 }
 
 /* Lists what the file holds for this model. peft wraps gate_up_proj first, so it is the inner one
@@ -158,7 +158,7 @@ static int list_entries(const Gemma *g, Entry *entries) {
         bool inner = l->groups > 1 && sibling && sibling->groups > 1 && sibling->lora &&
                      strstr(l->name, "gate_up_proj");
         char module[PARAM_NAME_MAX + 64];
-        module_key(module, sizeof module, l, inner);
+        module_key(module, sizeof module, g, l, inner);
         Param *parts[] = {l->lora->A, l->lora->B, l->lora->magnitude};
         static const char *const suffixes[] = {"lora_A.weight", "lora_B.weight",
                                                "lora_magnitude_vector"};
@@ -180,7 +180,9 @@ static int list_entries(const Gemma *g, Entry *entries) {
         Entry *e = &entries[count++];
         *e = (Entry){.param = p, .ndim = p->value.ndim, .experts = 1};
         memcpy(e->shape, p->value.shape, sizeof e->shape);
-        snprintf(e->key, sizeof e->key, KEY_PREFIX "%s", p->name);
+        char name[PARAM_NAME_MAX];
+        adapter_module_name(name, sizeof name, &g->config, p->name);
+        snprintf(e->key, sizeof e->key, KEY_PREFIX "%s", name);
     }
     return count;
 }
@@ -247,49 +249,59 @@ done:
     return status;
 }
 
+/* Where a linear is: its name in peft up to a layer's number, and from there on; or all of it. */
+typedef struct Place {
+    char before[PARAM_NAME_MAX], after[PARAM_NAME_MAX];
+    int layer; /* -1: in none */
+} Place;
+
+static Place place_of(const Gemma *g, const Linear *l) {
+    Place p = {.layer = -1};
+    adapter_module_name(p.before, sizeof p.before, &g->config, l->name);
+    char *number = strstr(p.before, ".layers."), *end;
+    if (!number) return p;
+    number += strlen(".layers.");
+    p.layer = (int)strtol(number, &end, 10);
+    snprintf(p.after, sizeof p.after, "%s", end);
+    *number = 0;
+    return p;
+}
+
+/* Writes a name as an expression that matches it. */
+static void put_escaped(FILE *to, const char *name) {
+    for (; *name; name++) fprintf(to, *name == '.' ? "\\%c" : "%c", *name);
+}
+
 /* An expression that matches exactly the adapted dense linears: for each place inside a layer the
- * layers it is adapted in, then the rest by name. */
+ * layers it is adapted in, and by name what is in none. */
 static char *exact_pattern(const Gemma *g) {
-    char *pattern = must_strdup(""), places[64][PARAM_NAME_MAX];
     int count = 0;
-    const char *prefix = model_config_prefix(&g->config);
-    size_t skip = strlen(prefix) + strlen("layers.");
-    for (const Linear *l = g->linears.first; l; l = l->next) {
-        if (!l->lora || l->groups > 1) continue;
-        const char *place = l->name;
-        bool layered = !strncmp(l->name + strlen(prefix), "layers.", 7);
-        if (layered) place = strchr(l->name + skip, '.') + 1;
-        int i = 0;
-        while (i < count && strcmp(places[i], place)) i++;
-        if (i < count || count == 64) continue;
-        snprintf(places[count++], sizeof places[0], "%s", place);
-        char *layers = must_strdup("");
-        for (const Linear *m = l; layered && m; m = m->next) {
-            const char *other = strncmp(m->name + strlen(prefix), "layers.", 7)
-                                    ? NULL
-                                    : strchr(m->name + skip, '.');
-            if (!m->lora || !other || strcmp(other + 1, place)) continue;
-            char *longer = must_format("%s%s%d", layers, *layers ? "|" : "", atoi(m->name + skip));
-            free(layers);
-            layers = longer;
+    char *pattern = NULL;
+    size_t size;
+    for (const Linear *l = g->linears.first; l; l = l->next) count += l->lora && l->groups == 1;
+    Place *places = must_calloc((size_t)count + 1, sizeof *places);
+    count = 0;
+    for (const Linear *l = g->linears.first; l; l = l->next)
+        if (l->lora && l->groups == 1) places[count++] = place_of(g, l);
+    FILE *to = open_memstream(&pattern, &size);
+    CHECK(to, "no memory for a pattern");
+    for (int i = 0, written = 0; i < count; i++) {
+        const Place *p = &places[i];
+        if (!p->before[0]) continue; /* it went along with one like it */
+        fputs(written++ ? "|" : "(", to);
+        put_escaped(to, p->before);
+        for (int k = i; p->layer >= 0 && k < count; k++) {
+            if (strcmp(places[k].before, p->before) || strcmp(places[k].after, p->after)) continue;
+            fprintf(to, "%s%d", k == i ? "(" : "|", places[k].layer);
+            if (k != i) places[k].before[0] = 0;
         }
-        char *longer =
-            layered ? must_format("%s%slayers.(%s).%s", pattern, *pattern ? "|" : "", layers, place)
-                    : must_format("%s%s%s", pattern, *pattern ? "|" : "", place + strlen(prefix));
-        free(layers);
-        free(pattern);
-        pattern = longer;
+        if (p->layer >= 0) fputs(")", to);
+        put_escaped(to, p->after);
     }
-    char *whole = must_format("%s(%s)", prefix, pattern),
-         *escaped = must_malloc(2 * strlen(whole) + 1), *to = escaped;
-    for (const char *from = whole; *from; from++) {
-        if (*from == '.') *to++ = '\\';
-        *to++ = *from;
-    }
-    *to = 0;
-    free(whole);
-    free(pattern);
-    return escaped;
+    fputs(count ? ")" : "()", to);
+    fclose(to);
+    free(places);
+    return pattern;
 }
 
 static json_t *names_json(const TextList *list) {
@@ -297,6 +309,17 @@ static json_t *names_json(const TextList *list) {
     json_t *array = json_array();
     for (int i = 0; i < list->count; i++) json_array_append_new(array, json_string(list->items[i]));
     return array;
+}
+
+/* train_also as peft finds it: its modules are named otherwise where the checkpoint's are. */
+static json_t *saved_modules(const Gemma *g, const AdapterSpec *spec) {
+    json_t *list = names_json(&spec->train_also);
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        char name[PARAM_NAME_MAX];
+        adapter_module_name(name, sizeof name, &g->config, spec->train_also.items[i]);
+        json_array_set_new(list, i, json_string(name));
+    }
+    return list;
 }
 
 static json_t *number_json(double value) {
@@ -321,7 +344,7 @@ static Status write_config(const Gemma *g, const AdapterSpec *spec, const char *
         spec->dora, "init_lora_weights", 1);
     json_object_set_new(root, "target_modules", dense ? json_string(pattern) : json_array());
     json_object_set_new(root, "target_parameters", names_json(&spec->parameters));
-    json_object_set_new(root, "modules_to_save", names_json(&spec->train_also));
+    json_object_set_new(root, "modules_to_save", saved_modules(g, spec));
     json_object_set_new(root, "rank_pattern",
                         patterns_json(spec->rank_pattern, spec->rank_patterns));
     json_object_set_new(root, "alpha_pattern",

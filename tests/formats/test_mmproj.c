@@ -1,0 +1,140 @@
+/* test_mmproj.c - the towers' GGUF holds every tower tensor once, in llama.cpp's order, adapters
+ * merged in. */
+#include "formats/file.h"
+#include "formats/mmproj.h"
+#include "infer/model.h"
+#include "model/merge.h"
+#include "tests/program.h"
+
+#include <jansson.h>
+#include <math.h>
+
+static float *values_of(const Model *m, const char *name, int64_t *shape) {
+    const Param *p = params_find(&m->g.params, name);
+    EXPECT(p, "no %s", name);
+    int64_t n = tensor_count(p->value), cols = p->value.ndim > 1 ? tensor_cols(p->value) : n;
+    float *out = must_malloc((size_t)n * sizeof *out);
+    memcpy(shape, p->value.shape, sizeof p->value.shape);
+    merged_rows(&m->g, p, 0, n / cols, out);
+    return out;
+}
+
+static const float *stored_of(const Gguf *g, const char *name, int ndim) {
+    const StoredTensor *t = gguf_find_tensor(g, name);
+    EXPECT(t && t->dtype == F32 && t->ndim == ndim, "%s", name);
+    return (const float *)t->bytes;
+}
+
+static int count_towers(const Model *m) {
+    int n = 0;
+    for (int i = 0; i < m->g.params.count; i++)
+        n += m->g.params.items[i]->tower && !m->g.params.items[i]->adapter;
+    return n;
+}
+
+static void export_and_open(Model *m, Gguf *g, const char *dir, const char *adapter) {
+    char *path = must_format("%s.mmproj.gguf", dir);
+    EXPECT_OK(model_open(m, dir, adapter, "cpu", "f32", WEIGHTS_MAPPED, WITH_MEDIA));
+    EXPECT_OK(mmproj_save(&m->g, "m", F32, path));
+    EXPECT_OK(gguf_open(g, path));
+    EXPECT(g->count == count_towers(m), "%d tensors for %d", g->count, count_towers(m));
+    free(path);
+}
+
+static void expect_same(const float *a, const float *b, int64_t n, const char *name) {
+    EXPECT(!memcmp(a, b, (size_t)n * sizeof *a), "%s", name);
+}
+
+CASE(mmproj, towers_are_written_in_llama_cpps_order) {
+    char *dir = must_format("%s/m", test_folder());
+    int64_t shape[4];
+    Model m;
+    Gguf g;
+    EXPECT_RUN(0, "init tiny %s --media --tokenizer demo/tokenizer --dtype f32", dir);
+    export_and_open(&m, &g, dir, NULL);
+    float *x = values_of(&m, "model.vision_tower.patch_embedder.input_proj.weight", shape);
+    const float *y = stored_of(&g, "v.patch_embd.weight", 4);
+    for (int64_t d = 0; d < shape[0]; d++)
+        for (int c = 0; c < 3; c++)
+            for (int at = 0; at < 256; at++)
+                EXPECT(y[d * 768 + c * 256 + at] == x[d * 768 + at * 3 + c], "patch %d", at);
+    free(x);
+    x = values_of(&m, "model.audio_tower.layers.1.self_attn.per_dim_scale", shape);
+    y = stored_of(&g, "a.blk.1.per_dim_scale.weight", 1);
+    for (int64_t i = 0; i < shape[0]; i++)
+        EXPECT(fabs(y[i] - log(1 + exp((double)x[i]))) < 1e-6, "%g of %g", y[i], x[i]);
+    free(x);
+    static const char *const same[][2] = {
+        {"model.audio_tower.layers.0.lconv1d.pre_layer_norm.weight", "a.blk.0.conv_norm.weight"},
+        {"model.audio_tower.layers.0.lconv1d.conv_norm.weight", "a.blk.0.norm_conv.weight"},
+        {"model.audio_tower.layers.0.feed_forward2.ffw_layer_1.linear.weight",
+         "a.blk.0.ffn_up_1.weight"},
+        {"model.vision_tower.encoder.layers.1.self_attn.o_proj.input_max",
+         "v.blk.1.attn_out.input_max"},
+        {"model.embed_vision.embedding_projection.weight", "mm.input_projection.weight"},
+        {"model.embed_audio.embedding_projection.weight", "mm.a.input_projection.weight"}};
+    for (size_t i = 0; i < sizeof same / sizeof *same; i++) {
+        const StoredTensor *t = gguf_find_tensor(&g, same[i][1]);
+        EXPECT(t, "%s is missing", same[i][1]);
+        x = values_of(&m, same[i][0], shape);
+        expect_same((const float *)t->bytes, x, (int64_t)t->size / 4, same[i][1]);
+        free(x);
+    }
+    EXPECT(gguf_find_tensor(&g, "a.blk.0.conv_dw.weight")->ndim == 2);
+    gguf_close(&g);
+    model_close(&m);
+    free(dir);
+}
+
+/* The 12B's embedder: what is squared, and axes of places. llama.cpp's audio wants 640 samples. */
+CASE(mmproj, the_embedder_without_a_tower_is_written_too) {
+    char *dir = must_format("%s/m", test_folder());
+    int64_t shape[4];
+    Model m;
+    Gguf g;
+    EXPECT_RUN(0, "init 12b %s --media --layers 6 --config", dir);
+    char *config = must_format("%s/config.json", test_folder());
+    json_t *root = json_loads(program_out, 0, NULL), *text = json_object_get(root, "text_config");
+    json_object_set_new(text, "vocab_size", json_integer(2048));
+    json_object_set_new(text, "hidden_size", json_integer(64));
+    json_object_set_new(text, "intermediate_size", json_integer(64));
+    json_object_set_new(json_object_get(root, "vision_config"), "mm_embed_dim", json_integer(96));
+    EXPECT(!json_dump_file(root, config, 0));
+    EXPECT_RUN(0, "init %s %s --tokenizer demo/tokenizer --dtype f32", config, dir);
+    export_and_open(&m, &g, dir, NULL);
+    float *x = values_of(&m, "model.vision_embedder.pos_embedding", shape);
+    const float *y = stored_of(&g, "v.position_embd.weight", 3);
+    for (int64_t p = 0; p < shape[0]; p++)
+        for (int64_t axis = 0; axis < 2; axis++)
+            expect_same(y + (axis * shape[0] + p) * 96, x + (2 * p + axis) * 96, 96, "a place");
+    free(x);
+    x = values_of(&m, "model.vision_embedder.patch_ln1.bias", shape);
+    y = stored_of(&g, "v.patch_norm.1.bias", 1);
+    for (int64_t i = 0; i < shape[0]; i++)
+        EXPECT(y[i % 3 * (shape[0] / 3) + i / 3] == x[i], "entry %d", (int)i);
+    free(x);
+    x = values_of(&m, "model.vision_embedder.patch_dense.bias", shape);
+    expect_same(stored_of(&g, "v.patch_embd.bias", 1), x, shape[0], "the dense bias");
+    free(x);
+    gguf_close(&g);
+    model_close(&m);
+    json_decref(root);
+    free(config), free(dir);
+}
+
+CASE(mmproj, what_llama_cpp_cannot_compute_is_refused) {
+    const char *f = test_folder();
+    size_t size;
+    char *config, *path = must_format("%s/m/config.json", f);
+    EXPECT_RUN(0, "init tiny %s/m --media --tokenizer demo/tokenizer", f);
+    EXPECT_RUN(0, "init tiny %s/text --tokenizer demo/tokenizer", f);
+    EXPECT_EXIT(1, "has no towers", "export --model %s/text --to mmproj %s/x.gguf", f, f);
+    EXPECT_EXIT(2, "--verify proves merged models", "export --model %s/m --to mmproj %s/x --verify",
+                f, f);
+    EXPECT_OK(file_read(&config, &size, path, 1 << 20));
+    memcpy(strstr(config, "\"residual_weight\": 0.5") + strlen("\"residual_weight\": "), "0.7", 3);
+    EXPECT_OK(file_write(path, config, size));
+    EXPECT_EXIT(1, "computes with 0.5 for audio_config.residual_weight",
+                "export --model %s/m --to mmproj %s/x.gguf", f, f);
+    free(config), free(path);
+}
