@@ -283,7 +283,7 @@ static Status bench_towers(const char *dir, const char *device, const char *dtyp
     double seconds[2] = {0};
     size_t memory[2] = {0};
     TRY(model_open(&m, dir, NULL, device, dtype, WEIGHTS_LOADED, WITH_MEDIA));
-    Status status = model_check_media(&m);
+    Status status = model_check_media(&m.g);
     if (status == OK && m.g.media.sees) status = time_tower(&m.g, true, &seconds[0], &memory[0]);
     if (status == OK && m.g.media.hears) status = time_tower(&m.g, false, &seconds[1], &memory[1]);
     if (status == OK)

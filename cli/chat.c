@@ -96,6 +96,7 @@ static bool is_stopped(void *context) {
 }
 
 static const char help[] =
+    "/image FILE     a picture for what you say next; /audio and /video likewise\n"
     "/clear          start anew\n"
     "/system TEXT    the system text from now on; without TEXT none\n"
     "/think on|off   let the model think first\n"
@@ -104,6 +105,14 @@ static const char help[] =
     "/help           this\n"
     "/quit           (or Ctrl-D)\n"
     "Ctrl-C stops an answer. A line that ends in \\ goes on with the next.\n";
+
+static Status attach(Chat *c, const char *type, const char *path) {
+    json_t *part = json_pack("{s:s, s:s}", "type", type, "path", path);
+    if (!part) FAIL(ERR_FORMAT, "the name of the file is not UTF-8");
+    Status status = chat_attach(c, part);
+    json_decref(part);
+    return status;
+}
 
 /* A line that is an order to the program. False: leave. */
 static bool obey(Chat *c, const char *line) {
@@ -119,6 +128,9 @@ static bool obey(Chat *c, const char *line) {
         chat_set_system(c, rest);
     else if (!strcmp(word, "/think") && (!strcmp(rest, "on") || !strcmp(rest, "off")))
         c->settings.think = !strcmp(rest, "on");
+    else if ((!strcmp(word, "/image") || !strcmp(word, "/audio") || !strcmp(word, "/video")) &&
+             *rest)
+        status = attach(c, word + 1, rest);
     else if (!strcmp(word, "/save") && *rest)
         status = chat_save(c, rest);
     else if (!strcmp(word, "/load") && *rest)
@@ -204,6 +216,7 @@ Status command_chat(int argc, char **argv) {
     ChatSettings s = {.context = 8192, .rounds = 16, .seconds = 60};
     double temperature = NAN, top_p = NAN, min_p = NAN;
     int64_t top_k = -1, seed = -1;
+    MediaOptions media = {0};
     Option options[] = {
         {"--model", OPTION_TEXT, &model, "DIR  checkpoint folder or GGUF"},
         {"--adapter", OPTION_TEXT, &adapter, "DIR  PEFT folder, applied without merging"},
@@ -212,6 +225,8 @@ Status command_chat(int argc, char **argv) {
         {"--tools", OPTION_TEXT, &s.tools, "FILE  functions and the commands that run them"},
         {"--load", OPTION_TEXT, &load, "FILE  go on with a saved conversation"},
         {"--save", OPTION_TEXT, &save, "FILE  where the conversation is kept, after every turn"},
+        MEDIA_FILES(media),
+        MEDIA_BUDGETS(s.reading),
         {"--context", OPTION_INT, &s.context, "N  tokens of the conversation (8192)"},
         {"--temperature", OPTION_REAL, &temperature, "X  0 is greedy"},
         {"--top-k", OPTION_INT, &top_k, "N"},
@@ -233,6 +248,7 @@ Status command_chat(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
+    TRY(media_budgets_check(&s.reading));
     if (s.context < 2) FAIL(ERR_USAGE, "--context is too small");
     TRY(chat_format_find(&s.format, model, format));
     TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED, WITH_MEDIA));
@@ -245,8 +261,11 @@ Status command_chat(int argc, char **argv) {
     if (seed >= 0) c.sampling.seed = (uint64_t)seed;
     TRY_DONE(sampling_check(&c.sampling));
     if (load) TRY_DONE(chat_load(&c, load));
+    for (size_t i = 0; i < json_array_size(media.parts); i++)
+        TRY_DONE(chat_attach(&c, json_array_get(media.parts, i)));
     TRY_DONE(converse(&c, save));
 done:
+    json_decref(media.parts);
     chat_close(&c);
     model_close(&m);
     return status;

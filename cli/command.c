@@ -21,6 +21,11 @@ static Status set_option(const Option *o, const char *value) {
         OptionList *list = o->target;
         if (list->count == 64) FAIL(ERR_USAGE, "%s is given more than 64 times", o->name);
         list->items[list->count++] = value;
+    } else if (o->kind == OPTION_PART) {
+        json_t **parts = o->target;
+        if (!utf8_valid(value, strlen(value))) FAIL(ERR_USAGE, "%s is not UTF-8", o->name);
+        if (!*parts) *parts = json_array();
+        json_array_append_new(*parts, json_pack("{s:s, s:s}", "type", o->name + 2, "path", value));
     } else if (o->kind == OPTION_INT) {
         *(int64_t *)o->target = strtoll(value, &end, 10);
         if (*end || end == value || errno)
@@ -82,6 +87,23 @@ Status run_arguments_load(RunConfig *config, const Arguments *a, const RunOption
     for (int i = 0; i < 3; i++) free(made[i]);
     free(overrides);
     return status;
+}
+
+Status media_budgets_check(const MediumOptions *r) {
+    if (r->video_frames < 0) FAIL(ERR_USAGE, "--video-frames is below 0");
+    if (!media_is_budget(r->image_tokens) || !media_is_budget(r->video_tokens))
+        FAIL(ERR_USAGE, "--image-tokens and --video-tokens: expected 70, 140, 280, 560 or 1120");
+    return OK;
+}
+
+json_t *media_message(const MediaOptions *media, const char *text) {
+    json_t *content = json_string(text);
+    if (media->parts) {
+        json_t *parts = json_copy(media->parts);
+        json_array_append_new(parts, json_pack("{s:s, s:o}", "type", "text", "text", content));
+        content = parts;
+    }
+    return json_pack("{s:s, s:o}", "role", "user", "content", content);
 }
 
 void text_add_ids(Text *out, const Tokens *ids) {

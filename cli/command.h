@@ -3,7 +3,7 @@
 #define COMMAND_H
 
 #include "configs/run_config.h"
-#include "data/chat.h"
+#include "data/medium.h"
 #include "kernels/tensor.h"
 
 typedef enum OptionKind {
@@ -11,7 +11,8 @@ typedef enum OptionKind {
     OPTION_TEXT,
     OPTION_INT,
     OPTION_REAL,
-    OPTION_LIST
+    OPTION_LIST,
+    OPTION_PART /* --image FILE and the like: a part of a message at the end of a JSON list */
 } OptionKind;
 
 typedef struct OptionList {
@@ -22,7 +23,7 @@ typedef struct OptionList {
 typedef struct Option {
     const char *name; /* with its dashes */
     OptionKind kind;
-    void *target;     /* bool, const char *, int64_t, double or OptionList */
+    void *target;     /* bool, const char *, int64_t, double, OptionList or json_t * */
     const char *help; /* "VALUE what it does", or just what it does for a flag */
 } Option;
 
@@ -49,6 +50,30 @@ typedef struct RunOptions {
         "--chat-format", OPTION_TEXT, &(run).chat_format,                                          \
             "auto|large|small  instead of the run file's"                                          \
     }
+
+/* Pictures, recordings and videos in the order they are named, as parts of a message. */
+typedef struct MediaOptions {
+    json_t *parts; /* list; NULL: none */
+    MediumOptions reading;
+} MediaOptions;
+
+#define MEDIA_FILES(media)                                                                         \
+    {"--image", OPTION_PART, &(media).parts, "FILE  a picture; several: again"},                   \
+        {"--audio", OPTION_PART, &(media).parts, "FILE  a recording"}, {                           \
+        "--video", OPTION_PART, &(media).parts, "FILE  a video"                                    \
+    }
+#define MEDIA_BUDGETS(reading)                                                                     \
+    {"--image-tokens", OPTION_INT, &(reading).image_tokens,                                        \
+     "70|140|280|560|1120  most of a picture (the model's, 280)"},                                 \
+        {"--video-tokens", OPTION_INT, &(reading).video_tokens, "the same of a frame (70)"}, {     \
+        "--video-frames", OPTION_INT, &(reading).video_frames, "N  of a video (32)"                \
+    }
+
+/* ERR_USAGE for budgets that there are not. */
+Status media_budgets_check(const MediumOptions *reading);
+
+/* A user's message: the parts, then the text; the text alone where there are none. */
+json_t *media_message(const MediaOptions *media, const char *text);
 
 /* Loads the run file of the first positional argument with the overrides of the others. */
 Status run_arguments_load(RunConfig *config, const Arguments *a, const RunOptions *options);

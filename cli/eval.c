@@ -50,9 +50,11 @@ static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, 
                         const char *dtype, const char *format) {
     Results results = {0};
     Model m;
-    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED, WITHOUT_MEDIA));
+    EvalNeeds needs = eval_needs(o);
+    TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED,
+                   needs.media ? WITH_MEDIA : WITHOUT_MEDIA));
     Status status = OK;
-    if (eval_needs_chat(o)) status = chat_format_find(&o->prompt.format, model, format);
+    if (needs.chat) status = chat_format_find(&o->prompt.format, model, format);
     file_stop_on_signals();
     if (status == OK)
         status = eval_run(&results, &(Examinee){model, adapter, &m.g, m.tokenizer}, o);
@@ -98,6 +100,7 @@ Status command_eval(int argc, char **argv) {
         {"--seed", OPTION_INT, &seed, "N  of sampling (42)"},
         {"--batch", OPTION_INT, &o.batch, "N  sequences at once (16)"},
         {"--kv", OPTION_TEXT, &o.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
+        MEDIA_BUDGETS(o.reading),
         {"--run-code", OPTION_FLAG, &o.run_code,
          "run programs that the model writes, in a sandbox"},
         {"--bootstrap", OPTION_INT, &o.bootstrap, "N  resamples for errors (100000)"},
@@ -127,6 +130,7 @@ Status command_eval(int argc, char **argv) {
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
     if (!o.tasks) FAIL(ERR_USAGE, "--tasks is missing: lapidary %s", a.usage);
     if (!o.data) FAIL(ERR_USAGE, "--data is missing: lapidary %s", a.usage);
+    TRY(media_budgets_check(&o.reading));
     if (limit <= 0) FAIL(ERR_USAGE, "--limit is %g, expected more than 0", limit);
     if (!isnan(limit)) o.limit = limit;
     if (seed >= 0) o.seed = (uint64_t)seed;

@@ -15,31 +15,8 @@
 typedef struct Asked {
     const char *text, *format, *tools;
     bool raw, think;
-    OptionList images, audio, videos;
-    MediumOptions reading;
+    MediaOptions media;
 } Asked;
-
-static void add_parts(json_t *content, const char *type, const OptionList *files) {
-    for (int i = 0; i < files->count; i++)
-        json_array_append_new(content,
-                              json_pack("{s:s, s:s}", "type", type, "path", files->items[i]));
-}
-
-/* One user's message: pictures, recordings and videos, then the text. */
-static json_t *messages_of(const Asked *asked) {
-    json_t *content = json_array();
-    add_parts(content, "image", &asked->images);
-    add_parts(content, "audio", &asked->audio);
-    add_parts(content, "video", &asked->videos);
-    if (!json_array_size(content)) {
-        json_decref(content);
-        content = json_string(asked->text);
-    } else {
-        json_array_append_new(content,
-                              json_pack("{s:s, s:s}", "type", "text", "text", asked->text));
-    }
-    return json_pack("[{s:s, s:o}]", "role", "user", "content", content);
-}
 
 static Status make_prompt(DialogPrompt *p, Model *m, const Asked *asked) {
     if (!utf8_valid(asked->text, slice_of(asked->text).size))
@@ -62,8 +39,9 @@ static Status make_prompt(DialogPrompt *p, Model *m, const Asked *asked) {
         free(bytes);
         TRY(status);
     }
-    json_t *messages = messages_of(asked);
-    Status status = dialog_prompt(p, m, messages, tools, &options, &asked->reading);
+    json_t *messages = json_pack("[o]", media_message(&asked->media, asked->text));
+    Status status =
+        dialog_prompt(p, &m->g, m->tokenizer, messages, tools, &options, &asked->media.reading);
     json_decref(messages);
     json_decref(tools);
     return status;
@@ -109,14 +87,8 @@ Status command_generate(int argc, char **argv) {
         {"--raw", OPTION_FLAG, &asked.raw, "the prompt is text after <bos>, no chat template"},
         {"--tools", OPTION_TEXT, &asked.tools, "FILE  JSON list of functions the model may call"},
         {"--think", OPTION_FLAG, &asked.think, "let the model think first"},
-        {"--image", OPTION_LIST, &asked.images,
-         "FILE  a picture before the prompt; several: again"},
-        {"--audio", OPTION_LIST, &asked.audio, "FILE  a recording"},
-        {"--video", OPTION_LIST, &asked.videos, "FILE  a video"},
-        {"--image-tokens", OPTION_INT, &asked.reading.image_tokens,
-         "70|140|280|560|1120  most of a picture (the model's, 280)"},
-        {"--video-tokens", OPTION_INT, &asked.reading.video_tokens, "the same of a frame (70)"},
-        {"--video-frames", OPTION_INT, &asked.reading.video_frames, "N  of a video (32)"},
+        MEDIA_FILES(asked.media),
+        MEDIA_BUDGETS(asked.media.reading),
         {"--temperature", OPTION_REAL, &temperature, "X  0 is greedy"},
         {"--top-k", OPTION_INT, &top_k, "N"},
         {"--top-p", OPTION_REAL, &top_p, "X"},
@@ -146,13 +118,10 @@ Status command_generate(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
-    bool media = asked.images.count + asked.audio.count + asked.videos.count > 0;
+    bool media = asked.media.parts != NULL;
     asked.text = a.positional[0];
     if (media && asked.raw) FAIL(ERR_USAGE, "--raw takes text alone: media need the chat template");
-    if (asked.reading.video_frames < 0) FAIL(ERR_USAGE, "--video-frames is below 0");
-    if (!media_is_budget(asked.reading.image_tokens) ||
-        !media_is_budget(asked.reading.video_tokens))
-        FAIL(ERR_USAGE, "--image-tokens and --video-tokens: expected 70, 140, 280, 560 or 1120");
+    TRY(media_budgets_check(&asked.media.reading));
     TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED,
                    media ? WITH_MEDIA : WITHOUT_MEDIA));
     Status status = OK;
@@ -179,6 +148,7 @@ done:
     tokens_free(&ids);
     text_free(&text);
     dialog_prompt_free(&prompt);
+    json_decref(asked.media.parts);
     model_close(&m);
     return status;
 }

@@ -20,7 +20,7 @@ typedef struct Context {
     int64_t capacity;
     FILE *logits; /* where --logits go; NULL: nowhere */
     int64_t scored;
-    MediumOptions reading;
+    MediaOptions media; /* parts: of the one text that is given, which answers them */
 } Context;
 
 /* A chat as `tokenize --chat` renders it, its media in their slots. */
@@ -31,7 +31,7 @@ static Status encode_chat(Context *c, const json_t *messages, const json_t *tool
     uint8_t *mask = NULL;
     Status status = OK;
     TRY_DONE(chat_render(&rendered, messages, tools, options));
-    TRY_DONE(dialog_read_media(&list, &rendered, &c->model, messages, &c->reading));
+    TRY_DONE(dialog_read_media(&list, &rendered, &c->model.g, messages, &c->media.reading));
     chat_encode(c->model.tokenizer, &rendered, false, ids, &mask);
     TRY_DONE(dialog_soften(media, &c->model.g, &list, ids));
 done:
@@ -118,8 +118,15 @@ static Status score_ids(Context *c, const Tokens *ids, int64_t first, const Soft
     return OK;
 }
 
-static Status score_row(void *context, const json_t *row, Text *out) {
+/* What was given as text, as the answer to media. */
+static json_t *answer_row(const Context *c, const json_t *row) {
+    return json_pack("{s:[{s:s, s:O}, {s:s, s:O}]}", "messages", "role", "user", "content",
+                     c->media.parts, "role", "assistant", "content", json_object_get(row, "text"));
+}
+
+static Status score_row(void *context, const json_t *given, Text *out) {
     Context *c = context;
+    json_t *row = c->media.parts ? answer_row(c, given) : json_incref((json_t *)given);
     Tokens ids = {0};
     SoftMedia media = {0};
     float *nll = NULL;
@@ -142,6 +149,7 @@ static Status score_row(void *context, const json_t *row, Text *out) {
             text_addf(out, "%s%.9g", n ? ", " : "", (double)nll[n]);
     text_adds(out, "]}");
 done:
+    json_decref(row);
     free(nll);
     soft_media_free(&media);
     tokens_free(&ids);
@@ -160,8 +168,8 @@ Status command_score(int argc, char **argv) {
         {"--device", OPTION_TEXT, &device, "auto|cpu|cuda[:n]"},
         {"--dtype", OPTION_TEXT, &dtype, "bf16|f32  (bf16)"},
         {"--chat-format", OPTION_TEXT, &c.format, "auto|large|small"},
-        {"--image-tokens", OPTION_INT, &c.reading.image_tokens,
-         "70|140|280|560|1120  most of a picture (the model's, 280)"},
+        MEDIA_FILES(c.media),
+        MEDIA_BUDGETS(c.media.reading),
         {"--logits", OPTION_TEXT, &logits,
          "FILE  the logits too: (vocabulary) little-endian f32 after each token but a row's last"},
         {NULL, OPTION_FLAG, NULL, NULL}};
@@ -169,17 +177,19 @@ Status command_score(int argc, char **argv) {
                    .about =
                        "Rows {\"text\"}, {\"prompt\", \"completion\"} or {\"messages\", ...} to\n"
                        "{\"tokens\", \"nll\", \"token_nll\"}: natural logarithms, null where "
-                       "nothing is scored.",
+                       "nothing is scored. A TEXT with --image and the like\nis scored as the "
+                       "answer to them.",
                    .options = options,
                    .most = 1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
-    if (!media_is_budget(c.reading.image_tokens))
-        FAIL(ERR_USAGE, "--image-tokens: expected 70, 140, 280, 560 or 1120");
+    TRY(media_budgets_check(&c.media.reading));
+    if (c.media.parts && (data || !a.count))
+        FAIL(ERR_USAGE, "--image, --audio and --video go with a TEXT; rows name their own media");
     TRY(model_open(&c.model, model, adapter, device, dtype, WEIGHTS_LOADED, WITH_MEDIA));
-    c.reading.config = &c.model.g.config;
-    if (data) c.reading.folder = folder = path_folder(data);
+    c.media.reading.config = &c.model.g.config;
+    if (data) c.media.reading.folder = folder = path_folder(data);
     c.data = data_config_default();
     Status status = row_reader_init(&c.reader, &c.data, c.model.tokenizer, model);
     if (status == OK && logits && !(c.logits = fopen(logits, "wb")))
@@ -189,6 +199,7 @@ Status command_score(int argc, char **argv) {
     if (c.logits && (ferror(c.logits) | fclose(c.logits)) && status == OK)
         status = status_fail(ERR_IO, "%s: cannot be written", logits);
     free(folder);
+    json_decref(c.media.parts);
     step_free(&c.memory);
     model_close(&c.model);
     return status;

@@ -39,6 +39,7 @@ Status command_serve(int argc, char **argv) {
         {"--body", OPTION_INT, &o.body, "N  bytes of one request (32 MiB)"},
         {"--media", OPTION_TEXT, &o.media,
          "DIR  pictures and sound that messages may name; without it they come in data URLs"},
+        MEDIA_BUDGETS(o.reading),
         {"--connections", OPTION_INT, &o.connections, "N  at once (512)"},
         {"--draft", OPTION_TEXT, &o.draft, "DIR  an assistant that guesses ahead"},
         {"--kv", OPTION_TEXT, &o.kv, "bf16|q8_0|q4_0  keys and values (the model's dtype)"},
@@ -57,6 +58,7 @@ Status command_serve(int argc, char **argv) {
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
     if (!model) FAIL(ERR_USAGE, "--model is missing: lapidary %s", a.usage);
+    TRY(media_budgets_check(&o.reading));
     if (o.port < 0 || o.port > 65535 || o.sequences < 1 || o.sequences > 512 || o.context < 2 ||
         o.queue < 1 || o.body < 1 || o.connections < 1 || o.cache < 0)
         FAIL(ERR_USAGE, "--port, --sequences, --context, --cache, --queue, --body or "

@@ -55,7 +55,7 @@ static Status ask_tasks(Session *s, int64_t step, bool (*stopping)(void), Metric
     o.quiet = true;
     o.stopping = stopping;
     tree_remove(out); /* of a run that was killed here and resumed */
-    if (eval_needs_chat(&o))
+    if (eval_needs(&o).chat)
         TRY_DONE(chat_format_find(&o.prompt.format, c->model, c->data.chat_format));
     TRY_DONE(eval_run(&results, &(Examinee){c->model, NULL, &s->g, s->tokenizer}, &o));
     json = results_json(&results, 0);

@@ -15,6 +15,7 @@
 #define FILE_MAX     ((size_t)2 << 30)
 #define VIDEO_TOKENS 70
 #define VIDEO_FRAMES 32
+#define TIME_TOKENS  10 /* of "12:34 ", at most, and the space before */
 
 static const struct {
     const char *type;
@@ -253,6 +254,35 @@ int messages_media_count(const json_t *messages) {
         const json_t *content = json_object_get(message, "content");
         MediumKind kind;
         json_array_foreach(content, k, part) count += kind_of(&kind, part);
+    }
+    return count;
+}
+
+/* Of one medium, marks and times included. */
+static int64_t most_tokens(MediumKind kind, const MediumOptions *o) {
+    const AudioConfig *a = &o->config->audio;
+    int64_t frames = o->video_frames ? o->video_frames : VIDEO_FRAMES,
+            frame = o->video_tokens ? o->video_tokens : VIDEO_TOKENS, width;
+    switch (kind) {
+    case MEDIUM_IMAGE:
+        return 2 + (o->image_tokens ? o->image_tokens : o->config->vision.soft_tokens);
+    case MEDIUM_VIDEO:
+        return frames * (frame + 2 + TIME_TOKENS);
+    default:
+        if (a->path == MEDIA_TOWER) return 2 + media_audio_tokens(a, mel_frames(SOUND_MOST));
+        width = media_feature_width(a);
+        return 2 + (width ? (SOUND_MOST + width - 1) / width : 0);
+    }
+}
+
+int64_t messages_media_tokens(const json_t *messages, const MediumOptions *options) {
+    int64_t count = 0;
+    size_t i, k;
+    json_t *message, *part;
+    json_array_foreach(messages, i, message) {
+        MediumKind kind;
+        json_array_foreach(json_object_get(message, "content"), k, part) if (kind_of(&kind, part))
+            count += most_tokens(kind, options);
     }
     return count;
 }

@@ -45,6 +45,9 @@ void media_list_free(MediumList *list);
 /* How many such parts there are. */
 int messages_media_count(const json_t *messages);
 
+/* The most tokens that the media of messages can take in a prompt, marks and times included. */
+int64_t messages_media_tokens(const json_t *messages, const MediumOptions *options);
+
 /* Puts each medium's marks and slots in place of its placeholder: a frame's time before it, all in
  * order. ERR_FORMAT when there are more of a kind than the text has places for, or fewer. */
 Status media_expand(Rendered *rendered, const MediumList *list);

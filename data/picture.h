@@ -17,6 +17,9 @@ typedef struct Picture {
 Status picture_decode(Picture *p, const uint8_t *bytes, size_t size, const char *name);
 void picture_free(Picture *p);
 
+/* Writes it as a PNG; ERR_CONFIG where the build has no libpng. */
+Status picture_write(const Picture *p, const char *path);
+
 /* The size a picture is resized to so that it takes at most `soft_tokens`: sides that cells divide,
  * about the same shape, the budget filled. ERR_FORMAT when there is none. */
 Status picture_target(int64_t *to_height, int64_t *to_width, int64_t height, int64_t width,

@@ -1,6 +1,7 @@
 /* picture_files.c - JPEG, PNG, WebP and PPM to red, green and blue. Which of them a build reads is
  * decided where it is built (HAVE_JPEG, HAVE_PNG, HAVE_WEBP); PPM always. */
 #include "data/picture_files.h"
+#include "formats/file.h"
 
 #include <ctype.h>
 #include <inttypes.h>
@@ -224,6 +225,29 @@ static Status decode_png(Picture *p, int *orientation, const uint8_t *bytes, siz
     free(r->rows);
     free(r);
     return status;
+}
+
+Status picture_write(const Picture *p, const char *path) {
+    png_image image = {.version = PNG_IMAGE_VERSION,
+                       .width = (png_uint_32)p->width,
+                       .height = (png_uint_32)p->height,
+                       .format = PNG_FORMAT_RGB};
+    png_alloc_size_t size = PNG_IMAGE_PNG_SIZE_MAX(image);
+    void *bytes = malloc(size);
+    if (!bytes || !png_image_write_to_memory(&image, bytes, &size, 0, p->pixels, 0, NULL)) {
+        free(bytes);
+        FAIL(ERR_IO, "%s: cannot be encoded: %s", path, bytes ? image.message : "out of memory");
+    }
+    Status status = file_write(path, bytes, size);
+    free(bytes);
+    return status;
+}
+
+#else
+
+Status picture_write(const Picture *p, const char *path) {
+    (void)p;
+    FAIL(ERR_CONFIG, "%s: this build writes no PNG: libpng was not there when it was built", path);
 }
 
 #endif

@@ -146,6 +146,19 @@ static Status find_examples(json_t **rows, Documents *d, const Task *task, const
 
 /* ---- readers ---- */
 
+/* All documents with media are named from one folder. */
+static Status set_folder(Suite *s, const Task *task, const char *path) {
+    char *folder = path_folder(path);
+    Status status = OK;
+    if (s->folder && strcmp(s->folder, folder) && task->media_count)
+        status = status_fail(ERR_FORMAT,
+                             "%s: questions with media lie in %s too: give one file as --data",
+                             path, s->folder);
+    free(s->folder);
+    s->folder = folder;
+    return status;
+}
+
 /* Rows as they are; split by a field where the task says so. */
 static Status read_rows(Documents *d, const Task *task, const char *dir) {
     glob_t found;
@@ -176,6 +189,7 @@ static Status read_rows(Documents *d, const Task *task, const char *dir) {
             if (!suite) suite = add_suite(d, name, part ? part : name, part ? task->name : NULL);
             json_array_append(suite->docs, row);
             free(name);
+            TRY_DONE(set_folder(suite, task, found.gl_pathv[f]));
         }
         json_decref(rows);
         rows = NULL;
@@ -566,6 +580,7 @@ void documents_free(Documents *d) {
         free(d->suites[i].name);
         free(d->suites[i].alias);
         free(d->suites[i].group);
+        free(d->suites[i].folder);
         json_decref(d->suites[i].docs);
         json_decref(d->suites[i].examples);
     }

@@ -16,6 +16,7 @@ typedef struct SourceFile {
 typedef struct Suite {
     char *name, *alias;
     char *group;      /* what it is a part of; NULL: stands alone */
+    char *folder;     /* that media are named from: of the file of its first document; or NULL */
     json_t *docs;     /* list of objects */
     json_t *examples; /* few-shot examples, likewise; empty where there are none */
 } Suite;

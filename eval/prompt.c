@@ -1,5 +1,6 @@
 /* prompt.c - description, examples and question, as plain text or as a chat. */
 #include "eval/prompt.h"
+#include "data/medium.h"
 #include "eval/template.h"
 
 #include <inttypes.h>
@@ -71,22 +72,43 @@ static void add_message(json_t *messages, const char *role, const Text *text) {
                                     json_stringn(text->bytes ? text->bytes : "", text->size)));
 }
 
-static Status add_rendered(json_t *messages, const char *role, const Task *task, const char *text,
-                           const json_t *doc) {
+/* A part for each medium that a field names. */
+static Status add_media(json_t *parts, const char *type, const Task *task, const char *field,
+                        const json_t *doc) {
+    const json_t *value = document_field(task, doc, field, strlen(field)), *one;
+    size_t n = json_is_array(value) ? json_array_size(value) : 1;
+    if (!value) FAIL(ERR_FORMAT, "a document has no '%s', which names its media", field);
+    for (size_t i = 0; i < n; i++) {
+        one = json_is_array(value) ? json_array_get(value, i) : value;
+        if (!json_is_string(one)) FAIL(ERR_FORMAT, "'%s' names no file", field);
+        json_array_append_new(parts, json_pack("{s:s, s:O}", "type", type, "path", one));
+    }
+    return OK;
+}
+
+static Status add_question(json_t *messages, const Task *task, const json_t *doc) {
     Text t = {0};
-    Status status = template_render(&t, text, task, doc, NULL);
-    if (status == OK) add_message(messages, role, &t);
+    json_t *parts = json_array();
+    Status status = template_render(&t, task->question, task, doc, NULL);
+    for (int i = 0; i < task->media_count && status == OK; i++)
+        status = add_media(parts, task->media_types[i], task, task->media_fields[i], doc);
+    if (status == OK && !json_array_size(parts)) {
+        add_message(messages, "user", &t);
+    } else if (status == OK) {
+        json_array_append_new(parts, json_pack("{s:s, s:o}", "type", "text", "text",
+                                               json_stringn(t.bytes ? t.bytes : "", t.size)));
+        json_array_append_new(messages, json_pack("{s:s, s:O}", "role", "user", "content", parts));
+    }
+    json_decref(parts);
     text_free(&t);
     return status;
 }
 
-static Status render_chat(Text *out, const Task *task, const PromptOptions *o, const Suite *suite,
-                          const json_t *doc, const int64_t *picked, int64_t count) {
-    json_t *messages = json_array();
+/* Everything that is said before the answer. */
+static Status make_messages(json_t *messages, const Task *task, const PromptOptions *o,
+                            const Suite *suite, const json_t *doc, const int64_t *picked,
+                            int64_t count) {
     Text lead = {0}, worked = {0};
-    Rendered rendered = {0};
-    ChatOptions chat = {
-        .format = o->format, .add_generation_prompt = true, .enable_thinking = o->think};
     Status status = OK;
     if (o->system) text_adds(&lead, o->system);
     if (task->description && *task->description) {
@@ -96,36 +118,55 @@ static Status render_chat(Text *out, const Task *task, const PromptOptions *o, c
     if (lead.size) add_message(messages, "system", &lead);
     if (task->messages) {
         json_array_extend(messages, json_object_get(doc, "messages"));
-        TRY_DONE(chat_render(&rendered, messages, json_object_get(doc, "tools"), &chat));
-        text_add(out, rendered.text.bytes, rendered.text.size);
         goto done;
     }
     for (int64_t i = 0; i < count; i++) {
         const json_t *example = json_array_get(suite->examples, (size_t)picked[i]);
-        TRY_DONE(add_rendered(messages, "user", task, task->question, example));
+        TRY_DONE(add_question(messages, task, example));
         worked.size = 0;
         TRY_DONE(render_worked(&worked, task, example));
         add_message(messages, "assistant", &worked);
     }
-    TRY_DONE(add_rendered(messages, "user", task, task->question, doc));
-    TRY_DONE(chat_render(&rendered, messages, NULL, &chat));
-    text_add(out, rendered.text.bytes, rendered.text.size);
-    if (task->opening) TRY_DONE(template_render(out, task->opening, task, doc, NULL));
+    TRY_DONE(add_question(messages, task, doc));
 done:
-    rendered_free(&rendered);
-    json_decref(messages);
     text_free(&lead);
     text_free(&worked);
     return status;
 }
 
-Status prompt_render(Text *out, const Task *task, const PromptOptions *o, const Suite *suite,
-                     const json_t *doc, const int64_t *picked, int64_t count) {
+ChatOptions prompt_chat_options(const PromptOptions *o) {
+    return (ChatOptions){
+        .format = o->format, .add_generation_prompt = true, .enable_thinking = o->think};
+}
+
+static Status render_chat(Text *out, json_t **kept, const Task *task, const PromptOptions *o,
+                          const Suite *suite, const json_t *doc, const int64_t *picked,
+                          int64_t count) {
+    json_t *messages = json_array(), *tools = task->messages ? json_object_get(doc, "tools") : NULL;
+    Rendered rendered = {0};
+    ChatOptions chat = prompt_chat_options(o);
+    Status status = OK;
+    TRY_DONE(make_messages(messages, task, o, suite, doc, picked, count));
+    TRY_DONE(chat_render(&rendered, messages, tools, &chat));
+    text_add(out, rendered.text.bytes, rendered.text.size);
+    if (task->opening && !task->messages)
+        TRY_DONE(template_render(out, task->opening, task, doc, NULL));
+    if (kept && messages_media_count(messages)) *kept = json_incref(messages);
+done:
+    rendered_free(&rendered);
+    json_decref(messages);
+    return status;
+}
+
+Status prompt_render(Text *out, json_t **messages, const Task *task, const PromptOptions *o,
+                     const Suite *suite, const json_t *doc, const int64_t *picked, int64_t count) {
     text_add(out, "", 0);
+    if (messages) *messages = NULL;
     if (!task->question && !task->messages)
         FAIL(ERR_CONFIG, "task '%s' has no 'question'", task->name);
-    return (prompt_is_chat(task, o) ? render_chat : render_plain)(out, task, o, suite, doc, picked,
-                                                                  count);
+    if (prompt_is_chat(task, o))
+        return render_chat(out, messages, task, o, suite, doc, picked, count);
+    return render_plain(out, task, o, suite, doc, picked, count);
 }
 
 int64_t prompt_choice_count(const json_t *doc) {

@@ -34,9 +34,13 @@ void shots_next(Shots *s, int64_t *picked);
 bool prompt_is_chat(const Task *task, const PromptOptions *o);
 
 /* The context of a document: description, examples, question; in chat form rendered, <bos> and all.
- */
-Status prompt_render(Text *out, const Task *task, const PromptOptions *o, const Suite *suite,
-                     const json_t *doc, const int64_t *picked, int64_t count);
+ * *messages, given where media are wanted: of a chat that has some, what was rendered (the caller
+ * decrefs); else NULL. */
+Status prompt_render(Text *out, json_t **messages, const Task *task, const PromptOptions *o,
+                     const Suite *suite, const json_t *doc, const int64_t *picked, int64_t count);
+
+/* How the chat is rendered. */
+ChatOptions prompt_chat_options(const PromptOptions *o);
 
 /* Choice i of a document as it continues the prompt. */
 Status prompt_choice(Text *out, const Task *task, const PromptOptions *o, const json_t *doc,

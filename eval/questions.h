@@ -3,6 +3,7 @@
 #define QUESTIONS_H
 
 #include "eval/run.h"
+#include "infer/dialog.h"
 
 #define THOUGHT_BEGIN "<|channel>"
 #define THOUGHT_END   "<channel|>"
@@ -13,6 +14,7 @@ typedef struct Item {
     int64_t doc;       /* its place in the suite */
     const json_t *row; /* the document */
     Text prompt;
+    json_t *messages; /* of a chat with media, which the prompt's text only mentions; else NULL */
     char prompt_hash[65];
     json_t *answers; /* (jobs) what came back of each job; null: nothing yet */
     int64_t jobs;    /* answers, choices or windows that are wanted */

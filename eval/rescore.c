@@ -138,6 +138,10 @@ static void add_verdict(TaskResult *r, const Task *t, const char *filter, int64_
             else
                 result_value(r, metric, filter, FIGURE_MEAN, doc, json_is_true(value), 1);
         }
+    } else if (rule_is_rate(t)) {
+        result_value(r, rule_metric(t), filter, FIGURE_RATE, doc,
+                     json_number_value(json_object_get(v->more, "errors")),
+                     json_number_value(json_object_get(v->more, "words")));
     } else if (json_is_number(v->score)) {
         result_value(r, rule_metric(t), filter, FIGURE_MEAN, doc, json_number_value(v->score), 1);
     }

@@ -67,7 +67,9 @@ static double weighted_rate(const Figure *f, const int64_t *picked) {
         sum += f->values[k];
         weight += f->weights[k];
     }
-    return f->kind == FIGURE_BITS ? -sum / weight / log(2) : exp(-sum / weight);
+    return f->kind == FIGURE_RATE   ? sum / weight
+           : f->kind == FIGURE_BITS ? -sum / weight / log(2)
+                                    : exp(-sum / weight);
 }
 
 static double rate_error(const Figure *f, int64_t iterations) {

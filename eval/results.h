@@ -11,6 +11,7 @@ typedef enum FigureKind {
     FIGURE_MEAN,       /* of one value a document, with its standard error */
     FIGURE_FLAT,       /* of several values a document, without an error */
     FIGURE_PERPLEXITY, /* exp(-sum of values / sum of weights), error by bootstrap */
+    FIGURE_RATE,       /* sum of values / sum of weights, less being better, error by bootstrap */
     FIGURE_BITS,       /* -sum of values / sum of weights / ln 2 */
 } FigureKind;
 
@@ -43,7 +44,7 @@ typedef struct Results {
 TaskResult *results_add(Results *r, const char *name);
 void results_free(Results *r);
 
-/* Adds a value; `weight` of perplexities only. */
+/* Adds a value; `weight` of rates and perplexities only. */
 void result_value(TaskResult *t, const char *metric, const char *filter, FigureKind kind,
                   int64_t doc, double value, double weight);
 

@@ -7,6 +7,7 @@
 #include "eval/template.h"
 #include "infer/answer.h"
 
+#include <ctype.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -37,12 +38,99 @@ static Status target_of(Text *target, const Task *t, const json_t *doc) {
 static Status score_exact(Verdict *v, const Task *t, const FilterChain *chain, const json_t *doc,
                           const json_t *response) {
     Text target = {0}, answer = filter_chain_apply(chain, doc, response);
-    Status status = target_of(&target, t, doc);
+    const json_t *list = t->answer ? NULL : document_field(t, doc, "answer", 6), *one;
+    bool right = false;
+    size_t i;
+    Status status = json_is_array(list) ? OK : target_of(&target, t, doc);
+    json_array_foreach(list, i, one) right |=
+        exact_match(&t->exact, slice_text(&answer), json_slice(one)); /* any of them is right */
     if (status == OK) {
+        if (!json_is_array(list))
+            right = exact_match(&t->exact, slice_text(&answer), slice_text(&target));
         v->parsed = !slice_is(slice_text(&answer), "[invalid]");
         v->extracted = string_of(slice_text(&answer));
-        v->score = json_real(exact_match(&t->exact, slice_text(&answer), slice_text(&target)));
+        v->score = json_real(right);
     }
+    text_free(&target);
+    text_free(&answer);
+    return status;
+}
+
+/* ---- word errors ---- */
+
+typedef struct Words {
+    Text text; /* lower case, without ASCII punctuation but for apostrophes, words by one space */
+    Slice *items;
+    int64_t count;
+} Words;
+
+static Words words_of(Slice s) {
+    Words w = {0};
+    Text lower = {0};
+    text_add_lower(&lower, s);
+    for (size_t i = 0; i < lower.size; i++) {
+        unsigned char c = (unsigned char)lower.bytes[i];
+        if (i + 2 < lower.size && !memcmp(lower.bytes + i, "\xe2\x80\x99", 3)) {
+            text_adds(&w.text, "'"); /* the typographic apostrophe */
+            i += 2;
+        } else if (c == '\'' || !ispunct(c)) {
+            text_add(&w.text, isspace(c) ? " " : lower.bytes + i, 1);
+        }
+    }
+    text_free(&lower);
+    w.items = must_malloc((w.text.size / 2 + 1) * sizeof *w.items);
+    for (size_t at = 0; at < w.text.size;) {
+        size_t end = at;
+        while (end < w.text.size && w.text.bytes[end] != ' ') end++;
+        if (end > at) w.items[w.count++] = (Slice){w.text.bytes + at, end - at};
+        at = end + 1;
+    }
+    return w;
+}
+
+static void words_free(Words *w) {
+    text_free(&w->text);
+    free(w->items);
+}
+
+/* Least insertions, deletions and replacements that make b of a (Levenshtein 1966). */
+static int64_t word_distance(const Words *a, const Words *b) {
+    int64_t *row = must_malloc((size_t)(b->count + 1) * sizeof *row);
+    for (int64_t k = 0; k <= b->count; k++) row[k] = k;
+    for (int64_t i = 0; i < a->count; i++) {
+        int64_t corner = row[0];
+        row[0] = i + 1;
+        for (int64_t k = 0; k < b->count; k++) {
+            Slice x = a->items[i], y = b->items[k];
+            int64_t best = corner + !(x.size == y.size && !memcmp(x.bytes, y.bytes, x.size));
+            corner = row[k + 1];
+            if (row[k] + 1 < best) best = row[k] + 1;
+            if (corner + 1 < best) best = corner + 1;
+            row[k + 1] = best;
+        }
+    }
+    int64_t distance = row[b->count];
+    free(row);
+    return distance;
+}
+
+static Status score_words(Verdict *v, const Task *t, const FilterChain *chain, const json_t *doc,
+                          const json_t *response) {
+    Text target = {0}, answer = filter_chain_apply(chain, doc, response);
+    Status status = target_of(&target, t, doc);
+    Words said = words_of(slice_text(&answer)), meant = words_of(slice_text(&target));
+    if (status == OK && !meant.count)
+        status = status_fail(ERR_FORMAT, "the transcript has no words to compare with");
+    if (status == OK) {
+        int64_t errors = word_distance(&said, &meant);
+        v->parsed = said.count > 0;
+        v->extracted = string_of(slice_text(&said.text));
+        v->score = json_real((double)errors / (double)meant.count);
+        set_more(v, "errors", json_integer(errors));
+        set_more(v, "words", json_integer(meant.count));
+    }
+    words_free(&said);
+    words_free(&meant);
     text_free(&target);
     text_free(&answer);
     return status;
@@ -227,6 +315,8 @@ Status rule_score(Verdict *v, const Task *t, const FilterChain *chain, const jso
     case SCORER_BFCL:
         score_calls(v, doc, response);
         return OK;
+    case SCORER_WER:
+        return score_words(v, t, chain, doc, response);
     case SCORER_CLEANUP:
         return score_cleanup(v, doc, response);
     default:
@@ -241,6 +331,10 @@ void verdict_free(Verdict *v) {
     *v = (Verdict){0};
 }
 
+bool rule_is_rate(const Task *task) {
+    return task->scorer == SCORER_WER;
+}
+
 const char *rule_metric(const Task *task) {
     switch (task->scorer) {
     case SCORER_NONE:
@@ -248,6 +342,8 @@ const char *rule_metric(const Task *task) {
         return "acc";
     case SCORER_PYTHON:
         return "pass@1";
+    case SCORER_WER:
+        return "wer";
     default:
         return "exact_match";
     }

@@ -19,6 +19,10 @@ Status rule_score(Verdict *v, const Task *task, const FilterChain *chain, const 
                   const json_t *response);
 void verdict_free(Verdict *v);
 
+/* Whether it is errors over words of all documents together ("errors" and "words" of `more`), less
+ * being better. */
+bool rule_is_rate(const Task *task);
+
 /* The figure of a task's verdicts that `score` is: exact_match, acc, ... */
 const char *rule_metric(const Task *task);
 

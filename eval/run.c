@@ -32,20 +32,21 @@ EvalOptions eval_options_default(void) {
                          .stopping = file_stopping};
 }
 
-bool eval_needs_chat(const EvalOptions *o) {
-    bool chat = o->prompt.chat;
-    for (const char *at = o->tasks; *at && !chat;) {
+EvalNeeds eval_needs(const EvalOptions *o) {
+    EvalNeeds needs = {.chat = o->prompt.chat};
+    for (const char *at = o->tasks; *at;) {
         size_t n = strcspn(at, ",");
         char *name = must_format("%.*s", (int)n, at);
         Task task;
         if (task_find(&task, name) == OK) {
-            chat = task.chat;
+            needs.chat |= task.chat;
+            needs.media |= task.media_count || (task.messages && !strcmp(task.reads, "rows"));
             task_free(&task);
         }
         free(name);
         at += n + (at[n] == ',');
     }
-    return chat;
+    return needs;
 }
 
 static double now(void) {
@@ -106,8 +107,9 @@ static Status add_item(Run *r, int suite, int64_t doc, Shots *shots) {
     r->item_count++;
     item->answers = json_array();
     TRY(score_check(s->task, item->row));
-    TRY(prompt_render(&item->prompt, s->task, &r->o->prompt, s->suite, item->row, picked,
-                      shots->count));
+    TRY(prompt_render(&item->prompt, &item->messages, s->task, &r->o->prompt, s->suite, item->row,
+                      picked, shots->count));
+    if (item->messages) TRY(model_check_media(r->m->g));
     sha256_text(item->prompt_hash, item->prompt.bytes, item->prompt.size);
     return OK;
 }
@@ -205,6 +207,7 @@ typedef struct Job {
     Item *item;
     int64_t number; /* of its item; 0 for all choices together */
     Sequence *sequence;
+    DialogPrompt prompt; /* with media; else empty */
 } Job;
 
 static void set_sampling(const Run *r, const Item *item, int64_t sample, Sampling *s) {
@@ -231,6 +234,31 @@ static int64_t overlong(Run *r, const Tokens *ids, int64_t most) {
     if (ids->count <= most) return 0;
     r->cut++;
     return ids->count - most;
+}
+
+/* How the media of a suite's documents are read. */
+static MediumOptions reading_of(const Run *r, const Item *item) {
+    MediumOptions reading = r->o->reading;
+    reading.config = &r->m->g->config;
+    reading.folder = r->suites[item->suite].suite->folder;
+    return reading;
+}
+
+/* The prompt of an answer: ids, and what its media are as soft tokens. */
+static Status make_prompt(Run *r, Job *job, Tokens *ids) {
+    const Item *item = job->item;
+    MediumOptions reading = reading_of(r, item);
+    ChatOptions chat = prompt_chat_options(&r->o->prompt);
+    const json_t *tools = item_task(r, item)->messages ? json_object_get(item->row, "tools") : NULL;
+    if (!item->messages) {
+        encode(r, ids, slice_text(&item->prompt), (Slice){"", 0});
+        return OK;
+    }
+    DialogPrompt *p = &job->prompt;
+    TRY(dialog_prompt(p, r->m->g, r->m->tokenizer, item->messages, tools, &chat, &reading));
+    TRY(dialog_soften(&p->soft, r->m->g, &p->media, &p->ids));
+    for (int64_t i = 0; i < p->ids.count; i++) tokens_add(ids, p->ids.ids[i]);
+    return OK;
 }
 
 static Status submit(Run *r, Engine *e, Job *job) {
@@ -273,7 +301,13 @@ static Status submit(Run *r, Engine *e, Job *job) {
         request.count = w.context + w.count;
         request.score_from = w.context;
     } else {
-        encode(r, &ids, slice_text(&item->prompt), (Slice){"", 0});
+        status = make_prompt(r, job, &ids);
+        if (status != OK) {
+            status = status_prefix(status, "task '%s', document %" PRId64, t->name, item->doc);
+            goto done;
+        }
+        request.media = job->prompt.soft.items;
+        request.media_count = job->prompt.soft.count;
         set_sampling(r, item, job->number, &request.sampling);
         int64_t room = most - request.sampling.max_tokens;
         if (room < 1)
@@ -281,6 +315,11 @@ static Status submit(Run *r, Engine *e, Job *job) {
                       "task '%s' answers with up to %" PRId64 " tokens, the model takes %" PRId64
                       " (max_position_embeddings): --max-tokens says how many",
                       t->name, request.sampling.max_tokens, most);
+        if (item->messages && ids.count > room)
+            FAIL_DONE(ERR_CONFIG,
+                      "task '%s', document %" PRId64 ": with its media the prompt has %" PRId64
+                      " tokens, the model takes %" PRId64,
+                      t->name, item->doc, ids.count, room);
         cut = overlong(r, &ids, room);
         request.ids = ids.ids + cut;
         request.count = ids.count - cut;
@@ -470,7 +509,9 @@ static Status longest_of(Run *r, int64_t *longest) {
         const Task *t = item_task(r, &r->items[i]);
         int64_t answer = t->output == OUTPUT_TEXT ? run_max_tokens(r, t) : 128;
         encode(r, &ids, slice_text(&r->items[i].prompt), (Slice){"", 0});
-        int64_t n = ids.count + answer < most ? ids.count + answer : most;
+        MediumOptions reading = reading_of(r, &r->items[i]);
+        int64_t n = ids.count + answer + messages_media_tokens(r->items[i].messages, &reading);
+        if (n > most) n = most;
         if (n > *longest) *longest = n;
     }
     tokens_free(&ids);
@@ -496,9 +537,8 @@ static Status ask_all(Run *r) {
             } else if (have(item, number)) {
                 number++;
             } else {
-                jobs[open] = (Job){item, number++, NULL};
-                TRY_DONE(submit(r, &e, &jobs[open]));
-                open++;
+                jobs[open] = (Job){.item = item, .number = number++};
+                TRY_DONE(submit(r, &e, &jobs[open++]));
             }
         }
         if (!open) break;
@@ -510,6 +550,7 @@ static Status ask_all(Run *r) {
             status = log_answer(r, jobs[i].item, jobs[i].number, value);
             json_decref(value);
             engine_drop(&e, jobs[i].sequence);
+            dialog_prompt_free(&jobs[i].prompt);
             jobs[i--] = jobs[--open];
             r->answered++;
         }
@@ -519,6 +560,7 @@ static Status ask_all(Run *r) {
 done:
     r->counts = e.counts;
     engine_free(&e);
+    for (int64_t i = 0; i < open; i++) dialog_prompt_free(&jobs[i].prompt);
     free(jobs);
     return status;
 }
@@ -551,6 +593,15 @@ static Status check_options(const Run *r) {
                  "answer's place",
                  r->tasks[i].name);
     for (int i = 0; i < r->task_count; i++) {
+        const Task *t = &r->tasks[i];
+        if (t->media_count && (t->output != OUTPUT_TEXT || !prompt_is_chat(t, &o->prompt)))
+            FAIL(ERR_CONFIG, "task '%s' has media: expected output text and form chat", t->name);
+        if (t->media_count && t->opening)
+            FAIL(ERR_CONFIG, "task '%s' has media, which go with no opening", t->name);
+        if (rule_is_rate(t) && run_samples(r, t) != 1)
+            FAIL(ERR_USAGE, "task '%s' counts errors: one answer to each question", t->name);
+    }
+    for (int i = 0; i < r->task_count; i++) {
         if (r->tasks[i].scorer != SCORER_PYTHON) continue;
         if (!o->run_code)
             FAIL(ERR_USAGE,
@@ -569,6 +620,7 @@ static Status check_options(const Run *r) {
 static void run_free(Run *r) {
     for (int64_t i = 0; i < r->item_count; i++) {
         text_free(&r->items[i].prompt);
+        json_decref(r->items[i].messages);
         json_decref(r->items[i].answers);
     }
     for (int i = 0; i < r->task_count; i++) {

@@ -5,6 +5,7 @@
 #ifndef RUN_EVAL_H
 #define RUN_EVAL_H
 
+#include "data/medium.h"
 #include "eval/prompt.h"
 #include "eval/results.h"
 #include "infer/engine.h"
@@ -20,6 +21,7 @@ typedef struct EvalOptions {
     double temperature, top_p, min_p;
     int64_t top_k;          /* NAN and -1: the task's own, or the model's */
     uint64_t seed;          /* of sampling */
+    MediumOptions reading;  /* budgets of media; the rest is set here */
     int64_t batch;          /* sequences at once */
     const char *kv;         /* how keys and values are kept */
     int64_t bootstrap;      /* iterations */
@@ -37,9 +39,13 @@ typedef struct Examinee {
     const Tokenizer *tokenizer;
 } Examinee;
 
-/* Whether any of the tasks is asked in chat form: then prompt.format must be known. Tasks that
- * cannot be found are eval_run's to report. */
-bool eval_needs_chat(const EvalOptions *o);
+/* What the tasks take: the chat format, where any is asked in chat form (then prompt.format must be
+ * known); towers, where any has media or may have. Tasks that cannot be found are eval_run's to
+ * report. */
+typedef struct EvalNeeds {
+    bool chat, media;
+} EvalNeeds;
+EvalNeeds eval_needs(const EvalOptions *o);
 
 /* Runs the tasks on an open model. ERR_STOPPED where o->stopping says so. */
 Status eval_run(Results *r, const Examinee *m, const EvalOptions *o);

@@ -210,6 +210,13 @@ static Status score_answers(const Run *r, const Item *item, const FilterChain *c
     const json_t *verified = json_object_get(a.verdicts[0].more, "math_verify");
     if (json_is_object(a.verdicts[0].score)) {
         add_figures(item, chain, a.verdicts[0].score, t, sample, names);
+    } else if (rule_is_rate(task)) {
+        const json_t *more = a.verdicts[0].more;
+        result_value(t, rule_metric(task), chain->name, FIGURE_RATE, item->doc,
+                     json_number_value(json_object_get(more, "errors")),
+                     json_number_value(json_object_get(more, "words")));
+        json_object_set_new(sample, rule_metric(task), json_real(a.scores[0]));
+        json_array_append_new(names, json_string(rule_metric(task)));
     } else if (a.count == 1) {
         add_named(item, chain, t, sample, names, rule_metric(task), a.scores[0]);
     } else {

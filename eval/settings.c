@@ -69,6 +69,10 @@ json_t *settings_of(const Run *r) {
                         json_pack("{s:f, s:I, s:f}", "temperature", r->sampling.temperature,
                                   "top_k", (json_int_t)r->sampling.top_k, "top_p",
                                   r->sampling.top_p));
+    json_object_set_new(out, "media_tokens",
+                        json_pack("[I, I, I]", (json_int_t)o->reading.image_tokens,
+                                  (json_int_t)o->reading.video_tokens,
+                                  (json_int_t)o->reading.video_frames));
     json_object_set_new(out, "random_seed", json_integer((json_int_t)o->seed));
     json_object_set_new(out, "tasks", tasks);
     json_object_set_new(out, "data", files);

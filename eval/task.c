@@ -18,11 +18,11 @@ static const char *const known_keys[] = {
     "fields",      "by",      "output",  "form",        "description", "question",
     "answer",      "worked",  "opening", "tests",       "program",     "choices",
     "delimiter",   "shots",   "pick",    "until",       "max_tokens",  "samples",
-    "temperature", "filters", "scorer",  "exact_match", "metrics"};
+    "temperature", "filters", "scorer",  "exact_match", "metrics",     "media"};
 
-static const char *const scorers[] = {"none",   "exact_match", "hendrycks_math", "minerva_math",
-                                      "aime",   "matharena",   "three_step",     "letter",
-                                      "ifeval", "python",      "bfcl",           "cleanup"};
+static const char *const scorers[] = {
+    "none",   "exact_match", "hendrycks_math", "minerva_math", "aime",    "matharena", "three_step",
+    "letter", "ifeval",      "python",         "bfcl",         "cleanup", "wer"};
 
 /* A definition and those it is like. */
 typedef struct Definition {
@@ -100,6 +100,22 @@ static Status read_fields(Task *t, Node *map) {
     return OK;
 }
 
+static Status read_media(Task *t, Node *map) {
+    static const char *const types[] = {"image", "audio", "video"};
+    for (int i = 0; map && map->kind == NODE_MAP && i < map->count; i++) {
+        const char *type = NULL, *field;
+        for (int k = 0; k < MEDIA_KINDS; k++)
+            if (!strcmp(map->keys[i], types[k])) type = types[k];
+        if (!type)
+            FAIL(ERR_CONFIG, "%s:%d: media '%s', expected image, audio or video", map->file,
+                 map->items[i]->line, map->keys[i]);
+        TRY(node_to_text(map->items[i], type, &field));
+        t->media_types[t->media_count] = must_strdup(type);
+        t->media_fields[t->media_count++] = must_strdup(field);
+    }
+    return OK;
+}
+
 static Status read_chains(Task *t, Node *map) {
     for (int i = 0; map && map->kind == NODE_MAP && i < map->count; i++) {
         if (t->chain_count == CHAINS_MAX)
@@ -144,6 +160,7 @@ static Status read_task(Task *t, const Definition *d) {
     TRY(read_texts(&t->until, find(d, "until"), "until"));
     TRY(read_texts(&t->metrics, find(d, "metrics"), "metrics"));
     TRY(read_fields(t, find(d, "fields")));
+    TRY(read_media(t, find(d, "media")));
     TRY(read_chains(t, find(d, "filters")));
     TRY(exact_match_read(&t->exact, find(d, "exact_match")));
     t->has_until = find(d, "until") != NULL;
@@ -300,6 +317,10 @@ void task_free(Task *t) {
     for (int i = 0; i < t->field_count; i++) {
         free(t->fields[i].name);
         texts_free(&t->fields[i].names);
+    }
+    for (int i = 0; i < t->media_count; i++) {
+        free(t->media_types[i]);
+        free(t->media_fields[i]);
     }
     for (int i = 0; i < t->chain_count; i++) filter_chain_free(&t->chains[i]);
     exact_match_free(&t->exact);

@@ -27,12 +27,15 @@ typedef enum Scorer {
     SCORER_PYTHON,
     SCORER_BFCL,
     SCORER_CLEANUP,
+    SCORER_WER,
 } Scorer;
 
 typedef struct Texts {
     char **items;
     int count;
 } Texts;
+
+#define MEDIA_KINDS 3
 
 /* A document's field goes by one of several names. */
 typedef struct FieldNames {
@@ -52,6 +55,10 @@ typedef struct Task {
     TaskOutput output;
     bool chat;     /* the question is a user's message */
     bool messages; /* the document brings its own: "messages", and "tools" */
+    /* fields that name pictures, recordings or videos, which come before the question: a name or a
+     * list of them. `media_types` are types of message parts. */
+    char *media_fields[MEDIA_KINDS], *media_types[MEDIA_KINDS];
+    int media_count;
     /* templates (prompt.h); NULL: none */
     char *description, *question, *answer, *worked, *opening, *tests, *program;
     char *choices;   /* letters, bracketed or texts */

@@ -12,7 +12,7 @@
 Status chat_open(Chat *c, Model *m, const ChatSettings *settings) {
     EngineOptions options = {.sequences = 1, .chunk = CHUNK, .share = true};
     Status status = OK;
-    *c = (Chat){.m = m, .settings = *settings, .messages = json_array()};
+    *c = (Chat){.m = m, .settings = *settings, .messages = json_array(), .attached = json_array()};
     int64_t most = m->g.config.max_position_embeddings;
     if (c->settings.context > most) c->settings.context = most;
     options.tokens = c->settings.context + PAGE_KEYS;
@@ -36,6 +36,7 @@ void chat_close(Chat *c) {
     drafter_close(&c->drafter);
     tools_free(&c->tools);
     json_decref(c->messages);
+    json_decref(c->attached);
     *c = (Chat){0};
 }
 
@@ -52,6 +53,7 @@ void chat_set_system(Chat *c, const char *text) {
 }
 
 void chat_clear(Chat *c) {
+    json_array_clear(c->attached);
     while (json_array_size(c->messages) > (size_t)has_system(c))
         json_array_remove(c->messages, json_array_size(c->messages) - 1);
 }
@@ -80,7 +82,8 @@ static Status answer(Chat *c, const ChatView *view, json_t **out, bool *stopped)
     Grammar *calls = NULL;
     Hearing hearing = {.view = view};
     Status status = OK;
-    TRY(dialog_prompt(&prompt, c->m, c->messages, c->tools.list, &options, &(MediumOptions){0}));
+    TRY(dialog_prompt(&prompt, &c->m->g, c->m->tokenizer, c->messages, c->tools.list, &options,
+                      &c->settings.reading));
     TRY_DONE(dialog_soften(&prompt.soft, &c->m->g, &prompt.media, &prompt.ids));
     Slice tail = {prompt.text.bytes, prompt.text.size};
     pieces_init(&hearing.pieces, tail, c->tools.list, view->piece, view->context);
@@ -117,8 +120,56 @@ done:
     return status;
 }
 
-/* Runs the calls of a message and puts what they say beside them. */
-static void run_calls(Chat *c, const ChatView *view, json_t *message) {
+/* Whether the media of a message can be read. */
+static Status check_media(const Chat *c, const json_t *content) {
+    json_t *messages = json_pack("[{s:s, s:O}]", "role", "user", "content", content);
+    MediumOptions reading = c->settings.reading;
+    MediumList list = {0};
+    reading.config = &c->m->g.config;
+    Status status = messages_media_count(messages) ? model_check_media(&c->m->g) : OK;
+    if (status == OK) status = media_collect(&list, messages, &reading);
+    media_list_free(&list);
+    json_decref(messages);
+    return status;
+}
+
+Status chat_attach(Chat *c, json_t *part) {
+    json_t *content = json_pack("[O]", part);
+    Status status = check_media(c, content);
+    if (status == OK) json_array_append(c->attached, part);
+    json_decref(content);
+    return status;
+}
+
+/* What a call answered, where it shows media that cannot be read: the model is told. */
+static json_t *checked_response(const Chat *c, json_t *response) {
+    if (!json_is_array(response) || check_media(c, response) == OK) return response;
+    json_decref(response);
+    return json_pack("{s:s}", "error", status_message());
+}
+
+/* Responses as messages of their own, the only form that takes media: objects as their text. */
+static void add_tool_messages(Chat *c, json_t *message, const json_t *responses) {
+    size_t i;
+    json_t *one;
+    json_array_foreach(responses, i, one) {
+        json_t *response = json_object_get(one, "response"),
+               *call = json_array_get(json_object_get(message, "tool_calls"), i);
+        char *id = must_format("call_%zu_%zu", json_array_size(c->messages), i);
+        Text text = {0};
+        json_object_set_new(call, "id", json_string(id));
+        if (json_is_object(response)) text_add_json(&text, response);
+        json_array_append_new(
+            c->messages, json_pack("{s:s, s:s, s:O, s:o}", "role", "tool", "tool_call_id", id,
+                                   "name", json_object_get(one, "name"), "content",
+                                   text.size ? json_string(text.bytes) : json_incref(response)));
+        text_free(&text);
+        free(id);
+    }
+}
+
+/* Runs the calls of a message; what they say. Caller decrefs. */
+static json_t *run_calls(Chat *c, const ChatView *view, const json_t *message) {
     json_t *responses = json_array(), *call;
     size_t i;
     json_array_foreach(json_object_get(message, "tool_calls"), i, call) {
@@ -132,18 +183,27 @@ static void run_calls(Chat *c, const ChatView *view, json_t *message) {
         else if (!view->allow(view->context, name, arguments, command))
             response = json_pack("{s:s}", "error", "the user did not allow this call");
         else
-            response = tools_run(&c->tools, name, arguments, c->settings.seconds);
+            response =
+                checked_response(c, tools_run(&c->tools, name, arguments, c->settings.seconds));
         view->response(view->context, name, response);
         json_array_append_new(responses,
                               json_pack("{s:s, s:o}", "name", name, "response", response));
         free(command);
     }
-    json_object_set_new(message, "tool_responses", responses);
+    return responses;
+}
+
+static bool shows_media(const json_t *responses) {
+    size_t i;
+    json_t *one;
+    bool any = false;
+    json_array_foreach(responses, i, one) any |= json_is_array(json_object_get(one, "response"));
+    return any;
 }
 
 /* What is said before a call stands in a message of its own, or the template would move it behind
  * the call's response. Thoughts stay while the turn goes on. */
-static void keep_message(Chat *c, json_t *message) {
+static void keep_message(Chat *c, json_t *message, const json_t *responses) {
     json_t *thinking = json_object_get(message, "thinking"),
            *calls = json_object_get(message, "tool_calls"),
            *content = json_object_get(message, "content");
@@ -163,6 +223,10 @@ static void keep_message(Chat *c, json_t *message) {
     }
     if (!calls && !content) json_object_set_new(message, "content", json_string(""));
     json_array_append(c->messages, message);
+    if (shows_media(responses))
+        add_tool_messages(c, message, responses);
+    else if (responses)
+        json_object_set(message, "tool_responses", (json_t *)responses);
 }
 
 /* Thoughts are not kept in history. */
@@ -177,7 +241,13 @@ Status chat_say(Chat *c, const char *text, const ChatView *view) {
     Status status = OK;
     c->answered = 0;
     if (!utf8_valid(text, strlen(text))) FAIL(ERR_FORMAT, "what you said is not UTF-8");
-    json_array_append_new(c->messages, json_pack("{s:s, s:s}", "role", "user", "content", text));
+    json_t *content = json_string(text);
+    if (json_array_size(c->attached)) {
+        json_t *part = json_pack("{s:s, s:o}", "type", "text", "text", content);
+        content = json_copy(c->attached);
+        json_array_append_new(content, part);
+    }
+    json_array_append_new(c->messages, json_pack("{s:s, s:o}", "role", "user", "content", content));
     for (int round = 0; status == OK; round++) {
         json_t *message = NULL;
         bool stopped = false;
@@ -188,13 +258,15 @@ Status chat_say(Chat *c, const char *text, const ChatView *view) {
             json_object_del(message, "tool_calls");
             calls = false;
         }
-        if (calls) run_calls(c, view, message);
-        keep_message(c, message);
+        json_t *responses = calls ? run_calls(c, view, message) : NULL;
+        keep_message(c, message, responses);
+        json_decref(responses);
         json_decref(message);
         if (!calls) break;
     }
     while (status != OK && json_array_size(c->messages) > before)
         json_array_remove(c->messages, json_array_size(c->messages) - 1);
+    if (status == OK) json_array_clear(c->attached);
     drop_thoughts(c);
     return status;
 }

@@ -25,8 +25,9 @@ typedef struct ChatSettings {
     const char *tools;  /* a tools file; NULL: none */
     int64_t context;    /* tokens of the conversation */
     const char *kv;
-    const char *draft;   /* an assistant's folder; NULL: none */
-    int rounds, seconds; /* calls in a turn, and time for each */
+    const char *draft;     /* an assistant's folder; NULL: none */
+    int rounds, seconds;   /* calls in a turn, and time for each */
+    MediumOptions reading; /* budgets of media */
 } ChatSettings;
 
 struct Chat {
@@ -37,15 +38,20 @@ struct Chat {
     Drafter drafter;
     Tools tools;
     json_t *messages;
+    json_t *attached; /* parts that go before what is said next */
     int64_t answered; /* tokens of the last turn */
 };
 
 Status chat_open(Chat *c, Model *m, const ChatSettings *settings);
 void chat_close(Chat *c);
 
-/* One turn: what the user says, the model's answer, its calls and what follows them. On an error
- * the conversation is as it was before. */
+/* One turn: what the user says after what is attached, the model's answer, its calls and what
+ * follows them. On an error the conversation is as it was before. */
 Status chat_say(Chat *c, const char *text, const ChatView *view);
+
+/* A picture, recording or video (`part` as in messages) for the next turn; ERR_FORMAT where it
+ * cannot be read. */
+Status chat_attach(Chat *c, json_t *part);
 
 /* Forgets everything but the system text. */
 void chat_clear(Chat *c);

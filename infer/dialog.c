@@ -8,12 +8,12 @@
 
 /* ---- prompts ---- */
 
-Status dialog_read_media(MediumList *list, Rendered *rendered, const Model *m,
+Status dialog_read_media(MediumList *list, Rendered *rendered, const Gemma *g,
                          const json_t *messages, const MediumOptions *reading) {
     MediumOptions options = *reading;
     if (!messages_media_count(messages)) return OK;
-    TRY(model_check_media(m));
-    options.config = &m->g.config;
+    TRY(model_check_media(g));
+    options.config = &g->config;
     TRY(media_collect(list, messages, &options));
     return media_expand(rendered, list);
 }
@@ -27,18 +27,19 @@ Status dialog_soften(SoftMedia *soft, Gemma *g, const MediumList *media, const T
     return soft_media_make(soft, g, items, count);
 }
 
-Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, const json_t *tools,
-                     const ChatOptions *options, const MediumOptions *reading) {
+Status dialog_prompt(DialogPrompt *p, const Gemma *g, const Tokenizer *tokenizer,
+                     const json_t *messages, const json_t *tools, const ChatOptions *options,
+                     const MediumOptions *reading) {
     DataConfig config = data_config_default();
     Rendered rendered = {0};
     uint8_t *mask = NULL;
     *p = (DialogPrompt){0};
     json_t *repaired = messages_repaired(&config, messages);
     Status status = chat_render(&rendered, repaired, tools, options);
-    if (status == OK) status = dialog_read_media(&p->media, &rendered, m, repaired, reading);
+    if (status == OK) status = dialog_read_media(&p->media, &rendered, g, repaired, reading);
     json_decref(repaired);
     if (status == OK) {
-        chat_encode(m->tokenizer, &rendered, false, &p->ids, &mask);
+        chat_encode(tokenizer, &rendered, false, &p->ids, &mask);
         text_add(&p->text, rendered.text.bytes, rendered.text.size);
     }
     if (status != OK) dialog_prompt_free(p);

@@ -17,12 +17,13 @@ typedef struct DialogPrompt {
 /* Renders messages (a list) with tools (a list, or NULL) and encodes them. Calls whose arguments
  * are a string are read first, as OpenAI's clients send them; media are read as `reading` says (its
  * config is set here). ERR_FORMAT for what the template refuses. */
-Status dialog_prompt(DialogPrompt *p, const Model *m, const json_t *messages, const json_t *tools,
-                     const ChatOptions *options, const MediumOptions *reading);
+Status dialog_prompt(DialogPrompt *p, const Gemma *g, const Tokenizer *tokenizer,
+                     const json_t *messages, const json_t *tools, const ChatOptions *options,
+                     const MediumOptions *reading);
 void dialog_prompt_free(DialogPrompt *p);
 
 /* Reads the media of messages, if there are any, and puts their slots into the rendered text. */
-Status dialog_read_media(MediumList *list, Rendered *rendered, const Model *m,
+Status dialog_read_media(MediumList *list, Rendered *rendered, const Gemma *g,
                          const json_t *messages, const MediumOptions *reading);
 
 /* The soft tokens of a prompt's media. In the thread that runs the model. */

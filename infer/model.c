@@ -8,6 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Of soft tokens that are kept for the next prompt with the same picture. */
+#define SOFT_BYTES ((size_t)256 << 20)
+
 /* A mapped layer that was used lets go of its pages. */
 static void release_layer(void *context, int layer) {
     Model *m = context;
@@ -130,7 +133,10 @@ static Status open_model(Model *m, const char *dir, const char *const *adapters,
     gemma_declare(&m->g, &m->checkpoint.config, strcmp(dtype, "bf16") ? F32 : BF16, device);
     bool towers = media == WITH_MEDIA;
     for (int i = 0; i < count; i++) TRY_DONE(touches_towers(&towers, adapters[i]));
-    if (towers && checkpoint_has_towers(&m->checkpoint)) gemma_declare_media(&m->g);
+    if (towers && checkpoint_has_towers(&m->checkpoint)) {
+        gemma_declare_media(&m->g);
+        m->g.media.cache->most = SOFT_BYTES;
+    }
     m->g.int8 = m->g.dtype == BF16 && residence == WEIGHTS_LOADED;
     if (residence == WEIGHTS_MAPPED) m->g.watch = (LayerWatch){release_layer, m};
     loras = must_calloc((size_t)(count * count_linears(&m->g)) + 1, sizeof(Lora *));
@@ -168,11 +174,12 @@ Status model_open_several(Model *m, const char *dir, const char *const *adapters
     return open_model(m, dir, adapters, count, true, device, dtype, WEIGHTS_LOADED, media);
 }
 
-Status model_check_media(const Model *m) {
-    const ModelConfig *c = &m->g.config;
-    if (m->g.media.params) return OK;
+Status model_check_media(const Gemma *g) {
+    const ModelConfig *c = &g->config;
+    if (g->media.params) return OK;
     if (c->vision.path || c->audio.path)
-        FAIL(ERR_FORMAT, "this model reads text alone: its checkpoint holds no towers");
+        FAIL(ERR_FORMAT, "this model reads text alone: its checkpoint holds no towers (or, while "
+                         "it trains, its data no media)");
     FAIL(ERR_FORMAT, "this model reads text alone: its config.json has neither vision_config nor "
                      "audio_config");
 }

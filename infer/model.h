@@ -35,7 +35,7 @@ Status model_open_several(Model *m, const char *dir, const char *const *adapters
                           const char *device, const char *dtype, ModelMedia media);
 
 /* ERR_FORMAT where the model came without towers: what is missing. */
-Status model_check_media(const Model *m);
+Status model_check_media(const Gemma *g);
 void model_close(Model *m);
 
 #endif

@@ -259,9 +259,10 @@ static Status read_chat(const Server *s, Call *call) {
     call->request.thought_end = tokenizer_find(s->m->tokenizer, "<channel|>");
     call->request.thinks = chat.enable_thinking;
     TRY(get_forms(s, call, choice, format));
-    MediumOptions reading = {
-        .allowed = s->o->media, .folder = s->o->media, .no_files = !s->o->media};
-    TRY(dialog_prompt(&prompt, s->m, messages, call->tools, &chat, &reading));
+    MediumOptions reading = s->o->reading;
+    reading.allowed = reading.folder = s->o->media;
+    reading.no_files = !s->o->media;
+    TRY(dialog_prompt(&prompt, &s->m->g, s->m->tokenizer, messages, call->tools, &chat, &reading));
     call->prompt = prompt.ids;
     call->prompt_text = prompt.text;
     call->media = prompt.media;

@@ -22,7 +22,8 @@ typedef struct ServeOptions {
     int64_t queue;     /* requests that wait; more are turned away */
     int64_t body;      /* bytes of a request */
     int64_t connections;
-    const char *media; /* folder that messages may name files of; NULL: none may */
+    const char *media;     /* folder that messages may name files of; NULL: none may */
+    MediumOptions reading; /* budgets of media */
     const char *kv;
     const char *draft; /* an assistant's folder; NULL: none */
 } ServeOptions;

@@ -119,12 +119,30 @@ static bool talk(int to, int from, const Text *input, Text *output, double until
     return true;
 }
 
+/* Whether it is a list of parts as messages have them. */
+static bool is_parts(const json_t *value) {
+    static const char *const types[] = {"text", "image", "audio", "video"};
+    size_t i;
+    json_t *part;
+    json_array_foreach(value, i, part) {
+        const char *type = json_string_value(json_object_get(part, "type"));
+        bool known = false;
+        for (size_t k = 0; k < sizeof types / sizeof *types; k++)
+            known |= type && !strcmp(type, types[k]);
+        if (!known) return false;
+    }
+    return json_array_size(value) > 0;
+}
+
 static json_t *response_of(const Text *output) {
     json_t *value = NULL;
     Slice s = slice_strip((Slice){output->bytes ? output->bytes : "", output->size});
     if (!utf8_valid(s.bytes, s.size)) return error_of("%s", "the output is not UTF-8");
-    if (s.size && *s.bytes == '{' && json_read(&value, s.bytes, s.size, "output") == OK)
+    bool json = s.size && (*s.bytes == '{' || *s.bytes == '[');
+    if (json && json_read(&value, s.bytes, s.size, "output") == OK &&
+        (json_is_object(value) || is_parts(value)))
         return value;
+    json_decref(value);
     return json_stringn(s.bytes, s.size);
 }
 

@@ -2,7 +2,8 @@
  *
  * A tools file is a JSON list of what chats take ({"type": "function", "function": {...}}), each
  * with "command": the program and its arguments. The call's arguments go to its standard input as
- * JSON; what it prints is the response: a JSON object as it is, anything else as text. */
+ * JSON; what it prints is the response: a JSON object as it is, a JSON list of message parts
+ * ({"type": "image", "path": ...}, text beside them) as parts, anything else as text. */
 #ifndef TOOLS_H
 #define TOOLS_H
 

@@ -19,7 +19,8 @@ void media_declare(Media *m, ParamList *params, LinearList *list, const ModelCon
                  .sees = c->vision.path != MEDIA_NONE,
                  .hears = c->audio.path != MEDIA_NONE,
                  .vision_eps = (float)c->vision.rms_norm_eps,
-                 .audio_eps = (float)c->audio.rms_norm_eps};
+                 .audio_eps = (float)c->audio.rms_norm_eps,
+                 .cache = must_calloc(1, sizeof *m->cache)};
     memcpy(path, params->path, sizeof path);
     strcpy(params->path, "model.");
     params->tower = true;
@@ -42,6 +43,8 @@ void media_declare(Media *m, ParamList *params, LinearList *list, const ModelCon
 void media_free(Media *m) {
     vision_free(&m->vision);
     audio_free(&m->audio);
+    if (m->cache) soft_cache_free(m->cache);
+    free(m->cache);
     *m = (Media){0};
 }
 
@@ -172,6 +175,8 @@ static void run_end(Run *r, Pass *p) {
 
 void media_forward(const Media *m, Tensor soft, const MediaItem *item, Pass *p) {
     const Linear *projection = projection_of(m, item);
+    bool keeps = item->key && m->cache->most && soft.data;
+    if (keeps && soft_cache_find(m->cache, item->key, soft)) return;
     size_t mark = arena_mark(p->scratch);
     Run r;
     Tensor z = ARENA_TENSOR(p->scratch, soft.dtype, item->count, projection->in);
@@ -179,6 +184,7 @@ void media_forward(const Media *m, Tensor soft, const MediaItem *item, Pass *p) 
     run_end(&r, p);
     rmsnorm_forward(z, tensor_absent(), z, tensor_absent(), tensor_absent(), eps_of(m, item));
     linear_forward(projection, soft, z, p);
+    if (keeps) soft_cache_keep(m->cache, item->key, soft);
     arena_release(p->scratch, mark);
 }
 

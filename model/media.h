@@ -7,6 +7,7 @@
 #define MEDIA_H
 
 #include "model/audio.h"
+#include "model/soft_cache.h"
 #include "model/unified.h"
 #include "model/vision.h"
 
@@ -29,6 +30,8 @@ typedef struct Media {
     Audio audio;
     Linear embed_vision, embed_audio; /* embedding_projection */
     float vision_eps, audio_eps;
+    SoftCache *cache; /* of items whose key is not 0; `most` 0 until somebody who knows that nothing
+                       * here is trained allows it */
 } Media;
 
 /* Declares what config has of both, below "model.". */
@@ -47,7 +50,8 @@ int64_t media_feature_width(const AudioConfig *c);
 bool media_span_ends(int32_t *ends, int64_t N, const ModelConfig *c, const MediaItem *items,
                      int64_t count);
 
-/* soft (count, D) of an item; nothing is kept. An item without pixels or features only measures. */
+/* soft (count, D) of an item, made or taken from the cache. An item without pixels or features only
+ * measures. */
 void media_forward(const Media *m, Tensor soft, const MediaItem *item, Pass *p);
 
 /* Whether anything here is trained. */

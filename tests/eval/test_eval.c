@@ -242,7 +242,7 @@ static void check_prompts(const json_t *cases, const char *name, const char *tas
                     continue;
                 Text prompt = {0};
                 char hash[65];
-                EXPECT_OK(prompt_render(&prompt, &task, &o, &d.suites[s],
+                EXPECT_OK(prompt_render(&prompt, NULL, &task, &o, &d.suites[s],
                                         json_array_get(d.suites[s].docs, doc), picked,
                                         drawn.count));
                 sha256_text(hash, prompt.bytes, prompt.size);
