@@ -136,9 +136,10 @@ static Status inspect_store(const char *path, bool as_json) {
             json_array_append_new(sources, json_string(s.source_paths[i]));
         int64_t soft = 0, bytes = 0;
         for (int64_t i = 0; i < s.media_count; i++)
-            soft += s.media[i].tokens, bytes += s.media[i].bytes;
+            soft += s.media[i].tokens, bytes += s.media[i].part ? 0 : s.media[i].bytes;
+        const char *kept = !s.media_count ? "none" : s.media[0].parts ? "original" : "features";
         finish(json_pack("{s:s, s:s, s:o, s:s, s:s, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:f, s:I, "
-                         "s:I, s:I, s:I}",
+                         "s:I, s:s, s:I, s:I}",
                          "kind", "dataset", "path", path, "sources", sources, "template", template,
                          "settings", settings, "rows", (json_int_t)n->rows, "train_samples",
                          (json_int_t)s.train.count, "eval_samples", (json_int_t)s.eval.count, "cut",
@@ -146,7 +147,7 @@ static Status inspect_store(const char *path, bool as_json) {
                          (json_int_t)n->bad, "tokens", (json_int_t)n->tokens, "trained_share",
                          n->tokens > 0 ? n->trained / n->tokens : 0.0, "media",
                          (json_int_t)s.media_count, "media_soft_tokens", (json_int_t)soft,
-                         "media_bytes", (json_int_t)bytes, "media_places",
+                         "media_kept", kept, "media_bytes", (json_int_t)bytes, "media_places",
                          (json_int_t)(s.train.slot_count + s.eval.slot_count)),
                NULL, as_json);
     }

@@ -19,6 +19,7 @@ static const char *const state_formats[] = {"f32", "8bit", NULL};
 static const char *const master_formats[] = {"f32", "none", NULL};
 static const char *const formats[] = {"auto", "large", "small", NULL};
 static const char *const longs[] = {"drop", "cut", NULL};
+static const char *const media_kept[] = {"features", "original", NULL};
 static const char *const masks[] = {"lapidary", "trl", NULL};
 static const char *const bad_steps[] = {"skip", "stop", NULL};
 static const char *const dtypes[] = {"bf16", "f32", NULL};
@@ -169,7 +170,7 @@ static Status read_budget(Node *data, const char *key, int64_t *tokens) {
 
 static Status read_data(RunConfig *c, Node *root) {
     Node *data, *repair;
-    int loss = LOSS_ASSISTANT, turns = TURNS_AUTO, is_cut = 0, mask = 0, format = 0;
+    int loss = LOSS_ASSISTANT, turns = TURNS_AUTO, is_cut = 0, mask = 0, format = 0, original = 0;
     c->data = data_config_default();
     TRY(get_map(root, "data", &data));
     if (!data) FAIL(ERR_CONFIG, "%s:%d: key 'data' is missing", root->file, root->line);
@@ -199,6 +200,8 @@ static Status read_data(RunConfig *c, Node *root) {
     TRY(get_choice(data, "loss_on", losses, &loss));
     TRY(get_choice(data, "turns", turn_names, &turns));
     TRY(get_choice(data, "long", longs, &is_cut));
+    TRY(get_choice(data, "media", media_kept, &original));
+    c->data.media_original = original == 1;
     TRY(get_choice(data, "mask", masks, &mask));
     TRY(get_choice(data, "chat_format", formats, &format));
     c->data.loss_on = (LossOn)loss;
@@ -620,6 +623,7 @@ static void put_data(Out *o, const RunConfig *c) {
         yes(c->data.empty_thought), masks[c->data.trl_mask], yes(c->data.literal),
         yes(c->data.skip_bad));
     /* 0 is what the model has, and as good as nothing */
+    if (c->data.media_original) put(o, "  media: original\n");
     if (c->data.image_tokens) put(o, "  image_tokens: %" PRId64 "\n", c->data.image_tokens);
     if (c->data.video_tokens) put(o, "  video_tokens: %" PRId64 "\n", c->data.video_tokens);
     if (c->data.video_frames) put(o, "  video_frames: %" PRId64 "\n", c->data.video_frames);

@@ -57,6 +57,7 @@ typedef struct DataConfig {
     double eval_share;                  /* 0: eval is a list, or nothing */
     NameList field_names, field_values; /* our name -> the file's name */
     int64_t max_length;
+    bool media_original; /* the store keeps media as their files are, not as the model reads them */
     int64_t image_tokens, video_tokens, video_frames; /* of a picture, a frame, a video; 0: the
                                                        * model's 280, 70, 32 */
     bool shuffle, packing, add_eos, literal, skip_bad, cut_long, trl_mask;

@@ -201,14 +201,15 @@ static void micro_batch_start(MicroBatch *b) {
 }
 
 /* One of the store's media in its slots from row `first` on. */
-static Status add_medium(MicroBatch *b, Store *store, int64_t item, int64_t first) {
+static Status add_medium(MicroBatch *b, Store *store, int64_t item, int64_t first,
+                         OriginalReader *reader, const ModelConfig *model) {
     const StoredMedium *m = &store->media[item];
     if (b->batch.media_count == b->media_capacity) {
         b->media_capacity = b->media_capacity ? 2 * b->media_capacity : 8;
         b->media = must_realloc(b->media, (size_t)b->media_capacity * sizeof *b->media);
     }
-    uint8_t *bytes = malloc((size_t)m->bytes);
-    if (!bytes) FAIL(ERR_IO, "%s: out of memory for a picture or a recording", store->file.path);
+    uint8_t *bytes;
+    TRY(store_read_medium(store, item, reader, model, &bytes));
     MediaItem *mine = &b->media[b->batch.media_count++];
     *mine = (MediaItem){.first = first,
                         .count = m->tokens,
@@ -221,12 +222,12 @@ static Status add_medium(MicroBatch *b, Store *store, int64_t item, int64_t firs
     else
         mine->features = (const float *)bytes;
     b->batch.media = b->media;
-    return store_read_medium(store, item, bytes);
+    return OK;
 }
 
 /* Appends a sample as a segment of its own. */
-static Status micro_batch_add(MicroBatch *b, Store *store, bool eval, int64_t sample,
-                              uint8_t *mask) {
+static Status micro_batch_add(MicroBatch *b, Store *store, bool eval, int64_t sample, uint8_t *mask,
+                              const ModelConfig *model) {
     const SampleSet *set = eval ? &store->eval : &store->train;
     int64_t at = b->batch.N, n = sample_length(set, sample);
     TRY(store_read(store, eval, sample, b->ids + at, mask));
@@ -237,12 +238,16 @@ static Status micro_batch_add(MicroBatch *b, Store *store, bool eval, int64_t sa
         b->targets[at + t] = target ? b->ids[at + t + 1] : -1;
         b->trained += target;
     }
+    OriginalReader reader = {0};
+    Status status = OK;
     for (int64_t i = set->slot_begins[sample]; i < set->slot_begins[sample + 1]; i++)
-        TRY(add_medium(b, store, set->slots[2 * i + 1],
-                       at + set->slots[2 * i] - set->begins[sample]));
+        TRY_DONE(add_medium(b, store, set->slots[2 * i + 1],
+                            at + set->slots[2 * i] - set->begins[sample], &reader, model));
     b->samples[b->sample_count++] = sample;
     b->batch.N += n;
-    return OK;
+done:
+    original_reader_free(&reader);
+    return status;
 }
 
 /* Once a batch is whole: which pictures see themselves. */
@@ -266,7 +271,7 @@ static Status fill(Loader *l, Slot *slot, int64_t step) {
         for (int64_t s = 0; s < c->sequences && row < l->plan.rows && status == OK; s++, row++)
             for (int64_t i = l->plan.row_begins[row];
                  i < l->plan.row_begins[row + 1] && status == OK; i++)
-                status = micro_batch_add(b, l->store, false, l->plan.order[i], mask);
+                status = micro_batch_add(b, l->store, false, l->plan.order[i], mask, c->model);
         micro_batch_end(b, c->model);
         slot->trained += b->trained;
     }
@@ -377,7 +382,7 @@ Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_l
     Status status = OK;
     while (status == OK && *sample < set->count &&
            out->batch.N + sample_length(set, *sample) <= max_length)
-        status = micro_batch_add(out, store, eval, (*sample)++, mask);
+        status = micro_batch_add(out, store, eval, (*sample)++, mask, model);
     micro_batch_end(out, model);
     free(mask);
     if (status == OK && !out->sample_count && *sample < set->count)

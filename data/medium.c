@@ -1,7 +1,6 @@
 /* medium.c - parts of messages to pictures and features; placeholders to slots. */
 #include "data/medium.h"
 #include "data/sound.h"
-#include "data/video.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
 
@@ -197,6 +196,7 @@ static void medium_free(Medium *m) {
     free(m->frames);
     free(m->times);
     free(m->features);
+    free(m->original);
 }
 
 static Status decode(Medium *m, const uint8_t *bytes, size_t size, const char *name,
@@ -241,6 +241,11 @@ static Status load_part(Medium *m, const json_t *part, const MediumOptions *o) {
     TRY(find_source(&source, part));
     Status status = read_source(&bytes, &size, &source, o);
     if (status == OK) status = decode(m, (uint8_t *)bytes, size, name_of(&source, m->kind), o);
+    if (status == OK && o->keep_original) {
+        m->original = (uint8_t *)bytes;
+        m->original_size = size;
+        bytes = NULL;
+    }
     free(bytes);
     if (status == OK) m->key = key_of(m);
     return status;
@@ -437,4 +442,70 @@ Status media_items(MediaItem **items, int64_t *count, const MediumList *list, co
         }
     }
     return OK;
+}
+
+/* ---- originals ---- */
+
+Original media_original(const MediumList *list, int64_t item) {
+    for (int i = 0; i < list->count; i++) {
+        const Medium *m = &list->items[i];
+        int64_t parts = m->frame_count ? m->frame_count : 1;
+        if (item < parts) return (Original){m->original, m->original_size, item, parts, m->kind};
+        item -= parts;
+    }
+    CHECK(false, "an item that no medium has");
+    return (Original){0};
+}
+
+static const char original_name[] = "a stored original";
+
+static Status picture_again(OriginalReader *r, Picture *p, const Original *o, uint64_t number) {
+    if (o->kind != MEDIUM_VIDEO) return picture_decode(p, o->bytes, o->size, original_name);
+    if (r->of != number) {
+        original_reader_free(r);
+        TRY(video_decode(&r->video, o->bytes, o->size, o->parts, original_name));
+        r->of = number;
+    }
+    if (o->part >= r->video.count)
+        FAIL(ERR_FORMAT, "%s: a video of %d frames, expected %" PRId64, original_name,
+             r->video.count, o->parts);
+    const Picture *frame = &r->video.frames[o->part];
+    size_t size = (size_t)(frame->height * frame->width) * 3;
+    *p = (Picture){frame->height, frame->width, malloc(size)};
+    if (!p->pixels) FAIL(ERR_IO, "%s: out of memory for a frame", original_name);
+    memcpy(p->pixels, frame->pixels, size);
+    return OK;
+}
+
+static Status sound_again(uint8_t **bytes, const Original *o, int64_t frames,
+                          const ModelConfig *c) {
+    Sound sound;
+    Medium m = {.kind = MEDIUM_AUDIO};
+    MediumOptions options = {.config = c};
+    TRY(sound_decode(&sound, o->bytes, o->size, original_name));
+    Status status = take_sound(&m, &sound, &options, original_name);
+    sound_free(&sound);
+    if (status == OK && m.feature_rows != frames)
+        status = status_fail(ERR_FORMAT, "%s: a recording of %" PRId64 " frames, expected %" PRId64,
+                             original_name, m.feature_rows, frames);
+    if (status != OK) free(m.features), m.features = NULL;
+    *bytes = (uint8_t *)m.features;
+    return status;
+}
+
+Status original_read(OriginalReader *r, uint8_t **bytes, const Original *o, uint64_t number,
+                     int64_t height, int64_t width, int64_t frames, const ModelConfig *c) {
+    Picture p = {0}, resized = {0};
+    *bytes = NULL;
+    if (!height) return sound_again(bytes, o, frames, c);
+    Status status = picture_again(r, &p, o, number);
+    if (status == OK) status = picture_resize(&resized, &p, height, width);
+    picture_free(&p);
+    *bytes = resized.pixels;
+    return status;
+}
+
+void original_reader_free(OriginalReader *r) {
+    video_free(&r->video);
+    *r = (OriginalReader){0};
 }

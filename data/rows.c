@@ -13,7 +13,8 @@ Status row_reader_init(RowReader *r, const DataConfig *config, const Tokenizer *
     *r = (RowReader){.config = config,
                      .tokenizer = tokenizer,
                      .model_dir = model_dir,
-                     .reading = {.image_tokens = config->image_tokens,
+                     .reading = {.keep_original = config->media_original,
+                                 .image_tokens = config->image_tokens,
                                  .video_tokens = config->video_tokens,
                                  .video_frames = config->video_frames}};
     r->bos = tokenizer_find(tokenizer, "<bos>");
@@ -173,7 +174,8 @@ static Status give_chat(RowReader *r, const json_t *messages, const MediumList *
     }
     *fits = ids.count <= r->config->max_length;
     if (give)
-        give_or_drop(r, (Sample){ids.ids, mask, ids.count, cut, items, item_count}, give, context);
+        give_or_drop(r, (Sample){ids.ids, mask, ids.count, cut, items, item_count, &mine}, give,
+                     context);
 done:
     json_decref(part);
     free(items);

@@ -15,6 +15,7 @@ typedef struct Sample {
     bool cut;               /* lost its last turns to max_length */
     const MediaItem *media; /* what stands in its slots, ascending */
     int64_t media_count;
+    const MediumList *originals; /* what they were made of */
 } Sample;
 
 /* Called with each sample of a row, in order. */

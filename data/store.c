@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define STORE_VERSION 1
+#define STORE_VERSION 2
 
 /* A set being filled. */
 typedef struct Growing {
@@ -56,8 +56,25 @@ static void bank_grow(Bank *b) {
     for (int64_t i = 0; i < b->count; i++) b->table[bank_place(b, b->keys[i])] = i + 1;
 }
 
+/* Where the bytes of an item go: as the model reads it, or its file, once for all of its frames. */
+static const void *bytes_of(const Bank *bank, StoredMedium *m, const MediaItem *item,
+                            const Original *original) {
+    if (!original->bytes) {
+        m->bytes = item->height ? 3 * item->height * item->width
+                                : item->frames * item->feature_width * (int64_t)sizeof(float);
+        return item->height ? (const void *)item->pixels : item->features;
+    }
+    m->bytes = (int64_t)original->size;
+    m->part = original->part;
+    m->parts = original->parts;
+    m->kind = original->kind;
+    if (!m->part) return original->bytes;
+    m->offset = bank->items[bank->count - 1].offset; /* the frame before was as new as this one */
+    return NULL;
+}
+
 /* The number of a medium's content, which is written when it is new. */
-static int64_t bank_item(Builder *b, const MediaItem *item) {
+static int64_t bank_item(Builder *b, const MediaItem *item, const Original *original) {
     Bank *bank = &b->bank;
     if (bank->count == bank->capacity) bank_grow(bank);
     int64_t at = bank_place(bank, item->key);
@@ -67,12 +84,10 @@ static int64_t bank_item(Builder *b, const MediaItem *item) {
                       .frames = item->frames,
                       .tokens = item->count,
                       .offset = bank->bytes};
-    m.bytes = item->height ? 3 * item->height * item->width
-                           : item->frames * item->feature_width * (int64_t)sizeof(float);
-    const uint8_t *bytes = item->height ? item->pixels : (const uint8_t *)item->features;
+    const void *bytes = bytes_of(bank, &m, item, original);
     if (!bank->count) b->status = h5_group(&b->out, "media");
-    if (b->status == OK) b->status = h5_append(&b->out, "media/bytes", bytes, m.bytes);
-    bank->bytes += m.bytes;
+    if (bytes && b->status == OK) b->status = h5_append(&b->out, "media/bytes", bytes, m.bytes);
+    bank->bytes += bytes ? m.bytes : 0;
     bank->keys[bank->count] = item->key;
     bank->items[bank->count] = m;
     bank->table[at] = ++bank->count;
@@ -104,8 +119,10 @@ static void add_sample(void *context, const Sample *sample) {
     memcpy(g->tokens + g->count, sample->ids, (size_t)sample->count * sizeof *g->tokens);
     memcpy(g->mask + g->count, sample->mask, (size_t)sample->count);
     g->begins[g->samples] = g->count;
-    for (int64_t i = 0; i < sample->media_count; i++)
-        add_slot(g, g->count + sample->media[i].first, bank_item(b, &sample->media[i]));
+    for (int64_t i = 0; i < sample->media_count; i++) {
+        Original original = media_original(sample->originals, i);
+        add_slot(g, g->count + sample->media[i].first, bank_item(b, &sample->media[i], &original));
+    }
     g->sources[2 * g->samples] = b->file;
     g->sources[2 * g->samples + 1] = b->line;
     g->samples++;
@@ -200,6 +217,7 @@ static char *settings_text(const DataConfig *c, int64_t seed) {
     if (c->image_tokens || c->video_tokens || c->video_frames)
         text_addf(&text, " media=%" PRId64 ",%" PRId64 ",%" PRId64, c->image_tokens,
                   c->video_tokens, c->video_frames);
+    if (c->media_original) text_adds(&text, " media=original");
     return text.bytes;
 }
 
@@ -347,10 +365,15 @@ static Status read_slots(Store *s, const char *name, SampleSet *set) {
 
 static bool is_possible(const StoredMedium *m, int64_t bytes) {
     bool picture = m->height > 0 && m->width > 0 && m->height <= PICTURE_PIXELS_MAX / m->width;
+    bool original = m->parts > 0 && m->part >= 0 && m->part < m->parts && m->parts < 1 << 20 &&
+                    m->kind >= MEDIUM_IMAGE && m->kind <= MEDIUM_AUDIO &&
+                    (m->kind == MEDIUM_AUDIO) == !picture;
     return m->tokens > 0 && m->tokens < 1 << 20 && m->offset >= 0 && m->bytes > 0 &&
            m->bytes <= bytes && m->offset <= bytes - m->bytes &&
-           (picture ? m->bytes == 3 * m->height * m->width
-                    : !m->height && m->frames > 0 && m->bytes % (4 * m->frames) == 0);
+           (picture || (!m->height && m->frames > 0)) &&
+           (m->parts ? original
+                     : m->bytes == 3 * m->height * m->width ||
+                           (!picture && m->bytes % (4 * m->frames) == 0));
 }
 
 static Status read_media(Store *s) {
@@ -368,9 +391,25 @@ static Status read_media(Store *s) {
     return OK;
 }
 
-Status store_read_medium(Store *s, int64_t item, uint8_t *bytes) {
-    return h5_read(&s->file, "media/bytes", H5T_NATIVE_UINT8, s->media[item].offset,
-                   s->media[item].bytes, bytes);
+Status store_read_medium(Store *s, int64_t item, OriginalReader *r, const ModelConfig *c,
+                         uint8_t **bytes) {
+    const StoredMedium *m = &s->media[item];
+    uint8_t *stored = malloc((size_t)m->bytes);
+    *bytes = NULL;
+    if (!stored) FAIL(ERR_IO, "%s: out of memory for a picture or a recording", s->file.path);
+    Status status = h5_read(&s->file, "media/bytes", H5T_NATIVE_UINT8, m->offset, m->bytes, stored);
+    if (status == OK && !m->parts) {
+        *bytes = stored;
+        return OK;
+    }
+    Original o = {stored, (size_t)m->bytes, m->part, m->parts, (MediumKind)m->kind};
+    if (status == OK) {
+        status =
+            original_read(r, bytes, &o, (uint64_t)m->offset + 1, m->height, m->width, m->frames, c);
+        if (status != OK) status = status_prefix(status, "%s: item %" PRId64, s->file.path, item);
+    }
+    free(stored);
+    return status;
 }
 
 Status store_check_origin(Store *s, const Tokenizer *tokenizer) {

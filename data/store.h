@@ -22,6 +22,9 @@ typedef struct StoredMedium {
     int64_t frames;        /* of a recording: its bytes are rows of f32 */
     int64_t tokens;        /* soft tokens */
     int64_t offset, bytes; /* in media/bytes */
+    int64_t parts, part; /* parts > 0: its bytes are the original file, of which it is frame `part`
+                          * of `parts` where that is a video (kind MEDIUM_VIDEO) */
+    int64_t kind;        /* of an original: MediumKind */
 } StoredMedium;
 
 typedef struct StoreCounts {
@@ -62,8 +65,10 @@ const char *store_source(const Store *s, bool eval, int64_t sample, int *line);
 /* Tokens and mask of one sample. */
 Status store_read(Store *s, bool eval, int64_t sample, int32_t *ids, uint8_t *mask);
 
-/* The bytes of an item of s->media. */
-Status store_read_medium(Store *s, int64_t item, uint8_t *bytes);
+/* What an item of s->media is to the model `c`, *bytes being new: pixels or rows of features. `r`
+ * goes along from item to item. */
+Status store_read_medium(Store *s, int64_t item, OriginalReader *r, const ModelConfig *c,
+                         uint8_t **bytes);
 
 static inline int64_t sample_length(const SampleSet *set, int64_t i) {
     return set->begins[i + 1] - set->begins[i];

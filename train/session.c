@@ -48,11 +48,11 @@ static Status check_media(const Session *s) {
     for (int64_t i = 0; i < s->store.media_count; i++) {
         const StoredMedium *m = &s->store.media[i];
         bool picture = m->height > 0;
-        bool fits =
-            picture ? v->path && !(m->height % side) && !(m->width % side) &&
-                          m->tokens == media_picture_tokens(v, m->height, m->width)
-                    : a->path && m->tokens == media_audio_tokens(a, m->frames) &&
-                          m->bytes == m->frames * media_feature_width(a) * (int64_t)sizeof(float);
+        bool fits = picture ? v->path && !(m->height % side) && !(m->width % side) &&
+                                  m->tokens == media_picture_tokens(v, m->height, m->width)
+                            : a->path && m->tokens == media_audio_tokens(a, m->frames) &&
+                                  (m->parts || m->bytes == m->frames * media_feature_width(a) *
+                                                               (int64_t)sizeof(float));
         if (!fits)
             FAIL(ERR_FORMAT, "%s: its %s %" PRId64 " was made for another model than %s",
                  s->store.file.path, picture ? "picture" : "recording", i, s->config.model);
