@@ -115,7 +115,7 @@ static Status make_plan(Session *s) {
     for (int i = 0; i < s->g.params.count; i++) {
         const Param *q = s->g.params.items[i];
         if (q->mapped && !q->trainable) p->mapped += tensor_bytes(q->value);
-        if (q->value.ndim != 3 || q->adapter || q->trainable) continue;
+        if (q->value.ndim != 3 || q->adapter || q->trainable || q->tower) continue;
         p->experts += tensor_bytes(q->value);
         p->expert_bits = 8.0 * (double)tensor_bytes(q->value) / (double)tensor_count(q->value);
     }

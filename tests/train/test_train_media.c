@@ -4,74 +4,25 @@
 #include "formats/file.h"
 #include "formats/sha256.h"
 #include "tests/program.h"
+#include "tests/small_media.h"
 #include "train/metrics.h"
 
 #include <math.h>
-
-static const char *const names[] = {"a red ruby", "a green emerald", "a blue sapphire"};
-#define PICTURES (sizeof names / sizeof *names)
-
-static char *in_folder(const char *name) {
-    return path_join(test_folder(), name);
-}
-
-static void write_text(const char *name, const char *text) {
-    char *path = in_folder(name);
-    EXPECT_OK(file_write(path, text, strlen(text)));
-    free(path);
-}
-
-/* A square of one colour with a darker stone in it. */
-static void draw_picture(int which) {
-    char *path = must_format("%s/stone%d.ppm", test_folder(), which), header[] = "P6 60 60 255\n";
-    uint8_t pixels[60 * 60 * 3 + sizeof header];
-    memcpy(pixels, header, sizeof header - 1);
-    for (int i = 0; i < 60 * 60; i++)
-        for (int c = 0; c < 3; c++) {
-            int x = i % 60 - 30, y = i / 60 - 30;
-            bool stone = x * x + y * y < 300;
-            pixels[sizeof header - 1 + (size_t)(3 * i + c)] = (uint8_t)(c == which ? 230
-                                                                        : stone    ? 20
-                                                                                   : 200);
-        }
-    EXPECT_OK(file_write(path, pixels, sizeof pixels - 1));
-    free(path);
-}
-
-static void put(uint8_t *to, uint32_t value, int bytes) {
-    for (int i = 0; i < bytes; i++) to[i] = (uint8_t)(value >> 8 * i);
-}
-
-/* Half a second of one tone, 16 bits, 16 kHz. */
-static void play_tone(double hertz) {
-    enum { SAMPLES = 8000 };
-    uint8_t wav[44 + 2 * SAMPLES] = "RIFF....WAVEfmt ";
-    put(wav + 4, sizeof wav - 8, 4);
-    put(wav + 16, 16, 4), put(wav + 20, 1, 2), put(wav + 22, 1, 2);
-    put(wav + 24, 16000, 4), put(wav + 28, 32000, 4), put(wav + 32, 2, 2), put(wav + 34, 16, 2);
-    memcpy(wav + 36, "data", 4);
-    put(wav + 40, 2 * SAMPLES, 4);
-    for (int n = 0; n < SAMPLES; n++)
-        put(wav + 44 + 2 * n, (uint32_t)(int)(9000 * sin(2 * M_PI * hertz * n / 16000)), 2);
-    char *path = in_folder("tone.wav");
-    EXPECT_OK(file_write(path, wav, sizeof wav));
-    free(path);
-}
 
 /* A model with small towers, and rows: pictures, a tone, and a picture that a tool shows. */
 static void prepare(void) {
     Text rows = {0};
     EXPECT_RUN(0, "init tiny %s/model --media --tokenizer demo/tokenizer --dtype f32 --layers 2",
                test_folder());
-    for (int i = 0; i < (int)PICTURES; i++) {
-        draw_picture(i);
+    for (int i = 0; i < SMALL_PICTURES; i++) {
+        small_picture(i);
         text_addf(&rows,
                   "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\", "
                   "\"path\": \"stone%d.ppm\"}, {\"type\": \"text\", \"text\": \"Which?\"}]}, "
                   "{\"role\": \"assistant\", \"content\": \"%s\"}]}\n",
-                  i, names[i]);
+                  i, small_names[i]);
     }
-    play_tone(440);
+    small_tone(440);
     text_adds(&rows, "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"audio\", "
                      "\"path\": \"tone.wav\"}]}, {\"role\": \"assistant\", \"content\": "
                      "\"a tone\"}]}\n");
@@ -82,7 +33,7 @@ static void prepare(void) {
               "\"tool\", \"tool_call_id\": \"c\", \"content\": [{\"type\": \"text\", \"text\": "
               "\"Here.\"}, {\"type\": \"image\", \"path\": \"stone0.ppm\"}]}, {\"role\": "
               "\"assistant\", \"content\": \"It is red.\"}]}\n");
-    write_text("rows.jsonl", rows.bytes);
+    small_write("rows.jsonl", rows.bytes);
     text_free(&rows);
 }
 
@@ -93,7 +44,7 @@ static void write_run(const char *name, const char *more) {
         "2}\n%s",
         test_folder(), test_folder(), name, more);
     char *file = must_format("%s.yaml", name);
-    write_text(file, text);
+    small_write(file, text);
     free(text), free(file);
 }
 
@@ -130,6 +81,28 @@ CASE(train, packed_media_train_as_separate_ones) {
     free(packed), free(apart);
 }
 
+CASE(train, originals_in_the_store_train_as_ready_features) {
+    const char *f = test_folder();
+    prepare();
+    char *ready = must_format(DATA "steps: 3\n", f, ""),
+         *original = must_format(DATA "steps: 3\n", f, ", media: original");
+    write_run("ready", ready);
+    write_run("original", original);
+    EXPECT_RUN(0, "train %s/ready.yaml --device cpu", f);
+    EXPECT_RUN(0, "train %s/original.yaml --device cpu", f);
+    char *one = must_format("%s/ready/metrics.csv", f),
+         *other = must_format("%s/original/metrics.csv", f);
+    Metrics *a, *b;
+    int64_t n, m;
+    EXPECT_OK(metrics_read(&a, &n, one));
+    EXPECT_OK(metrics_read(&b, &m, other));
+    EXPECT(n == 3 && m == 3);
+    for (int i = 0; i < 3; i++)
+        EXPECT(a[i].loss == b[i].loss && a[i].grad_norm == b[i].grad_norm, "step %d", i);
+    EXPECT_EXIT(0, "\"media_kept\": \"original\"", "inspect %s/original/data.h5 --json", f);
+    free(a), free(b), free(one), free(other), free(ready), free(original);
+}
+
 CASE(train, pictures_and_tones_are_learned_and_a_stopped_run_goes_on) {
     const char *f = test_folder();
     char one[65], other[65];
@@ -139,8 +112,8 @@ CASE(train, pictures_and_tones_are_learned_and_a_stopped_run_goes_on) {
                              f, "");
     write_run("whole", data);
     EXPECT_RUN(0, "train %s/whole.yaml --device cpu", f);
-    for (int i = 0; i < (int)PICTURES; i++)
-        EXPECT_EXIT(0, names[i],
+    for (int i = 0; i < SMALL_PICTURES; i++)
+        EXPECT_EXIT(0, small_names[i],
                     "generate --model %s/model --adapter %s/whole/adapter --chat-format small "
                     "--dtype f32 --device cpu --image %s/stone%d.ppm --image-tokens 70 "
                     "--temperature 0 --max-tokens 12 Which?",
@@ -162,7 +135,7 @@ CASE(train, pictures_and_tones_are_learned_and_a_stopped_run_goes_on) {
 CASE(train, media_made_for_another_model_are_refused) {
     const char *f = test_folder();
     size_t size;
-    char *config, *changed, *path = in_folder("model/config.json");
+    char *config, *changed, *path = small_path("model/config.json");
     prepare();
     char *data = must_format(DATA "steps: 1\n", f, "");
     write_run("first", data);
@@ -181,9 +154,10 @@ CASE(train, media_made_for_another_model_are_refused) {
 CASE(train, bad_media_name_their_row) {
     const char *f = test_folder();
     prepare();
-    write_text("rows.jsonl",
-               "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\", \"path\": "
-               "\"none.png\"}]}, {\"role\": \"assistant\", \"content\": \"x\"}]}\n");
+    small_write(
+        "rows.jsonl",
+        "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\", \"path\": "
+        "\"none.png\"}]}, {\"role\": \"assistant\", \"content\": \"x\"}]}\n");
     char *data = must_format(DATA "steps: 1\n", f, "");
     write_run("bad", data);
     EXPECT_EXIT(1, "rows.jsonl:1: messages[0].content[0]: ", "train %s/bad.yaml --device cpu", f);
