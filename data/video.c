@@ -127,19 +127,28 @@ static Status take_frame(Reader *r, Picture *p) {
     return OK;
 }
 
+/* A header may count a few frames more than there are; this share of them is a file that was cut.
+ */
+#define LEAST_SHARE 0.95
+
 /* How many frames there are: decoded once to count them, since headers may not say. */
 static Status count_frames(int64_t *total, double *fps, const uint8_t *bytes, size_t size,
                            const char *name) {
     Reader r;
     Status status = reader_open(&r, bytes, size, name);
+    int64_t promised = 0;
     *total = 0;
     if (status == OK) {
         AVRational rate = av_guess_frame_rate(r.format, r.format->streams[r.stream], NULL);
         *fps = rate.num > 0 && rate.den > 0 ? av_q2d(rate) : UNKNOWN_FPS;
+        promised = r.format->streams[r.stream]->nb_frames;
         while (next_frame(&r)) ++*total;
     }
     reader_close(&r);
     if (status == OK && !*total) FAIL(ERR_FORMAT, "%s: has no frames", name);
+    if (status == OK && (double)*total < LEAST_SHARE * (double)promised)
+        FAIL(ERR_FORMAT, "%s: ends after %" PRId64 " of %" PRId64 " frames", name, *total,
+             promised);
     return status;
 }
 

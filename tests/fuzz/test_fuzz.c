@@ -10,6 +10,7 @@
 #include "data/rows.h"
 #include "data/sound.h"
 #include "data/store.h"
+#include "data/video.h"
 #include "eval/table.h"
 #include "formats/adapter.h"
 #include "formats/file.h"
@@ -494,6 +495,27 @@ CASE(fuzz, pictures) {
 #endif
     fuzz(seeds, sizes, count, on_picture);
 }
+
+#ifdef HAVE_LIBAV
+static void on_video(const char *bytes, size_t size) {
+    Video v;
+    if (video_decode(&v, (const uint8_t *)bytes, size, 3, "fuzz") == OK) video_free(&v);
+}
+
+/* A seed without a codec: what is ours is how bytes are handed over, chosen and converted. */
+CASE(fuzz, videos) {
+    enum { SIDE = 16, FRAMES = 5, FRAME = 6 + SIDE * SIDE * 3 / 2 };
+    char y4m[64 + FRAMES * FRAME];
+    int at = snprintf(y4m, 64, "YUV4MPEG2 W%d H%d F25:1 C420\n", SIDE, SIDE);
+    for (int f = 0; f < FRAMES; f++, at += FRAME) {
+        memcpy(y4m + at, "FRAME\n", 6);
+        memset(y4m + at + 6, 40 * f, FRAME - 6);
+    }
+    const char *seeds[] = {y4m};
+    size_t sizes[] = {(size_t)at};
+    fuzz(seeds, sizes, 1, on_video);
+}
+#endif
 
 static void on_sound(const char *bytes, size_t size) {
     Sound s;

@@ -255,11 +255,13 @@ CASE(engine, several_adapters_at_once_answer_as_each_does_alone) {
         EXPECT_OK(file_write(tokenizer, bytes, size));
         make_adapters(dir, paths);
         for (int a = 0; a < 3; a++) {
-            EXPECT_OK(model_open(&m, dir, a ? paths[a - 1] : NULL, "cpu", "f32", WEIGHTS_LOADED, WITHOUT_MEDIA));
+            EXPECT_OK(model_open(&m, dir, a ? paths[a - 1] : NULL, "cpu", "f32", WEIGHTS_LOADED,
+                                 WITHOUT_MEDIA));
             ask_adapters(&m, p, a, alone, alone_logprobs);
             model_close(&m);
         }
-        EXPECT_OK(model_open_several(&m, dir, (const char *const *)paths, 2, "cpu", "f32", WITHOUT_MEDIA));
+        EXPECT_OK(model_open_several(&m, dir, (const char *const *)paths, 2, "cpu", "f32",
+                                     WITHOUT_MEDIA));
         ask_adapters(&m, p, -1, together, together_logprobs);
         model_close(&m);
         int differ = 0;

@@ -157,6 +157,34 @@ CASE(gpu, losses_and_gradients_of_media_equal_the_reference) {
     for (size_t k = 0; k < KINDS; k++) compare_kind(kinds[k], STACK_KEEP);
 }
 
+/* Towers that nothing trains make the same soft tokens again. */
+CASE(media, soft_tokens_kept_are_those_made) {
+    static const size_t limits[] = {100000, 600}; /* all of them; one or two */
+    for (size_t k = 0; k < KINDS; k++) {
+        Run r;
+        run_start(&r, kinds[k], STACK_SCORE, false, NULL);
+        size_t bytes = (size_t)r.packed->batch.N * sizeof(float);
+        float *first = must_malloc(bytes);
+        memcpy(first, r.packed->nll, bytes);
+        SoftCache *cache = r.g.media.cache;
+        for (int64_t i = 0; i < r.packed->batch.media_count; i++) r.items[i].key = (uint64_t)i + 1;
+        for (int l = 0; l < 2; l++) {
+            cache->most = limits[l];
+            for (int again = 0; again < 3; again++) {
+                step_run(&r.g, &r.memory, &r.packed->batch, &r.options, r.packed->nll);
+                EXPECT(!memcmp(first, r.packed->nll, bytes), "%s: other losses", kinds[k]);
+                EXPECT(cache->count > 0 && cache->bytes <= limits[l], "%d kept, %zu bytes",
+                       (int)cache->count, cache->bytes);
+            }
+            EXPECT((cache->count == r.packed->batch.media_count) == !l, "%d kept",
+                   (int)cache->count);
+            soft_cache_free(cache);
+        }
+        run_stop(&r);
+        free(first);
+    }
+}
+
 static MediaItem *copied_items(const Run *r, int64_t *count) {
     *count = r->packed->batch.media_count;
     MediaItem *items = must_calloc((size_t)*count, sizeof *items);
