@@ -1,7 +1,7 @@
 """mmproj.py - a trained tiny model with pictures and recordings, here and in llama.cpp's multimodal library.
 
   oracle/bin/pip install llama-cpp-python numpy pillow
-  oracle/bin/python bench/mmproj.py OUT [--steps 300]
+  oracle/bin/python bench/mmproj.py OUT [--kind tiny|31b|12b] [--steps 300]
 
 Draws eight pictures that are already at a size of 70 soft tokens (480 x 336: neither side resizes them) and four tones,
 trains an adapter with the projections on them from a random tiny model, exports the text (f32 would be bf16 at least) and the
@@ -12,8 +12,6 @@ import argparse
 import ctypes
 import json
 import os
-import subprocess
-import sys
 import wave
 
 import llama_cpp
@@ -21,18 +19,11 @@ import numpy as np
 from llama_cpp import mtmd_cpp as mtmd
 from PIL import Image, ImageDraw
 
-from program import PROGRAM, ROOT
+from program import ROOT, init_small, run
 
 NAMES = ["ruby", "emerald", "sapphire", "topaz", "onyx", "pearl", "amethyst", "citrine"]
 COLOURS = ["#d02030", "#10a040", "#2040d0", "#e0b020", "#101010", "#f0f0e8", "#8030c0", "#f0d060"]
 TONES = {"low": 220, "middle": 523, "high": 1400, "shrill": 3500}
-
-
-def run(*arguments):
-    out = subprocess.run([PROGRAM, *arguments], capture_output=True, text=True)
-    if out.returncode:
-        sys.exit(out.stderr)
-    return out.stdout
 
 
 def draw(folder):
@@ -51,12 +42,15 @@ def draw(folder):
             f.setnchannels(1), f.setsampwidth(2), f.setframerate(16000)
             f.writeframes(samples.tobytes())
         rows.append(("audio", name + ".wav", "What was heard?", f"A {name} tone of {hertz} hertz."))
+    return rows
+
+
+def write_rows(folder, rows):
     with open(os.path.join(folder, "rows.jsonl"), "w") as f:
         for kind, path, question, answer in rows:
             content = [{"type": kind, "path": path}, {"type": "text", "text": question}]
             f.write(json.dumps({"messages": [{"role": "user", "content": content},
                                              {"role": "assistant", "content": answer}]}) + "\n")
-    return rows
 
 
 class Peer:
@@ -109,15 +103,17 @@ class Peer:
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("out")
+    p.add_argument("--kind", default="tiny")
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--tokens", type=int, default=24)
     a = p.parse_args()
     out = os.path.abspath(a.out)
     os.makedirs(out, exist_ok=True)
     base, merged = os.path.join(out, "base"), os.path.join(out, "merged")
-    rows = draw(out)
+    rows = [r for r in draw(out) if r[0] == "image" or a.kind not in ("31b", "26b-a4b")]
+    write_rows(out, rows)
     if not os.path.exists(merged):
-        run("init", "tiny", base, "--media", "--tokenizer", os.path.join(ROOT, "demo", "tokenizer"), "--dtype", "f32")
+        init_small(a.kind, base, os.path.join(ROOT, "demo", "tokenizer"))
         with open(os.path.join(out, "run.yaml"), "w") as f:
             f.write(f"model: {base}\noutput: {out}/run\ndtype: f32\nmethod: lora\n"
                     "lora: {rank: 16, alpha: 32, targets: [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj],"
