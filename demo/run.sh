@@ -67,6 +67,21 @@ if [ -n "$questions" ]; then
     $program eval compare "$out/exam-before" "$out/exam-after"
 fi
 
+if [ -n "$questions" ]; then
+    say "6. Charts that functions answer with, and spoken digits (demo/media), on a random model with towers; the exam's charts are new to it"
+    $program init tiny "$out/media/model" --media --tokenizer demo/tokenizer --dtype f32
+    for what in charts digits; do
+        $program train demo/$what.yaml "model=$out/media/model" "output=$out/media/$what"
+        for adapter in "" "--adapter $out/media/$what/adapter"; do
+            printf '\n  %s\n' "${adapter:-before}"
+            $program eval --model "$out/media/model" $adapter --tasks demo/exam/${what}_exam.yaml --data demo/media/${what}_exam.jsonl \
+                --dtype f32 --chat-format $format --temperature 0 --image-tokens 70 2> /dev/null
+        done
+    done
+    printf '\n  demo/media/chart100.png: %s\n' "$($program generate --model "$out/media/model" --adapter "$out/media/charts/adapter" --dtype f32 \
+        --chat-format $format --temperature 0 --image demo/media/chart100.png 'Which stone is highest in chart 100?')"
+fi
+
 say "Left for you"
 printf '  adapter            %s\n  merged checkpoint  %s\n  curves             %s\n  metrics            %s\n' \
     "$out/lora/adapter" "$out/merged" "$out/lora/report.svg" "$out/lora/metrics.csv"
