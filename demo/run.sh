@@ -78,8 +78,9 @@ if [ -n "$questions" ]; then
                 --dtype f32 --chat-format $format --temperature 0 --image-tokens 70 2> /dev/null
         done
     done
-    printf '\n  demo/media/chart100.png: %s\n' "$($program generate --model "$out/media/model" --adapter "$out/media/charts/adapter" --dtype f32 \
-        --chat-format $format --temperature 0 --image demo/media/chart100.png 'Which stone is highest in chart 100?')"
+    printf '\n  A conversation in which the function runs (demo/media/tools.json)\n\n> Which stone is highest in chart 4?\n'
+    printf 'Which stone is highest in chart 4?\ny\n' | $program chat --model "$out/media/model" --adapter "$out/media/charts/adapter" --dtype f32 \
+        --chat-format $format --temperature 0 --image-tokens 70 --tools demo/media/tools.json
 fi
 
 say "Left for you"
