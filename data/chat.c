@@ -10,16 +10,19 @@
 
 static const struct {
     const char *name, *hash;
-    int format; /* -1: recognised, but not rendered */
+    int format;       /* -1: recognised, but not rendered */
+    const char *flaw; /* of one that is not */
 } templates[] = {
     {"2026-07-large", "ae53464bf3be25802b3a5b37def7fd89667067d7577049b3b2d74c4d8de4c6d4",
-     CHAT_LARGE},
+     CHAT_LARGE, NULL},
     {"2026-07-small", "0a2c8073c878ab1da004bee933a998606537bbb62016310352c7285c3f01c5b5",
-     CHAT_SMALL},
-    {"2026-05-31b", "85a08664d16d8f3be4416c92427b3ac10df1024ac566cc0b4bc3bab409393f98", -1},
-    {"interleaved-llamacpp", "65f93a25708c952457106a30e185ba7beffddd726121c8d7e3f3e08b23c16c67",
-     -1},
-    {"2026-04-first", "2dfbfc7d538912f4ea11d29d85b4e25d7bc26386e53f57529f1d707c28b5828c", -1},
+     CHAT_SMALL, NULL},
+    {"2026-05-31b", "85a08664d16d8f3be4416c92427b3ac10df1024ac566cc0b4bc3bab409393f98", -1,
+     "which drops pictures and sound that tools answer with"},
+    {"interleaved-llamacpp", "65f93a25708c952457106a30e185ba7beffddd726121c8d7e3f3e08b23c16c67", -1,
+     "which makes answers of tools turns of their own"},
+    {"2026-04-first", "2dfbfc7d538912f4ea11d29d85b4e25d7bc26386e53f57529f1d707c28b5828c", -1,
+     "which makes answers of tools turns of their own"},
 };
 
 const char *chat_format_name(ChatFormat format) {
@@ -34,10 +37,9 @@ static Status format_of_template(ChatFormat *format, const char *bytes, size_t s
         if (strcmp(templates[i].hash, hash)) continue;
         if (templates[i].format < 0)
             FAIL(ERR_CONFIG,
-                 "%s: is the earlier template '%s', which is not rendered; give --chat-format "
-                 "large or "
-                 "small (data.chat_format in a run file) to use the July 2026 format",
-                 path, templates[i].name);
+                 "%s: is the earlier template '%s', %s; it is not rendered: give --chat-format "
+                 "large or small (data.chat_format in a run file) to use the July 2026 format",
+                 path, templates[i].name, templates[i].flaw);
         *format = (ChatFormat)templates[i].format;
         return OK;
     }
