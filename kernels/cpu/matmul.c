@@ -135,36 +135,60 @@ static void widen(float *out, Tensor x) {
         load_f32(out + first, x, first, count - first < CHUNK ? count - first : CHUNK);
 }
 
+/* Columns first .. first + n of b as f32, contiguous. */
+static void widen_columns(float *out, Tensor b, int64_t first, int64_t n) {
+    int64_t cols = tensor_cols(b);
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < tensor_rows(b); r++)
+        for (int64_t k = 0; k < n; k += CHUNK) {
+            int64_t count = n - k < CHUNK ? n - k : CHUNK;
+            float *to = out + r * n + k;
+            const float *from = load_f32(to, b, r * cols + first + k, count);
+            if (from != to) memcpy(to, from, (size_t)count * sizeof *to);
+        }
+}
+
+/* Columns first .. first + n of y take the product's. */
+static void narrow_columns(Tensor y, int64_t stride, int64_t first, int64_t n, Write write,
+                           float *product) {
+#pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < tensor_rows(y); m++)
+        for (int64_t k = 0; k < n; k += CHUNK) {
+            int64_t count = n - k < CHUNK ? n - k : CHUNK;
+            float buffer[CHUNK], *out = product + m * n + k;
+            if (write == ADD) {
+                const float *old = load_f32(buffer, y, m * stride + first + k, count);
+                for (int64_t i = 0; i < count; i++) out[i] += old[i];
+            }
+            store_f32(y, m * stride + first + k, count, out);
+        }
+}
+
+/* Elements of b widened at a time: panels of columns stay in the caches (twice as fast for NN). */
+#define WIDENED (1 << 20)
+
 /* Products of bf16 on a CPU without them: both operands as f32, the result rounded once. */
 static void convert_and_multiply(Layout layout, Tensor y, int64_t stride, Write write, Tensor a,
                                  Tensor b) {
-    int64_t a_count = tensor_count(a), b_count = tensor_count(b), N = tensor_cols(y);
-    float *left = thread_scratch((size_t)(a_count + b_count + tensor_count(y)));
-    float *right = left + a_count, *product = right + b_count;
+    int64_t N = tensor_cols(y), M = tensor_rows(y), K = tensor_count(b) / N;
+    int64_t part = WIDENED / K / 64 * 64;
+    part = part < 64 ? 64 : part;
+    if (part > N) part = N;
+    float *left = thread_scratch((size_t)(tensor_count(a) + part * (K + M)));
+    float *right = left + tensor_count(a), *product = right + part * K;
     widen(left, a);
-    widen(right, b);
-    a.dtype = b.dtype = F32;
+    a.dtype = F32;
     a.data = left;
-    b.data = right;
-    if (y.dtype == F32) {
-        onednn_product(layout, y, stride, write, a, b);
-        return;
+    for (int64_t first = 0; first < N; first += part) {
+        int64_t n = N - first < part ? N - first : part;
+        Tensor panel = TENSOR(right, F32, layout == NT ? n : K, layout == NT ? K : n);
+        if (layout == NT)
+            widen(right, tensor_slice(b, first, n));
+        else
+            widen_columns(right, b, first, n);
+        onednn_product(layout, TENSOR(product, F32, M, n), n, SET, a, panel);
+        narrow_columns(y, stride, first, n, write, product);
     }
-    Tensor wide = y;
-    wide.dtype = F32;
-    wide.data = product;
-    onednn_product(layout, wide, N, SET, a, b);
-#pragma omp parallel for schedule(static)
-    for (int64_t m = 0; m < tensor_rows(y); m++)
-        for (int64_t first = 0; first < N; first += CHUNK) {
-            int64_t n = N - first < CHUNK ? N - first : CHUNK;
-            float buffer[CHUNK], *out = product + m * N + first;
-            if (write == ADD) {
-                const float *old = load_f32(buffer, y, m * stride + first, n);
-                for (int64_t i = 0; i < n; i++) out[i] += old[i];
-            }
-            store_f32(y, m * stride + first, n, out);
-        }
 }
 
 /* A large product of one dtype; rows of y are `stride` elements apart. */
