@@ -16,79 +16,70 @@
 #define TILE_VECS 2
 #endif
 
-static inline __attribute__((always_inline)) void
-tile_registers(const int rows, const int vecs, int64_t k, const float *a, int64_t a_row,
-               int64_t a_col, const float *b, int64_t ldb, float *c, int64_t ldc, bool add) {
-    Vec sum[TILE_ROWS][TILE_VECS];
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vecs; j++)
-            sum[i][j] = add ? *(const Vec *)(c + i * ldc + j * LANES) : (Vec){0};
-    for (int64_t p = 0; p < k; p++) {
-        Vec row[TILE_VECS];
-        for (int j = 0; j < vecs; j++) row[j] = *(const Vec *)(b + p * ldb + j * LANES);
-        for (int i = 0; i < rows; i++) {
-            float factor = a[i * a_row + p * a_col];
-            for (int j = 0; j < vecs; j++) sum[i][j] += factor * row[j];
-        }
+/* Half a register, for columns that fill no whole one: heads of 72. */
+typedef float Half __attribute__((vector_size(LANES * 2), aligned(4), may_alias));
+
+/* rows by vecs registers of c, each of one type: Vec, or Half. */
+#define TILE_REGISTERS(name, Type)                                                                 \
+    static inline __attribute__((always_inline)) void name(                                        \
+        const int rows, const int vecs, int64_t k, const float *a, int64_t a_row, int64_t a_col,   \
+        const float *b, int64_t ldb, float *c, int64_t ldc, bool add) {                            \
+        const int64_t lanes = sizeof(Type) / sizeof(float);                                        \
+        Type sum[TILE_ROWS][TILE_VECS];                                                            \
+        for (int i = 0; i < rows; i++)                                                             \
+            for (int j = 0; j < vecs; j++)                                                         \
+                sum[i][j] = add ? *(const Type *)(c + i * ldc + j * lanes) : (Type){0};            \
+        for (int64_t p = 0; p < k; p++) {                                                          \
+            Type row[TILE_VECS];                                                                   \
+            for (int j = 0; j < vecs; j++) row[j] = *(const Type *)(b + p * ldb + j * lanes);      \
+            for (int i = 0; i < rows; i++) {                                                       \
+                float factor = a[i * a_row + p * a_col];                                           \
+                for (int j = 0; j < vecs; j++) sum[i][j] += factor * row[j];                       \
+            }                                                                                      \
+        }                                                                                          \
+        for (int i = 0; i < rows; i++)                                                             \
+            for (int j = 0; j < vecs; j++) *(Type *)(c + i * ldc + j * lanes) = sum[i][j];         \
     }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vecs; j++) *(Vec *)(c + i * ldc + j * LANES) = sum[i][j];
-}
+TILE_REGISTERS(tile_registers, Vec)
+TILE_REGISTERS(tile_halves, Half)
+
+#if TILE_ROWS > 4
+#define TILE_MANY(name, V)                                                                         \
+    case 5:                                                                                        \
+        name(5, V, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add);                               \
+        break;                                                                                     \
+    case 6:                                                                                        \
+        name(6, V, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add);                               \
+        break;
+#else
+#define TILE_MANY(name, V)
+#endif
+/* `rows` as a constant, so that sums stay in registers. */
+#define TILE_BY_ROWS(name, V)                                                                      \
+    switch (rows) {                                                                                \
+    case 1:                                                                                        \
+        name(1, V, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add);                               \
+        break;                                                                                     \
+    case 2:                                                                                        \
+        name(2, V, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add);                               \
+        break;                                                                                     \
+    case 3:                                                                                        \
+        name(3, V, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add);                               \
+        break;                                                                                     \
+    case 4:                                                                                        \
+        name(4, V, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add);                               \
+        break;                                                                                     \
+        TILE_MANY(name, V)                                                                         \
+    }
 
 static inline void tile_rows(int rows, int64_t n, int64_t k, const float *a, int64_t a_row,
                              int64_t a_col, const float *b, int64_t ldb, float *c, int64_t ldc,
                              bool add) {
-#define TILE_CASE(R, V) tile_registers(R, V, k, a, a_row, a_col, b + j, ldb, c + j, ldc, add)
     int64_t j = 0;
-    for (; j + TILE_VECS * LANES <= n; j += TILE_VECS * LANES) {
-        switch (rows) {
-        case 1:
-            TILE_CASE(1, TILE_VECS);
-            break;
-        case 2:
-            TILE_CASE(2, TILE_VECS);
-            break;
-        case 3:
-            TILE_CASE(3, TILE_VECS);
-            break;
-        case 4:
-            TILE_CASE(4, TILE_VECS);
-            break;
-#if TILE_ROWS > 4
-        case 5:
-            TILE_CASE(5, TILE_VECS);
-            break;
-        case 6:
-            TILE_CASE(6, TILE_VECS);
-            break;
-#endif
-        }
-    }
-    for (; j + LANES <= n; j += LANES) {
-        switch (rows) {
-        case 1:
-            TILE_CASE(1, 1);
-            break;
-        case 2:
-            TILE_CASE(2, 1);
-            break;
-        case 3:
-            TILE_CASE(3, 1);
-            break;
-        case 4:
-            TILE_CASE(4, 1);
-            break;
-#if TILE_ROWS > 4
-        case 5:
-            TILE_CASE(5, 1);
-            break;
-        case 6:
-            TILE_CASE(6, 1);
-            break;
-#endif
-        }
-    }
-#undef TILE_CASE
+    for (; j + TILE_VECS * LANES <= n; j += TILE_VECS * LANES)
+        TILE_BY_ROWS(tile_registers, TILE_VECS)
+    for (; j + LANES <= n; j += LANES) TILE_BY_ROWS(tile_registers, 1)
+    for (; j + LANES / 2 <= n; j += LANES / 2) TILE_BY_ROWS(tile_halves, 1)
     for (; j < n; j++)
         for (int i = 0; i < rows; i++) {
             float sum = add ? c[i * ldc + j] : 0;
