@@ -172,12 +172,15 @@ static:
 STATIC_LIBS := -static-libgcc -Wl,-Bstatic $(MEDIAPKGS:lib%=-l%) -lwebp -lyaml -lhdf5_serial -lsz -laec -ljansson -lprotobuf-c -lpcre2-8 -lmicrohttpd -ledit \
                -ltinfo -lbsd -lmd -lz -lhogweed -lnettle -lgmp -l:libgomp.a -Wl,-Bdynamic -l:libgnutls.so.30
 
+# All processors, unless make was told how many jobs.
+JOBS      = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(shell nproc))
+
 test: deps
-	@$(MAKE) --no-print-directory CUDA=0 build/cpu/lapidary runner
+	@$(MAKE) --no-print-directory $(JOBS) CUDA=0 build/cpu/lapidary runner
 	@tests/run.sh
 
 demo: deps
-	@$(MAKE) --no-print-directory all
+	@$(MAKE) --no-print-directory $(JOBS) all
 	@MODEL="$(MODEL)" DATA="$(DATA)" demo/run.sh
 
 # What the build needs, from Debian; asks for nothing when it is all there.

@@ -333,20 +333,28 @@ static void quantize_panel(const Activations *a, const Panel *p, Tensor x, int b
 
 /* ---- one group of 16 weight rows against a panel ---- */
 
-#define ALWAYS static inline __attribute__((always_inline))
+/* In registers everything is written out, for each width of a panel. Plain C has none to fill:
+ * there it would be minutes of compiling and slower code. */
+#if LEVEL_PLAIN
+#define ALWAYS static inline
+#define UNROLL(n)
+#else
+#define ALWAYS    static inline __attribute__((always_inline))
+#define UNROLL(n) _Pragma(#n)
+#endif
 
 /* `half` of a tile, 32 columns, added to totals (W). */
 ALWAYS void half_tile(Floats *total, const int W, const bool bytes, const int half,
                       const uint8_t (*qs)[64], const uint16_t *scales, const int8_t *q,
                       const float *d, const int32_t *start) {
     Ints sum[WIDTH_MAX];
-#pragma GCC unroll 12
+    UNROLL(GCC unroll 12)
     for (int m = 0; m < W; m++) sum[m] = ints_set(start[m]);
-#pragma GCC unroll 8
+    UNROLL(GCC unroll 8)
     for (int i = 0; i < 8; i++) {
         Bytes v = bytes_load(qs[bytes ? 8 * half + i : i]);
         if (!bytes) v = half ? bytes_high(v) : bytes_low(v);
-#pragma GCC unroll 12
+        UNROLL(GCC unroll 12)
         for (int m = 0; m < W; m++) {
             int32_t quad;
             memcpy(&quad, q + 4 * (i * W + m), 4);
@@ -354,7 +362,7 @@ ALWAYS void half_tile(Floats *total, const int W, const bool bytes, const int ha
         }
     }
     Floats scale = scales_load(scales);
-#pragma GCC unroll 12
+    UNROLL(GCC unroll 12)
     for (int m = 0; m < W; m++) total[m] = add_scaled_ints(total[m], sum[m], scale, d[m]);
 }
 
@@ -367,13 +375,13 @@ ALWAYS void half_tile_pairs(Floats *total, const int W, const bool bytes, const 
                             const uint8_t (*qs)[64], const uint16_t *scales, const int8_t *q,
                             const float *d, const int32_t *start) {
     int32x4_t sum[8][WIDTH_MAX / 2]; /* weight rows 2 k, 2 k + 1 by activations 2 j, 2 j + 1 */
-#pragma GCC unroll 2
+    UNROLL(GCC unroll 2)
     for (int j = 0; j < W / 2; j++) {
         int32x2_t begin = vld1_s32(start + 2 * j);
-#pragma GCC unroll 8
+        UNROLL(GCC unroll 8)
         for (int k = 0; k < 8; k++) sum[k][j] = vcombine_s32(begin, begin);
     }
-#pragma GCC unroll 4
+    UNROLL(GCC unroll 4)
     for (int i = 0; i < 8; i += 2) {
         Bytes a = bytes_load(qs[bytes ? 8 * half + i : i]),
               b = bytes_load(qs[bytes ? 8 * half + i + 1 : i + 1]);
@@ -382,19 +390,19 @@ ALWAYS void half_tile_pairs(Floats *total, const int W, const bool bytes, const 
         else
             a = half ? bytes_high(a) : bytes_low(a), b = half ? bytes_high(b) : bytes_low(b);
         int8x16_t x[WIDTH_MAX / 2];
-#pragma GCC unroll 2
+        UNROLL(GCC unroll 2)
         for (int j = 0; j < W / 2; j++) {
             const int8_t *at = q + 4 * (i * W + 2 * j);
             int32x2x2_t rows = vzip_s32(vreinterpret_s32_s8(vld1_s8(at)),
                                         vreinterpret_s32_s8(vld1_s8(at + 4 * W)));
             x[j] = vreinterpretq_s8_s32(vcombine_s32(rows.val[0], rows.val[1]));
         }
-#pragma GCC unroll 4
+        UNROLL(GCC unroll 4)
         for (int part = 0; part < 4; part++) {
             int32x4_t u = vreinterpretq_s32_u8(a.at[part]), v = vreinterpretq_s32_u8(b.at[part]);
             int8x16_t low = vreinterpretq_s8_s32(vzip1q_s32(u, v)),
                       high = vreinterpretq_s8_s32(vzip2q_s32(u, v));
-#pragma GCC unroll 2
+            UNROLL(GCC unroll 2)
             for (int j = 0; j < W / 2; j++) {
                 sum[2 * part][j] = vmmlaq_s32(sum[2 * part][j], low, x[j]);
                 sum[2 * part + 1][j] = vmmlaq_s32(sum[2 * part + 1][j], high, x[j]);
@@ -402,7 +410,7 @@ ALWAYS void half_tile_pairs(Floats *total, const int W, const bool bytes, const 
         }
     }
     Floats scale = scales_load(scales);
-#pragma GCC unroll 2
+    UNROLL(GCC unroll 2)
     for (int j = 0; j < W / 2; j++) {
         Ints even, odd;
         FOUR(even.at[i] = vuzp1q_s32(sum[2 * i][j], sum[2 * i + 1][j]));
@@ -421,7 +429,7 @@ ALWAYS void group_product(Tensor y, const int W, const bool bytes, const void *t
                           int64_t tile_count, int64_t group, const Panel *p, const int8_t *q,
                           const float *d, const int32_t *start, bool prefetch) {
     Floats total[WIDTH_MAX];
-#pragma GCC unroll 12
+    UNROLL(GCC unroll 12)
     for (int m = 0; m < W; m++) total[m] = floats_zero();
     for (int64_t t = 0; t < tile_count; t++) {
         const char *tile =
@@ -443,7 +451,7 @@ ALWAYS void group_product(Tensor y, const int W, const bool bytes, const void *t
         start += 2 * W;
     }
     int64_t N = tensor_cols(y);
-#pragma GCC unroll 12
+    UNROLL(GCC unroll 12)
     for (int m = 0; m < W; m++) {
         float out[16];
         floats_store(out, total[m]);
