@@ -324,8 +324,9 @@ static Status read_moe(RunConfig *c, Node *root) {
 /* Known keys of methods this run does not use: named once, not refused. */
 static void mention_unused(RunConfig *c, Node *root) {
     Node *quant = node_find(root, "quant"), *lora = node_find(root, "lora");
-    if (!method_has_adapter(c->method) && !node_is_null(lora))
-        note("method %s does not use the keys of 'lora'", methods[c->method]);
+    bool more = !node_is_null(lora) && (lora->count > 1 || !node_find(lora, "train_also"));
+    if (!method_has_adapter(c->method) && more)
+        note("method %s uses no key of 'lora' but train_also", methods[c->method]);
     if (node_is_null(quant)) return;
     if (c->method == METHOD_FULL || c->method == METHOD_LORA)
         note("method %s does not use the keys of 'quant'", methods[c->method]);

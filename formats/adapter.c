@@ -116,17 +116,17 @@ static void attach(Gemma *g, Linear *l, const AdapterSpec *spec, int64_t rank, d
     l->lora = lora;
 }
 
-static Status attach_train_also(Gemma *g, const AdapterSpec *spec) {
-    for (int i = 0; i < spec->train_also.count; i++) {
+Status adapter_train_also(Gemma *g, const TextList *names) {
+    for (int i = 0; i < names->count; i++) {
         bool found = false;
         for (int j = 0; j < g->params.count; j++) { /* a module of that name, or a parameter */
             Param *p = g->params.items[j];
             char module[PARAM_NAME_MAX];
             snprintf(module, sizeof module, "%s", p->name);
-            bool match = is_named(g, module, spec->train_also.items[i]);
+            bool match = is_named(g, module, names->items[i]);
             for (char *dot; !match && (dot = strrchr(module, '.'));) {
                 *dot = 0;
-                match = is_named(g, module, spec->train_also.items[i]);
+                match = is_named(g, module, names->items[i]);
             }
             if (!match || p->adapter || p->buffer) continue;
             const Linear *l = gemma_owner(g, p);
@@ -135,8 +135,7 @@ static Status attach_train_also(Gemma *g, const AdapterSpec *spec) {
             p->trainable = found = true;
         }
         if (!found)
-            FAIL(ERR_CONFIG, "lora.train_also: '%s' names nothing in this model",
-                 spec->train_also.items[i]);
+            FAIL(ERR_CONFIG, "lora.train_also: '%s' names nothing in this model", names->items[i]);
     }
     return OK;
 }
@@ -181,7 +180,7 @@ Status adapter_attach(Gemma *g, const AdapterSpec *spec) {
                         sizeof(PatternValue)));
     TRY_DONE(check_used(alphas, spec->alpha_patterns, "alpha_pattern", (char **)spec->alpha_pattern,
                         sizeof(PatternValue)));
-    TRY_DONE(attach_train_also(g, spec));
+    TRY_DONE(adapter_train_also(g, &spec->train_also));
 done:
     free(used);
     return status;

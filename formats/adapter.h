@@ -37,6 +37,9 @@ void adapter_spec_free(AdapterSpec *spec);
  * params_place. A target or pattern that matches nothing is an error. */
 Status adapter_attach(Gemma *g, const AdapterSpec *spec);
 
+/* Marks the parameters that names mean, a module or one of their own, as trainable. */
+Status adapter_train_also(Gemma *g, const TextList *names);
+
 /* The name that peft knows a module or parameter by: the checkpoint's but for the 12B, whose media
  * modules lie elsewhere in the reference's model. */
 void adapter_module_name(char *out, size_t size, const ModelConfig *c, const char *name);

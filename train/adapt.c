@@ -118,12 +118,15 @@ float adapt_blend(const RunConfig *config, int64_t step) {
 Status adapt(Gemma *g, const RunConfig *config, AdapterSpec *spec) {
     *spec = (AdapterSpec){0};
     if (method_rounds(config->method)) adapt_rounding(g, config);
+    Status status = OK;
     if (!method_has_adapter(config->method)) {
         adapt_full(g, config);
+        for (int i = 0; i < config->lora.train_also.count; i++)
+            text_list_add(&spec->train_also, config->lora.train_also.items[i]);
+        TRY_DONE(adapter_train_also(g, &spec->train_also));
         adapt_scales(g, config);
         return OK;
     }
-    Status status = OK;
     if (config->lora.init) {
         TRY_DONE(peft_load_spec(spec, config->lora.init));
         TRY_DONE(check_init(config, spec));

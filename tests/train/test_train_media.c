@@ -2,6 +2,7 @@
  * a tool shows. */
 #include "data/text.h"
 #include "formats/file.h"
+#include "formats/safetensors.h"
 #include "formats/sha256.h"
 #include "tests/program.h"
 #include "tests/small_media.h"
@@ -129,6 +130,43 @@ CASE(train, pictures_and_tones_are_learned_and_a_stopped_run_goes_on) {
     EXPECT_OK(sha256_file(other, y));
     EXPECT(!strcmp(one, other), "the run that stopped ended elsewhere");
     free(x), free(y), free(data);
+}
+
+/* Whether a tensor has the same bytes in two checkpoints. */
+static bool same_tensor(const char *one, const char *other, const char *name) {
+    Safetensors a, b;
+    char *x = must_format("%s/model.safetensors", one),
+         *y = must_format("%s/model.safetensors", other);
+    EXPECT_OK(safetensors_open(&a, x));
+    EXPECT_OK(safetensors_open(&b, y));
+    const StoredTensor *s = safetensors_find(&a, name), *t = safetensors_find(&b, name);
+    EXPECT(s && t && s->size == t->size, "%s", name);
+    bool same = !memcmp(s->bytes, t->bytes, s->size);
+    safetensors_close(&a);
+    safetensors_close(&b);
+    free(x), free(y);
+    return same;
+}
+
+CASE(train, a_full_run_trains_the_towers_that_are_named) {
+    const char *f = test_folder();
+    prepare();
+    char *run = must_format("model: %s/model\noutput: %s/full\ndtype: f32\nmethod: full\nlora: "
+                            "{train_also: [vision_tower, embed_vision]}\n" DATA "steps: 2\n",
+                            f, f, f, "");
+    small_write("full.yaml", run);
+    EXPECT_RUN(0, "train %s/full.yaml --device cpu", f);
+    char *before = must_format("%s/model", f), *after = must_format("%s/full/model", f);
+#define TOWER "model.vision_tower.encoder.layers.0.self_attn."
+    EXPECT(!same_tensor(before, after, TOWER "q_proj.linear.weight"), "the tower was not trained");
+    EXPECT(same_tensor(before, after, TOWER "q_proj.input_max"), "a bound was trained");
+    EXPECT(!same_tensor(before, after, "model.embed_vision.embedding_projection.weight"));
+    EXPECT(same_tensor(before, after, "model.embed_audio.embedding_projection.weight"));
+    EXPECT(!same_tensor(before, after, "model.language_model.layers.0.mlp.up_proj.weight"));
+    EXPECT_EXIT(1, "names nothing in this model",
+                "train %s/full.yaml --device cpu output=%s/x 'lora.train_also=[vision_towr]'", f,
+                f);
+    free(run), free(before), free(after);
 }
 
 /* The tokenizer is the same, the pictures' cells and the sound's features are not. */
