@@ -8,8 +8,8 @@
 
 /* Writes the towers of `g`, declared with its media and loaded, adapters on them merged in:
  * matrices in `dtype` (BF16 or F32), vectors, convolutions, the patch embedder and tables of places
- * in f32. Bounds of clipped linears go along. ERR_CONFIG where the model has no towers, or llama.cpp
- * has a constant where the config says something else. */
+ * in f32. Bounds of clipped linears go along. ERR_CONFIG where the model has no towers, or
+ * llama.cpp has a constant where the config says something else. */
 Status mmproj_save(const Gemma *g, const char *name, DType dtype, const char *path);
 
 #endif
