@@ -59,6 +59,16 @@ Fixture fixture_open(const char *name) {
     return f;
 }
 
+float fixture_formula(uint32_t t, uint32_t i) {
+    uint32_t h = i + 0x9e3779b9u * (t + 1);
+    h ^= h >> 16;
+    h *= 0x7feb352du;
+    h ^= h >> 15;
+    h *= 0x846ca68bu;
+    h ^= h >> 16;
+    return (float)((double)h / 2147483648.0 - 1.0);
+}
+
 Packed *fixture_batch(const Fixture *f, int only) {
     int64_t n, count;
     int32_t *ids = fixture_ints(f, "ids", &n), *lengths = fixture_ints(f, "lengths", &count);

@@ -29,11 +29,17 @@ uint8_t *fixture_bytes(const Fixture *f, const char *name, int64_t *count);
 /* Writes a byte dataset to dir/file. */
 void fixture_write(const Fixture *f, const char *name, const char *dir, const char *file);
 
+/* Numbers in [-1, 1) of stream t, made by a formula in the oracle too. */
+float fixture_formula(uint32_t t, uint32_t i);
+
+#define FIXTURE_ROWS 800
+
 /* The fixture's sequences as one packed batch. */
 typedef struct Packed {
     Batch batch;
-    int32_t ids[64], positions[64], starts[64], targets[64], spans[64];
-    float weights[64], nll[64];
+    int32_t ids[FIXTURE_ROWS], positions[FIXTURE_ROWS], starts[FIXTURE_ROWS], targets[FIXTURE_ROWS],
+        spans[FIXTURE_ROWS];
+    float weights[FIXTURE_ROWS], nll[FIXTURE_ROWS];
     int64_t scored;
 } Packed;
 

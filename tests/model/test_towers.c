@@ -3,21 +3,11 @@
 #include "kernels/elementwise.h"
 #include "model/audio.h"
 #include "model/vision.h"
+#include "tests/fixture.h"
 #include "tests/test.h"
 
 #include <math.h>
 #include <stdlib.h>
-
-/* A number in [-1, 1) of stream t. */
-static float formula(uint32_t t, uint32_t i) {
-    uint32_t h = i + 0x9e3779b9u * (t + 1);
-    h ^= h >> 16;
-    h *= 0x7feb352du;
-    h ^= h >> 15;
-    h *= 0x846ca68bu;
-    h ^= h >> 16;
-    return (float)((double)h / 2147483648.0 - 1.0);
-}
 
 static int by_name(const void *a, const void *b) {
     return strcmp((*(Param *const *)a)->name, (*(Param *const *)b)->name);
@@ -37,7 +27,7 @@ static void give_values(ParamList *params, LinearList *list) {
     for (int t = 0; t < count; t++) {
         Tensor value = sorted[t]->value;
         for (int64_t i = 0; i < tensor_count(value); i++) {
-            float v = formula((uint32_t)t, (uint32_t)i);
+            float v = fixture_formula((uint32_t)t, (uint32_t)i);
             ((float *)value.data)[i] = value.ndim >= 2                   ? 0.25f * v
                                        : strstr(sorted[t]->name, "norm") ? 1.0f + 0.2f * v
                                                                          : 0.3f * v;
@@ -103,7 +93,8 @@ static void picture(Tower *t) {
         int x = n / 9 * 3 + n % 3, y = n % 9 / 3;
         t->places[2 * n] = x, t->places[2 * n + 1] = y;
         for (int i = 0; i < 768; i++)
-            t->pixels[n * 768 + i] = (formula(2000, (uint32_t)((y * 6 + x) * 768 + i)) + 1) / 2;
+            t->pixels[n * 768 + i] =
+                (fixture_formula(2000, (uint32_t)((y * 6 + x) * 768 + i)) + 1) / 2;
     }
 }
 
@@ -115,8 +106,9 @@ static void vision_run(Tower *t, bool clipped, StackMode mode) {
     vision_declare(&t->vision, &t->params, &t->list, &c);
     give_values(&t->params, &t->list);
     for (int i = 0; i < 32 && !clipped; i++) {
-        ((float *)t->vision.std_bias->value.data)[i] = formula(900, (uint32_t)i);
-        ((float *)t->vision.std_scale->value.data)[i] = 0.5f + 0.25f * formula(901, (uint32_t)i);
+        ((float *)t->vision.std_bias->value.data)[i] = fixture_formula(900, (uint32_t)i);
+        ((float *)t->vision.std_scale->value.data)[i] =
+            0.5f + 0.25f * fixture_formula(901, (uint32_t)i);
     }
     picture(t);
     EXPECT_OK(arena_init(&t->memory, device_cpu(), 4 << 20, "the picture"));
@@ -124,7 +116,7 @@ static void vision_run(Tower *t, bool clipped, StackMode mode) {
     t->pass = (Pass){.scratch = &t->scratch, .training = true};
     t->out = ARENA_TENSOR(&t->memory, F32, 2, 32);
     t->dout = ARENA_TENSOR(&t->memory, F32, 2, 32);
-    for (int i = 0; i < 64; i++) ((float *)t->dout.data)[i] = formula(2001, (uint32_t)i);
+    for (int i = 0; i < 64; i++) ((float *)t->dout.data)[i] = fixture_formula(2001, (uint32_t)i);
     VisionSaved s;
     vision_open(&s, &t->vision, mode);
     vision_place(&s, &t->vision, &t->memory, F32, 18);
@@ -240,11 +232,11 @@ static void audio_start(AudioTower *t, int64_t M, StackMode mode) {
     EXPECT_OK(arena_init(&t->scratch, device_cpu(), 32 << 20, "temporaries"));
     Pass pass = {.scratch = &t->scratch, .training = true};
     float *features = must_malloc((size_t)M * MEL_BINS * sizeof *features);
-    for (int64_t i = 0; i < M * MEL_BINS; i++) features[i] = 3 * formula(1000, (uint32_t)i);
+    for (int64_t i = 0; i < M * MEL_BINS; i++) features[i] = 3 * fixture_formula(1000, (uint32_t)i);
     t->out = ARENA_TENSOR(&t->memory, F32, audio_soft_tokens(M), 24);
     Tensor dout = arena_like(&t->memory, t->out);
     for (int64_t i = 0; i < tensor_count(dout); i++)
-        ((float *)dout.data)[i] = formula(1001, (uint32_t)i);
+        ((float *)dout.data)[i] = fixture_formula(1001, (uint32_t)i);
     audio_open(&t->saved, &t->audio, mode);
     audio_place(&t->saved, &t->audio, &t->memory, F32, M);
     audio_forward(&t->audio, &t->saved, t->out, features, &pass);

@@ -176,4 +176,5 @@ def main():
             print(kind, json.dumps({k: list(v) if isinstance(v, h5py.Group) else v.shape for k, v in f.items()})[:200])
 
 
-main()
+if __name__ == "__main__":
+    main()

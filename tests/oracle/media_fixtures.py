@@ -145,7 +145,41 @@ def make(kind):
         print(kind, ids.shape[1], float(nll.mean()), f["answer"][:])
 
 
+def formula(t, count):
+    """Numbers in [-1, 1) of stream t, as tests/model/test_media.c makes them."""
+    h = np.arange(count, dtype=np.uint64) + 0x9e3779b9 * (t + 1) & 0xffffffff
+    h ^= h >> 16
+    h = h * 0x7feb352d & 0xffffffff
+    h ^= h >> 15
+    h = h * 0x846ca68b & 0xffffffff
+    h ^= h >> 16
+    return (h / 2147483648.0 - 1.0).astype(np.float32)
+
+
+def make_long():
+    """media_long.h5: 30 seconds of sound (features by formula) through the model of media_e2b.h5: losses and gradients."""
+    with tempfile.TemporaryDirectory() as d, h5py.File(os.path.join(OUT, "media_e2b.h5")) as f:
+        for name in ("model.safetensors", "config.json"):
+            with open(os.path.join(d, name), "wb") as out:
+                out.write(f[name][:].tobytes())
+        model = AutoModelForImageTextToText.from_pretrained(d, dtype=torch.float32, attn_implementation="eager").eval()
+    features = torch.tensor(3 * formula(1000, 2999 * 128).reshape(1, 2999, 128))
+    rng = np.random.default_rng(6)
+    text = lambda n: rng.integers(3, 70, n).tolist()
+    ids = torch.tensor([2] + text(4) + [BOA] + [AUDIO] * 750 + [EOA] + text(8))[None]
+    out = model(input_ids=ids, mm_token_type_ids=torch.where(ids == AUDIO, 3, 0), use_cache=False, input_features=features,
+                input_features_mask=torch.ones(1, 2999, dtype=torch.bool))
+    nll = torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), ids[0, 1:], reduction="none")
+    nll.mean().backward()
+    with h5py.File(os.path.join(OUT, "media_long.h5"), "w") as f:
+        f["ids"] = ids[0].numpy().astype(np.int32)
+        f["lengths"] = np.array([ids.shape[1]], dtype=np.int32)
+        f["nll"] = nll.detach().numpy()
+        save_grads(f.create_group("grad"), model)
+    print("long", ids.shape[1], float(nll.mean()))
+
+
 if __name__ == "__main__":
     assert VOCAB > EOA
-    for kind in sys.argv[1:] or MODELS:
-        make(kind)
+    for kind in sys.argv[1:] or [*MODELS, "long"]:
+        make_long() if kind == "long" else make(kind)
