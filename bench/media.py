@@ -75,6 +75,19 @@ ROWS = {
 }
 
 
+def sound(name, seconds):
+    """The start of a recording, or as much of it again and again, as a file of so many seconds."""
+    samples, rate = soundfile.read(os.path.join(data, "audio/jfk.wav"), dtype="int16")
+    path = os.path.join(made.name, name)
+    soundfile.write(path, np.resize(samples, int(seconds * rate)), rate)
+    return {"type": "audio", "path": path}
+
+
+made = tempfile.TemporaryDirectory()
+ROWS["audio of 0.2 s"] = user_row(sound("short.wav", 0.2), text("What is said?"))
+ROWS["audio of 35 s"] = user_row(sound("long.wav", 35), text("What is said?"))  # the first 30 are heard
+
+
 def run(*arguments, stdin=None):
     out = subprocess.run([options.lapidary, *arguments], input=stdin, capture_output=True, text=True)
     if out.returncode:
@@ -174,16 +187,16 @@ class Reference:
         c = self.config
         return [{c.image_token_id: 1, c.video_token_id: 2, c.audio_token_id: 3}.get(i, 0) for i in ids]
 
-    def logits(self, ids, inputs):
+    def logits(self, ids, inputs, last=0):
         with torch.no_grad():
             return self.model(input_ids=torch.tensor([ids]), mm_token_type_ids=torch.tensor([self.kinds(ids)]), use_cache=False,
-                              **inputs).logits[0].float()
+                              logits_to_keep=last, **inputs).logits[0].float()
 
     def greedy(self, ids, inputs, most):
         ends = self.config.eos_token_id
         out = []
         while len(out) < most and not (out and out[-1] in (ends if isinstance(ends, list) else [ends])):
-            out.append(int(self.logits(ids + out, inputs)[-1].argmax()))
+            out.append(int(self.logits(ids + out, inputs, 1)[-1].argmax()))
         return out
 
 
@@ -210,20 +223,22 @@ def main():
     server = subprocess.Popen([options.lapidary, "serve", "--model", options.model, "--port", "0", "--dtype", "f32",
                                "--chat-format", "small", "--media", data, "--device", "cpu"], stderr=subprocess.PIPE, text=True)
     port = int(re.search(r":(\d+)/", server.stderr.readline()).group(1))
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-    for name, messages in ROWS.items():
-        inputs = {}
-        slots = read_media(messages, inputs, reference.config)
-        worst = max(worst, nlls(reference, name, messages, slots, inputs))
-        ids = reference.ids(messages[:-1], slots, add_generation_prompt=True)
-        theirs = reference.tokenizer.decode(reference.greedy(ids, inputs, options.tokens), skip_special_tokens=True).strip()
-        answer = client.chat.completions.create(model=client.models.list().data[0].id, messages=served(messages[:-1]),
-                                                temperature=0, max_tokens=options.tokens)
-        ours = (answer.choices[0].message.content or "").strip()
-        same += ours == theirs and answer.usage.prompt_tokens == len(ids)
-        print(f"; served {'the same' if ours == theirs else repr(ours) + ' for ' + repr(theirs)}")
-    server.terminate()
-    server.wait()
+    try:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        for name, messages in ROWS.items():
+            inputs = {}
+            slots = read_media(messages, inputs, reference.config)
+            worst = max(worst, nlls(reference, name, messages, slots, inputs))
+            ids = reference.ids(messages[:-1], slots, add_generation_prompt=True)
+            theirs = reference.tokenizer.decode(reference.greedy(ids, inputs, options.tokens), skip_special_tokens=True).strip()
+            answer = client.chat.completions.create(model=client.models.list().data[0].id, messages=served(messages[:-1]),
+                                                    temperature=0, max_tokens=options.tokens)
+            ours = (answer.choices[0].message.content or "").strip()
+            same += ours == theirs and answer.usage.prompt_tokens == len(ids)
+            print(f"; served {'the same' if ours == theirs else repr(ours) + ' for ' + repr(theirs)}")
+    finally:
+        server.terminate()
+        server.wait()
     print(f"worst {worst:.2e}; {same} of {len(ROWS)} answers of the server the same")
     sys.exit(int(worst > 1e-4 or same < len(ROWS)))
 

@@ -109,6 +109,8 @@ static Status add_item(Run *r, int suite, int64_t doc, Shots *shots) {
     TRY(score_check(s->task, item->row));
     TRY(prompt_render(&item->prompt, &item->messages, s->task, &r->o->prompt, s->suite, item->row,
                       picked, shots->count));
+    if (item->messages && s->task->output != OUTPUT_TEXT)
+        FAIL(ERR_CONFIG, "a document has media: expected a task of output text");
     if (item->messages) TRY(model_check_media(r->m->g));
     sha256_text(item->prompt_hash, item->prompt.bytes, item->prompt.size);
     return OK;
