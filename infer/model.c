@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Of soft tokens that are kept for the next prompt with the same picture. */
-#define SOFT_BYTES ((size_t)256 << 20)
+/* Of what towers make, kept for the next prompt with the same picture. */
+#define TOWER_BYTES ((size_t)256 << 20)
 
 /* A mapped layer that was used lets go of its pages. */
 static void release_layer(void *context, int layer) {
@@ -135,7 +135,7 @@ static Status open_model(Model *m, const char *dir, const char *const *adapters,
     for (int i = 0; i < count; i++) TRY_DONE(touches_towers(&towers, adapters[i]));
     if (towers && checkpoint_has_towers(&m->checkpoint)) {
         gemma_declare_media(&m->g);
-        m->g.media.cache->most = SOFT_BYTES;
+        m->g.media.cache->most = TOWER_BYTES;
     }
     m->g.int8 = m->g.dtype == BF16 && residence == WEIGHTS_LOADED;
     if (residence == WEIGHTS_MAPPED) m->g.watch = (LayerWatch){release_layer, m};

@@ -43,7 +43,7 @@ void media_declare(Media *m, ParamList *params, LinearList *list, const ModelCon
 void media_free(Media *m) {
     vision_free(&m->vision);
     audio_free(&m->audio);
-    if (m->cache) soft_cache_free(m->cache);
+    if (m->cache) tower_cache_free(m->cache);
     free(m->cache);
     *m = (Media){0};
 }
@@ -173,21 +173,6 @@ static void run_end(Run *r, Pass *p) {
     arena_release(p->scratch, r->mark);
 }
 
-void media_forward(const Media *m, Tensor soft, const MediaItem *item, Pass *p) {
-    const Linear *projection = projection_of(m, item);
-    bool keeps = item->key && m->cache->most && soft.data;
-    if (keeps && soft_cache_find(m->cache, item->key, soft)) return;
-    size_t mark = arena_mark(p->scratch);
-    Run r;
-    Tensor z = ARENA_TENSOR(p->scratch, soft.dtype, item->count, projection->in);
-    run_begin(&r, m, z, item, STACK_SCORE, p);
-    run_end(&r, p);
-    rmsnorm_forward(z, tensor_absent(), z, tensor_absent(), tensor_absent(), eps_of(m, item));
-    linear_forward(projection, soft, z, p);
-    if (keeps) soft_cache_keep(m->cache, item->key, soft);
-    arena_release(p->scratch, mark);
-}
-
 /* ---- training ---- */
 
 /* Whether any weight or adapter below that prefix is trained. */
@@ -205,25 +190,62 @@ bool media_trains(const Media *m) {
 }
 
 /* Whether the item's gradient goes on past the projection. */
-static bool trains_before_projection(const Media *m, const MediaItem *item) {
-    return trains_below(m, item->height ? "model.vision_" : "model.audio_tower.");
+static bool trains_before_projection(const Media *m, bool picture) {
+    return trains_below(m, picture ? "model.vision_" : "model.audio_tower.");
+}
+
+bool media_trains_towers(const Media *m) {
+    return trains_before_projection(m, true) || trains_before_projection(m, false);
+}
+
+int64_t media_tower_width(const Media *m, bool picture) {
+    return (picture ? &m->embed_vision : &m->embed_audio)->in;
+}
+
+/* ---- both ways ---- */
+
+/* z = what the projection normalises, nothing of it kept for a backward pass: made, or made before.
+ */
+static void tower_output(const Media *m, Tensor z, const MediaItem *item, Pass *p) {
+    Run r;
+    bool keeps =
+        item->key && z.data && m->cache->most && !trains_before_projection(m, item->height > 0);
+    if (keeps && tower_cache_find(m->cache, item->key, z)) return;
+    run_begin(&r, m, z, item, STACK_SCORE, p);
+    run_end(&r, p);
+    if (keeps) tower_cache_keep(m->cache, item->key, z);
+}
+
+void media_forward(const Media *m, Tensor soft, const MediaItem *item, Pass *p) {
+    const Linear *projection = projection_of(m, item);
+    size_t mark = arena_mark(p->scratch);
+    Tensor z = ARENA_TENSOR(p->scratch, soft.dtype, item->count, projection->in);
+    tower_output(m, z, item, p);
+    rmsnorm_forward(z, tensor_absent(), z, tensor_absent(), tensor_absent(), eps_of(m, item));
+    linear_forward(projection, soft, z, p);
+    arena_release(p->scratch, mark);
 }
 
 void media_backward(const Media *m, Tensor dsoft, const MediaItem *item, StackMode mode, Pass *p) {
     const Linear *projection = projection_of(m, item);
-    bool before = trains_before_projection(m, item);
+    bool before = trains_before_projection(m, item->height > 0);
     size_t mark = arena_mark(p->scratch);
     Run r;
     Tensor z = ARENA_TENSOR(p->scratch, dsoft.dtype, item->count, projection->in),
-           normal = arena_like(p->scratch, z), rstd = ARENA_TENSOR(p->scratch, F32, item->count),
-           dz = before ? arena_like(p->scratch, z) : tensor_absent();
-    run_begin(&r, m, z, item, before ? mode : STACK_SCORE, p);
+           normal = arena_like(p->scratch, z), rstd = ARENA_TENSOR(p->scratch, F32, item->count);
+    if (before)
+        run_begin(&r, m, z, item, mode, p);
+    else
+        tower_output(m, z, item, p);
     rmsnorm_forward(normal, rstd, z, tensor_absent(), tensor_absent(), eps_of(m, item));
-    linear_backward(projection, dz, SET, dsoft, normal, p);
     if (before) {
+        Tensor dz = arena_like(p->scratch, z);
+        linear_backward(projection, dz, SET, dsoft, normal, p);
         rmsnorm_backward(dz, SET, tensor_absent(), dz, z, rstd, tensor_absent());
         run_backward(&r, m, dz, p);
+        run_end(&r, p);
+    } else {
+        linear_backward(projection, tensor_absent(), SET, dsoft, normal, p);
     }
-    run_end(&r, p);
     arena_release(p->scratch, mark);
 }

@@ -7,7 +7,7 @@
 #define MEDIA_H
 
 #include "model/audio.h"
-#include "model/soft_cache.h"
+#include "model/tower_cache.h"
 #include "model/unified.h"
 #include "model/vision.h"
 
@@ -30,8 +30,7 @@ typedef struct Media {
     Audio audio;
     Linear embed_vision, embed_audio; /* embedding_projection */
     float vision_eps, audio_eps;
-    SoftCache *cache; /* of items whose key is not 0; `most` 0 until somebody who knows that nothing
-                       * here is trained allows it */
+    TowerCache *cache; /* of items whose key is not 0; `most` is 0 until somebody allows it */
 } Media;
 
 /* Declares what config has of both, below "model.". */
@@ -50,12 +49,16 @@ int64_t media_feature_width(const AudioConfig *c);
 bool media_span_ends(int32_t *ends, int64_t N, const ModelConfig *c, const MediaItem *items,
                      int64_t count);
 
-/* soft (count, D) of an item, made or taken from the cache. An item without pixels or features only
- * measures. */
+/* soft (count, D) of an item; towers that nothing trains are asked once, where the cache has room.
+ * An item without pixels or features only measures. */
 void media_forward(const Media *m, Tensor soft, const MediaItem *item, Pass *p);
 
-/* Whether anything here is trained. */
+/* Whether anything here is trained; whether anything but projections is. */
 bool media_trains(const Media *m);
+bool media_trains_towers(const Media *m);
+
+/* Numbers of a soft token before its projection. */
+int64_t media_tower_width(const Media *m, bool picture);
 
 /* Gradients from dsoft (count, D); mode KEEP or RECOMPUTE. */
 void media_backward(const Media *m, Tensor dsoft, const MediaItem *item, StackMode mode, Pass *p);

@@ -79,18 +79,21 @@ static void find_largest(Session *s) {
     s->options.largest_count = count;
 }
 
-/* Soft tokens of all media, where they are the same at every step; within half of what is free. */
-static void plan_soft_tokens(Session *s) {
+/* What towers make of all media, where it is the same at every step; within half of what is free.
+ */
+static void plan_tower_cache(Session *s) {
     MemoryPlan *p = &s->plan;
-    p->soft = 0;
-    if (!s->g.media.params || media_trains(&s->g.media)) return;
-    for (int64_t i = 0; i < s->store.media_count; i++)
-        p->soft +=
-            (size_t)(s->store.media[i].tokens * s->g.config.hidden_size) * dtype_size(s->g.dtype);
+    p->towers = 0;
+    if (!s->g.media.params || media_trains_towers(&s->g.media)) return;
+    for (int64_t i = 0; i < s->store.media_count; i++) {
+        const StoredMedium *m = &s->store.media[i];
+        int64_t width = media_tower_width(&s->g.media, m->height > 0);
+        p->towers += (size_t)(m->tokens * width) * dtype_size(s->g.dtype);
+    }
     size_t room = p->available > p->total ? (p->available - p->total) / 2 : 0;
-    if (p->soft > room) p->soft = room;
-    s->g.media.cache->most = p->soft;
-    p->total += p->soft;
+    if (p->towers > room) p->towers = room;
+    s->g.media.cache->most = p->towers;
+    p->total += p->towers;
 }
 
 /* Measures the run with activations kept, and recomputed, and chooses. */
@@ -135,7 +138,7 @@ static Status make_plan(Session *s) {
         if (s->config.recompute == RECOMPUTE_OFF || (double)p->total < 0.9 * (double)p->available)
             break;
     }
-    plan_soft_tokens(s);
+    plan_tower_cache(s);
     return OK;
 }
 
@@ -214,11 +217,11 @@ void memory_plan_print(const MemoryPlan *p) {
                  {"optimizer states", p->optimizer},
                  {p->recompute ? "activations (recomputed)" : "activations", p->activations},
                  {"temporaries", p->scratch},
-                 {"soft tokens of media", p->soft},
+                 {"outputs of towers", p->towers},
                  {"total", p->total}};
     fprintf(stderr, "memory plan for %" PRId64 " rows at a time:\n", p->rows);
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++)
-        if (lines[i].bytes != p->soft || p->soft)
+        if (lines[i].bytes != p->towers || p->towers)
             fprintf(stderr, "  %-26s %9.3f GB\n", lines[i].name, (double)lines[i].bytes / 1e9);
     if (p->experts)
         fprintf(stderr, "  %-26s %9.3f GB (of the weights, %.2f bits each)\n", "experts",

@@ -13,7 +13,7 @@ typedef struct MemoryPlan {
     size_t experts;     /* of the weights */
     double expert_bits; /* a weight of them */
     size_t weights, mapped, masters, gradients, optimizer, activations, scratch, total;
-    size_t soft; /* tokens of media that are kept, where nothing trains the towers */
+    size_t towers; /* what they make of media, kept where nothing trains them */
     size_t available;
     bool recompute;
     int64_t rows; /* of the largest micro-batch */

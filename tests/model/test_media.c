@@ -4,6 +4,7 @@
 #include "formats/checkpoint.h"
 #include "infer/engine.h"
 #include "infer/soft.h"
+#include "kernels/elementwise.h"
 #include "model/media.h"
 #include "tests/fixture.h"
 #include "tests/small_model.h"
@@ -193,8 +194,8 @@ CASE(media, thirty_seconds_of_sound_equal_the_reference) {
     }
 }
 
-/* Towers that nothing trains make the same soft tokens again. */
-CASE(media, soft_tokens_kept_are_those_made) {
+/* Towers that nothing trains make the same again. */
+CASE(media, what_towers_made_before_is_what_they_make) {
     static const size_t limits[] = {100000, 600}; /* all of them; one or two */
     for (size_t k = 0; k < KINDS; k++) {
         Run r;
@@ -202,7 +203,7 @@ CASE(media, soft_tokens_kept_are_those_made) {
         size_t bytes = (size_t)r.packed->batch.N * sizeof(float);
         float *first = must_malloc(bytes);
         memcpy(first, r.packed->nll, bytes);
-        SoftCache *cache = r.g.media.cache;
+        TowerCache *cache = r.g.media.cache;
         for (int64_t i = 0; i < r.packed->batch.media_count; i++) r.items[i].key = (uint64_t)i + 1;
         for (int l = 0; l < 2; l++) {
             cache->most = limits[l];
@@ -214,8 +215,34 @@ CASE(media, soft_tokens_kept_are_those_made) {
             }
             EXPECT((cache->count == r.packed->batch.media_count) == !l, "%d kept",
                    (int)cache->count);
-            soft_cache_free(cache);
+            tower_cache_free(cache);
         }
+        run_stop(&r);
+        free(first);
+    }
+}
+
+/* The same where projections are trained: their gradients, bit for bit. */
+CASE(media, projections_train_on_what_towers_made_before) {
+    char *names[] = {"embedding_projection"};
+    AdapterSpec spec = {.rank = 1, .alpha = 1, .train_also = {names, 1}};
+    for (size_t k = 0; k < KINDS; k++) {
+        Run r;
+        run_start(&r, kinds[k], STACK_KEEP, false, &spec);
+        Tensor grads = r.g.params.grads;
+        float *first = small_values(grads);
+        size_t bytes = tensor_bytes(grads);
+        for (int64_t i = 0; i < r.packed->batch.media_count; i++) r.items[i].key = (uint64_t)i + 1;
+        r.g.media.cache->most = 100000;
+        for (int again = 0; again < 2; again++) {
+            fill(grads, 0.0f);
+            step_run(&r.g, &r.memory, &r.packed->batch, &r.options, r.packed->nll);
+            float *found = small_values(grads);
+            EXPECT(!memcmp(first, found, bytes), "%s: other gradients", kinds[k]);
+            free(found);
+        }
+        EXPECT(r.g.media.cache->count == r.packed->batch.media_count, "%s: %d kept", kinds[k],
+               (int)r.g.media.cache->count);
         run_stop(&r);
         free(first);
     }
