@@ -42,6 +42,17 @@ static int64_t count_linears(const Gemma *g) {
     return n;
 }
 
+/* Soft tokens are made before it is asked which adapter a request goes through. */
+static Status check_towers(const Gemma *g, const char *adapter) {
+    for (const Linear *l = g->linears.first; l; l = l->next)
+        if (l->lora && l->weight->tower)
+            FAIL(
+                ERR_CONFIG,
+                "%s: adapts '%s', which requests cannot choose: merge it (export --to safetensors)",
+                adapter, l->name);
+    return OK;
+}
+
 /* Adapters are attached one at a time, each to a bare model, and in the end hang behind each other.
  */
 static Status attach_all(Model *m, const char *const *adapters, int count, Lora **loras) {
@@ -55,6 +66,7 @@ static Status attach_all(Model *m, const char *const *adapters, int count, Lora 
                                  "adapters cannot share",
                                  adapters[a]);
         if (status == OK) status = adapter_attach(&m->g, &spec);
+        if (status == OK && m->adapters) status = check_towers(&m->g, adapters[a]);
         take_off(&m->g, loras + a * n);
         if (a == 0)
             m->spec = spec;

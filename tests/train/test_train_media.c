@@ -169,6 +169,25 @@ CASE(train, a_full_run_trains_the_towers_that_are_named) {
     free(run), free(before), free(after);
 }
 
+/* Alone it works; chosen by request it would be left out of soft tokens without a word. */
+CASE(train, an_adapter_of_a_tower_is_applied_alone_and_not_by_request) {
+    const char *f = test_folder();
+    prepare();
+    char *run = must_format("model: %s/model\noutput: %s/t\ndtype: f32\nmethod: lora\nlora: {rank: "
+                            "4, targets: [q_proj.linear]}\n" DATA "steps: 2\n",
+                            f, f, f, "");
+    small_write("t.yaml", run);
+    EXPECT_RUN(0, "train %s/t.yaml --device cpu", f);
+    EXPECT_RUN(0,
+               "generate --model %s/model --adapter %s/t/adapter --dtype f32 --device cpu "
+               "--chat-format small --image %s/stone0.ppm --max-tokens 2 Which?",
+               f, f, f);
+    EXPECT_EXIT(1, "which requests cannot choose",
+                "serve --model %s/model --adapter t=%s/t/adapter --port 0 --chat-format small", f,
+                f);
+    free(run);
+}
+
 /* The tokenizer is the same, the pictures' cells and the sound's features are not. */
 CASE(train, media_made_for_another_model_are_refused) {
     const char *f = test_folder();
