@@ -114,13 +114,7 @@ static Suite *add_suite(Documents *d, const char *name, const char *alias, const
 /* dir, or the folder of dir when that is a file. */
 static char *folder_of(const char *dir) {
     struct stat info;
-    char *copy = must_strdup(dir), *slash = strrchr(copy, '/');
-    if (!stat(dir, &info) && S_ISDIR(info.st_mode)) return copy;
-    if (slash)
-        *slash = 0;
-    else
-        strcpy(copy, ".");
-    return copy;
+    return !stat(dir, &info) && S_ISDIR(info.st_mode) ? must_strdup(dir) : path_folder(dir);
 }
 
 /* Few-shot examples: rows of the first of the task's files that is there. `subject` fills the

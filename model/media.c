@@ -184,11 +184,6 @@ static bool trains_below(const Media *m, const char *prefix) {
     return false;
 }
 
-bool media_trains(const Media *m) {
-    return trains_below(m, "model.vision_") || trains_below(m, "model.audio_tower.") ||
-           trains_below(m, "model.embed_vision.") || trains_below(m, "model.embed_audio.");
-}
-
 /* Whether the item's gradient goes on past the projection. */
 static bool trains_before_projection(const Media *m, bool picture) {
     return trains_below(m, picture ? "model.vision_" : "model.audio_tower.");
@@ -196,6 +191,11 @@ static bool trains_before_projection(const Media *m, bool picture) {
 
 bool media_trains_towers(const Media *m) {
     return trains_before_projection(m, true) || trains_before_projection(m, false);
+}
+
+bool media_trains(const Media *m) {
+    return media_trains_towers(m) || trains_below(m, "model.embed_vision.") ||
+           trains_below(m, "model.embed_audio.");
 }
 
 int64_t media_tower_width(const Media *m, bool picture) {
