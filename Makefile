@@ -158,7 +158,7 @@ AARCH64  := aarch64-linux-gnu
 runner: $(RUNNER) $(SIMT_PROGRAM) $(if $(shell command -v $(AARCH64)-gcc),aarch64)
 PRODUCTS := $(BUILD)/tests/products
 aarch64:
-	@$(MAKE) --no-print-directory CC=$(AARCH64)-gcc BUILD=build/aarch64 PKG= build/aarch64/tests/products
+	@$(MAKE) --no-print-directory CC=$(AARCH64)-gcc BUILD=build/aarch64 PKG= SANITIZE= build/aarch64/tests/products
 
 $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.c formats/file.c \
                  $(wildcard kernels/*.c) $(ONCE)) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
