@@ -260,21 +260,18 @@ DEVICE_FUNCTION float element(const T *p, int64_t i, int64_t k, int64_t i_end, i
     return to_float(TURNED ? p[k * length + i] : p[i * length + k]);
 }
 
-/* partial NULL: into y; else sums of the split of K that blockIdx.z says, one matrix behind the
- * other (not in groups). */
 template <bool TA, bool TB, typename Y, typename A, typename B>
 static __global__ void __launch_bounds__(THREADS32)
-    gemm32(Y *y, float *partial, Write write, const A *a, const B *b, Shape shape, Groups groups,
-           float alpha, int64_t k_split) {
+    gemm32(Y *y, Write write, const A *a, const B *b, Shape shape, Groups groups, float alpha) {
     __shared__ float a_tile[BLOCK32 * STRIDE32], b_tile[BLOCK32 * STRIDE32];
     constexpr bool a_exact = sizeof(A) == 2, b_exact = sizeof(B) == 2;
     int64_t M = shape.M, N = shape.N, n0 = (int64_t)blockIdx.x * BLOCK32, m0, m_end, k0, k_end;
     if (TA) {
-        int g = groups.offsets ? blockIdx.z : 0;
+        int g = blockIdx.z;
         m0 = (int64_t)blockIdx.y * BLOCK32;
         m_end = M;
-        k0 = groups.offsets ? groups.offsets[g] : 0;
-        k_end = groups.offsets ? groups.offsets[g + 1] : shape.K;
+        k0 = groups.offsets[g];
+        k_end = groups.offsets[g + 1];
         y += g * M * N;
     } else {
         RowTile rows = find_rows<BLOCK32>(groups, M, blockIdx.y);
@@ -284,11 +281,6 @@ static __global__ void __launch_bounds__(THREADS32)
         k0 = 0;
         k_end = shape.K;
         b += rows.g * N * shape.K;
-    }
-    if (partial) {
-        k0 = (int64_t)blockIdx.z * k_split;
-        k_end = k0 + k_split < shape.K ? k0 + k_split : shape.K;
-        partial += blockIdx.z * M * N;
     }
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4;
     int wm = warp / 2 * 32, wn = warp % 2 * 32;
@@ -343,23 +335,9 @@ static __global__ void __launch_bounds__(THREADS32)
                 int64_t m = m0 + wm + 16 * i + row + p / 2 * 8,
                         n = n0 + wn + 8 * j + 2 * column + p % 2;
                 if (m >= m_end || n >= N) continue;
-                if (partial) {
-                    partial[m * N + n] = sums[i][j][p];
-                    continue;
-                }
                 float old = write == ADD ? to_float(y[m * N + n]) : 0.0f;
                 y[m * N + n] = from_float<Y>(old + alpha * sums[i][j][p]);
             }
-}
-
-template <typename Y>
-static __global__ void join_splits(Y *y, Write write, const float *partial, int64_t count,
-                                   int splits, float alpha) {
-    FOR_GRID(i, count) {
-        float sum = 0;
-        for (int s = 0; s < splits; s++) sum += partial[s * count + i];
-        y[i] = from_float<Y>((write == ADD ? to_float(y[i]) : 0.0f) + alpha * sum);
-    }
 }
 
 #endif

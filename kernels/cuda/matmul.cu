@@ -2,7 +2,8 @@
  *
  * cuBLASLt has dense products of one dtype. A few rows against a weight are limited by reading it:
  * a warp for each of its rows. Packed weights meet few rows as they are; for many they are unpacked
- * a panel at a time. Groups, and operands of two dtypes, go to gemm.h. */
+ * a panel at a time. Where f32 meets bf16 it is taken apart into bf16 numbers, so that those
+ * products too are the library's. Groups go to gemm.h. */
 #include "kernels/cuda/blaslt.h"
 #include "kernels/cuda/gemm.h"
 
@@ -107,45 +108,28 @@ static void product16(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
     });
 }
 
-/* Products in f32 accuracy of f32 and bf16. Long sums of few results are split. */
+/* Groups' products in f32 accuracy of f32 and bf16. */
 static void product32(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
                       Groups groups, float alpha) {
-    const Device *device = a.device;
-    int64_t tiles_m = layout == TN ? ceil_div(shape.M, BLOCK32)
-                                   : most_row_tiles(groups, shape.M, BLOCK32),
-            tiles_n = ceil_div(shape.N, BLOCK32), splits = 1, k_split = shape.K;
-    float *partial = NULL;
-    if (!groups.offsets && tiles_m * tiles_n < 128 && shape.K >= 1024) {
-        splits = ceil_div(256, tiles_m * tiles_n);
-        if (splits > shape.K / 256) splits = shape.K / 256;
-        k_split = ceil_div(ceil_div(shape.K, splits), DEPTH32) * DEPTH32;
-        splits = ceil_div(shape.K, k_split);
-        partial = (float *)cuda_workspace(device, (size_t)(splits * shape.M * shape.N) * 4);
-    }
-    dim3 grid((unsigned)tiles_n, (unsigned)tiles_m,
-              (unsigned)(partial                          ? splits
-                         : layout == TN && groups.offsets ? groups.count
-                                                          : 1));
+    int64_t tiles =
+        layout == TN ? ceil_div(shape.M, BLOCK32) : most_row_tiles(groups, shape.M, BLOCK32);
+    dim3 grid((unsigned)ceil_div(shape.N, BLOCK32), (unsigned)tiles,
+              (unsigned)(layout == TN ? groups.count : 1));
     WITH_FLOAT(y.dtype, Y, WITH_FLOAT(a.dtype, A, WITH_FLOAT(b.dtype, B, {
                                           const A *left = data_of<A>(a);
                                           const B *right = data_of<B>(b);
                                           if (layout == TN)
-                                              LAUNCH(device, (gemm32<true, true, Y, A, B>), grid,
-                                                     THREADS32, 0, data_of<Y>(y), partial, write,
-                                                     left, right, shape, groups, alpha, k_split);
+                                              LAUNCH(a.device, (gemm32<true, true, Y, A, B>), grid,
+                                                     THREADS32, 0, data_of<Y>(y), write, left,
+                                                     right, shape, groups, alpha);
                                           else if (layout == NT)
-                                              LAUNCH(device, (gemm32<false, false, Y, A, B>), grid,
-                                                     THREADS32, 0, data_of<Y>(y), partial, write,
-                                                     left, right, shape, groups, alpha, k_split);
+                                              LAUNCH(a.device, (gemm32<false, false, Y, A, B>),
+                                                     grid, THREADS32, 0, data_of<Y>(y), write, left,
+                                                     right, shape, groups, alpha);
                                           else
-                                              LAUNCH(device, (gemm32<false, true, Y, A, B>), grid,
-                                                     THREADS32, 0, data_of<Y>(y), partial, write,
-                                                     left, right, shape, groups, alpha, k_split);
-                                          if (partial)
-                                              LAUNCH(device, (join_splits<Y>),
-                                                     grid_for(device, shape.M * shape.N, 256), 256,
-                                                     0, data_of<Y>(y), write, partial,
-                                                     shape.M * shape.N, (int)splits, alpha);
+                                              LAUNCH(a.device, (gemm32<false, true, Y, A, B>), grid,
+                                                     THREADS32, 0, data_of<Y>(y), write, left,
+                                                     right, shape, groups, alpha);
                                       })));
 }
 
@@ -180,31 +164,127 @@ static void by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
     }
 }
 
+/* ---- f32 among bf16 ---- */
+
+/* A float is the sum of three bf16 numbers, but for the last bits of very small ones; of two to 16
+ * bits. */
+#define PIECES 3
+
+/* How the pieces of a (rows, cols) matrix lie: beside each other, or one matrix below the other. */
+struct Pieces {
+    int64_t rows, cols;
+    bool beside;
+};
+
+DEVICE_FUNCTION int64_t piece_at(const Pieces &p, int64_t i, int piece) {
+    if (!p.beside) return piece * p.rows * p.cols + i;
+    return (i / p.cols * PIECES + piece) * p.cols + i % p.cols;
+}
+
+/* ORDER 0: the pieces of each float. 1 and 2: of two factors, the leading two pieces so that
+ * piece by piece products are big * big, big * small and small * big. */
+template <int ORDER> static __global__ void take_apart(bf16 *out, const float *x, Pieces pieces) {
+    FOR_GRID(i, pieces.rows * pieces.cols) {
+        float rest = x[i];
+        bf16 part[PIECES];
+#pragma unroll
+        for (int p = 0; p < PIECES; p++) {
+            part[p] = to_bf16(rest);
+            rest -= to_float(part[p]);
+        }
+        out[piece_at(pieces, i, 0)] = part[0];
+        out[piece_at(pieces, i, 1)] = part[ORDER == 1 ? 0 : 1];
+        out[piece_at(pieces, i, 2)] = part[ORDER == 0 ? 2 : ORDER == 1 ? 1 : 0];
+    }
+}
+
+/* y (=|+=) alpha times the sum of the pieces, smallest first. */
+template <typename Y>
+static __global__ void put_together(Y *y, Write write, const float *x, Pieces pieces, float alpha) {
+    FOR_GRID(i, pieces.rows * pieces.cols) {
+        float sum = x[piece_at(pieces, i, 2)] + x[piece_at(pieces, i, 1)];
+        sum += x[piece_at(pieces, i, 0)];
+        y[i] = from_float<Y>((write == ADD ? to_float(y[i]) : 0.0f) + alpha * sum);
+    }
+}
+
+template <int ORDER>
+static void launch_take_apart(const Device *device, void *out, Tensor x, bool beside) {
+    Pieces pieces = {tensor_rows(x), tensor_cols(x), beside};
+    LAUNCH(device, (take_apart<ORDER>), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)out,
+           data_of<float>(x), pieces);
+}
+
+static size_t bytes_apart(Tensor x) {
+    return ((size_t)tensor_count(x) * PIECES * sizeof(bf16) + 255) / 256 * 256;
+}
+
+/* One operand is f32: its pieces make so many times the rows or columns of y. */
+static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                              float alpha) {
+    const Device *device = a.device;
+    bool left = a.dtype == F32;
+    Tensor x = left ? a : b;
+    char *memory = (char *)cuda_workspace(device, bytes_apart(x) + (size_t)tensor_count(y) *
+                                                                       PIECES * sizeof(float));
+    float *sums = (float *)(memory + bytes_apart(x));
+    launch_take_apart<0>(device, memory, x, left ? layout == TN : layout != NT);
+    int64_t M = left ? PIECES * shape.M : shape.M, N = left ? shape.N : PIECES * shape.N;
+    blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a.data,
+                  layout == TN ? M : shape.K, left ? b.data : memory, BF16, M, N, shape.K, 1.0f);
+    Pieces pieces = {shape.M, shape.N, !left};
+    WITH_FLOAT(y.dtype, Y, {
+        LAUNCH(device, (put_together<Y>), grid_for(device, tensor_count(y), 256), 256, 0,
+               data_of<Y>(y), write, sums, pieces, alpha);
+    });
+}
+
+/* Both are f32 and y is not: two pieces of each, side by side along K. */
+static void product_rounded(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                            float alpha) {
+    const Device *device = a.device;
+    char *left = (char *)cuda_workspace(device, bytes_apart(a) + bytes_apart(b)),
+         *right = left + bytes_apart(a);
+    launch_take_apart<1>(device, left, a, layout != TN);
+    launch_take_apart<2>(device, right, b, layout == NT);
+    int64_t K = PIECES * shape.K;
+    blaslt_matmul(device, layout, y.data, y.dtype, shape.N, write, left, layout == TN ? shape.M : K,
+                  right, BF16, shape.M, shape.N, K, alpha);
+}
+
+static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    Shape shape = {tensor_rows(y), tensor_cols(y), layout == TN ? tensor_rows(a) : tensor_cols(a)};
+    if (a.dtype != b.dtype)
+        product_of_pieces(layout, y, write, a, b, shape, alpha);
+    else if (a.dtype == F32 && y.dtype != F32)
+        product_rounded(layout, y, write, a, b, shape, alpha);
+    else
+        blaslt_matmul(a.device, layout, y.data, y.dtype, shape.N, write, a.data,
+                      layout == TN ? shape.M : shape.K, b.data, a.dtype, shape.M, shape.N, shape.K,
+                      alpha);
+}
+
 extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    int64_t M = tensor_rows(y), N = tensor_cols(y);
-    int64_t K = layout == TN ? tensor_rows(a) : tensor_cols(a);
-    Shape shape = {M, N, K};
     if (layout == NT && takes_few_rows(a))
         WITH_FLOAT(y.dtype, Y, WITH_FLOAT(a.dtype, A, WITH_ANY(b.dtype, D, {
                                               launch_few_rows<D, Y, A>(y, write, a, b, alpha);
                                           })));
-    else if (a.dtype == b.dtype)
-        blaslt_matmul(a.device, layout, y.data, y.dtype, N, write, a.data, layout == TN ? M : K,
-                      b.data, a.dtype, M, N, K, alpha);
     else if (!dtype_is_packed(b.dtype))
-        product32(layout, y, write, a, b, shape, Groups{NULL, 0}, alpha);
-    else if (M <= ROWS_SMALL && a.dtype == BF16)
-        product16<SmallTiles>(layout, y, write, a, b, shape, Groups{NULL, 0}, alpha);
+        dense_product(layout, y, write, a, b, alpha);
+    else if (tensor_rows(y) <= ROWS_SMALL && a.dtype == BF16)
+        product16<SmallTiles>(layout, y, write, a, b,
+                              Shape{tensor_rows(y), tensor_cols(y), tensor_cols(a)},
+                              Groups{NULL, 0}, alpha);
     else
         by_panels(layout, y, write, a, b, alpha);
 }
 
-/* Each element in a fixed order of tiles of K; unlike the host's, rows of zeros may change bits. */
+/* The library's order of sums is its own, and fixed for a shape; unlike the host's, rows of zeros
+ * may change bits. */
 extern "C" void cuda_matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
                                     float alpha) {
-    Shape shape = {tensor_rows(y), tensor_cols(y), layout == TN ? tensor_rows(a) : tensor_cols(a)};
     CHECK(!dtype_is_packed(b.dtype), "matmul_ordered: b is %s", tensor_text(b));
-    product32(layout, y, write, a, b, shape, Groups{NULL, 0}, alpha);
+    dense_product(layout, y, write, a, b, alpha);
 }
 
 /* ---- groups ---- */
