@@ -22,12 +22,14 @@ CFLAGS   += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 LDFLAGS  += -fsanitize=address,undefined
 endif
 
-# The GPU's kernels: code for the architectures named, and PTX that newer ones compile at start.
+# The GPU's kernels: code for the architectures named (90: with what Hopper alone has), and PTX that newer ones compile at
+# start.
 ARCH     ?= 90
 ARCHS    := $(if $(filter all,$(ARCH)),80 89 90 100,$(ARCH))
 NVFLAGS   = -std=c++17 -O3 -I. -lineinfo -Werror all-warnings -Xptxas -v,-warn-spills \
-            $(foreach a,$(ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) \
-            -gencode arch=compute_$(firstword $(ARCHS)),code=compute_$(firstword $(ARCHS))
+            $(foreach a,$(ARCHS:90=90a),-gencode arch=compute_$(a),code=sm_$(a)) \
+            -gencode arch=compute_$(firstword $(ARCHS)),code=compute_$(firstword $(ARCHS)) \
+            $(if $(filter 90,$(ARCHS)),-DLAPIDARY_HOPPER_CODE)
 ifeq ($(CUDA),1)
 CFLAGS   += -DLAPIDARY_CUDA
 CUDA_LIBS := -L$(CUDA_HOME)/lib64 -lcudart_static $(if $(STATIC),-Wl$(COMMA)-Bstatic) -lstdc++ -Wl$(COMMA)-Bdynamic -ldl -lrt -lpthread
@@ -165,10 +167,14 @@ $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.
 	@echo "  ld $@"
 	@$(CC) $(LDFLAGS) -static -o $@ $^ -lm
 
-# A program to carry to a GPU machine that has CUDA's libraries and no others: without oneDNN, so its
-# CPU side is for small things.
+# A program, its tests and what times kernels, to carry to a GPU machine that has CUDA's libraries
+# and no others: without oneDNN, so the CPU side is for small things.
 static:
-	@$(MAKE) --no-print-directory STATIC=1 BUILD=build/static build/static/lapidary
+	@$(MAKE) --no-print-directory STATIC=1 BUILD=build/static build/static/lapidary build/static/tests/run build/static/kernel_times.so
+build/static/kernel_times.so: bench/kernel_times.c
+	@mkdir -p $(@D)
+	@echo "  cc $@"
+	@$(CC) -O2 $(WARN) -Wno-missing-prototypes -shared -fPIC -I$(CUDA_HOME)/include -o $@ $< -L$(CUDA_HOME)/lib64 -lcupti -lstdc++
 STATIC_LIBS := -static-libgcc -Wl,-Bstatic $(MEDIAPKGS:lib%=-l%) -lwebp -lyaml -lhdf5_serial -lsz -laec -ljansson -lprotobuf-c -lpcre2-8 -lmicrohttpd -ledit \
                -ltinfo -lbsd -lmd -lz -lhogweed -lnettle -lgmp -l:libgomp.a -Wl,-Bdynamic -l:libgnutls.so.30
 

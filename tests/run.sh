@@ -1,11 +1,11 @@
 #!/bin/sh
-# tests/run.sh - runs the built test runner (BACKEND=cuda: that of the CUDA build); last lines are "N skipped" and "N passed, N failed".
+# tests/run.sh - runs the built test runner (BACKEND=cuda: that of the CUDA build, static: of `make static`); last lines are "N skipped" and "N passed, N failed".
 set -eu
 cd "$(dirname "$0")/.."
 build=build/${SANITIZE:-${BACKEND:-cpu}}
 # The program whose device `cuda` is the emulator, or a GPU in a CUDA build.
 gpu_program=$build/lapidary-simt
-[ "${BACKEND:-cpu}" = cuda ] && gpu_program=$build/lapidary
+[ "${BACKEND:-cpu}" = cpu ] || gpu_program=$build/lapidary
 export LAPIDARY_GPU_PROGRAM=${LAPIDARY_GPU_PROGRAM:-$gpu_program}
 export LAPIDARY_PROGRAM=${LAPIDARY_PROGRAM:-$build/lapidary}
 if [ "${1:-}" = quick ]; then

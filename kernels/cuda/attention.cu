@@ -1,15 +1,16 @@
 /* attention.cu - which kernel takes which attention, and the one that takes any.
  *
- * Heads of 256 and 512 in bf16 go to tensor cores (flash.h). The rest is plain: a warp for each
- * query and head, its lanes sharing the head's numbers; long sights are split among warps and
- * joined in order. The way back has no sums in an order of chance: one pass over keys for each
- * query gives dq, one over queries for each key dk and dv. */
-#include "kernels/cuda/flash.h"
+ * Heads of 256 and 512 in bf16 go to tensor cores (flash_hopper.h, flash.h). The rest is plain: a
+ * warp for each query and head, its lanes sharing the head's numbers; long sights are split among
+ * warps and joined in order. The way back has no sums in an order of chance: one pass over keys for
+ * each query gives dq, one over queries for each key dk and dv. */
+#include "kernels/cuda/flash_hopper.h"
 
 #define THREADS   128
-#define LANE_MOST 16  /* numbers of a head of 512 that a lane has */
-#define SPLIT     512 /* keys of a sight that one warp takes, when it is split */
+#define LANE_MOST 16 /* numbers of a head of 512 that a lane has */
+#define SPLIT     16 /* keys of a sight that one warp takes at least, when it is split */
 #define SPLITS    64
+#define AT_ONCE   4 /* keys that a warp has under way */
 
 /* Runs the statements with D the dtype, as a constant, that keys and values are kept in. */
 #define WITH_CACHE(dtype_value, D, ...)                                                            \
@@ -32,14 +33,20 @@ static bool takes_flash(Tensor q, Tensor k, const Heads &heads, int rows, size_t
            rows % heads.group == 0 && bytes <= cuda_shared_most(q.device);
 }
 
+/* Whether they go to Hopper's: so many rows of a tile are whole queries too. */
+static bool takes_hopper(Tensor q, Tensor k, const Heads &heads, int rows) {
+    return cuda_has_wgmma(q.device) && takes_flash(q, k, heads, rows, 0);
+}
+
 /* ---- forward ---- */
 
-/* A lane has numbers 8 lane + 256 i + j (j < 8) of its head: reads of 16 bytes side by side. */
-template <int D>
-DEVICE_FUNCTION void read_head(float (&x)[LANE_MOST], const PackedView &t, int64_t at, int C) {
+/* A lane has numbers 8 lane + 256 i + j (j < 8) of its head: reads of 16 bytes side by side. L
+ * numbers, 8 for heads up to 256. */
+template <int D, int L>
+DEVICE_FUNCTION void read_head(float (&x)[L], const PackedView &t, int64_t at, int C) {
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < LANE_MOST / 8; i++) {
+    for (int i = 0; i < L / 8; i++) {
         int c = 8 * lane + 256 * i;
         float part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         if (c < C) read_up_to_8<D>(part, t, at + c, at + C);
@@ -48,18 +55,18 @@ DEVICE_FUNCTION void read_head(float (&x)[LANE_MOST], const PackedView &t, int64
     }
 }
 
-DEVICE_FUNCTION float head_dot(const float (&a)[LANE_MOST], const float (&b)[LANE_MOST]) {
+template <int L> DEVICE_FUNCTION float head_dot(const float (&a)[L], const float (&b)[L]) {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < LANE_MOST; i++) sum += a[i] * b[i];
+    for (int i = 0; i < L; i++) sum += a[i] * b[i];
     return warp_sum(sum);
 }
 
-template <typename T>
-DEVICE_FUNCTION void write_head(T *p, const float (&x)[LANE_MOST], float factor, int C) {
+template <typename T, int L>
+DEVICE_FUNCTION void write_head(T *p, const float (&x)[L], float factor, int C) {
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < LANE_MOST; i++) {
+    for (int i = 0; i < L; i++) {
         int c = 8 * lane + 256 * (i / 8) + i % 8;
         if (c < C) p[c] = from_float<T>(x[i] * factor);
     }
@@ -67,7 +74,7 @@ DEVICE_FUNCTION void write_head(T *p, const float (&x)[LANE_MOST], float factor,
 
 /* Keys of part blockIdx.y of each (query, head)'s sight: parts of `each` keys. With one part y and
  * lse are written, else (out, top, total) of each into partial. */
-template <typename T, int D>
+template <typename T, int D, int L>
 static __global__ void __launch_bounds__(THREADS)
     attend(T *y, float *lse, float *partial, PackedView q, PackedView k, PackedView v, Heads heads,
            Sight see, int64_t each) {
@@ -77,18 +84,34 @@ static __global__ void __launch_bounds__(THREADS)
     int C = heads.C, h = (int)(item % heads.H), kv = h / heads.group;
     int64_t begin = see.first[n] + blockIdx.y * each, end = see.last[n] + 1;
     if (begin + each < end) end = begin + each;
-    float query[LANE_MOST], out[LANE_MOST] = {}, key[LANE_MOST], top = -INFINITY, total = 0;
+    float query[L], out[L] = {}, top = -INFINITY, total = 0;
     read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * C, C);
-    for (int64_t s = begin; s < end; s++) {
-        int64_t at = (key_row(see, n, s) * heads.K + kv) * C;
-        read_head<D>(key, k, at, C);
-        float score = head_dot(query, key), best = fmaxf(top, score);
-        float fade = quick_exp(top - best), weight = quick_exp(score - best);
-        read_head<D>(key, v, at, C);
+    for (int64_t s = begin; s < end; s += AT_ONCE) {
+        float keys[AT_ONCE][L], values[AT_ONCE][L], scores[AT_ONCE], best = top;
 #pragma unroll
-        for (int i = 0; i < LANE_MOST; i++) out[i] = out[i] * fade + weight * key[i];
-        total = total * fade + weight;
+        for (int i = 0; i < AT_ONCE; i++) {
+            int64_t at = (key_row(see, n, s + i < end ? s + i : s) * heads.K + kv) * C;
+            read_head<D>(keys[i], k, at, C);
+            read_head<D>(values[i], v, at, C);
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            scores[i] = head_dot(query, keys[i]);
+            if (s + i >= end) scores[i] = -INFINITY;
+            best = fmaxf(best, scores[i]);
+        }
+        float fade = quick_exp(top - best);
+        total *= fade;
         top = best;
+#pragma unroll
+        for (int i = 0; i < L; i++) out[i] *= fade;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            float weight = quick_exp(scores[i] - top);
+            total += weight;
+#pragma unroll
+            for (int j = 0; j < L; j++) out[j] += weight * values[i][j];
+        }
     }
     int lane = threadIdx.x % 32;
     if (partial) {
@@ -101,31 +124,50 @@ static __global__ void __launch_bounds__(THREADS)
     if (!lane) lse[item] = top + logf(total);
 }
 
-/* The parts of a sight, joined in order. */
+/* The parts of a sight, joined in order: a block for each (query, head). */
 template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     join_parts(T *y, float *lse, const float *partial, Heads heads, int parts) {
-    int64_t item = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    if (item >= heads.N * heads.H) return;
-    int C = heads.C, lane = threadIdx.x % 32;
-    int64_t stride = heads.N * heads.H * (C + 2);
+    __shared__ float weights[SPLITS], sum_of_all;
+    int64_t item = blockIdx.x, stride = heads.N * heads.H * (heads.C + 2);
+    int C = heads.C, lane = threadIdx.x;
     const float *mine = partial + item * (C + 2);
-    float top = -INFINITY, total = 0;
-#pragma unroll 1
-    for (int p = 0; p < parts; p++) top = fmaxf(top, mine[p * stride + C]);
-#pragma unroll 1
-    for (int p = 0; p < parts; p++)
-        if (mine[p * stride + C] > -INFINITY)
-            total += mine[p * stride + C + 1] * expf(mine[p * stride + C] - top);
-    for (int c = lane; c < C; c += 32) {
-        float sum = 0;
-#pragma unroll 1
-        for (int p = 0; p < parts; p++)
-            if (mine[p * stride + C] > -INFINITY)
-                sum += mine[p * stride + c] * expf(mine[p * stride + C] - top);
-        y[item * C + c] = from_float<T>(sum / total);
+    if (threadIdx.x < 32) {
+        float top = -INFINITY, total = 0;
+        for (int p = lane; p < parts; p += 32) top = fmaxf(top, mine[p * stride + C]);
+        top = warp_max(top);
+        for (int p = lane; p < parts; p += 32) {
+            weights[p] = quick_exp(mine[p * stride + C] - top);
+            total += weights[p] * mine[p * stride + C + 1];
+        }
+        total = warp_sum(total);
+        if (!lane) {
+            sum_of_all = total;
+            lse[item] = top + logf(total);
+        }
     }
-    if (!lane) lse[item] = top + logf(total);
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += THREADS) {
+        float sum = 0;
+#pragma unroll 8
+        for (int p = 0; p < parts; p++) sum += weights[p] * mine[p * stride + c];
+        y[item * C + c] = from_float<T>(sum / sum_of_all);
+    }
+}
+
+static void launch_hopper(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads,
+                          Sight see) {
+    size_t bytes = hopper_forward_bytes(heads.C);
+    int rows = heads.C == 256 ? ROWS_256 : ROWS_512;
+    dim3 grid((unsigned)ceil_div(heads.N, rows / heads.group), (unsigned)heads.K);
+    if (heads.C == 256)
+        LAUNCH(q.device, (hopper_forward_256), grid, FLASH_THREADS, bytes, data_of<bf16>(y),
+               data_of<float>(lse), data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), heads,
+               see);
+    else
+        LAUNCH(q.device, (hopper_forward_512), grid, FLASH_THREADS, bytes, data_of<bf16>(y),
+               data_of<float>(lse), data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), heads,
+               see);
 }
 
 static void launch_flash(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads, Sight see,
@@ -150,14 +192,20 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
                  data_of<int32_t>(pages), pages.data ? tensor_cols(pages) : 0};
     if (!heads.N) return;
     size_t bytes = flash_forward_bytes(heads.C);
-    if (takes_flash(q, k, heads, FORWARD_ROWS, bytes) &&
-        (!pages.data || heads.N * heads.group >= PAGED_ROWS)) {
+    bool many = !pages.data || heads.N * heads.group >= PAGED_ROWS;
+    if (many && takes_hopper(q, k, heads, ROWS_512)) {
+        launch_hopper(y, lse, q, k, v, heads, see);
+        return;
+    }
+    if (many && takes_flash(q, k, heads, FORWARD_ROWS, bytes)) {
         launch_flash(y, lse, q, k, v, heads, see, bytes);
         return;
     }
     int64_t items = heads.N * heads.H, longest = pages.data ? see.columns * PAGE_KEYS : heads.S;
-    /* Few queries and many keys: more warps than queries. */
-    int64_t parts = items < 4096 ? ceil_div(longest, SPLIT) : 1, each = longest;
+    /* Few queries: more warps than queries. */
+    int64_t parts = ceil_div(longest, SPLIT), each = longest,
+            most = ceil_div(16 * (int64_t)cuda_processors(q.device), items);
+    if (parts > most) parts = most;
     if (parts > SPLITS) parts = SPLITS;
     if (parts > 1) each = ceil_div(longest, parts);
     float *partial =
@@ -166,11 +214,17 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
     dim3 grid((unsigned)ceil_div(items, THREADS / 32), (unsigned)parts);
     WITH_FLOAT(q.dtype, T, {
         WITH_CACHE(k.dtype, D, {
-            LAUNCH(q.device, (attend<T, D>), grid, THREADS, 0, data_of<T>(y), data_of<float>(lse),
-                   partial, view_of(q), view_of(k), view_of(v), heads, see, each);
+            if (heads.C <= 256)
+                LAUNCH(q.device, (attend<T, D, 8>), grid, THREADS, 0, data_of<T>(y),
+                       data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads, see,
+                       each);
+            else
+                LAUNCH(q.device, (attend<T, D, LANE_MOST>), grid, THREADS, 0, data_of<T>(y),
+                       data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads, see,
+                       each);
         })
         if (partial)
-            LAUNCH(q.device, (join_parts<T>), grid.x, THREADS, 0, data_of<T>(y),
+            LAUNCH(q.device, (join_parts<T>), (unsigned)items, THREADS, 0, data_of<T>(y),
                    data_of<float>(lse), partial, heads, (int)parts);
     });
 }
@@ -262,13 +316,42 @@ static void launch_flash_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Te
     size_t bytes = flash_backward_bytes(C);
     unsigned tiles = (unsigned)ceil_div(heads.S, FLASH_KEYS),
              rows = (unsigned)ceil_div(heads.N, BACKWARD_ROWS / heads.group);
-    LAUNCH(device, (find_queries), tiles, FLASH_THREADS, 0, ranges, heads, see);
+    LAUNCH(device, (find_queries), tiles, FLASH_THREADS, 0, ranges, heads, see, FLASH_KEYS);
     LAUNCH(device, (flash_keys_backward<C>), dim3(tiles, (unsigned)heads.K), FLASH_THREADS, bytes,
            data_of<float>(dk), data_of<float>(dv), data_of<bf16>(dy), delta, data_of<float>(lse),
            data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), ranges, heads, see);
     LAUNCH(device, (flash_rows_backward<C>), dim3(rows, (unsigned)heads.K), FLASH_THREADS, bytes,
            data_of<bf16>(dq), data_of<bf16>(dy), delta, data_of<float>(lse), data_of<bf16>(q),
            data_of<bf16>(k), data_of<bf16>(v), heads, see);
+}
+
+/* Parts that the rows of a tile of keys are taken in: enough blocks for the device's processors. */
+static int gradient_parts(const Device *device, const Heads &heads) {
+    int64_t tiles = ceil_div(heads.S, HOPPER_KEYS) * heads.K,
+            parts = ceil_div(4 * (int64_t)cuda_processors(device), tiles);
+    return (int)(parts < 1 ? 1 : parts > 8 ? 8 : parts);
+}
+
+/* Bytes of partial dk and dv. */
+static size_t parts_bytes(const Heads &heads, int parts) {
+    return parts > 1 ? (size_t)(2 * parts * heads.S * heads.K * heads.C) * sizeof(float) : 0;
+}
+
+/* dk and dv of `sides`: partial sums where there are several parts. */
+template <int C>
+static void launch_hopper_backward(const Device *device, const GradientSides &sides, int *ranges,
+                                   int parts, Heads heads, Sight see) {
+    unsigned tiles = (unsigned)ceil_div(heads.S, HOPPER_KEYS), K = (unsigned)heads.K,
+             rows = (unsigned)ceil_div(heads.N, HOPPER_KEYS / heads.group);
+    dim3 grid(tiles, K, (unsigned)parts);
+    LAUNCH(device, (find_queries), tiles, FLASH_THREADS, 0, ranges, heads, see, HOPPER_KEYS);
+    LAUNCH(device, (hopper_gradient<C, OF_KEYS>), grid, FLASH_THREADS,
+           (Gradient<C, OF_KEYS>::BYTES), sides, heads, see);
+    if constexpr (!Gradient<C, OF_KEYS>::BOTH)
+        LAUNCH(device, (hopper_gradient<C, OF_VALUES>), grid, FLASH_THREADS,
+               (Gradient<C, OF_VALUES>::BYTES), sides, heads, see);
+    LAUNCH(device, (hopper_gradient<C, OF_QUERIES>), dim3(rows, K), FLASH_THREADS,
+           (Gradient<C, OF_QUERIES>::BYTES), sides, heads, see);
 }
 
 extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y,
@@ -280,14 +363,41 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
     int64_t items = heads.N * heads.H, each = THREADS / 32;
     if (!items) return;
     size_t delta_bytes = ((size_t)items * sizeof(float) + 255) / 256 * 256;
-    size_t range_bytes = (size_t)ceil_div(heads.S, FLASH_KEYS) * 2 * sizeof(int);
-    char *memory = (char *)cuda_workspace(q.device, delta_bytes + range_bytes);
+    size_t range_bytes =
+        ((size_t)ceil_div(heads.S, FLASH_KEYS) * 2 * sizeof(int) + 255) / 256 * 256;
+    bool hopper = takes_hopper(q, k, heads, HOPPER_KEYS / 2);
+    int parts = hopper ? gradient_parts(q.device, heads) : 1;
+    char *memory =
+        (char *)cuda_workspace(q.device, delta_bytes + range_bytes + parts_bytes(heads, parts));
     float *delta = (float *)memory;
     int *ranges = (int *)(memory + delta_bytes);
     WITH_FLOAT(q.dtype, T, {
         LAUNCH(q.device, (row_deltas<T>), (unsigned)ceil_div(items, each), THREADS, 0, delta,
                view_of(dy), view_of(y), items, heads.C);
     });
+    if (hopper) {
+        float *partial = (float *)(memory + delta_bytes + range_bytes);
+        int64_t count = tensor_count(dk);
+        GradientSides sides = {data_of<bf16>(dq),
+                               parts > 1 ? partial : data_of<float>(dk),
+                               parts > 1 ? partial + parts * count : data_of<float>(dv),
+                               data_of<bf16>(dy),
+                               delta,
+                               data_of<float>(lse),
+                               data_of<bf16>(q),
+                               data_of<bf16>(k),
+                               data_of<bf16>(v),
+                               ranges};
+        if (heads.C == 256)
+            launch_hopper_backward<256>(q.device, sides, ranges, parts, heads, see);
+        else
+            launch_hopper_backward<512>(q.device, sides, ranges, parts, heads, see);
+        if (parts == 1) return;
+        for (int i = 0; i < 2; i++)
+            LAUNCH(q.device, (join_gradients), grid_for(q.device, count, 256), 256, 0,
+                   data_of<float>(i ? dv : dk), i ? sides.dv : sides.dk, count, parts);
+        return;
+    }
     if (takes_flash(q, k, heads, BACKWARD_ROWS, flash_backward_bytes(heads.C))) {
         if (heads.C == 256)
             launch_flash_backward<256>(dq, dk, dv, dy, lse, q, k, v, delta, ranges, heads, see);

@@ -47,6 +47,10 @@ void cuda_never_replay(const Device *device);
 int cuda_processors(const Device *device);
 size_t cuda_shared_most(const Device *device);
 
+/* Whether the device is a Hopper and the program has code for it (wgmma.h). The environment's
+ * LAPIDARY_HOPPER=0 says no, to compare with the kernels that every GPU takes. */
+bool cuda_has_wgmma(const Device *device);
+
 /* LAUNCH(device, (kernel<...>), grid, block, shared bytes, arguments...) */
 #define UNWRAP(...) __VA_ARGS__
 #ifdef __CUDACC__
@@ -64,7 +68,7 @@ size_t cuda_shared_most(const Device *device);
         UNWRAP kernel<<<grid, block, shared, launch_stream>>>(__VA_ARGS__);                        \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define DEVICE_FUNCTION      static __device__ __forceinline__
 #else
 #define LAUNCH(device, kernel, grid, block, shared, ...)                                           \

@@ -9,9 +9,17 @@ extern "C" {
 }
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define GRAPHS_MAX 64
+
+/* Whether the build has code for sm_90a; the emulator runs that too. */
+#if !defined(__CUDACC__) || defined(LAPIDARY_HOPPER_CODE)
+#define HAS_HOPPER_CODE true
+#else
+#define HAS_HOPPER_CODE false
+#endif
 
 /* Bytes that go through pinned memory at a time. */
 #define CHUNK ((size_t)16 << 20)
@@ -41,6 +49,7 @@ struct Gpu {
     void *workspace;
     size_t workspace_bytes;
     int processors;
+    bool has_wgmma;
     size_t shared_most, held;
     char name[300];
 };
@@ -94,6 +103,8 @@ Status cuda_open(Device **device, int index) {
              index, properties.name, properties.major, properties.minor);
     g->device = Device{DEVICE_CUDA, index};
     g->processors = properties.multiProcessorCount;
+    const char *hopper = getenv("LAPIDARY_HOPPER");
+    g->has_wgmma = HAS_HOPPER_CODE && properties.major == 9 && !(hopper && !strcmp(hopper, "0"));
     g->shared_most = properties.sharedMemPerBlockOptin;
     snprintf(g->name, sizeof g->name, "%s, %.0f GB", properties.name,
              (double)properties.totalGlobalMem / 1e9);
@@ -116,6 +127,10 @@ int cuda_processors(const Device *device) {
 
 size_t cuda_shared_most(const Device *device) {
     return gpu_of(device)->shared_most;
+}
+
+bool cuda_has_wgmma(const Device *device) {
+    return gpu_of(device)->has_wgmma;
 }
 
 cudaStream_t cuda_stream(const Device *device) {

@@ -8,11 +8,19 @@ extern "C" {
 
 /* ---- copies ---- */
 
-template <typename Y, int D>
+/* WHOLE: all is in packs of eight. */
+template <typename Y, int D, bool WHOLE>
 static __global__ void copy(Y *y, Write write, PackedView x, float alpha, int64_t count) {
     FOR_GRID(i, (count + 7) / 8) {
-        float a[8];
+        float a[8], b[8];
         read_up_to_8<D>(a, x, 8 * i, count);
+        if (WHOLE) {
+            if (write == ADD) load(b, y + 8 * i);
+#pragma unroll
+            for (int j = 0; j < 8; j++) a[j] = write == ADD ? b[j] + alpha * a[j] : alpha * a[j];
+            store(y + 8 * i, a);
+            continue;
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             int64_t k = 8 * i + j;
@@ -47,8 +55,12 @@ extern "C" void cuda_scale_copy(Tensor y, Write write, Tensor x, float alpha) {
                    }));
     else
         WITH_FLOAT(y.dtype, Y, WITH_ANY(x.dtype, D, {
-                       LAUNCH(y.device, (copy<Y, D>), grid, 256, 0, data_of<Y>(y), write,
-                              view_of(x), alpha, count);
+                       if (count % 8 == 0 && (uintptr_t)y.data % 32 == 0)
+                           LAUNCH(y.device, (copy<Y, D, true>), grid, 256, 0, data_of<Y>(y), write,
+                                  view_of(x), alpha, count);
+                       else
+                           LAUNCH(y.device, (copy<Y, D, false>), grid, 256, 0, data_of<Y>(y), write,
+                                  view_of(x), alpha, count);
                    }));
 }
 

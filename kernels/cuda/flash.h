@@ -279,14 +279,14 @@ DEVICE_FUNCTION void make_slopes(bf16 *weights, bf16 *slopes, const bf16 *rows, 
     }
 }
 
-/* The first and last query that see any of a tile's keys; first > last: none. */
+/* The first and last query that see any of a tile's `keys` keys; first > last: none. */
 static __global__ void __launch_bounds__(FLASH_THREADS)
-    find_queries(int *ranges, Heads heads, Sight see) {
+    find_queries(int *ranges, Heads heads, Sight see, int keys) {
     __shared__ int lows[FLASH_THREADS], highs[FLASH_THREADS];
-    int64_t s0 = (int64_t)blockIdx.x * FLASH_KEYS;
+    int64_t s0 = (int64_t)blockIdx.x * keys;
     int low = 0x7fffffff, high = -1;
     for (int64_t n = threadIdx.x; n < heads.N; n += FLASH_THREADS) {
-        if (see.first[n] >= s0 + FLASH_KEYS || see.last[n] < s0) continue;
+        if (see.first[n] >= s0 + keys || see.last[n] < s0) continue;
         low = min(low, (int)n);
         high = max(high, (int)n);
     }

@@ -91,6 +91,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
     bool here = n0 < N;
     const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
     float sums[NT][4] = {};
+#pragma unroll(NT == 1 ? 4 : 1) /* reads of several tiles under way */
     for (int64_t tile = SHARE ? warp : 0; here && tile < across; tile += SHARE ? WARPS : 1) {
         unsigned words[2][4];
         read_tile(words[0], words[1], mine + tile);

@@ -5,7 +5,7 @@
  * a panel at a time. Where f32 meets bf16 it is taken apart into bf16 numbers, so that those
  * products too are the library's. Groups go to gemm.h. */
 #include "kernels/cuda/blaslt.h"
-#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/gemm_hopper.h"
 
 extern "C" {
 #include "kernels/elementwise.h"
@@ -26,6 +26,7 @@ static __global__ void __launch_bounds__(256)
     int64_t n = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
     bool here = n < N;
     float sums[M] = {};
+#pragma unroll(M == 1 ? 4 : 1) /* reads of several chunks under way */
     for (int64_t k = lane * 8; here && k < K; k += 256) {
         float w[8], x[8];
         read8<D>(w, b, n * K + k);
@@ -78,9 +79,25 @@ static bool is_aligned(Tensor t) {
     return tensor_cols(t) % 8 == 0 && (uintptr_t)t.data % 16 == 0;
 }
 
+template <bool TA, bool TB, int DB, typename Y>
+static void launch_gemm_hopper(Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                               Groups groups, float alpha) {
+    int64_t tiles =
+        TA ? ceil_div(shape.M, HOPPER_ROWS) : most_row_tiles(groups, shape.M, HOPPER_ROWS);
+    dim3 grid((unsigned)ceil_div(shape.N, HOPPER_ROWS), (unsigned)tiles,
+              (unsigned)(TA ? groups.count : 1));
+    LAUNCH(a.device, (gemm_hopper<TA, TB, DB, Y>), grid, HOPPER_THREADS, gemm_hopper_bytes(),
+           data_of<Y>(y), write, view_of(a), view_of(b), shape, groups, alpha);
+}
+
 template <typename S, bool TA, bool TB, int DB, typename Y>
 static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
                           float alpha) {
+    if constexpr (std::is_same_v<S, LargeTiles>)
+        if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b)) {
+            launch_gemm_hopper<TA, TB, DB, Y>(y, write, a, b, shape, groups, alpha);
+            return;
+        }
     dim3 grid((unsigned)ceil_div(shape.N, S::BN),
               (unsigned)(TA ? ceil_div(shape.M, S::BM) : most_row_tiles(groups, shape.M, S::BM)),
               (unsigned)(TA && groups.offsets ? groups.count : 1));

@@ -14,7 +14,8 @@ extern "C" {
 /* The 256 levels of DYNAMIC8 (or its unsigned one) in the device's memory (update.cu). */
 const float *cuda_dynamic_levels(const Device *device, bool is_signed);
 
-static __constant__ float device_nf4_levels[16] = NF4_LEVELS;
+/* Not __constant__: lanes ask for different ones at once. */
+static __device__ const float device_nf4_levels[16] = NF4_LEVELS;
 
 /* A tensor to read; levels where its dtype needs them. */
 struct PackedView {

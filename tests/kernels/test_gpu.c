@@ -492,6 +492,12 @@ GPU_CASE(products_of_groups, s, dtype) {
     grouped(s, dtype, dtype, 310, many);
 }
 
+/* As on a GPU that is no Hopper. */
+CASE(gpu, products_of_groups_on_any_gpu) {
+    setenv("LAPIDARY_HOPPER", "0", 1);
+    both_sides(work_products_of_groups, BF16);
+}
+
 FLOAT_CASE(products_of_adapters_in_groups, s) {
     static const int32_t bounds[] = {0, 16, 16, 96};
     Tensor offsets = ints(s, bounds, 4, 1), x = GIVEN(s, BF16, 1, 100, 64),
@@ -563,10 +569,19 @@ GPU_CASE(attention, s, dtype) {
 
 GPU_CASE(attention_of_heads_of_256, s, dtype) {
     attend(s, dtype, 70, 4, 2, 256, 30);
+    attend(s, dtype, 200, 2, 1, 256, 1000);
 }
 
 GPU_CASE(attention_of_heads_of_512, s, dtype) {
     attend(s, dtype, 70, 4, 1, 512, 1000);
+    attend(s, dtype, 150, 2, 1, 512, 90);
+}
+
+/* As on a GPU that is no Hopper. */
+CASE(gpu, attention_on_any_gpu) {
+    setenv("LAPIDARY_HOPPER", "0", 1);
+    both_sides(work_attention_of_heads_of_256, BF16);
+    both_sides(work_attention_of_heads_of_512, BF16);
 }
 
 /* Two sequences whose keys lie in pages; cached as they are, or packed. Each has `each` queries at

@@ -289,8 +289,8 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
         if (blocks > most) most = blocks;
         return;
     }
-    std::vector<unsigned char> dynamic(shared + 128);
-    unsigned char *aligned = dynamic.data() + (-(uintptr_t)dynamic.data() & 127);
+    std::vector<unsigned char> dynamic(shared + 1024);
+    unsigned char *aligned = dynamic.data() + (-(uintptr_t)dynamic.data() & 1023);
     if (!stacks) {
         stacks = (char *)mmap(NULL, THREADS * STACK, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

@@ -1,0 +1,614 @@
+/* flash_hopper.h - attention of bf16 heads of 256 and 512 on Hopper's tensor cores (after Dao 2023
+ * and Shah et al. 2024): flash.h's twin, wgmma.h in place of mma.h.
+ *
+ * As there the rows of a tile are the heads that share keys, of a few queries, and nothing is added
+ * in an order of chance. Two warpgroups make a block. Forward, heads of 256: each has 64 rows of
+ * its own, and the next scores are made while the last weights meet their values. Heads of 512:
+ * they share 64 rows, each makes the scores of half of the keys and the results of half of the
+ * columns. Backward: one kernel for all three gradients; 64 rows of what the gradient is of stay,
+ * all that they meet streams by, and the warpgroups share the columns of the result. */
+#ifndef CUDA_FLASH_HOPPER_H
+#define CUDA_FLASH_HOPPER_H
+
+#include "kernels/cuda/flash.h"
+#include "kernels/cuda/wgmma.h"
+
+#define HOPPER_KEYS 64 /* keys of a tile, forward; keys or rows that stay, backward */
+
+/* ---- tiles ---- */
+
+/* Rows of q (or dy) from query n0 on, for one head of keys; zeros beyond the last query. */
+template <int C, int ROWS>
+DEVICE_FUNCTION void hopper_rows(bf16 *tile, const bf16 *q, const Heads &heads, int64_t n0,
+                                 int kv) {
+#pragma unroll 2
+    for (int c = threadIdx.x; c < ROWS * (C / 8); c += FLASH_THREADS) {
+        int r = c / (C / 8), col = c % (C / 8) * 8;
+        int64_t n = n0 + r / heads.group;
+        bool here = n < heads.N;
+        const bf16 *from =
+            q + ((here ? n : 0) * heads.H + kv * heads.group + r % heads.group) * C + col;
+        copy_16(tile + tile_at(r, col, ROWS), from, here);
+    }
+}
+
+/* Keys s0 .. s0 + KEYS - 1 of k (or v), of the sequence of query n; zeros from `end` on. */
+template <int C, int KEYS>
+DEVICE_FUNCTION void hopper_keys(bf16 *tile, const bf16 *k, const Heads &heads, const Sight &see,
+                                 int64_t n, int64_t s0, int64_t end, int kv) {
+#pragma unroll 2
+    for (int c = threadIdx.x; c < KEYS * (C / 8); c += FLASH_THREADS) {
+        int r = c / (C / 8), col = c % (C / 8) * 8;
+        int64_t s = s0 + r;
+        bool here = s < end;
+        const bf16 *from = k + (key_row(see, n, here ? s : s0) * heads.K + kv) * C + col;
+        copy_16(tile + tile_at(r, col, KEYS), from, here);
+    }
+}
+
+/* A place in a tile of 64 columns for the two results that a lane has of columns 8 j .. 8 j + 7. */
+DEVICE_FUNCTION unsigned *pair_at(bf16 *tile, int row, int j, int t) {
+    return (unsigned *)(tile + tile_at(row, 8 * j, 64) + 2 * t);
+}
+
+/* ---- forward ---- */
+
+/* What the rows of a tile see, and of which sequence; of rows beyond the last query nothing. */
+template <int ROWS> struct RowSights { int first[ROWS], last[ROWS], whose[ROWS]; };
+
+template <int ROWS>
+DEVICE_FUNCTION void read_sights(RowSights<ROWS> *sights, const Heads &heads, const Sight &see,
+                                 int64_t n0) {
+    int r = threadIdx.x;
+    if (r >= ROWS) return;
+    int64_t n = n0 + r / heads.group;
+    bool here = n < heads.N;
+    sights->first[r] = here ? see.first[n] : 1;
+    sights->last[r] = here ? see.last[n] : 0;
+    sights->whose[r] = here && see.pages ? see.sequence[n] : 0;
+}
+
+/* The smallest and the largest of a warp's numbers. */
+DEVICE_FUNCTION int warp_least(int x) {
+#pragma unroll
+    for (int d = 16; d; d /= 2) x = min(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+DEVICE_FUNCTION int warp_most(int x) {
+    return -warp_least(-x);
+}
+
+/* Rows of one sequence from `row` on, and the keys any of them sees. */
+struct Stretch {
+    int row, end;
+    int64_t low, high;
+};
+template <int ROWS>
+DEVICE_FUNCTION Stretch stretch_of(const RowSights<ROWS> *sights, int row, int rows) {
+    int lane = threadIdx.x % 32, end = rows, low = 0x7fffffff, high = -1;
+    for (int i = lane; i < rows; i += 32)
+        if (i > row && sights->whose[i] != sights->whose[row]) end = min(end, i);
+    end = warp_least(end);
+    for (int i = lane; i < end; i += 32) {
+        if (i < row) continue;
+        low = min(low, sights->first[i]);
+        high = max(high, sights->last[i]);
+    }
+    return Stretch{row, end, warp_least(low), warp_most(high)};
+}
+
+/* Scores of rows g and g + 8: what a row does not see becomes -inf; the largest of each row among
+ * this quad's. low, high: what the two rows see. */
+template <int COUNT>
+DEVICE_FUNCTION void mask_scores(float (&best)[2], float (&scores)[COUNT], int64_t s0,
+                                 const int (&low)[2], const int (&high)[2]) {
+    int t = threadIdx.x % 4;
+    int from[2] = {(int)(low[0] - s0), (int)(low[1] - s0)},
+        to[2] = {(int)(high[0] - s0), (int)(high[1] - s0)};
+    best[0] = best[1] = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        int p = i / 2 % 2, s = i / 4 * 8 + 2 * t + i % 2;
+        if (s < from[p] || s > to[p]) scores[i] = -INFINITY;
+        best[p] = fmaxf(best[p], scores[i]);
+    }
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        best[p] = fmaxf(best[p], __shfl_xor_sync(0xffffffffu, best[p], 1));
+        best[p] = fmaxf(best[p], __shfl_xor_sync(0xffffffffu, best[p], 2));
+    }
+}
+
+/* Rows' largest scores and sums so far take in a tile whose largest are `best`; scores become
+ * weights, and fade is what earlier results are to be multiplied by. */
+template <int COUNT>
+DEVICE_FUNCTION void weigh(float (&top)[2], float (&total)[2], float (&fade)[2],
+                           float (&scores)[COUNT], const float (&best)[2]) {
+    float base[2];
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        float now = fmaxf(top[p], best[p]);
+        base[p] = now == -INFINITY ? 0.0f : now;
+        fade[p] = quick_exp(top[p] - base[p]);
+        total[p] *= fade[p];
+        top[p] = now;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        int p = i / 2 % 2;
+        scores[i] = quick_exp(scores[i] - base[p]);
+        total[p] += scores[i];
+    }
+}
+
+/* Results of rows r and r + 8 over their sums: columns column + 8 j + 2 t. */
+template <int C, int COUNT>
+DEVICE_FUNCTION void write_results(bf16 *y, float *lse, const float (&sums)[COUNT],
+                                   const float (&top)[2], const float (&total)[2],
+                                   const Heads &heads, int64_t n0, int kv, int r, int column) {
+    int t = threadIdx.x % 4;
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        int row = r + 8 * p;
+        int64_t n = n0 + row / heads.group;
+        if (n >= heads.N) continue;
+        int64_t item = n * heads.H + kv * heads.group + row % heads.group;
+        float inverse = 1.0f / total[p];
+        if (!t && !column) lse[item] = top[p] + logf(total[p]);
+#pragma unroll
+        for (int j = 0; j < COUNT / 4; j++)
+            *(unsigned *)(y + item * C + column + 8 * j + 2 * t) =
+                pack_bf16(sums[4 * j + 2 * p] * inverse, sums[4 * j + 2 * p + 1] * inverse);
+    }
+}
+
+#define ROWS_256 128
+#define ROWS_512 64
+
+static inline size_t hopper_forward_bytes(int C) {
+    size_t tiles = C == 256 ? ROWS_256 + 4 * HOPPER_KEYS : ROWS_512 + 2 * HOPPER_KEYS;
+    return tiles * (size_t)C * sizeof(bf16) +
+           (C == 256 ? sizeof(RowSights<ROWS_256>)
+                     : ROWS_512 * HOPPER_KEYS * sizeof(bf16) + sizeof(RowSights<ROWS_512>) +
+                           2 * ROWS_512 * sizeof(float));
+}
+
+static __global__ void __launch_bounds__(FLASH_THREADS, 1)
+    hopper_forward_256(bf16 *y, float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
+                       Heads heads, Sight see) {
+#if ON_HOPPER
+    constexpr int C = 256, KEYS = HOPPER_KEYS, TILE = KEYS * C;
+    DYNAMIC_SHARED(memory);
+    bf16 *rows = (bf16 *)memory, *keys = rows + ROWS_256 * C, *values = keys + 2 * TILE;
+    RowSights<ROWS_256> *sights = (RowSights<ROWS_256> *)(values + 2 * TILE);
+    int queries = ROWS_256 / heads.group, kv = blockIdx.y;
+    int64_t n0 = (int64_t)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
+    int lane = threadIdx.x % 32, own = threadIdx.x / WARPGROUP * 64;
+    int r = own + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4; /* rows r and r + 8 */
+    int row_end = (int)min((int64_t)ROWS_256, (heads.N - n0) * heads.group);
+    read_sights(sights, heads, see, n0);
+    hopper_rows<C, ROWS_256>(rows, q, heads, n0, kv);
+    copies_close_group();
+
+    float sums[C / 2] = {}, scores[KEYS / 2], top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+    __syncthreads();
+    for (Stretch part = {0, 0, 0, 0}; part.end < row_end;) { /* a sequence after the other */
+        part = stretch_of(sights, part.end, row_end);
+        int64_t n = n0 + part.row / heads.group, end = part.high + 1;
+        int low[2], high[2];
+        for (int p = 0; p < 2; p++) {
+            bool mine = r + 8 * p >= part.row && r + 8 * p < part.end;
+            low[p] = mine ? sights->first[r + 8 * p] : 1;
+            high[p] = mine ? sights->last[r + 8 * p] : 0;
+        }
+        __syncthreads(); /* what the last sequence left has been read */
+        hopper_keys<C, KEYS>(keys, k, heads, see, n, part.low, end, kv);
+        copies_close_group();
+        float best[2], fade[2];
+        unsigned weights[KEYS / 16][4];
+        auto score = [&](const bf16 *tile) {
+#pragma unroll
+            for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.0f;
+            wgmma_begin();
+#pragma unroll
+            for (int c = 0; c < C; c += 16)
+                wgmma<false, false>(scores, operand(rows, own, c, ROWS_256),
+                                    operand(tile, 0, c, KEYS));
+            wgmma_close_group();
+        };
+        copies_wait<0>();
+        shared_for_products();
+        __syncthreads();
+        hopper_keys<C, KEYS>(values, v, heads, see, n, part.low, end, kv);
+        if (part.low + KEYS < end)
+            hopper_keys<C, KEYS>(keys + TILE, k, heads, see, n, part.low + KEYS, end, kv);
+        copies_close_group();
+        score(keys);
+        wgmma_wait<0>();
+        wgmma_results(scores);
+        mask_scores(best, scores, part.low, low, high);
+        weigh(top, total, fade, scores, best);
+#pragma unroll
+        for (int i = 0; i < C / 2; i++) sums[i] *= fade[i / 2 % 2];
+        /* These values, and the next keys, are there; what was multiplied last is free. */
+        auto pack_and_wait = [&] {
+#pragma unroll
+            for (int i = 0; i < KEYS / 4; i++)
+                weights[i / 4][i % 4] = pack_bf16(scores[2 * i], scores[2 * i + 1]);
+            copies_wait<0>();
+            shared_for_products();
+            __syncthreads();
+        };
+        auto add_values = [&](const bf16 *tile) {
+            wgmma_begin();
+#pragma unroll
+            for (int kk = 0; kk < KEYS; kk += 16)
+                wgmma<true>(sums, weights[kk / 16], operand(tile, kk, 0, KEYS));
+            wgmma_close_group();
+        };
+        int turn = 0;
+        for (int64_t s = part.low + KEYS; s < end; s += KEYS, turn ^= 1) {
+            pack_and_wait();
+            hopper_keys<C, KEYS>(values + (turn ^ 1) * TILE, v, heads, see, n, s, end, kv);
+            if (s + KEYS < end)
+                hopper_keys<C, KEYS>(keys + turn * TILE, k, heads, see, n, s + KEYS, end, kv);
+            copies_close_group();
+            score(keys + (turn ^ 1) * TILE);
+            add_values(values + turn * TILE);
+            wgmma_wait<1>();
+            wgmma_results(scores);
+            mask_scores(best, scores, s, low, high);
+            weigh(top, total, fade, scores, best);
+            wgmma_wait<0>();
+            wgmma_results(sums);
+#pragma unroll
+            for (int i = 0; i < C / 2; i++) sums[i] *= fade[i / 2 % 2];
+        }
+        pack_and_wait();
+        add_values(values + turn * TILE);
+        wgmma_wait<0>();
+        wgmma_results(sums);
+    }
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        total[p] += __shfl_xor_sync(0xffffffffu, total[p], 1);
+        total[p] += __shfl_xor_sync(0xffffffffu, total[p], 2);
+    }
+    write_results<C>(y, lse, sums, top, total, heads, n0, kv, r, 0);
+#endif
+}
+
+static __global__ void __launch_bounds__(FLASH_THREADS, 1)
+    hopper_forward_512(bf16 *y, float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
+                       Heads heads, Sight see) {
+#if ON_HOPPER
+    constexpr int C = 512, KEYS = HOPPER_KEYS, HALF = KEYS / 2;
+    DYNAMIC_SHARED(memory);
+    bf16 *rows = (bf16 *)memory, *keys = rows + ROWS_512 * C, *values = keys + KEYS * C,
+         *weights = values + KEYS * C;
+    float *tops = (float *)(weights + ROWS_512 * KEYS);
+    RowSights<ROWS_512> *sights = (RowSights<ROWS_512> *)(tops + 2 * ROWS_512);
+    int queries = ROWS_512 / heads.group, kv = blockIdx.y, group = threadIdx.x / WARPGROUP;
+    int64_t n0 = (int64_t)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
+    int lane = threadIdx.x % 32, r = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+    int row_end = (int)min((int64_t)ROWS_512, (heads.N - n0) * heads.group);
+    read_sights(sights, heads, see, n0);
+    hopper_rows<C, ROWS_512>(rows, q, heads, n0, kv);
+    copies_close_group();
+
+    float sums[C / 4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+    __syncthreads();
+    for (Stretch part = {0, 0, 0, 0}; part.end < row_end;) { /* a sequence after the other */
+        part = stretch_of(sights, part.end, row_end);
+        int64_t n = n0 + part.row / heads.group, end = part.high + 1;
+        int low[2], high[2];
+        for (int p = 0; p < 2; p++) {
+            bool mine = r + 8 * p >= part.row && r + 8 * p < part.end;
+            low[p] = mine ? sights->first[r + 8 * p] : 1;
+            high[p] = mine ? sights->last[r + 8 * p] : 0;
+        }
+        __syncthreads(); /* what the last sequence left has been read */
+        hopper_keys<C, KEYS>(keys, k, heads, see, n, part.low, end, kv);
+        copies_close_group();
+        hopper_keys<C, KEYS>(values, v, heads, see, n, part.low, end, kv);
+        copies_close_group();
+        for (int64_t s = part.low; s < end; s += KEYS) {
+            float scores[HALF / 2] = {}, best[2], fade[2];
+            copies_wait<1>();
+            shared_for_products();
+            __syncthreads();
+            wgmma_begin();
+#pragma unroll
+            for (int c = 0; c < C; c += 16)
+                wgmma<false, false>(scores, operand(rows, 0, c, ROWS_512),
+                                    operand(keys, HALF * group, c, KEYS));
+            wgmma_close_group();
+            wgmma_wait<0>();
+            wgmma_results(scores);
+            mask_scores(best, scores, s + HALF * group, low, high);
+            if (lane % 4 == 0)
+                for (int p = 0; p < 2; p++) tops[group * ROWS_512 + r + 8 * p] = best[p];
+            __syncthreads(); /* the keys have been read as well */
+            if (s + KEYS < end) hopper_keys<C, KEYS>(keys, k, heads, see, n, s + KEYS, end, kv);
+            copies_close_group();
+            for (int p = 0; p < 2; p++)
+                best[p] = fmaxf(tops[r + 8 * p], tops[ROWS_512 + r + 8 * p]);
+            weigh(top, total, fade, scores, best);
+#pragma unroll
+            for (int i = 0; i < HALF / 4; i++)
+                *pair_at(weights, r + 8 * (i % 2), HALF / 8 * group + i / 2, lane % 4) =
+                    pack_bf16(scores[2 * i], scores[2 * i + 1]);
+#pragma unroll
+            for (int i = 0; i < C / 4; i++) sums[i] *= fade[i / 2 % 2];
+            copies_wait<1>();
+            shared_for_products();
+            __syncthreads();
+            wgmma_begin();
+#pragma unroll
+            for (int kk = 0; kk < KEYS; kk += 16)
+                wgmma<false, true>(sums, operand(weights, 0, kk, ROWS_512),
+                                   operand(values, kk, C / 2 * group, KEYS));
+            wgmma_close_group();
+            wgmma_wait<0>();
+            wgmma_results(sums);
+            __syncthreads();
+            if (s + KEYS < end) hopper_keys<C, KEYS>(values, v, heads, see, n, s + KEYS, end, kv);
+            copies_close_group();
+        }
+    }
+    /* The sums of both halves of the keys. */
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        total[p] += __shfl_xor_sync(0xffffffffu, total[p], 1);
+        total[p] += __shfl_xor_sync(0xffffffffu, total[p], 2);
+        if (lane % 4 == 0) tops[group * ROWS_512 + r + 8 * p] = total[p];
+    }
+    __syncthreads();
+    for (int p = 0; p < 2; p++) total[p] = tops[r + 8 * p] + tops[ROWS_512 + r + 8 * p];
+    write_results<C>(y, lse, sums, top, total, heads, n0, kv, r, C / 2 * group);
+#endif
+}
+
+/* ---- backward ---- */
+
+/* What a gradient is of. Of values by themselves where dk and dv do not fit together. */
+enum GradientOf { OF_QUERIES, OF_KEYS, OF_VALUES };
+
+/* STREAM rows or keys come by at a time, TURNS buffers of them. With OF_QUERIES rows of queries
+ * stay and keys stream, else keys stay and rows stream. */
+template <int C, GradientOf OF> struct Gradient {
+    static constexpr bool ROWS_STAY = OF == OF_QUERIES, SLOPES = OF != OF_VALUES,
+                          BOTH = OF == OF_KEYS && C == 256; /* dv as well */
+    static constexpr int STAY = 64, TURNS = C == 256 ? 2 : 1,
+                         STREAM = C == 256 || OF == OF_VALUES ? 64 : 32;
+    static constexpr int STAY_TILE = STAY * C, STREAM_TILE = STREAM * C, WEIGHTS = STAY * 64;
+    static constexpr size_t BYTES =
+        sizeof(bf16) *
+            ((SLOPES ? 2 : 1) * STAY_TILE + 2 * TURNS * STREAM_TILE + (BOTH ? 2 : 1) * WEIGHTS) +
+        2 * sizeof(int) * 4 * 64;
+};
+
+/* Of 64 rows: what they see, and lse and delta. */
+struct HopperFacts {
+    int first[64], last[64];
+    float lse[64], delta[64];
+};
+
+template <int ROWS>
+DEVICE_FUNCTION void read_hopper_facts(HopperFacts *facts, const Heads &heads, const Sight &see,
+                                       const float *lse, const float *delta, int64_t n0, int kv) {
+    int r = threadIdx.x;
+    if (r >= ROWS) return;
+    int64_t n = n0 + r / heads.group, item = n * heads.H + kv * heads.group + r % heads.group;
+    bool here = n < heads.N;
+    facts->first[r] = here ? see.first[n] : 1;
+    facts->last[r] = here ? see.last[n] : 0;
+    facts->lse[r] = here ? lse[item] : 0;
+    facts->delta[r] = here ? delta[item] : 0;
+}
+
+/* What attention_backward is given, and the ranges of find_queries. */
+struct GradientSides {
+    bf16 *dq;
+    float *dk, *dv;
+    const bf16 *dy;
+    const float *delta, *lse;
+    const bf16 *q, *k, *v;
+    const int *ranges;
+};
+
+/* Gradients of 64 keys from their rows, parted in gridDim.z parts; or of 64 rows from their keys.
+ *   dq  bf16, written;  dk, dv  f32, added to where there is one part, else part z of dk and dv at
+ * z * (S, K, C) */
+template <int C, GradientOf OF>
+static __global__ void __launch_bounds__(FLASH_THREADS, 1)
+    hopper_gradient(GradientSides of, Heads heads, Sight see) {
+#if ON_HOPPER
+    typedef Gradient<C, OF> G;
+    constexpr int STAY = G::STAY, STREAM = G::STREAM, PART = G::SLOPES ? STREAM : STREAM / 2;
+    DYNAMIC_SHARED(memory);
+    bf16 *x1 = (bf16 *)memory, *x2 = x1 + G::STAY_TILE, *y1 = G::SLOPES ? x2 + G::STAY_TILE : x2,
+         *y2 = y1 + G::TURNS * G::STREAM_TILE, *weights = y2 + G::TURNS * G::STREAM_TILE,
+         *slopes = G::BOTH ? weights + G::WEIGHTS : weights;
+    HopperFacts *facts = (HopperFacts *)(slopes + G::WEIGHTS);
+    int kv = blockIdx.y, group = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32, t = lane % 4;
+    int r = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4; /* rows r and r + 8 of what stays */
+    int64_t own, begin, end, step;                        /* first of what stays; what streams by */
+    if (G::ROWS_STAY) {
+        own = (int64_t)(gridDim.x - 1 - blockIdx.x) * (STAY / heads.group);
+        hopper_rows<C, STAY>(x1, of.q, heads, own, kv);
+        hopper_rows<C, STAY>(x2, of.dy, heads, own, kv);
+        read_hopper_facts<STAY>(facts, heads, see, of.lse, of.delta, own, kv);
+        __syncthreads();
+        int low = 0x7fffffff, high = -1;
+        for (int i = lane; i < STAY; i += 32) {
+            if (facts->first[i] > facts->last[i]) continue;
+            low = min(low, facts->first[i]);
+            high = max(high, facts->last[i]);
+        }
+        begin = warp_least(low);
+        end = warp_most(high);
+        step = STREAM;
+    } else {
+        own = (int64_t)blockIdx.x * STAY;
+        hopper_keys<C, STAY>(x1, of.k, heads, see, 0, own, heads.S, kv);
+        if (G::SLOPES) hopper_keys<C, STAY>(x2, of.v, heads, see, 0, own, heads.S, kv);
+        step = STREAM / heads.group;
+        begin = of.ranges[2 * blockIdx.x];
+        end = of.ranges[2 * blockIdx.x + 1];
+        int64_t tiles = end >= begin ? (end - begin) / step + 1 : 0,
+                each = (tiles + gridDim.z - 1) / gridDim.z * step;
+        begin += blockIdx.z * each;
+        end = min(end, begin + each - 1);
+    }
+    auto fetch_1 = [&](int64_t at, int turn) {
+        bf16 *tile = y1 + turn * G::STREAM_TILE;
+        if (G::ROWS_STAY)
+            hopper_keys<C, STREAM>(tile, of.k, heads, see, 0, at, heads.S, kv);
+        else
+            hopper_rows<C, STREAM>(tile, of.q, heads, at, kv);
+    };
+    auto fetch_2 = [&](int64_t at, int turn) {
+        bf16 *tile = y2 + turn * G::STREAM_TILE;
+        if (G::ROWS_STAY)
+            hopper_keys<C, STREAM>(tile, of.v, heads, see, 0, at, heads.S, kv);
+        else
+            hopper_rows<C, STREAM>(tile, of.dy, heads, at, kv);
+    };
+    auto fetch_facts = [&](int64_t at, int turn) {
+        if (!G::ROWS_STAY)
+            read_hopper_facts<STREAM>(facts + turn, heads, see, of.lse, of.delta, at, kv);
+    };
+    float out[C / 4] = {}, out_v[G::BOTH ? C / 4 : 1] = {};
+    if (begin <= end) {
+        fetch_1(begin, 0);
+        fetch_2(begin, 0);
+        fetch_facts(begin, 0);
+    }
+    copies_close_group();
+    int odd = 0;
+    for (int64_t at = begin; at <= end; at += step, odd ^= 1) {
+        int turn = G::TURNS == 2 ? odd : 0;
+        const bf16 *s1 = y1 + turn * G::STREAM_TILE, *s2 = y2 + turn * G::STREAM_TILE;
+        const HopperFacts *f = G::ROWS_STAY ? facts : facts + odd;
+        bool more = at + step <= end;
+        copies_wait<0>();
+        shared_for_products();
+        __syncthreads();
+        if (more) fetch_facts(at + step, odd ^ 1);
+        if (more && G::TURNS == 2) {
+            fetch_1(at + step, turn ^ 1);
+            fetch_2(at + step, turn ^ 1);
+            copies_close_group();
+        }
+        /* Scores by the first group, what dy makes of the values by the second; where only scores
+         * are wanted each has half of them. */
+        float part[PART / 2] = {};
+        const bf16 *x = G::SLOPES && group ? x2 : x1, *z = G::SLOPES && group ? s2 : s1;
+        int first = G::SLOPES ? 0 : PART * group;
+        wgmma_begin();
+#pragma unroll
+        for (int c = 0; c < C; c += 16)
+            wgmma<false, false>(part, operand(x, 0, c, STAY), operand(z, first, c, STREAM));
+        wgmma_close_group();
+        wgmma_wait<0>();
+        wgmma_results(part);
+        if (!G::SLOPES || !group) {
+#pragma unroll
+            for (int i = 0; i < PART / 4; i++) {
+                float w[2];
+#pragma unroll
+                for (int p = 0; p < 2; p++) {
+                    int stays = r + i % 2 * 8, streams = first + i / 2 * 8 + 2 * t + p;
+                    int row = G::ROWS_STAY ? stays : streams;
+                    int64_t s = G::ROWS_STAY ? at + streams : own + stays;
+                    bool seen = s >= f->first[row] && s <= f->last[row];
+                    w[p] = seen ? quick_exp(part[2 * i + p] - f->lse[row]) : 0.0f;
+                }
+                *pair_at(weights, r + i % 2 * 8, first / 8 + i / 2, t) = pack_bf16(w[0], w[1]);
+            }
+            shared_for_products();
+        }
+        __syncthreads();
+        if (more && G::TURNS == 1) { /* read for the last time: what the second group or, for
+                                        values, both have just multiplied */
+            if (G::SLOPES)
+                fetch_2(at + step, 0);
+            else
+                fetch_1(at + step, 0);
+        }
+        if (G::SLOPES) {
+            if (group) {
+#pragma unroll
+                for (int i = 0; i < PART / 4; i++) {
+                    unsigned pair = *pair_at(weights, r + i % 2 * 8, i / 2, t);
+                    float d[2];
+#pragma unroll
+                    for (int p = 0; p < 2; p++) {
+                        int row = G::ROWS_STAY ? r + i % 2 * 8 : i / 2 * 8 + 2 * t + p;
+                        float w = __uint_as_float(p ? pair & 0xffff0000u : pair << 16);
+                        d[p] = w * (part[2 * i + p] - f->delta[row]);
+                    }
+                    *pair_at(slopes, r + i % 2 * 8, i / 2, t) = pack_bf16(d[0], d[1]);
+                }
+                shared_for_products();
+            }
+            __syncthreads();
+        }
+        wgmma_begin();
+#pragma unroll
+        for (int kk = 0; kk < STREAM; kk += 16) {
+            wgmma<false, true>(out, operand(slopes, 0, kk, STAY),
+                               operand(G::SLOPES ? s1 : s2, kk, C / 2 * group, STREAM));
+            if constexpr (G::BOTH)
+                wgmma<false, true>(out_v, operand(weights, 0, kk, STAY),
+                                   operand(s2, kk, C / 2 * group, STREAM));
+        }
+        wgmma_close_group();
+        wgmma_wait<0>();
+        wgmma_results(out);
+        if constexpr (G::BOTH) wgmma_results(out_v);
+        if (G::TURNS == 1) {
+            __syncthreads();
+            if (more && G::SLOPES) fetch_1(at + step, 0);
+            if (more && !G::SLOPES) fetch_2(at + step, 0);
+            copies_close_group();
+        }
+    }
+    copies_wait<0>();
+#pragma unroll
+    for (int i = 0; i < C / 8; i++) {
+        int row = r + i % 2 * 8, column = C / 2 * group + i / 2 * 8 + 2 * t;
+        if (G::ROWS_STAY) {
+            int64_t n = own + row / heads.group;
+            if (n >= heads.N) continue;
+            int64_t item = n * heads.H + kv * heads.group + row % heads.group;
+            *(unsigned *)(of.dq + item * C + column) = pack_bf16(out[2 * i], out[2 * i + 1]);
+        } else {
+            int64_t s = own + row, place = (s * heads.K + kv) * C + column;
+            if (s >= heads.S) continue;
+            bool whole = gridDim.z == 1;
+            if (!whole) place += blockIdx.z * heads.S * heads.K * C;
+            float *to = (OF == OF_VALUES ? of.dv : of.dk) + place;
+            float2 old = whole ? *(float2 *)to : float2{0, 0};
+            *(float2 *)to = float2{old.x + out[2 * i], old.y + out[2 * i + 1]};
+            if constexpr (G::BOTH) {
+                to = of.dv + place;
+                old = whole ? *(float2 *)to : float2{0, 0};
+                *(float2 *)to = float2{old.x + out_v[2 * i], old.y + out_v[2 * i + 1]};
+            }
+        }
+    }
+#endif
+}
+
+/* The parts of a gradient, added in order. */
+static __global__ void join_gradients(float *d, const float *parts, int64_t count, int splits) {
+    FOR_GRID(i, count) {
+        float sum = 0;
+        for (int p = 0; p < splits; p++) sum += parts[p * count + i];
+        d[i] += sum;
+    }
+}
+
+#endif
