@@ -8,9 +8,8 @@
 
 #define THREADS   128
 #define LANE_MOST 16 /* numbers of a head of 512 that a lane has */
-#define SPLIT     16 /* keys of a sight that one warp takes at least, when it is split */
-#define SPLITS    64
-#define AT_ONCE   4 /* keys that a warp has under way */
+#define AT_ONCE   4  /* keys that a warp has under way; of a sight that is split at least so many */
+#define SPLITS    128
 
 /* Runs the statements with D the dtype, as a constant, that keys and values are kept in. */
 #define WITH_CACHE(dtype_value, D, ...)                                                            \
@@ -85,12 +84,15 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t begin = see.first[n] + blockIdx.y * each, end = see.last[n] + 1;
     if (begin + each < end) end = begin + each;
     float query[L], out[L] = {}, top = -INFINITY, total = 0;
+    const int32_t *pages = see.pages ? see.pages + see.sequence[n] * see.columns : NULL;
     read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * C, C);
     for (int64_t s = begin; s < end; s += AT_ONCE) {
         float keys[AT_ONCE][L], values[AT_ONCE][L], scores[AT_ONCE], best = top;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            int64_t at = (key_row(see, n, s + i < end ? s + i : s) * heads.K + kv) * C;
+            int64_t at = s + i < end ? s + i : s;
+            if (pages) at = (int64_t)pages[at / PAGE_KEYS] * PAGE_KEYS + at % PAGE_KEYS;
+            at = (at * heads.K + kv) * C;
             read_head<D>(keys[i], k, at, C);
             read_head<D>(values[i], v, at, C);
         }
@@ -203,7 +205,7 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
     }
     int64_t items = heads.N * heads.H, longest = pages.data ? see.columns * PAGE_KEYS : heads.S;
     /* Few queries: more warps than queries. */
-    int64_t parts = ceil_div(longest, SPLIT), each = longest,
+    int64_t parts = ceil_div(longest, AT_ONCE), each = longest,
             most = ceil_div(16 * (int64_t)cuda_processors(q.device), items);
     if (parts > most) parts = most;
     if (parts > SPLITS) parts = SPLITS;

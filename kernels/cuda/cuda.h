@@ -70,6 +70,7 @@ bool cuda_has_wgmma(const Device *device);
     } while (0)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define DEVICE_FUNCTION      static __device__ __forceinline__
+#define DEVICE_MEMBER        __device__ __forceinline__
 #else
 #define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
     do {                                                                                           \
@@ -81,6 +82,7 @@ bool cuda_has_wgmma(const Device *device);
     } while (0)
 #define DYNAMIC_SHARED(name) unsigned char *name = simt_thread->dynamic_shared
 #define DEVICE_FUNCTION      static inline
+#define DEVICE_MEMBER        inline
 #endif
 
 /* ---- float types ---- */
@@ -108,9 +110,26 @@ DEVICE_FUNCTION float to_float(f16 x) {
 
 /* Round to nearest, ties to even; NaN stays NaN. */
 DEVICE_FUNCTION bf16 to_bf16(float x) {
+#ifdef __CUDACC__
+    bf16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+#else
     unsigned u = __float_as_uint(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{(uint16_t)(u >> 16 | 0x40)};
     return bf16{(uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+#endif
+}
+
+/* Two floats as two bf16, the first in the low half. */
+DEVICE_FUNCTION unsigned pack_bf16(float low, float high) {
+#ifdef __CUDACC__
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+#else
+    return (unsigned)to_bf16(low).bits | (unsigned)to_bf16(high).bits << 16;
+#endif
 }
 
 template <typename T> DEVICE_FUNCTION T from_float(float x) {
@@ -180,7 +199,9 @@ template <typename T> static inline T *data_of(Tensor t) {
 /* exp to some 1e-6 of its value. */
 DEVICE_FUNCTION float quick_exp(float x) {
 #ifdef __CUDACC__
-    return __expf(x);
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+    return y;
 #else
     return expf(x);
 #endif

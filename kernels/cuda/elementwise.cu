@@ -14,18 +14,19 @@ static __global__ void copy(Y *y, Write write, PackedView x, float alpha, int64_
     FOR_GRID(i, (count + 7) / 8) {
         float a[8], b[8];
         read_up_to_8<D>(a, x, 8 * i, count);
-        if (WHOLE) {
+        if constexpr (WHOLE) {
             if (write == ADD) load(b, y + 8 * i);
 #pragma unroll
             for (int j = 0; j < 8; j++) a[j] = write == ADD ? b[j] + alpha * a[j] : alpha * a[j];
             store(y + 8 * i, a);
-            continue;
-        }
+        } else {
+            (void)b;
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int64_t k = 8 * i + j;
-            if (k < count)
-                y[k] = from_float<Y>((write == ADD ? to_float(y[k]) : 0.0f) + alpha * a[j]);
+            for (int j = 0; j < 8; j++) {
+                int64_t k = 8 * i + j;
+                if (k < count)
+                    y[k] = from_float<Y>((write == ADD ? to_float(y[k]) : 0.0f) + alpha * a[j]);
+            }
         }
     }
 }

@@ -17,32 +17,62 @@
 
 /* ---- tiles ---- */
 
+/* A thread copies one column of chunks of a tile: rows START, START + STEP, ... */
+template <int C> struct Column {
+    static constexpr int STEP = FLASH_THREADS / (C / 8);
+    int start, column;
+    DEVICE_MEMBER Column() : start(threadIdx.x / (C / 8)), column(threadIdx.x % (C / 8) * 8) {}
+    /* Where in a tile of ROWS rows its row START + i STEP goes: START < STEP, both of other bits.
+     */
+    template <int ROWS> DEVICE_MEMBER int at(int i) const {
+        return (tile_at(start, column, ROWS) ^ i * STEP % 8 * 8) + i * STEP * 64;
+    }
+};
+
+/* Where row r of a tile is behind the first of its query, for each of ROWS: what a tile's first row
+ * is does not change it. */
+template <int ROWS> DEVICE_FUNCTION void row_places(int *places, const Heads &heads) {
+    int r = threadIdx.x;
+    if (r < ROWS) places[r] = (r / heads.group * heads.H + r % heads.group) * heads.C;
+}
+
 /* Rows of q (or dy) from query n0 on, for one head of keys; zeros beyond the last query. */
 template <int C, int ROWS>
-DEVICE_FUNCTION void hopper_rows(bf16 *tile, const bf16 *q, const Heads &heads, int64_t n0,
-                                 int kv) {
-#pragma unroll 2
-    for (int c = threadIdx.x; c < ROWS * (C / 8); c += FLASH_THREADS) {
-        int r = c / (C / 8), col = c % (C / 8) * 8;
-        int64_t n = n0 + r / heads.group;
-        bool here = n < heads.N;
-        const bf16 *from =
-            q + ((here ? n : 0) * heads.H + kv * heads.group + r % heads.group) * C + col;
-        copy_16(tile + tile_at(r, col, ROWS), from, here);
+DEVICE_FUNCTION void hopper_rows(bf16 *tile, const bf16 *q, const int *places, const Heads &heads,
+                                 int n0, int kv) {
+    Column<C> mine;
+    const bf16 *from = q + ((int64_t)n0 * heads.H + kv * heads.group) * C + mine.column;
+    int left = (int)min((int64_t)ROWS, (heads.N - n0) * heads.group);
+#pragma unroll 4
+    for (int i = 0; i < ROWS / Column<C>::STEP; i++) {
+        int r = mine.start + i * Column<C>::STEP;
+        copy_16(tile + mine.template at<ROWS>(i), from + (r < left ? places[r] : 0), r < left);
     }
 }
 
 /* Keys s0 .. s0 + KEYS - 1 of k (or v), of the sequence of query n; zeros from `end` on. */
 template <int C, int KEYS>
 DEVICE_FUNCTION void hopper_keys(bf16 *tile, const bf16 *k, const Heads &heads, const Sight &see,
-                                 int64_t n, int64_t s0, int64_t end, int kv) {
-#pragma unroll 2
-    for (int c = threadIdx.x; c < KEYS * (C / 8); c += FLASH_THREADS) {
-        int r = c / (C / 8), col = c % (C / 8) * 8;
-        int64_t s = s0 + r;
-        bool here = s < end;
-        const bf16 *from = k + (key_row(see, n, here ? s : s0) * heads.K + kv) * C + col;
-        copy_16(tile + tile_at(r, col, KEYS), from, here);
+                                 int n, int s0, int end, int kv) {
+    Column<C> mine;
+    int left = min(KEYS, end - s0);
+    int64_t width = (int64_t)heads.K * C;
+    const bf16 *from = k + kv * C + mine.column;
+    if (see.pages) {
+#pragma unroll 1
+        for (int i = 0; i < KEYS / Column<C>::STEP; i++) {
+            int r = mine.start + i * Column<C>::STEP;
+            copy_16(tile + mine.template at<KEYS>(i),
+                    from + key_row(see, n, s0 + (r < left ? r : 0)) * width, r < left);
+        }
+        return;
+    }
+    int step = (int)(Column<C>::STEP * width);
+    from += (int64_t)(s0 + mine.start) * width;
+#pragma unroll
+    for (int i = 0; i < KEYS / Column<C>::STEP; i++) {
+        bool here = mine.start + i * Column<C>::STEP < left;
+        copy_16(tile + mine.template at<KEYS>(i), from + (here ? i * step : 0), here);
     }
 }
 
@@ -54,7 +84,7 @@ DEVICE_FUNCTION unsigned *pair_at(bf16 *tile, int row, int j, int t) {
 /* ---- forward ---- */
 
 /* What the rows of a tile see, and of which sequence; of rows beyond the last query nothing. */
-template <int ROWS> struct RowSights { int first[ROWS], last[ROWS], whose[ROWS]; };
+template <int ROWS> struct RowSights { int first[ROWS], last[ROWS], whose[ROWS], places[ROWS]; };
 
 template <int ROWS>
 DEVICE_FUNCTION void read_sights(RowSights<ROWS> *sights, const Heads &heads, const Sight &see,
@@ -80,8 +110,7 @@ DEVICE_FUNCTION int warp_most(int x) {
 
 /* Rows of one sequence from `row` on, and the keys any of them sees. */
 struct Stretch {
-    int row, end;
-    int64_t low, high;
+    int row, end, low, high;
 };
 template <int ROWS>
 DEVICE_FUNCTION Stretch stretch_of(const RowSights<ROWS> *sights, int row, int rows) {
@@ -100,18 +129,19 @@ DEVICE_FUNCTION Stretch stretch_of(const RowSights<ROWS> *sights, int row, int r
 /* Scores of rows g and g + 8: what a row does not see becomes -inf; the largest of each row among
  * this quad's. low, high: what the two rows see. */
 template <int COUNT>
-DEVICE_FUNCTION void mask_scores(float (&best)[2], float (&scores)[COUNT], int64_t s0,
+DEVICE_FUNCTION void mask_scores(float (&best)[2], float (&scores)[COUNT], int s0,
                                  const int (&low)[2], const int (&high)[2]) {
-    int t = threadIdx.x % 4;
-    int from[2] = {(int)(low[0] - s0), (int)(low[1] - s0)},
-        to[2] = {(int)(high[0] - s0), (int)(high[1] - s0)};
+    int mine = s0 + threadIdx.x % 4 * 2;
+    int from[2] = {low[0] - mine, low[1] - mine}, to[2] = {high[0] - mine, high[1] - mine};
+    if (max(from[0], from[1]) > 0 || min(to[0], to[1]) < 2 * COUNT)
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            int p = i / 2 % 2, s = i / 4 * 8 + i % 2;
+            if (s < from[p] || s > to[p]) scores[i] = -INFINITY;
+        }
     best[0] = best[1] = -INFINITY;
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-        int p = i / 2 % 2, s = i / 4 * 8 + 2 * t + i % 2;
-        if (s < from[p] || s > to[p]) scores[i] = -INFINITY;
-        best[p] = fmaxf(best[p], scores[i]);
-    }
+    for (int i = 0; i < COUNT; i++) best[i / 2 % 2] = fmaxf(best[i / 2 % 2], scores[i]);
 #pragma unroll
     for (int p = 0; p < 2; p++) {
         best[p] = fmaxf(best[p], __shfl_xor_sync(0xffffffffu, best[p], 1));
@@ -141,18 +171,24 @@ DEVICE_FUNCTION void weigh(float (&top)[2], float (&total)[2], float (&fade)[2],
     }
 }
 
+/* Earlier results under a new largest score. */
+template <int COUNT>
+DEVICE_FUNCTION void fade_results(float (&sums)[COUNT], const float (&fade)[2]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sums[i] *= fade[i / 2 % 2];
+}
+
 /* Results of rows r and r + 8 over their sums: columns column + 8 j + 2 t. */
 template <int C, int COUNT>
 DEVICE_FUNCTION void write_results(bf16 *y, float *lse, const float (&sums)[COUNT],
                                    const float (&top)[2], const float (&total)[2],
-                                   const Heads &heads, int64_t n0, int kv, int r, int column) {
+                                   const Heads &heads, int n0, int kv, int r, int column) {
     int t = threadIdx.x % 4;
 #pragma unroll
     for (int p = 0; p < 2; p++) {
-        int row = r + 8 * p;
-        int64_t n = n0 + row / heads.group;
+        int row = r + 8 * p, n = n0 + row / heads.group;
         if (n >= heads.N) continue;
-        int64_t item = n * heads.H + kv * heads.group + row % heads.group;
+        int64_t item = (int64_t)n * heads.H + kv * heads.group + row % heads.group;
         float inverse = 1.0f / total[p];
         if (!t && !column) lse[item] = top[p] + logf(total[p]);
 #pragma unroll
@@ -182,19 +218,20 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
     bf16 *rows = (bf16 *)memory, *keys = rows + ROWS_256 * C, *values = keys + 2 * TILE;
     RowSights<ROWS_256> *sights = (RowSights<ROWS_256> *)(values + 2 * TILE);
     int queries = ROWS_256 / heads.group, kv = blockIdx.y;
-    int64_t n0 = (int64_t)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
+    int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
     int lane = threadIdx.x % 32, own = threadIdx.x / WARPGROUP * 64;
     int r = own + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4; /* rows r and r + 8 */
     int row_end = (int)min((int64_t)ROWS_256, (heads.N - n0) * heads.group);
     read_sights(sights, heads, see, n0);
-    hopper_rows<C, ROWS_256>(rows, q, heads, n0, kv);
+    row_places<ROWS_256>(sights->places, heads);
+    __syncthreads();
+    hopper_rows<C, ROWS_256>(rows, q, sights->places, heads, n0, kv);
     copies_close_group();
 
     float sums[C / 2] = {}, scores[KEYS / 2], top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-    __syncthreads();
     for (Stretch part = {0, 0, 0, 0}; part.end < row_end;) { /* a sequence after the other */
         part = stretch_of(sights, part.end, row_end);
-        int64_t n = n0 + part.row / heads.group, end = part.high + 1;
+        int n = n0 + part.row / heads.group, end = part.high + 1;
         int low[2], high[2];
         for (int p = 0; p < 2; p++) {
             bool mine = r + 8 * p >= part.row && r + 8 * p < part.end;
@@ -228,8 +265,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         wgmma_results(scores);
         mask_scores(best, scores, part.low, low, high);
         weigh(top, total, fade, scores, best);
-#pragma unroll
-        for (int i = 0; i < C / 2; i++) sums[i] *= fade[i / 2 % 2];
+        fade_results(sums, fade);
         /* These values, and the next keys, are there; what was multiplied last is free. */
         auto pack_and_wait = [&] {
 #pragma unroll
@@ -247,7 +283,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
             wgmma_close_group();
         };
         int turn = 0;
-        for (int64_t s = part.low + KEYS; s < end; s += KEYS, turn ^= 1) {
+        for (int s = part.low + KEYS; s < end; s += KEYS, turn ^= 1) {
             pack_and_wait();
             hopper_keys<C, KEYS>(values + (turn ^ 1) * TILE, v, heads, see, n, s, end, kv);
             if (s + KEYS < end)
@@ -261,8 +297,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
             weigh(top, total, fade, scores, best);
             wgmma_wait<0>();
             wgmma_results(sums);
-#pragma unroll
-            for (int i = 0; i < C / 2; i++) sums[i] *= fade[i / 2 % 2];
+            fade_results(sums, fade);
         }
         pack_and_wait();
         add_values(values + turn * TILE);
@@ -289,18 +324,19 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
     float *tops = (float *)(weights + ROWS_512 * KEYS);
     RowSights<ROWS_512> *sights = (RowSights<ROWS_512> *)(tops + 2 * ROWS_512);
     int queries = ROWS_512 / heads.group, kv = blockIdx.y, group = threadIdx.x / WARPGROUP;
-    int64_t n0 = (int64_t)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
+    int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
     int lane = threadIdx.x % 32, r = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
     int row_end = (int)min((int64_t)ROWS_512, (heads.N - n0) * heads.group);
     read_sights(sights, heads, see, n0);
-    hopper_rows<C, ROWS_512>(rows, q, heads, n0, kv);
+    row_places<ROWS_512>(sights->places, heads);
+    __syncthreads();
+    hopper_rows<C, ROWS_512>(rows, q, sights->places, heads, n0, kv);
     copies_close_group();
 
     float sums[C / 4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-    __syncthreads();
     for (Stretch part = {0, 0, 0, 0}; part.end < row_end;) { /* a sequence after the other */
         part = stretch_of(sights, part.end, row_end);
-        int64_t n = n0 + part.row / heads.group, end = part.high + 1;
+        int n = n0 + part.row / heads.group, end = part.high + 1;
         int low[2], high[2];
         for (int p = 0; p < 2; p++) {
             bool mine = r + 8 * p >= part.row && r + 8 * p < part.end;
@@ -312,7 +348,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         copies_close_group();
         hopper_keys<C, KEYS>(values, v, heads, see, n, part.low, end, kv);
         copies_close_group();
-        for (int64_t s = part.low; s < end; s += KEYS) {
+        for (int s = part.low; s < end; s += KEYS) {
             float scores[HALF / 2] = {}, best[2], fade[2];
             copies_wait<1>();
             shared_for_products();
@@ -338,8 +374,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
             for (int i = 0; i < HALF / 4; i++)
                 *pair_at(weights, r + 8 * (i % 2), HALF / 8 * group + i / 2, lane % 4) =
                     pack_bf16(scores[2 * i], scores[2 * i + 1]);
-#pragma unroll
-            for (int i = 0; i < C / 4; i++) sums[i] *= fade[i / 2 % 2];
+            fade_results(sums, fade);
             copies_wait<1>();
             shared_for_products();
             __syncthreads();
@@ -385,12 +420,12 @@ template <int C, GradientOf OF> struct Gradient {
     static constexpr size_t BYTES =
         sizeof(bf16) *
             ((SLOPES ? 2 : 1) * STAY_TILE + 2 * TURNS * STREAM_TILE + (BOTH ? 2 : 1) * WEIGHTS) +
-        2 * sizeof(int) * 4 * 64;
+        (2 * 4 + 1) * 64 * sizeof(int);
 };
 
-/* Of 64 rows: what they see, and lse and delta. */
+/* Of 64 rows: the keys they see, how many from `first` on, lse and delta; and places of rows. */
 struct HopperFacts {
-    int first[64], last[64];
+    int first[64], count[64];
     float lse[64], delta[64];
 };
 
@@ -401,10 +436,15 @@ DEVICE_FUNCTION void read_hopper_facts(HopperFacts *facts, const Heads &heads, c
     if (r >= ROWS) return;
     int64_t n = n0 + r / heads.group, item = n * heads.H + kv * heads.group + r % heads.group;
     bool here = n < heads.N;
-    facts->first[r] = here ? see.first[n] : 1;
-    facts->last[r] = here ? see.last[n] : 0;
+    facts->first[r] = here ? see.first[n] : 0;
+    facts->count[r] = here ? see.last[n] - see.first[n] + 1 : 0;
     facts->lse[r] = here ? lse[item] : 0;
     facts->delta[r] = here ? delta[item] : 0;
+}
+
+/* The weight of a score that is `ahead` keys behind the first that is seen, of `count`. */
+DEVICE_FUNCTION float weight_of(float score, float lse, int ahead, int count) {
+    return (unsigned)ahead < (unsigned)count ? quick_exp(score - lse) : 0.0f;
 }
 
 /* What attention_backward is given, and the ranges of find_queries. */
@@ -431,28 +471,31 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
          *y2 = y1 + G::TURNS * G::STREAM_TILE, *weights = y2 + G::TURNS * G::STREAM_TILE,
          *slopes = G::BOTH ? weights + G::WEIGHTS : weights;
     HopperFacts *facts = (HopperFacts *)(slopes + G::WEIGHTS);
+    int *places = (int *)(facts + 2);
     int kv = blockIdx.y, group = threadIdx.x / WARPGROUP, lane = threadIdx.x % 32, t = lane % 4;
     int r = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4; /* rows r and r + 8 of what stays */
     int64_t own, begin, end, step;                        /* first of what stays; what streams by */
+    row_places<64>(places, heads);
+    __syncthreads();
     if (G::ROWS_STAY) {
         own = (int64_t)(gridDim.x - 1 - blockIdx.x) * (STAY / heads.group);
-        hopper_rows<C, STAY>(x1, of.q, heads, own, kv);
-        hopper_rows<C, STAY>(x2, of.dy, heads, own, kv);
+        hopper_rows<C, STAY>(x1, of.q, places, heads, (int)own, kv);
+        hopper_rows<C, STAY>(x2, of.dy, places, heads, (int)own, kv);
         read_hopper_facts<STAY>(facts, heads, see, of.lse, of.delta, own, kv);
         __syncthreads();
         int low = 0x7fffffff, high = -1;
         for (int i = lane; i < STAY; i += 32) {
-            if (facts->first[i] > facts->last[i]) continue;
+            if (!facts->count[i]) continue;
             low = min(low, facts->first[i]);
-            high = max(high, facts->last[i]);
+            high = max(high, facts->first[i] + facts->count[i] - 1);
         }
         begin = warp_least(low);
         end = warp_most(high);
         step = STREAM;
     } else {
         own = (int64_t)blockIdx.x * STAY;
-        hopper_keys<C, STAY>(x1, of.k, heads, see, 0, own, heads.S, kv);
-        if (G::SLOPES) hopper_keys<C, STAY>(x2, of.v, heads, see, 0, own, heads.S, kv);
+        hopper_keys<C, STAY>(x1, of.k, heads, see, 0, (int)own, (int)heads.S, kv);
+        if (G::SLOPES) hopper_keys<C, STAY>(x2, of.v, heads, see, 0, (int)own, (int)heads.S, kv);
         step = STREAM / heads.group;
         begin = of.ranges[2 * blockIdx.x];
         end = of.ranges[2 * blockIdx.x + 1];
@@ -464,16 +507,16 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
     auto fetch_1 = [&](int64_t at, int turn) {
         bf16 *tile = y1 + turn * G::STREAM_TILE;
         if (G::ROWS_STAY)
-            hopper_keys<C, STREAM>(tile, of.k, heads, see, 0, at, heads.S, kv);
+            hopper_keys<C, STREAM>(tile, of.k, heads, see, 0, (int)at, (int)heads.S, kv);
         else
-            hopper_rows<C, STREAM>(tile, of.q, heads, at, kv);
+            hopper_rows<C, STREAM>(tile, of.q, places, heads, (int)at, kv);
     };
     auto fetch_2 = [&](int64_t at, int turn) {
         bf16 *tile = y2 + turn * G::STREAM_TILE;
         if (G::ROWS_STAY)
-            hopper_keys<C, STREAM>(tile, of.v, heads, see, 0, at, heads.S, kv);
+            hopper_keys<C, STREAM>(tile, of.v, heads, see, 0, (int)at, (int)heads.S, kv);
         else
-            hopper_rows<C, STREAM>(tile, of.dy, heads, at, kv);
+            hopper_rows<C, STREAM>(tile, of.dy, places, heads, (int)at, kv);
     };
     auto fetch_facts = [&](int64_t at, int turn) {
         if (!G::ROWS_STAY)
@@ -486,11 +529,19 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         fetch_facts(begin, 0);
     }
     copies_close_group();
+    int own_first[2], own_count[2]; /* of rows r and r + 8, where rows stay */
+    float own_lse[2], own_delta[2];
+    for (int p = 0; p < 2 && G::ROWS_STAY; p++) {
+        own_first[p] = facts->first[r + 8 * p];
+        own_count[p] = facts->count[r + 8 * p];
+        own_lse[p] = facts->lse[r + 8 * p];
+        own_delta[p] = facts->delta[r + 8 * p];
+    }
     int odd = 0;
     for (int64_t at = begin; at <= end; at += step, odd ^= 1) {
         int turn = G::TURNS == 2 ? odd : 0;
         const bf16 *s1 = y1 + turn * G::STREAM_TILE, *s2 = y2 + turn * G::STREAM_TILE;
-        const HopperFacts *f = G::ROWS_STAY ? facts : facts + odd;
+        const HopperFacts *f = facts + odd;
         bool more = at + step <= end;
         copies_wait<0>();
         shared_for_products();
@@ -516,16 +567,20 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         if (!G::SLOPES || !group) {
 #pragma unroll
             for (int i = 0; i < PART / 4; i++) {
+                int stays = r + i % 2 * 8, streams = first + i / 2 * 8 + 2 * t, p = i % 2;
                 float w[2];
-#pragma unroll
-                for (int p = 0; p < 2; p++) {
-                    int stays = r + i % 2 * 8, streams = first + i / 2 * 8 + 2 * t + p;
-                    int row = G::ROWS_STAY ? stays : streams;
-                    int64_t s = G::ROWS_STAY ? at + streams : own + stays;
-                    bool seen = s >= f->first[row] && s <= f->last[row];
-                    w[p] = seen ? quick_exp(part[2 * i + p] - f->lse[row]) : 0.0f;
+                if (G::ROWS_STAY) {
+                    int ahead = (int)at + streams - own_first[p];
+                    w[0] = weight_of(part[2 * i], own_lse[p], ahead, own_count[p]);
+                    w[1] = weight_of(part[2 * i + 1], own_lse[p], ahead + 1, own_count[p]);
+                } else {
+                    float2 bases = *(const float2 *)&f->lse[streams];
+                    int2 seen = *(const int2 *)&f->first[streams],
+                         counts = *(const int2 *)&f->count[streams];
+                    w[0] = weight_of(part[2 * i], bases.x, (int)own + stays - seen.x, counts.x);
+                    w[1] = weight_of(part[2 * i + 1], bases.y, (int)own + stays - seen.y, counts.y);
                 }
-                *pair_at(weights, r + i % 2 * 8, first / 8 + i / 2, t) = pack_bf16(w[0], w[1]);
+                *pair_at(weights, stays, first / 8 + i / 2, t) = pack_bf16(w[0], w[1]);
             }
             shared_for_products();
         }
@@ -541,15 +596,13 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
             if (group) {
 #pragma unroll
                 for (int i = 0; i < PART / 4; i++) {
-                    unsigned pair = *pair_at(weights, r + i % 2 * 8, i / 2, t);
-                    float d[2];
-#pragma unroll
-                    for (int p = 0; p < 2; p++) {
-                        int row = G::ROWS_STAY ? r + i % 2 * 8 : i / 2 * 8 + 2 * t + p;
-                        float w = __uint_as_float(p ? pair & 0xffff0000u : pair << 16);
-                        d[p] = w * (part[2 * i + p] - f->delta[row]);
-                    }
-                    *pair_at(slopes, r + i % 2 * 8, i / 2, t) = pack_bf16(d[0], d[1]);
+                    int stays = r + i % 2 * 8, streams = i / 2 * 8 + 2 * t;
+                    unsigned pair = *pair_at(weights, stays, i / 2, t);
+                    float2 deltas = G::ROWS_STAY ? float2{own_delta[i % 2], own_delta[i % 2]}
+                                                 : *(const float2 *)&f->delta[streams];
+                    *pair_at(slopes, stays, i / 2, t) = pack_bf16(
+                        __uint_as_float(pair << 16) * (part[2 * i] - deltas.x),
+                        __uint_as_float(pair & 0xffff0000u) * (part[2 * i + 1] - deltas.y));
                 }
                 shared_for_products();
             }

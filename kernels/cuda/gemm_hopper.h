@@ -19,24 +19,40 @@ static inline size_t gemm_hopper_bytes() {
     return (size_t)HOPPER_STAGES * 2 * HOPPER_TILE * sizeof(bf16);
 }
 
-/* A stage of one operand. TURNED: K are its rows in memory, 64 of 128 columns; else 128 rows of 64.
- * Rows `i` end at i_end and are `cols` long in memory; zeros outside. */
-template <bool TURNED, int D>
-DEVICE_FUNCTION void load_stage(bf16 *tile, const PackedView &t, int64_t base, int64_t i0,
-                                int64_t i_end, int64_t k0, int64_t k_end, int64_t cols) {
-    constexpr int ROWS = TURNED ? HOPPER_DEPTH : HOPPER_ROWS, CHUNKS = HOPPER_TILE / ROWS / 8;
-#pragma unroll
-    for (int i = 0; i < HOPPER_TILE / 8 / HOPPER_THREADS; i++) {
-        int c = threadIdx.x + i * HOPPER_THREADS, row = c / CHUNKS, col = c % CHUNKS * 8;
-        int64_t r = (TURNED ? k0 : i0) + row, x = (TURNED ? i0 : k0) + col;
-        bool here = r < (TURNED ? k_end : i_end) && x < (TURNED ? i_end : k_end);
+/* One operand of a block's tile: rows (or columns, where it is TURNED and K are its rows in memory)
+ * i0 .. i_end - 1, rows in memory `cols` long. Each thread brings four chunks of a stage. */
+template <bool TURNED, int D> struct Side {
+    static constexpr int ROWS = TURNED ? HOPPER_DEPTH : HOPPER_ROWS,
+                         CHUNKS = HOPPER_TILE / ROWS / 8, STEP = HOPPER_THREADS / CHUNKS,
+                         EACH = HOPPER_TILE / 8 / HOPPER_THREADS;
+    PackedView view;
+    int64_t base, i0, cols;
+    int left, row, col; /* rows or columns that are there; this thread's first chunk */
+
+    DEVICE_MEMBER Side(const PackedView &view, int64_t base, int64_t i0, int64_t i_end,
+                       int64_t cols)
+        : view(view), base(base), i0(i0), cols(cols),
+          left((int)min((int64_t)HOPPER_ROWS, i_end - i0)), row(threadIdx.x / CHUNKS),
+          col(threadIdx.x % CHUNKS * 8) {}
+
+    /* The stage of K from k0 on; zeros from k_end on, and where no rows are. */
+    DEVICE_MEMBER void fetch(bf16 *tile, int64_t k0, int64_t k_end) const {
+        int depth = (int)min((int64_t)HOPPER_DEPTH, k_end - k0);
+        int rows = TURNED ? depth : left, columns = TURNED ? left : depth;
+        int64_t at = base + ((TURNED ? k0 : i0) + row) * cols + (TURNED ? i0 : k0) + col;
         bf16 *to = tile + tile_at(row, col, ROWS);
-        if constexpr (D == BF16)
-            copy_16(to, (const bf16 *)t.data + (here ? base + r * cols + x : 0), here);
-        else
-            *(uint4 *)to = load_chunk<D>(t, base, here ? r : 0, here ? x : cols, r + 1, cols, true);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            bool here = row + i * STEP < rows && col < columns;
+            if constexpr (D == BF16)
+                copy_16(to + i * STEP * 64,
+                        (const bf16 *)view.data + (here ? at + i * STEP * cols : 0), here);
+            else
+                *(uint4 *)(to + i * STEP * 64) = load_chunk<D>(
+                    view, here ? at + i * STEP * cols : 0, 0, 0, here ? 1 : 0, 8, true);
+        }
     }
-}
+};
 
 /* y (=|+=) alpha a b for the rows or group that is the block's; shapes as in gemm16, all a multiple
  * of 8 along the rows of memory. */
@@ -64,12 +80,12 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, DB == BF16 ? 2 : 1)
         m_end = rows.last;
         base = rows.g * N * shape.K;
     }
+    Side<TA, BF16> a_side(a, 0, m0, m_end, TA ? M : shape.K);
+    Side<TB, DB> b_side(b, base, n0, N, TB ? N : shape.K);
     auto fetch = [&](int64_t k, int stage) {
         if (k < k_end) {
-            load_stage<TA, BF16>(a_tiles + stage * HOPPER_TILE, a, 0, m0, m_end, k, k_end,
-                                 TA ? M : shape.K);
-            load_stage<TB, DB>(b_tiles + stage * HOPPER_TILE, b, base, n0, N, k, k_end,
-                               TB ? N : shape.K);
+            a_side.fetch(a_tiles + stage * HOPPER_TILE, k, k_end);
+            b_side.fetch(b_tiles + stage * HOPPER_TILE, k, k_end);
         }
         copies_close_group();
     };

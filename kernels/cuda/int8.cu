@@ -4,7 +4,8 @@
  * rows of a tensor-core product; a block of 32 columns is its whole depth, so its integer sums are
  * exact and joined with both scales in f32, in order of K. A warp takes 16 weight rows and up to 64
  * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
- * and their sums are added in order. */
+ * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
+ * core: there a lane has half of the columns of one weight row. */
 #include "kernels/cuda/gemm.h"
 
 extern "C" {
@@ -143,6 +144,98 @@ static __global__ void __launch_bounds__(32 * WARPS)
     }
 }
 
+/* Rows of activations that the kernel without tensor cores takes at a time. */
+#define ROWS_DOT 8
+
+/* What 16 columns of both blocks of a tile, of one of its rows, make with activations: columns 16
+ * part .. 16 part + 15. */
+DEVICE_FUNCTION void dot_tile(int (&sums)[2], const uint4 (&words)[1], const uint4 &x0,
+                              const uint4 &x1, const TileQ4_0 *) {
+    const unsigned w[4] = {words[0].x, words[0].y, words[0].z, words[0].w},
+                   a[4] = {x0.x, x0.y, x0.z, x0.w}, b[4] = {x1.x, x1.y, x1.z, x1.w};
+    sums[0] = sums[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) { /* codes are 8 too high */
+        sums[0] = __dp4a((int)(w[i] & 0x0f0f0f0fu), (int)a[i], sums[0]);
+        sums[1] = __dp4a((int)(w[i] >> 4 & 0x0f0f0f0fu), (int)b[i], sums[1]);
+        sums[0] = __dp4a((int)0xf8f8f8f8u, (int)a[i], sums[0]);
+        sums[1] = __dp4a((int)0xf8f8f8f8u, (int)b[i], sums[1]);
+    }
+}
+DEVICE_FUNCTION void dot_tile(int (&sums)[2], const uint4 (&words)[2], const uint4 &x0,
+                              const uint4 &x1, const TileQ8_0 *) {
+    const unsigned w[8] = {words[0].x, words[0].y, words[0].z, words[0].w,
+                           words[1].x, words[1].y, words[1].z, words[1].w},
+                   a[4] = {x0.x, x0.y, x0.z, x0.w}, b[4] = {x1.x, x1.y, x1.z, x1.w};
+    sums[0] = sums[1] = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sums[0] = __dp4a((int)(w[i] ^ 0x80808080u), (int)a[i], sums[0]);
+        sums[1] = __dp4a((int)(w[4 + i] ^ 0x80808080u), (int)b[i], sums[1]);
+    }
+}
+
+/* The words of a lane's 16 columns of both blocks, for row `row` of the tile. */
+DEVICE_FUNCTION void read_row(uint4 (&words)[1], const TileQ4_0 *tile, int row, int part) {
+    unsigned w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = *(const unsigned *)&tile->qs[4 * part + i][4 * row];
+    words[0] = uint4{w[0], w[1], w[2], w[3]};
+}
+DEVICE_FUNCTION void read_row(uint4 (&words)[2], const TileQ8_0 *tile, int row, int part) {
+    unsigned w[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        w[i] = *(const unsigned *)&tile->qs[i / 4 * 8 + 4 * part + i % 4][4 * row];
+    words[0] = uint4{w[0], w[1], w[2], w[3]};
+    words[1] = uint4{w[4], w[5], w[6], w[7]};
+}
+
+/* ROWS of activations at most; the warps share K of 16 weight rows. */
+template <typename Tile, int ROWS, typename Y>
+static __global__ void __launch_bounds__(32 * WARPS)
+    multiply_rows(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M,
+                  int64_t N, int64_t K, CountedGroups groups) {
+    __shared__ float parts[WARPS][16 * ROWS];
+    RowTile rows = find_counted<1>(groups, M, blockIdx.y);
+    int count = (int)(rows.last - rows.first);
+    if (!count) return;
+    int warp = threadIdx.x / 32, row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
+    int64_t n0 = (int64_t)blockIdx.x * 16;
+    int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
+    const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
+    const int8_t *x = codes + rows.first * K + 16 * part;
+    const float *steps = scales + rows.first * blocks;
+    float sums[ROWS] = {};
+#pragma unroll 4
+    for (int tile = warp; tile < across; tile += WARPS) {
+        uint4 words[sizeof(Tile) > sizeof(TileQ4_0) ? 2 : 1];
+        read_row(words, mine + tile, row, part);
+        float d0 = f16_value(mine[tile].d[0][row]), d1 = f16_value(mine[tile].d[1][row]);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (ROWS > 1 && r >= count) break;
+            const uint4 *from = (const uint4 *)(x + r * K + tile * TILE_WIDTH);
+            float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
+            int whole[2];
+            dot_tile(whole, words, from[0], from[2], mine);
+            sums[r] += (float)whole[0] * (d0 * step.x);
+            sums[r] += (float)whole[1] * (d1 * step.y);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        float sum = sums[r] + __shfl_xor_sync(0xffffffffu, sums[r], 16);
+        if (!part) parts[warp][16 * r + row] = sum;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += parts[w][i];
+        y[(rows.first + i / 16) * N + n0 + i % 16] = from_float<Y>(sum);
+    }
+}
+
 template <typename Tile, typename Y>
 static void launch(Tensor y, Tensor a, Tensor b, CountedGroups groups, const int8_t *codes,
                    const float *scales) {
@@ -150,10 +243,16 @@ static void launch(Tensor y, Tensor a, Tensor b, CountedGroups groups, const int
     int64_t extra = groups.offsets ? groups.count : 0;
     bool few = groups.offsets ? M < 32 * (int64_t)groups.count : M <= 16;
     const Tile *tiles = (const Tile *)b.data;
-    if (few)
-        LAUNCH(a.device, (multiply<Tile, 1, true, Y>),
-               dim3((unsigned)(N / 16), (unsigned)(ceil_div(M, 8) + extra)), 32 * WARPS, 0,
-               data_of<Y>(y), tiles, codes, scales, M, N, K, groups);
+    dim3 share((unsigned)(N / 16), (unsigned)(ceil_div(M, 8) + extra));
+    if (M == 1 && !groups.offsets)
+        LAUNCH(a.device, (multiply_rows<Tile, 1, Y>), share, 32 * WARPS, 0, data_of<Y>(y), tiles,
+               codes, scales, M, N, K, groups);
+    else if (few && (groups.offsets || M <= 2))
+        LAUNCH(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), share, 32 * WARPS, 0, data_of<Y>(y),
+               tiles, codes, scales, M, N, K, groups);
+    else if (few)
+        LAUNCH(a.device, (multiply<Tile, 1, true, Y>), share, 32 * WARPS, 0, data_of<Y>(y), tiles,
+               codes, scales, M, N, K, groups);
     else
         LAUNCH(a.device, (multiply<Tile, 8, false, Y>),
                dim3((unsigned)ceil_div(N, 16 * WARPS), (unsigned)(ceil_div(M, 64) + extra)),
@@ -163,8 +262,8 @@ static void launch(Tensor y, Tensor a, Tensor b, CountedGroups groups, const int
 static void product(Tensor y, Tensor a, Tensor b, CountedGroups groups) {
     int64_t M = tensor_rows(a), K = tensor_cols(a), blocks = M * K / 32;
     if (!M) return;
-    float *scales = (float *)cuda_workspace(a.device, (size_t)(blocks * 4 + M * K));
-    int8_t *codes = (int8_t *)(scales + blocks);
+    int8_t *codes = (int8_t *)cuda_workspace(a.device, (size_t)(blocks * 4 + M * K));
+    float *scales = (float *)(codes + M * K);
     WITH_FLOAT(a.dtype, A, {
         LAUNCH(a.device, (round_activations<A>), grid_for(a.device, M * K, 256), 256, 0, codes,
                scales, data_of<A>(a), blocks);

@@ -151,11 +151,6 @@ template <int LEFT> DEVICE_FUNCTION void copies_wait() {
 #endif
 }
 
-/* Two floats as two bf16, the first in the low half. */
-DEVICE_FUNCTION unsigned pack_bf16(float low, float high) {
-    return (unsigned)to_bf16(low).bits | (unsigned)to_bf16(high).bits << 16;
-}
-
 /* A float as the TF32 nearest to it. */
 DEVICE_FUNCTION unsigned to_tf32(float x) {
     unsigned u = __float_as_uint(x);

@@ -32,7 +32,35 @@ DEVICE_FUNCTION uint8_t code_of(const float *levels, float x) {
     return (uint8_t)(levels[low + 1] - x < x - levels[low] ? low + 1 : low);
 }
 
-/* ---- states: a warp has a block of 256, 8 neighbours to a lane ---- */
+/* ---- a warp has a block of 256, 8 neighbours to a lane ---- */
+
+/* Whether eight elements from p on can be read and written four at a time. */
+template <typename T> DEVICE_FUNCTION bool in_packs(const T *p, int64_t first, int64_t count) {
+    return first + 8 <= count && (uintptr_t)(p + first) % (4 * sizeof(T)) == 0;
+}
+
+/* Elements first .. first + 7, zeros from `count` on: all reads are under way at once. */
+template <typename T>
+DEVICE_FUNCTION void load_eight(float (&x)[8], const T *p, int64_t first, int64_t count) {
+    if (in_packs(p, first, count)) {
+        float low[4], high[4];
+        load(low, p + first);
+        load(high, p + first + 4);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = i < 4 ? low[i] : high[i - 4];
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = first + i < count ? to_float(p[first + i]) : 0.0f;
+}
+
+/* The states' levels in shared memory, where each lane looks for another. */
+typedef float Levels[256];
+DEVICE_FUNCTION void read_levels(Levels &to, const float *levels) {
+    for (int i = threadIdx.x; levels && i < 256; i += blockDim.x) to[i] = levels[i];
+}
+
+/* ---- states ---- */
 
 struct States {
     void *data;          /* f32, or BlockDynamic8; NULL: there are none */
@@ -44,31 +72,31 @@ static States states_of(Tensor t) {
     return States{t.data, packed ? cuda_dynamic_levels(t.device, t.dtype == DYNAMIC8) : NULL};
 }
 
-DEVICE_FUNCTION void load_states(float (&x)[8], States s, int64_t block, int64_t count) {
+DEVICE_FUNCTION void load_states(float (&x)[8], States s, const Levels &levels, int64_t block,
+                                 int64_t count) {
     int lane = threadIdx.x % 32;
     if (!s.levels) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int64_t k = block * DYNAMIC_BLOCK + lane * 8 + i;
-            x[i] = k < count ? ((const float *)s.data)[k] : 0.0f;
-        }
+        load_eight(x, (const float *)s.data, block * DYNAMIC_BLOCK + lane * 8, count);
         return;
     }
     const BlockDynamic8 *b = (const BlockDynamic8 *)s.data + block;
+    uint8_t codes[8];
+    float most = b->absmax;
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = b->absmax * s.levels[b->codes[lane * 8 + i]];
+    for (int i = 0; i < 8; i++) codes[i] = b->codes[lane * 8 + i];
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = most * levels[codes[i]];
 }
 
 /* Elements beyond `count` are zero. A second moment above zero stays above it. */
-DEVICE_FUNCTION void store_states(States s, int64_t block, int64_t count, const float (&x)[8],
-                                  bool second) {
+DEVICE_FUNCTION void store_states(States s, const Levels &levels, int64_t block, int64_t count,
+                                  const float (&x)[8], bool second) {
     int lane = threadIdx.x % 32;
+    int64_t first = block * DYNAMIC_BLOCK + lane * 8;
     if (!s.levels) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            int64_t k = block * DYNAMIC_BLOCK + lane * 8 + i;
-            if (k < count) ((float *)s.data)[k] = x[i];
-        }
+        for (int i = 0; i < 8; i++)
+            if (first + i < count) ((float *)s.data)[first + i] = x[i];
         return;
     }
     BlockDynamic8 *b = (BlockDynamic8 *)s.data + block;
@@ -78,12 +106,15 @@ DEVICE_FUNCTION void store_states(States s, int64_t block, int64_t count, const 
     most = warp_max(most);
     float inverse = most > 0 ? 1.0f / most : 0.0f;
     if (!lane) b->absmax = most;
+    uint8_t codes[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        if (block * DYNAMIC_BLOCK + lane * 8 + i >= count) continue;
-        uint8_t code = code_of(s.levels, x[i] * inverse);
-        b->codes[lane * 8 + i] = second && x[i] > 0 && !code ? 1 : code;
+        codes[i] = code_of(levels, x[i] * inverse);
+        if (second && x[i] > 0 && !codes[i]) codes[i] = 1;
     }
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (first + i < count) b->codes[lane * 8 + i] = codes[i];
 }
 
 struct Adam {
@@ -106,40 +137,49 @@ DEVICE_FUNCTION void put(bf16 *p, float x, uint64_t key, int64_t i) {
 template <typename T>
 static __global__ void adamw(T *value, const float *grad, States m, States v, int64_t count, Adam a,
                              uint64_t key) {
+    __shared__ Levels m_levels, v_levels;
+    read_levels(m_levels, m.levels);
+    read_levels(v_levels, v.levels);
+    __syncthreads();
     FOR_BLOCKS(block, count) {
-        float first[8], second[8];
-        load_states(first, m, block, count);
-        load_states(second, v, block, count);
+        int64_t at = block * DYNAMIC_BLOCK + threadIdx.x % 32 * 8;
+        float first[8], second[8], g[8], x[8];
+        load_eight(g, grad, at, count);
+        load_eight(x, value, at, count);
+        load_states(first, m, m_levels, block, count);
+        load_states(second, v, v_levels, block, count);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            int64_t k = block * DYNAMIC_BLOCK + threadIdx.x % 32 * 8 + i;
-            if (k >= count) continue;
-            float g = grad[k] * a.scale;
-            first[i] += (1.0f - a.beta1) * (g - first[i]);
-            second[i] = a.beta2 * second[i] + (1.0f - a.beta2) * g * g;
+            g[i] *= a.scale;
+            first[i] += (1.0f - a.beta1) * (g[i] - first[i]);
+            second[i] = a.beta2 * second[i] + (1.0f - a.beta2) * g[i] * g[i];
             float step = a.step * first[i] / (sqrtf(second[i]) * a.root + a.eps);
-            put(&value[k], to_float(value[k]) * a.shrink - step, key, k);
+            if (at + i < count) put(&value[at + i], x[i] * a.shrink - step, key, at + i);
         }
-        store_states(m, block, count, first, false);
-        store_states(v, block, count, second, true);
+        store_states(m, m_levels, block, count, first, false);
+        store_states(v, v_levels, block, count, second, true);
     }
 }
 
 template <typename T>
 static __global__ void sgd(T *value, const float *grad, States buffer, int64_t count, float scale,
                            float lr, float momentum, float decay, bool first, uint64_t key) {
+    __shared__ Levels levels;
+    read_levels(levels, buffer.levels);
+    __syncthreads();
     FOR_BLOCKS(block, count) {
-        float velocity[8] = {0};
-        if (buffer.data) load_states(velocity, buffer, block, count);
+        int64_t at = block * DYNAMIC_BLOCK + threadIdx.x % 32 * 8;
+        float velocity[8] = {0}, g[8], x[8];
+        load_eight(g, grad, at, count);
+        load_eight(x, value, at, count);
+        if (buffer.data) load_states(velocity, buffer, levels, block, count);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            int64_t k = block * DYNAMIC_BLOCK + threadIdx.x % 32 * 8 + i;
-            if (k >= count) continue;
-            float g = grad[k] * scale + decay * to_float(value[k]);
-            if (buffer.data) velocity[i] = g = first ? g : momentum * velocity[i] + g;
-            put(&value[k], to_float(value[k]) - lr * g, key, k);
+            g[i] = g[i] * scale + decay * x[i];
+            if (buffer.data) velocity[i] = g[i] = first ? g[i] : momentum * velocity[i] + g[i];
+            if (at + i < count) put(&value[at + i], x[i] - lr * g[i], key, at + i);
         }
-        if (buffer.data) store_states(buffer, block, count, velocity, false);
+        if (buffer.data) store_states(buffer, levels, block, count, velocity, false);
     }
 }
 

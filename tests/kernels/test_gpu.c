@@ -471,8 +471,8 @@ GPU_CASE(products_of_adapters, s, dtype) {
 }
 
 /* Rows of three groups, the second empty; what lies behind them is not looked at. */
-static void grouped(Side *s, DType dtype, DType weights, int64_t M, const int32_t *bounds) {
-    int64_t N = 64, K = 128;
+static void grouped(Side *s, DType dtype, DType weights, int64_t M, int64_t N, int64_t K,
+                    const int32_t *bounds) {
     Tensor offsets = ints(s, bounds, 4, 1), a = GIVEN(s, dtype, 1, M, K),
            w = GIVEN(s, weights, 2, 3, N, K), y = GIVEN(s, dtype, 3, M, N),
            dy = GIVEN(s, dtype, 4, M, N), dx = GIVEN(s, dtype, 5, M, K),
@@ -486,10 +486,13 @@ static void grouped(Side *s, DType dtype, DType weights, int64_t M, const int32_
 }
 
 GPU_CASE(products_of_groups, s, dtype) {
-    static const int32_t few[] = {0, 16, 16, 48}, many[] = {0, 150, 150, 300};
-    grouped(s, dtype, dtype, 64, few);
-    grouped(s, dtype, NF4, 64, few);
-    grouped(s, dtype, dtype, 310, many);
+    static const int32_t few[] = {0, 16, 16, 48}, many[] = {0, 150, 150, 300},
+                         some[] = {0, 30, 30, 100};
+    grouped(s, dtype, dtype, 64, 64, 128, few);
+    grouped(s, dtype, NF4, 64, 64, 128, few);
+    grouped(s, dtype, dtype, 310, 64, 128, many);
+    grouped(s, dtype, dtype, 100, 136, 264, some);
+    grouped(s, dtype, NF4, 100, 136, 256, some);
 }
 
 /* As on a GPU that is no Hopper. */

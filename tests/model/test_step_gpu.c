@@ -47,6 +47,11 @@ static Outcome step_on(Device *device, const char *path, const Packed *batch, DT
     return out;
 }
 
+static void outcome_free(Outcome *o) {
+    free(o->grads);
+    free(o->values);
+}
+
 static void expect_same_step(Device *gpu, const char *variant, const char *path,
                              const Packed *batch, DType dtype, StackMode mode, Method method,
                              double tolerance) {
@@ -60,10 +65,28 @@ static void expect_same_step(Device *gpu, const char *variant, const char *path,
     EXPECT(grads <= tolerance, "%s %s: gradients differ by %.2e", variant, method.name, grads);
     EXPECT(values <= tolerance, "%s %s: updated values differ by %.2e", variant, method.name,
            values);
-    free(a.grads);
-    free(a.values);
-    free(b.grads);
-    free(b.values);
+    outcome_free(&a);
+    outcome_free(&b);
+}
+
+/* A step in bf16 is as far from the step in f32 as the CPU's is, give or take a quarter. */
+static void expect_same_noise(Device *gpu, const char *variant, const char *path,
+                              const Packed *batch, StackMode mode, Method method) {
+    Outcome exact = step_on(device_cpu(), path, batch, F32, mode, method.setup),
+            a = step_on(device_cpu(), path, batch, BF16, mode, method.setup),
+            b = step_on(gpu, path, batch, BF16, mode, method.setup);
+    double cpu_nll = relative_error(a.nll, exact.nll, SMALL_MOST),
+           gpu_nll = relative_error(b.nll, exact.nll, SMALL_MOST),
+           cpu_grads = relative_error(a.grads, exact.grads, exact.count),
+           gpu_grads = relative_error(b.grads, exact.grads, exact.count);
+    EXPECT(cpu_grads > 1e-4, "%s: bf16 changes nothing", variant);
+    EXPECT(gpu_nll <= 1.25 * cpu_nll + 1e-3, "%s: losses are off by %.2e, on the CPU %.2e", variant,
+           gpu_nll, cpu_nll);
+    EXPECT(gpu_grads <= 1.25 * cpu_grads, "%s: gradients are off by %.2e, on the CPU %.2e", variant,
+           gpu_grads, cpu_grads);
+    outcome_free(&exact);
+    outcome_free(&a);
+    outcome_free(&b);
 }
 
 static void every_variant(DType dtype, StackMode mode, Method method, double tolerance) {
@@ -73,7 +96,10 @@ static void every_variant(DType dtype, StackMode mode, Method method, double tol
         char *name = must_format("model_%s.h5", variants[v]);
         Fixture f = fixture_open(name);
         Packed *batch = fixture_batch(&f, -1);
-        expect_same_step(gpu, variants[v], f.dir, batch, dtype, mode, method, tolerance);
+        if (dtype == BF16)
+            expect_same_noise(gpu, variants[v], f.dir, batch, mode, method);
+        else
+            expect_same_step(gpu, variants[v], f.dir, batch, dtype, mode, method, tolerance);
         free(batch);
         free(name);
     }
@@ -88,7 +114,7 @@ CASE(gpu, a_lora_step_of_each_variant_equals_the_cpus) {
 }
 
 CASE(gpu, steps_in_bf16_stay_within_its_noise) {
-    every_variant(BF16, STACK_KEEP, (Method){"lora", small_adapt}, 4e-2);
+    every_variant(BF16, STACK_KEEP, (Method){"lora", small_adapt}, 0);
 }
 
 /* The first few models whose rows are whole blocks. */
