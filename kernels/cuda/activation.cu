@@ -8,10 +8,6 @@ extern "C" {
 #define GELU_FACTOR 0.7978845608028654f /* sqrt(2 / pi) */
 #define GELU_CUBE   0.044715f
 
-/* tanh of z, of which one is added or subtracted: right to 1e-7. */
-DEVICE_FUNCTION float near_tanh(float z) {
-    return 1.0f - 2.0f / (1.0f + quick_exp(2.0f * z));
-}
 DEVICE_FUNCTION float gelu_tanh(float x) {
     return near_tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
 }

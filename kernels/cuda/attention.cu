@@ -128,8 +128,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* The parts of a sight, joined in order: a block for each (query, head). */
 template <typename T>
-static __global__ void __launch_bounds__(THREADS)
-    join_parts(T *y, float *lse, const float *partial, Heads heads, int parts) {
+static __global__ void join_parts(T *y, float *lse, const float *partial, Heads heads, int parts) {
     __shared__ float weights[SPLITS], sum_of_all;
     int64_t item = blockIdx.x, stride = heads.N * heads.H * (heads.C + 2);
     int C = heads.C, lane = threadIdx.x;
@@ -149,9 +148,9 @@ static __global__ void __launch_bounds__(THREADS)
         }
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < C; c += THREADS) {
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
         float sum = 0;
-#pragma unroll 8
+#pragma unroll 16
         for (int p = 0; p < parts; p++) sum += weights[p] * mine[p * stride + c];
         y[item * C + c] = from_float<T>(sum / sum_of_all);
     }
@@ -226,8 +225,8 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
                        each);
         })
         if (partial)
-            LAUNCH(q.device, (join_parts<T>), (unsigned)items, THREADS, 0, data_of<T>(y),
-                   data_of<float>(lse), partial, heads, (int)parts);
+            LAUNCH(q.device, (join_parts<T>), (unsigned)items, heads.C <= 256 ? 256 : 512, 0,
+                   data_of<T>(y), data_of<float>(lse), partial, heads, (int)parts);
     });
 }
 

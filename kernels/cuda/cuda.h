@@ -102,10 +102,16 @@ DEVICE_FUNCTION float to_float(bf16 x) {
 }
 /* Subnormals included; infinities and NaN stay what they are. */
 DEVICE_FUNCTION float to_float(f16 x) {
+#ifdef __CUDACC__
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+#else
     unsigned sign = (unsigned)(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
     if (rest >= 0x7c00) return __uint_as_float(sign | 0x7f800000u | (rest & 0x3ff) << 13);
     /* The exponent's bias differs by 112: a product by 2^112 mends it, whatever the exponent. */
     return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 13) * 0x1p112f));
+#endif
 }
 
 /* Round to nearest, ties to even; NaN stays NaN. */
@@ -196,6 +202,8 @@ template <typename T> static inline T *data_of(Tensor t) {
     return (T *)t.data;
 }
 
+/* ---- sums ---- */
+
 /* exp to some 1e-6 of its value. */
 DEVICE_FUNCTION float quick_exp(float x) {
 #ifdef __CUDACC__
@@ -207,7 +215,10 @@ DEVICE_FUNCTION float quick_exp(float x) {
 #endif
 }
 
-/* ---- sums ---- */
+/* tanh, of which one is added or subtracted or that is a bound: right to 1e-7. */
+DEVICE_FUNCTION float near_tanh(float z) {
+    return 1.0f - 2.0f / (1.0f + quick_exp(2.0f * z));
+}
 
 DEVICE_FUNCTION float warp_sum(float x) {
 #ifdef __CUDACC__

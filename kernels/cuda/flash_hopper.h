@@ -457,6 +457,24 @@ struct GradientSides {
     const int *ranges;
 };
 
+/* Sums of this lane's rows 0 and 8 of `rows`, which lie `width` apart, each eight columns behind
+ * the last; added to what is there, or in its place. */
+template <int C>
+DEVICE_FUNCTION void write_sums(float *to, float (&sums)[C / 4], int64_t width, int rows,
+                                bool adds) {
+#pragma unroll
+    for (int i = 0; i < C / 8 && adds; i++) {
+        if (i % 2 * 8 >= rows) continue;
+        float2 old = *(const float2 *)(to + i % 2 * 8 * width + i / 2 * 8);
+        sums[2 * i] += old.x;
+        sums[2 * i + 1] += old.y;
+    }
+#pragma unroll
+    for (int i = 0; i < C / 8; i++)
+        if (i % 2 * 8 < rows)
+            *(float2 *)(to + i % 2 * 8 * width + i / 2 * 8) = float2{sums[2 * i], sums[2 * i + 1]};
+}
+
 /* Gradients of 64 keys from their rows, parted in gridDim.z parts; or of 64 rows from their keys.
  *   dq  bf16, written;  dk, dv  f32, added to where there is one part, else part z of dk and dv at
  * z * (S, K, C) */
@@ -629,29 +647,26 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         }
     }
     copies_wait<0>();
+    int column = C / 2 * group + 2 * t;
+    if (G::ROWS_STAY) {
 #pragma unroll
-    for (int i = 0; i < C / 8; i++) {
-        int row = r + i % 2 * 8, column = C / 2 * group + i / 2 * 8 + 2 * t;
-        if (G::ROWS_STAY) {
-            int64_t n = own + row / heads.group;
-            if (n >= heads.N) continue;
-            int64_t item = n * heads.H + kv * heads.group + row % heads.group;
-            *(unsigned *)(of.dq + item * C + column) = pack_bf16(out[2 * i], out[2 * i + 1]);
-        } else {
-            int64_t s = own + row, place = (s * heads.K + kv) * C + column;
-            if (s >= heads.S) continue;
-            bool whole = gridDim.z == 1;
-            if (!whole) place += blockIdx.z * heads.S * heads.K * C;
-            float *to = (OF == OF_VALUES ? of.dv : of.dk) + place;
-            float2 old = whole ? *(float2 *)to : float2{0, 0};
-            *(float2 *)to = float2{old.x + out[2 * i], old.y + out[2 * i + 1]};
-            if constexpr (G::BOTH) {
-                to = of.dv + place;
-                old = whole ? *(float2 *)to : float2{0, 0};
-                *(float2 *)to = float2{old.x + out_v[2 * i], old.y + out_v[2 * i + 1]};
-            }
+        for (int i = 0; i < C / 8; i++) {
+            int row = r + i % 2 * 8;
+            int64_t n = own + row / heads.group,
+                    item = n * heads.H + kv * heads.group + row % heads.group;
+            if (n < heads.N)
+                *(unsigned *)(of.dq + item * C + column + i / 2 * 8) =
+                    pack_bf16(out[2 * i], out[2 * i + 1]);
         }
+        return;
     }
+    bool adds = gridDim.z == 1;
+    int64_t width = (int64_t)heads.K * C,
+            place = blockIdx.z * heads.S * width + (own + r) * width + kv * C + column;
+    int rows =
+        (int)min((int64_t)STAY, heads.S - own) - r; /* of these row 0 and 8 are this lane's */
+    write_sums<C>((OF == OF_VALUES ? of.dv : of.dk) + place, out, width, rows, adds);
+    if constexpr (G::BOTH) write_sums<C>(of.dv + place, out_v, width, rows, adds);
 #endif
 }
 

@@ -1,6 +1,6 @@
-/* gemm.h - products on tensor cores that cuBLASLt has not: grouped by rows, of packed weights, and
- * of f32 operands to f32 accuracy. Tiles of both operands lie in shared memory, two of each by
- * turns: while one is multiplied the next comes into registers. */
+/* gemm.h - products on tensor cores that cuBLASLt has not: grouped by rows, of packed weights, of
+ * f32 operands into bf16, and of groups to f32 accuracy. Tiles of both operands lie in shared
+ * memory, two of each by turns: while one is multiplied the next comes into registers. */
 #ifndef CUDA_GEMM_H
 #define CUDA_GEMM_H
 
@@ -241,6 +241,107 @@ static __global__ void __launch_bounds__(S::THREADS)
                 float old = write == ADD ? to_float(y[m * N + n]) : 0.0f;
                 y[m * N + n] = from_float<Y>(old + alpha * sums[i][j][part]);
             }
+}
+
+/* ---- f32 into bf16 ---- */
+
+/* Limited by y where K is small, as that of adapters is. A warp has 16 rows by 128 columns, K goes
+ * by 16; each float is the sum of two bf16 numbers, the product of both small ones left out: 16
+ * bits of the significand, before y rounds to 8. */
+#define NARROW_THREADS 128
+#define NARROW_ROWS    64
+#define NARROW_COLUMNS 128
+#define NARROW_STRIDE  24 /* elements from row to row of a tile of 16 columns: banks differ */
+
+/* ROWS by 16 of an operand, big and small parts; zeros outside. TURNED: K are its rows. */
+template <int ROWS, bool TURNED>
+DEVICE_FUNCTION void load_narrow(bf16 *big, bf16 *small, const float *p, int64_t i0, int64_t k0,
+                                 int64_t i_end, int64_t k_end) {
+#pragma unroll 4
+    for (int c = threadIdx.x; c < ROWS * 16; c += NARROW_THREADS) {
+        int i = TURNED ? c % ROWS : c / 16, k = TURNED ? c / ROWS : c % 16;
+        float x = 0;
+        if (i0 + i < i_end && k0 + k < k_end)
+            x = TURNED ? p[(k0 + k) * i_end + i0 + i] : p[(i0 + i) * k_end + k0 + k];
+        bf16 high = to_bf16(x);
+        big[i * NARROW_STRIDE + k] = high;
+        small[i * NARROW_STRIDE + k] = to_bf16(x - to_float(high));
+    }
+}
+
+/* y (=|+=) alpha a b, shapes as in gemm16. packs: eight columns of y can be read at a time. */
+template <bool TA, bool TB>
+static __global__ void __launch_bounds__(NARROW_THREADS)
+    gemm_narrow(bf16 *y, Write write, const float *a, const float *b, Shape shape, float alpha,
+                bool packs) {
+    __shared__ __align__(16) bf16 a_tiles[2][NARROW_ROWS * NARROW_STRIDE];
+    __shared__ __align__(16) bf16 b_tiles[2][NARROW_COLUMNS * NARROW_STRIDE];
+    int64_t m0 = (int64_t)blockIdx.y * NARROW_ROWS, n0 = (int64_t)blockIdx.x * NARROW_COLUMNS;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    /* Of each 32 columns a lane has 8 t .. 8 t + 7: product j of four has 8 t + 2 j and 8 t + 2 j
+     * + 1 where a tile of eight columns would have 2 t and 2 t + 1. */
+    float sums[NARROW_COLUMNS / 32][4][4] = {};
+    for (int64_t k = 0; k < shape.K; k += 16) {
+        if (k) __syncthreads();
+        load_narrow<NARROW_ROWS, TA>(a_tiles[0], a_tiles[1], a, m0, k, shape.M, shape.K);
+        load_narrow<NARROW_COLUMNS, TB>(b_tiles[0], b_tiles[1], b, n0, k, shape.N, shape.K);
+        __syncthreads();
+        unsigned x[2][4];
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+            load_tiles(x[p], &a_tiles[p][(16 * warp + lane % 16) * NARROW_STRIDE + lane / 16 * 8]);
+#pragma unroll
+        for (int i = 0; i < NARROW_COLUMNS / 32; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                int column = 32 * i + g / 2 * 8 + 2 * j + g % 2;
+                unsigned w[2][2];
+#pragma unroll
+                for (int p = 0; p < 2; p++) {
+                    const bf16 *from = &b_tiles[p][column * NARROW_STRIDE + 2 * t];
+                    w[p][0] = *(const unsigned *)from;
+                    w[p][1] = *(const unsigned *)(from + 8);
+                }
+                mma_bf16(sums[i][j], x[1], w[0]);
+                mma_bf16(sums[i][j], x[0], w[1]);
+                mma_bf16(sums[i][j], x[0], w[0]);
+            }
+    }
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        int64_t m = m0 + 16 * warp + g + 8 * p;
+        if (m >= shape.M) continue;
+        uint4 old[NARROW_COLUMNS / 32];
+#pragma unroll
+        for (int i = 0; i < NARROW_COLUMNS / 32 && packs && write == ADD; i++)
+            if (n0 + 32 * i + 8 * t < shape.N)
+                old[i] = *(const uint4 *)(y + m * shape.N + n0 + 32 * i + 8 * t);
+#pragma unroll
+        for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
+            int64_t n = n0 + 32 * i + 8 * t;
+            bf16 *to = y + m * shape.N + n;
+            if (packs && n < shape.N) {
+                unsigned was[4] = {old[i].x, old[i].y, old[i].z, old[i].w}, now[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float low = alpha * sums[i][j][2 * p], high = alpha * sums[i][j][2 * p + 1];
+                    if (write == ADD) {
+                        low += __uint_as_float(was[j] << 16);
+                        high += __uint_as_float(was[j] & 0xffff0000u);
+                    }
+                    now[j] = pack_bf16(low, high);
+                }
+                *(uint4 *)to = uint4{now[0], now[1], now[2], now[3]};
+                continue;
+            }
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                if (n + c >= shape.N) break;
+                float sum = alpha * sums[i][c / 2][2 * p + c % 2];
+                to[c] = to_bf16(write == ADD ? to_float(to[c]) + sum : sum);
+            }
+        }
+    }
 }
 
 /* ---- f32 ---- */

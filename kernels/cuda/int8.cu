@@ -5,7 +5,7 @@
  * exact and joined with both scales in f32, in order of K. A warp takes 16 weight rows and up to 64
  * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
  * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
- * core: there a lane has half of the columns of one weight row. */
+ * core: there a lane has four columns of four weight rows. */
 #include "kernels/cuda/gemm.h"
 
 extern "C" {
@@ -147,48 +147,36 @@ static __global__ void __launch_bounds__(32 * WARPS)
 /* Rows of activations that the kernel without tensor cores takes at a time. */
 #define ROWS_DOT 8
 
-/* What 16 columns of both blocks of a tile, of one of its rows, make with activations: columns 16
- * part .. 16 part + 15. */
-DEVICE_FUNCTION void dot_tile(int (&sums)[2], const uint4 (&words)[1], const uint4 &x0,
-                              const uint4 &x1, const TileQ4_0 *) {
-    const unsigned w[4] = {words[0].x, words[0].y, words[0].z, words[0].w},
-                   a[4] = {x0.x, x0.y, x0.z, x0.w}, b[4] = {x1.x, x1.y, x1.z, x1.w};
-    sums[0] = sums[1] = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) { /* codes are 8 too high */
-        sums[0] = __dp4a((int)(w[i] & 0x0f0f0f0fu), (int)a[i], sums[0]);
-        sums[1] = __dp4a((int)(w[i] >> 4 & 0x0f0f0f0fu), (int)b[i], sums[1]);
-        sums[0] = __dp4a((int)0xf8f8f8f8u, (int)a[i], sums[0]);
-        sums[1] = __dp4a((int)0xf8f8f8f8u, (int)b[i], sums[1]);
-    }
-}
-DEVICE_FUNCTION void dot_tile(int (&sums)[2], const uint4 (&words)[2], const uint4 &x0,
-                              const uint4 &x1, const TileQ8_0 *) {
-    const unsigned w[8] = {words[0].x, words[0].y, words[0].z, words[0].w,
-                           words[1].x, words[1].y, words[1].z, words[1].w},
-                   a[4] = {x0.x, x0.y, x0.z, x0.w}, b[4] = {x1.x, x1.y, x1.z, x1.w};
-    sums[0] = sums[1] = 0;
+/* A lane's part of a tile, for four weight rows from 4 (lane % 4) on: four columns of each of its
+ * two blocks. What they make with activations a and b of those columns. */
+DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ4_0 *tile, unsigned a, unsigned b) {
+    uint4 all = *((const uint4 *)tile->qs + threadIdx.x % 32);
+    const unsigned words[4] = {all.x, all.y, all.z, all.w};
+    int less_a = __dp4a((int)0xf8f8f8f8u, (int)a, 0), /* codes are 8 too high */
+        less_b = __dp4a((int)0xf8f8f8f8u, (int)b, 0);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        sums[0] = __dp4a((int)(w[i] ^ 0x80808080u), (int)a[i], sums[0]);
-        sums[1] = __dp4a((int)(w[4 + i] ^ 0x80808080u), (int)b[i], sums[1]);
+        sums[i][0] = __dp4a((int)(words[i] & 0x0f0f0f0fu), (int)a, less_a);
+        sums[i][1] = __dp4a((int)(words[i] >> 4 & 0x0f0f0f0fu), (int)b, less_b);
+    }
+}
+DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ8_0 *tile, unsigned a, unsigned b) {
+    const uint4 *from = (const uint4 *)tile->qs + threadIdx.x % 32;
+    uint4 first = from[0], second = from[32];
+    const unsigned words[2][4] = {{first.x, first.y, first.z, first.w},
+                                  {second.x, second.y, second.z, second.w}};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sums[i][0] = __dp4a((int)(words[0][i] ^ 0x80808080u), (int)a, 0);
+        sums[i][1] = __dp4a((int)(words[1][i] ^ 0x80808080u), (int)b, 0);
     }
 }
 
-/* The words of a lane's 16 columns of both blocks, for row `row` of the tile. */
-DEVICE_FUNCTION void read_row(uint4 (&words)[1], const TileQ4_0 *tile, int row, int part) {
-    unsigned w[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = *(const unsigned *)&tile->qs[4 * part + i][4 * row];
-    words[0] = uint4{w[0], w[1], w[2], w[3]};
-}
-DEVICE_FUNCTION void read_row(uint4 (&words)[2], const TileQ8_0 *tile, int row, int part) {
-    unsigned w[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-        w[i] = *(const unsigned *)&tile->qs[i / 4 * 8 + 4 * part + i % 4][4 * row];
-    words[0] = uint4{w[0], w[1], w[2], w[3]};
-    words[1] = uint4{w[4], w[5], w[6], w[7]};
+/* Four f16 side by side. */
+DEVICE_FUNCTION void read_scales(float (&d)[4], const uint16_t *from) {
+    uint2 all = *(const uint2 *)from;
+    d[0] = f16_value((uint16_t)all.x), d[1] = f16_value((uint16_t)(all.x >> 16));
+    d[2] = f16_value((uint16_t)all.y), d[3] = f16_value((uint16_t)(all.y >> 16));
 }
 
 /* ROWS of activations at most; the warps share K of 16 weight rows. */
@@ -200,34 +188,41 @@ static __global__ void __launch_bounds__(32 * WARPS)
     RowTile rows = find_counted<1>(groups, M, blockIdx.y);
     int count = (int)(rows.last - rows.first);
     if (!count) return;
-    int warp = threadIdx.x / 32, row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int64_t n0 = (int64_t)blockIdx.x * 16;
     int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
     const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
-    const int8_t *x = codes + rows.first * K + 16 * part;
+    const int8_t *x = codes + rows.first * K + lane / 4 * 4;
     const float *steps = scales + rows.first * blocks;
-    float sums[ROWS] = {};
+    float sums[ROWS][4] = {};
 #pragma unroll 4
     for (int tile = warp; tile < across; tile += WARPS) {
-        uint4 words[sizeof(Tile) > sizeof(TileQ4_0) ? 2 : 1];
-        read_row(words, mine + tile, row, part);
-        float d0 = f16_value(mine[tile].d[0][row]), d1 = f16_value(mine[tile].d[1][row]);
+        float d0[4], d1[4];
+        read_scales(d0, &mine[tile].d[0][lane % 4 * 4]);
+        read_scales(d1, &mine[tile].d[1][lane % 4 * 4]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (ROWS > 1 && r >= count) break;
-            const uint4 *from = (const uint4 *)(x + r * K + tile * TILE_WIDTH);
+            const int8_t *from = x + r * K + tile * TILE_WIDTH;
             float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
-            int whole[2];
-            dot_tile(whole, words, from[0], from[2], mine);
-            sums[r] += (float)whole[0] * (d0 * step.x);
-            sums[r] += (float)whole[1] * (d1 * step.y);
+            int whole[4][2];
+            dot_tile(whole, mine + tile, *(const unsigned *)from, *(const unsigned *)(from + 32));
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                sums[r][i] += (float)whole[i][0] * (d0[i] * step.x);
+                sums[r][i] += (float)whole[i][1] * (d1[i] * step.y);
+            }
         }
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        float sum = sums[r] + __shfl_xor_sync(0xffffffffu, sums[r], 16);
-        if (!part) parts[warp][16 * r + row] = sum;
-    }
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float sum = sums[r][i];
+#pragma unroll
+            for (int d = 16; d >= 4; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            if (lane < 4) parts[warp][16 * r + 4 * lane + i] = sum;
+        }
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
         float sum = 0;

@@ -8,7 +8,7 @@ extern "C" {
 #define THREADS 512
 
 DEVICE_FUNCTION float capped(float z, float cap, float inverse) {
-    return cap != 0 ? cap * tanhf(z * inverse) : z;
+    return cap != 0 ? cap * near_tanh(z * inverse) : z;
 }
 
 template <int V>

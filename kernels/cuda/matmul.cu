@@ -183,8 +183,7 @@ static void by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
 
 /* ---- f32 among bf16 ---- */
 
-/* A float is the sum of three bf16 numbers, but for the last bits of very small ones; of two to 16
- * bits. */
+/* A float is the sum of three bf16 numbers, but for the last bits of very small ones. */
 #define PIECES 3
 
 /* How the pieces of a (rows, cols) matrix lie: beside each other, or one matrix below the other. */
@@ -198,20 +197,15 @@ DEVICE_FUNCTION int64_t piece_at(const Pieces &p, int64_t i, int piece) {
     return (i / p.cols * PIECES + piece) * p.cols + i % p.cols;
 }
 
-/* ORDER 0: the pieces of each float. 1 and 2: of two factors, the leading two pieces so that
- * piece by piece products are big * big, big * small and small * big. */
-template <int ORDER> static __global__ void take_apart(bf16 *out, const float *x, Pieces pieces) {
+static __global__ void take_apart(bf16 *out, const float *x, Pieces pieces) {
     FOR_GRID(i, pieces.rows * pieces.cols) {
         float rest = x[i];
-        bf16 part[PIECES];
 #pragma unroll
         for (int p = 0; p < PIECES; p++) {
-            part[p] = to_bf16(rest);
-            rest -= to_float(part[p]);
+            bf16 part = to_bf16(rest);
+            out[piece_at(pieces, i, p)] = part;
+            rest -= to_float(part);
         }
-        out[piece_at(pieces, i, 0)] = part[0];
-        out[piece_at(pieces, i, 1)] = part[ORDER == 1 ? 0 : 1];
-        out[piece_at(pieces, i, 2)] = part[ORDER == 0 ? 2 : ORDER == 1 ? 1 : 0];
     }
 }
 
@@ -225,27 +219,19 @@ static __global__ void put_together(Y *y, Write write, const float *x, Pieces pi
     }
 }
 
-template <int ORDER>
-static void launch_take_apart(const Device *device, void *out, Tensor x, bool beside) {
-    Pieces pieces = {tensor_rows(x), tensor_cols(x), beside};
-    LAUNCH(device, (take_apart<ORDER>), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)out,
-           data_of<float>(x), pieces);
-}
-
-static size_t bytes_apart(Tensor x) {
-    return ((size_t)tensor_count(x) * PIECES * sizeof(bf16) + 255) / 256 * 256;
-}
-
 /* One operand is f32: its pieces make so many times the rows or columns of y. */
 static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
                               float alpha) {
     const Device *device = a.device;
     bool left = a.dtype == F32;
     Tensor x = left ? a : b;
-    char *memory = (char *)cuda_workspace(device, bytes_apart(x) + (size_t)tensor_count(y) *
-                                                                       PIECES * sizeof(float));
-    float *sums = (float *)(memory + bytes_apart(x));
-    launch_take_apart<0>(device, memory, x, left ? layout == TN : layout != NT);
+    size_t apart = ((size_t)tensor_count(x) * PIECES * sizeof(bf16) + 255) / 256 * 256;
+    char *memory =
+        (char *)cuda_workspace(device, apart + (size_t)tensor_count(y) * PIECES * sizeof(float));
+    float *sums = (float *)(memory + apart);
+    Pieces of_x = {tensor_rows(x), tensor_cols(x), left ? layout == TN : layout != NT};
+    LAUNCH(device, (take_apart), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)memory,
+           data_of<float>(x), of_x);
     int64_t M = left ? PIECES * shape.M : shape.M, N = left ? shape.N : PIECES * shape.N;
     blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a.data,
                   layout == TN ? M : shape.K, left ? b.data : memory, BF16, M, N, shape.K, 1.0f);
@@ -256,17 +242,23 @@ static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Te
     });
 }
 
-/* Both are f32 and y is not: two pieces of each, side by side along K. */
+/* Both are f32 and y is not: what adapters add to their linear. */
 static void product_rounded(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
                             float alpha) {
-    const Device *device = a.device;
-    char *left = (char *)cuda_workspace(device, bytes_apart(a) + bytes_apart(b)),
-         *right = left + bytes_apart(a);
-    launch_take_apart<1>(device, left, a, layout != TN);
-    launch_take_apart<2>(device, right, b, layout == NT);
-    int64_t K = PIECES * shape.K;
-    blaslt_matmul(device, layout, y.data, y.dtype, shape.N, write, left, layout == TN ? shape.M : K,
-                  right, BF16, shape.M, shape.N, K, alpha);
+    dim3 grid((unsigned)ceil_div(shape.N, NARROW_COLUMNS),
+              (unsigned)ceil_div(shape.M, NARROW_ROWS));
+    bool packs = shape.N % 8 == 0 && (uintptr_t)y.data % 16 == 0;
+    bf16 *to = data_of<bf16>(y);
+    const float *left = data_of<float>(a), *right = data_of<float>(b);
+    if (layout == NT)
+        LAUNCH(a.device, (gemm_narrow<false, false>), grid, NARROW_THREADS, 0, to, write, left,
+               right, shape, alpha, packs);
+    else if (layout == NN)
+        LAUNCH(a.device, (gemm_narrow<false, true>), grid, NARROW_THREADS, 0, to, write, left,
+               right, shape, alpha, packs);
+    else
+        LAUNCH(a.device, (gemm_narrow<true, true>), grid, NARROW_THREADS, 0, to, write, left, right,
+               shape, alpha, packs);
 }
 
 static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
