@@ -17,6 +17,7 @@ DEVICE_FUNCTION float gelu_tanh(float x) {
 template <typename T, int V>
 static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, int64_t F,
                                int64_t stride) {
+    wait_for_last();
     for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) FOR_GRID(i, F / V) {
             int64_t at = n * stride + i * V;
             float g[V], u[V];
@@ -60,9 +61,9 @@ static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t rows, 
                            bool fits) {
     if (!tensor_count(y)) return;
     int64_t F = tensor_count(y) / rows;
-    WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
-                   LAUNCH(y.device, (forward<T, V>), grid_of_rows(y.device, rows, F / V), 256, 0,
-                          data_of<T>(y), data_of<T>(gate), (const T *)up, rows, F, stride);
+    WITH_FLOAT(y.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
+                   LAUNCH_NEXT(y.device, (forward<T, V>), grid_of_rows(y.device, rows, F / V), 256,
+                               data_of<T>(y), data_of<T>(gate), (const T *)up, rows, F, stride);
                }));
 }
 
@@ -70,7 +71,7 @@ static void launch_backward(Tensor dgate, void *dup, Tensor dy, Tensor gate, con
                             int64_t rows, int64_t stride, bool fits) {
     if (!tensor_count(dy)) return;
     int64_t F = tensor_count(dy) / rows;
-    WITH_FLOAT(dy.dtype, T, WITH_PACKS(fits, V, {
+    WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
                    LAUNCH(dy.device, (backward<T, V>), grid_of_rows(dy.device, rows, F / V), 256, 0,
                           data_of<T>(dgate), (T *)dup, data_of<T>(dy), data_of<T>(gate),
                           (const T *)up, rows, F, stride);

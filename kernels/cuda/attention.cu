@@ -77,6 +77,7 @@ template <typename T, int D, int L>
 static __global__ void __launch_bounds__(THREADS)
     attend(T *y, float *lse, float *partial, PackedView q, PackedView k, PackedView v, Heads heads,
            Sight see, int64_t each) {
+    wait_for_last();
     int64_t item = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (item >= heads.N * heads.H) return; /* whole warps; nothing below waits for other warps */
     int64_t n = item / heads.H;
@@ -129,6 +130,7 @@ static __global__ void __launch_bounds__(THREADS)
 /* The parts of a sight, joined in order: a block for each (query, head). */
 template <typename T>
 static __global__ void join_parts(T *y, float *lse, const float *partial, Heads heads, int parts) {
+    wait_for_last();
     __shared__ float weights[SPLITS], sum_of_all;
     int64_t item = blockIdx.x, stride = heads.N * heads.H * (heads.C + 2);
     int C = heads.C, lane = threadIdx.x;
@@ -216,17 +218,17 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
     WITH_FLOAT(q.dtype, T, {
         WITH_CACHE(k.dtype, D, {
             if (heads.C <= 256)
-                LAUNCH(q.device, (attend<T, D, 8>), grid, THREADS, 0, data_of<T>(y),
-                       data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads, see,
-                       each);
+                LAUNCH_NEXT(q.device, (attend<T, D, 8>), grid, THREADS, data_of<T>(y),
+                            data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads,
+                            see, each);
             else
-                LAUNCH(q.device, (attend<T, D, LANE_MOST>), grid, THREADS, 0, data_of<T>(y),
-                       data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads, see,
-                       each);
+                LAUNCH_NEXT(q.device, (attend<T, D, LANE_MOST>), grid, THREADS, data_of<T>(y),
+                            data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads,
+                            see, each);
         })
         if (partial)
-            LAUNCH(q.device, (join_parts<T>), (unsigned)items, heads.C <= 256 ? 256 : 512, 0,
-                   data_of<T>(y), data_of<float>(lse), partial, heads, (int)parts);
+            LAUNCH_NEXT(q.device, (join_parts<T>), (unsigned)items, heads.C <= 256 ? 256 : 512,
+                        data_of<T>(y), data_of<float>(lse), partial, heads, (int)parts);
     });
 }
 

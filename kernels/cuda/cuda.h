@@ -51,6 +51,9 @@ size_t cuda_shared_most(const Device *device);
  * LAPIDARY_HOPPER=0 says no, to compare with the kernels that every GPU takes. */
 bool cuda_has_wgmma(const Device *device);
 
+/* Whether kernels can be launched before the last has ended (capability 9.0). */
+bool cuda_launches_early(const Device *device);
+
 /* LAUNCH(device, (kernel<...>), grid, block, shared bytes, arguments...) */
 #define UNWRAP(...) __VA_ARGS__
 #ifdef __CUDACC__
@@ -68,6 +71,20 @@ bool cuda_has_wgmma(const Device *device);
         UNWRAP kernel<<<grid, block, shared, launch_stream>>>(__VA_ARGS__);                        \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)
+/* The same for a kernel that begins with wait_for_last(): it gets ready while the last one ends. */
+#define LAUNCH_NEXT(device, kernel, grid, block, ...)                                              \
+    do {                                                                                           \
+        cudaLaunchAttribute launch_early = {};                                                     \
+        launch_early.id = cudaLaunchAttributeProgrammaticStreamSerialization;                      \
+        launch_early.val.programmaticStreamSerializationAllowed = 1;                               \
+        cudaLaunchConfig_t launch_config = {};                                                     \
+        launch_config.gridDim = grid;                                                              \
+        launch_config.blockDim = block;                                                            \
+        launch_config.stream = cuda_stream(device);                                                \
+        launch_config.attrs = &launch_early;                                                       \
+        launch_config.numAttrs = cuda_launches_early(device) ? 1 : 0;                              \
+        cuda_check(cudaLaunchKernelEx(&launch_config, UNWRAP kernel, __VA_ARGS__), #kernel);       \
+    } while (0)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define DEVICE_FUNCTION      static __device__ __forceinline__
 #define DEVICE_MEMBER        __device__ __forceinline__
@@ -80,10 +97,21 @@ bool cuda_has_wgmma(const Device *device);
         });                                                                                        \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)
+#define LAUNCH_NEXT(device, kernel, grid, block, ...)                                              \
+    LAUNCH(device, kernel, grid, block, 0, __VA_ARGS__)
 #define DYNAMIC_SHARED(name) unsigned char *name = simt_thread->dynamic_shared
 #define DEVICE_FUNCTION      static inline
 #define DEVICE_MEMBER        inline
 #endif
+
+/* Until all kernels before this one have ended and what they wrote can be read; the next may get
+ * ready. Before anything else in a kernel of LAUNCH_NEXT. */
+DEVICE_FUNCTION void wait_for_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 /* ---- float types ---- */
 
@@ -151,7 +179,9 @@ template <typename T> DEVICE_FUNCTION float rounded(float x) {
 }
 
 /* V elements that are read and written at once. */
-template <typename T, int V> struct alignas(sizeof(T) * V) Pack { T v[V]; };
+template <typename T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
+    T v[V];
+};
 template <int V, typename T> DEVICE_FUNCTION void load(float (&x)[V], const T *p) {
     Pack<T, V> pack = *(const Pack<T, V> *)p;
 #pragma unroll
@@ -188,6 +218,18 @@ template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V
             constexpr int V = 1;                                                                   \
             __VA_ARGS__;                                                                           \
         }                                                                                          \
+    } while (0)
+
+/* The same with V = 8 where T has 16 bits and rows allow it as well. */
+#define WITH_LONG_PACKS(T, cols, fits, V, ...)                                                     \
+    do {                                                                                           \
+        if constexpr (sizeof(T) == 2)                                                              \
+            if ((fits) && (cols) % 8 == 0) {                                                       \
+                constexpr int V = 8;                                                               \
+                __VA_ARGS__;                                                                       \
+                break;                                                                             \
+            }                                                                                      \
+        WITH_PACKS(fits, V, __VA_ARGS__);                                                          \
     } while (0)
 
 /* Whether all present tensors can be read in packs of 4 along `cols` elements. */

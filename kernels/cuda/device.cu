@@ -49,7 +49,7 @@ struct Gpu {
     void *workspace;
     size_t workspace_bytes;
     int processors;
-    bool has_wgmma;
+    bool has_wgmma, launches_early;
     size_t shared_most, held;
     char name[300];
 };
@@ -105,6 +105,7 @@ Status cuda_open(Device **device, int index) {
     g->processors = properties.multiProcessorCount;
     const char *hopper = getenv("LAPIDARY_HOPPER");
     g->has_wgmma = HAS_HOPPER_CODE && properties.major == 9 && !(hopper && !strcmp(hopper, "0"));
+    g->launches_early = properties.major >= 9;
     g->shared_most = properties.sharedMemPerBlockOptin;
     snprintf(g->name, sizeof g->name, "%s, %.0f GB", properties.name,
              (double)properties.totalGlobalMem / 1e9);
@@ -131,6 +132,10 @@ size_t cuda_shared_most(const Device *device) {
 
 bool cuda_has_wgmma(const Device *device) {
     return gpu_of(device)->has_wgmma;
+}
+
+bool cuda_launches_early(const Device *device) {
+    return gpu_of(device)->launches_early;
 }
 
 cudaStream_t cuda_stream(const Device *device) {

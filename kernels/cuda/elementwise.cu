@@ -34,6 +34,7 @@ static __global__ void copy(Y *y, Write write, PackedView x, float alpha, int64_
 /* The common case, in packs: floats to floats. */
 template <typename Y, typename X>
 static __global__ void copy_packs(Y *y, Write write, const X *x, float alpha, int64_t packs) {
+    wait_for_last();
     FOR_GRID(i, packs) {
         float a[4], b[4];
         load(a, x + 4 * i);
@@ -51,8 +52,8 @@ extern "C" void cuda_scale_copy(Tensor y, Write write, Tensor x, float alpha) {
     unsigned grid = grid_for(y.device, floats ? count / 4 : (count + 7) / 8, 256);
     if (floats)
         WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
-                       LAUNCH(y.device, (copy_packs<Y, X>), grid, 256, 0, data_of<Y>(y), write,
-                              data_of<X>(x), alpha, count / 4);
+                       LAUNCH_NEXT(y.device, (copy_packs<Y, X>), grid, 256, data_of<Y>(y), write,
+                                   data_of<X>(x), alpha, count / 4);
                    }));
     else
         WITH_FLOAT(y.dtype, Y, WITH_ANY(x.dtype, D, {

@@ -7,10 +7,12 @@
 #include "kernels/cuda/mma.h"
 #include "kernels/cuda/packed.h"
 
-/* Rows sorted by group; offsets NULL: one group of all rows. */
+/* Rows sorted by group; offsets NULL: one group of all rows. Where counts is given counts[g] rows
+ * from offsets[g] on belong to g, else all up to offsets[g + 1]. */
 struct Groups {
     const int32_t *offsets;
     int count;
+    const int32_t *counts;
 };
 
 /* What a product is of. Row-major; of operands in groups `b` (or, where rows are summed over, y)
@@ -43,8 +45,9 @@ template <int BM> DEVICE_FUNCTION RowTile find_rows(const Groups &groups, int64_
         int before = 0;
         for (int base = 0; base < groups.count; base += 32) {
             int g = base + lane;
-            int begin = g < groups.count ? groups.offsets[g] : 0,
-                end = g < groups.count ? groups.offsets[g + 1] : 0;
+            int begin = g < groups.count ? groups.offsets[g] : 0, end = 0;
+            if (g < groups.count)
+                end = groups.counts ? begin + groups.counts[g] : groups.offsets[g + 1];
             int tiles = (end - begin + BM - 1) / BM, sum = tiles;
 #pragma unroll
             for (int d = 1; d < 32; d *= 2) {
@@ -281,6 +284,15 @@ static __global__ void __launch_bounds__(NARROW_THREADS)
     /* Of each 32 columns a lane has 8 t .. 8 t + 7: product j of four has 8 t + 2 j and 8 t + 2 j
      * + 1 where a tile of eight columns would have 2 t and 2 t + 1. */
     float sums[NARROW_COLUMNS / 32][4][4] = {};
+    uint4 old[2][NARROW_COLUMNS / 32]; /* of y, on its way while the operands come */
+#pragma unroll
+    for (int p = 0; p < 2; p++)
+#pragma unroll
+        for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
+            int64_t m = m0 + 16 * warp + g + 8 * p, n = n0 + 32 * i + 8 * t;
+            if (packs && write == ADD && m < shape.M && n < shape.N)
+                old[p][i] = *(const uint4 *)(y + m * shape.N + n);
+        }
     for (int64_t k = 0; k < shape.K; k += 16) {
         if (k) __syncthreads();
         load_narrow<NARROW_ROWS, TA>(a_tiles[0], a_tiles[1], a, m0, k, shape.M, shape.K);
@@ -311,17 +323,12 @@ static __global__ void __launch_bounds__(NARROW_THREADS)
     for (int p = 0; p < 2; p++) {
         int64_t m = m0 + 16 * warp + g + 8 * p;
         if (m >= shape.M) continue;
-        uint4 old[NARROW_COLUMNS / 32];
-#pragma unroll
-        for (int i = 0; i < NARROW_COLUMNS / 32 && packs && write == ADD; i++)
-            if (n0 + 32 * i + 8 * t < shape.N)
-                old[i] = *(const uint4 *)(y + m * shape.N + n0 + 32 * i + 8 * t);
 #pragma unroll
         for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
             int64_t n = n0 + 32 * i + 8 * t;
             bf16 *to = y + m * shape.N + n;
             if (packs && n < shape.N) {
-                unsigned was[4] = {old[i].x, old[i].y, old[i].z, old[i].w}, now[4];
+                unsigned was[4] = {old[p][i].x, old[p][i].y, old[p][i].z, old[p][i].w}, now[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     float low = alpha * sums[i][j][2 * p], high = alpha * sums[i][j][2 * p + 1];

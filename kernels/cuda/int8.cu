@@ -19,6 +19,7 @@ extern "C" {
 /* A warp a block of 32: codes, and the scale of each. */
 template <typename T>
 static __global__ void round_activations(int8_t *codes, float *scales, const T *x, int64_t blocks) {
+    wait_for_last();
     int lane = threadIdx.x % 32;
     for (int64_t b = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32; b < blocks;
          b += (int64_t)gridDim.x * blockDim.x / 32) {
@@ -30,29 +31,6 @@ static __global__ void round_activations(int8_t *codes, float *scales, const T *
 }
 
 /* ---- products ---- */
-
-/* Where a group's rows are: counts[g] from offsets[g] on. offsets NULL: all M of them. */
-struct CountedGroups {
-    const int32_t *offsets, *counts;
-    int count;
-};
-
-/* Rows of activations that tile number `tile` of 8 * NT has. */
-template <int NT>
-DEVICE_FUNCTION RowTile find_counted(const CountedGroups &groups, int64_t M, int64_t tile) {
-    if (!groups.offsets) return find_rows<8 * NT>(Groups{NULL, 0}, M, tile);
-    int64_t left = tile;
-    for (int g = 0; g < groups.count; g++) {
-        int64_t tiles = (groups.counts[g] + 8 * NT - 1) / (8 * NT);
-        if (left < tiles) {
-            int64_t first = groups.offsets[g] + left * 8 * NT,
-                    end = groups.offsets[g] + groups.counts[g];
-            return RowTile{g, first, first + 8 * NT < end ? first + 8 * NT : end};
-        }
-        left -= tiles;
-    }
-    return RowTile{0, 0, 0};
-}
 
 /* The four words of a lane for both blocks of a tile: rows g and g + 8, columns 4 t .. and 16 + 4 t
  * .. of each block. */
@@ -82,9 +60,9 @@ DEVICE_FUNCTION void read_tile(unsigned (&first)[4], unsigned (&second)[4], cons
 template <typename Tile, int NT, bool SHARE, typename Y>
 static __global__ void __launch_bounds__(32 * WARPS)
     multiply(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M,
-             int64_t N, int64_t K, CountedGroups groups) {
+             int64_t N, int64_t K, Groups groups) {
     __shared__ float parts[SHARE ? WARPS : 1][SHARE ? 16 * 8 * NT : 1];
-    RowTile rows = find_counted<NT>(groups, M, blockIdx.y);
+    RowTile rows = find_rows<8 * NT>(groups, M, blockIdx.y);
     if (rows.first == rows.last) return;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int64_t n0 = ((int64_t)blockIdx.x * (SHARE ? 1 : WARPS) + (SHARE ? 0 : warp)) * 16;
@@ -183,9 +161,10 @@ DEVICE_FUNCTION void read_scales(float (&d)[4], const uint16_t *from) {
 template <typename Tile, int ROWS, typename Y>
 static __global__ void __launch_bounds__(32 * WARPS)
     multiply_rows(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M,
-                  int64_t N, int64_t K, CountedGroups groups) {
+                  int64_t N, int64_t K, Groups groups) {
+    wait_for_last();
     __shared__ float parts[WARPS][16 * ROWS];
-    RowTile rows = find_counted<1>(groups, M, blockIdx.y);
+    RowTile rows = find_rows<8>(groups, M, blockIdx.y);
     int count = (int)(rows.last - rows.first);
     if (!count) return;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -232,7 +211,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
 }
 
 template <typename Tile, typename Y>
-static void launch(Tensor y, Tensor a, Tensor b, CountedGroups groups, const int8_t *codes,
+static void launch(Tensor y, Tensor a, Tensor b, Groups groups, const int8_t *codes,
                    const float *scales) {
     int64_t M = tensor_rows(a), K = tensor_cols(a), N = tensor_cols(y);
     int64_t extra = groups.offsets ? groups.count : 0;
@@ -240,11 +219,11 @@ static void launch(Tensor y, Tensor a, Tensor b, CountedGroups groups, const int
     const Tile *tiles = (const Tile *)b.data;
     dim3 share((unsigned)(N / 16), (unsigned)(ceil_div(M, 8) + extra));
     if (M == 1 && !groups.offsets)
-        LAUNCH(a.device, (multiply_rows<Tile, 1, Y>), share, 32 * WARPS, 0, data_of<Y>(y), tiles,
-               codes, scales, M, N, K, groups);
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), share, 32 * WARPS, data_of<Y>(y), tiles,
+                    codes, scales, M, N, K, groups);
     else if (few && (groups.offsets || M <= 2))
-        LAUNCH(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), share, 32 * WARPS, 0, data_of<Y>(y),
-               tiles, codes, scales, M, N, K, groups);
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), share, 32 * WARPS, data_of<Y>(y),
+                    tiles, codes, scales, M, N, K, groups);
     else if (few)
         LAUNCH(a.device, (multiply<Tile, 1, true, Y>), share, 32 * WARPS, 0, data_of<Y>(y), tiles,
                codes, scales, M, N, K, groups);
@@ -254,14 +233,14 @@ static void launch(Tensor y, Tensor a, Tensor b, CountedGroups groups, const int
                32 * WARPS, 0, data_of<Y>(y), tiles, codes, scales, M, N, K, groups);
 }
 
-static void product(Tensor y, Tensor a, Tensor b, CountedGroups groups) {
+static void product(Tensor y, Tensor a, Tensor b, Groups groups) {
     int64_t M = tensor_rows(a), K = tensor_cols(a), blocks = M * K / 32;
     if (!M) return;
     int8_t *codes = (int8_t *)cuda_workspace(a.device, (size_t)(blocks * 4 + M * K));
     float *scales = (float *)(codes + M * K);
     WITH_FLOAT(a.dtype, A, {
-        LAUNCH(a.device, (round_activations<A>), grid_for(a.device, M * K, 256), 256, 0, codes,
-               scales, data_of<A>(a), blocks);
+        LAUNCH_NEXT(a.device, (round_activations<A>), grid_for(a.device, M * K, 256), 256, codes,
+                    scales, data_of<A>(a), blocks);
     });
     WITH_FLOAT(y.dtype, Y, {
         if (b.dtype == Q4_0_TILED)
@@ -272,12 +251,11 @@ static void product(Tensor y, Tensor a, Tensor b, CountedGroups groups) {
 }
 
 extern "C" void cuda_matmul_int8(Tensor y, Tensor a, Tensor b) {
-    product(y, a, b, CountedGroups{NULL, NULL, 0});
+    product(y, a, b, Groups{});
 }
 
 extern "C" void cuda_grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets,
                                          Tensor counts) {
     product(y, a, b,
-            CountedGroups{data_of<int32_t>(offsets), data_of<int32_t>(counts),
-                          (int)tensor_count(counts)});
+            Groups{data_of<int32_t>(offsets), (int)tensor_count(counts), data_of<int32_t>(counts)});
 }

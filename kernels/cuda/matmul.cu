@@ -22,6 +22,7 @@ template <int M, int D, typename Y, typename A>
 static __global__ void __launch_bounds__(256)
     few_rows(Y *y, Write write, const A *a, PackedView b, int rows, int64_t N, int64_t K,
              float alpha) {
+    wait_for_last();
     int lane = threadIdx.x % 32;
     int64_t n = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
     bool here = n < N;
@@ -58,11 +59,11 @@ static void launch_few_rows(Tensor y, Write write, Tensor a, Tensor b, float alp
     PackedView view = view_of(b);
     int rows = (int)tensor_rows(a);
     if (rows == 1)
-        LAUNCH(a.device, (few_rows<1, D, Y, A>), grid, 256, 0, data_of<Y>(y), write, data_of<A>(a),
-               view, rows, N, K, alpha);
+        LAUNCH_NEXT(a.device, (few_rows<1, D, Y, A>), grid, 256, data_of<Y>(y), write,
+                    data_of<A>(a), view, rows, N, K, alpha);
     else
-        LAUNCH(a.device, (few_rows<ROWS_FEW, D, Y, A>), grid, 256, 0, data_of<Y>(y), write,
-               data_of<A>(a), view, rows, N, K, alpha);
+        LAUNCH_NEXT(a.device, (few_rows<ROWS_FEW, D, Y, A>), grid, 256, data_of<Y>(y), write,
+                    data_of<A>(a), view, rows, N, K, alpha);
 }
 
 static bool takes_few_rows(Tensor a) {
@@ -282,8 +283,8 @@ extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tens
         dense_product(layout, y, write, a, b, alpha);
     else if (tensor_rows(y) <= ROWS_SMALL && a.dtype == BF16)
         product16<SmallTiles>(layout, y, write, a, b,
-                              Shape{tensor_rows(y), tensor_cols(y), tensor_cols(a)},
-                              Groups{NULL, 0}, alpha);
+                              Shape{tensor_rows(y), tensor_cols(y), tensor_cols(a)}, Groups{},
+                              alpha);
     else
         by_panels(layout, y, write, a, b, alpha);
 }
@@ -311,7 +312,7 @@ static Tensor unpacked(Tensor b, DType dtype) {
 extern "C" void cuda_grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
                                     Tensor offsets, float alpha) {
     int groups = (int)tensor_count(offsets) - 1;
-    Groups g = {data_of<int32_t>(offsets), groups};
+    Groups g = {data_of<int32_t>(offsets), groups, NULL};
     bool sums = layout == TN;
     Shape shape = {sums ? y.shape[1] : tensor_rows(a), tensor_cols(y),
                    sums ? tensor_rows(a) : tensor_cols(a)};

@@ -22,6 +22,7 @@ template <typename T, typename W, int V, int ROW>
 static __global__ void __launch_bounds__(THREADS, 4)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
+    wait_for_last();
     __shared__ float space[32];
     int64_t n = row_of<ROW>();
     bool here = n < N; /* every thread goes on to the sums */
@@ -109,13 +110,14 @@ static void launch_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tenso
     DType weight_dtype = weight.data ? weight.dtype : F32;
     WITH_FLOAT(x.dtype, T,
                WITH_FLOAT(weight_dtype, W,
-                          WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
-                                         LAUNCH(x.device, (forward<T, W, V, ROW>),
-                                                (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
-                                                data_of<T>(y), data_of<float>(rstd), data_of<T>(x),
-                                                data_of<W>(weight), data_of<T>(residual), N, D, eps,
-                                                given);
-                                     }))));
+                          WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(D, ROW, {
+                                              LAUNCH_NEXT(x.device, (forward<T, W, V, ROW>),
+                                                          (unsigned)ceil_div(N, THREADS / ROW),
+                                                          THREADS, data_of<T>(y),
+                                                          data_of<float>(rstd), data_of<T>(x),
+                                                          data_of<W>(weight), data_of<T>(residual),
+                                                          N, D, eps, given);
+                                          }))));
 }
 
 extern "C" void cuda_rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight,
@@ -150,13 +152,13 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
     DType weight_dtype = weight.data ? weight.dtype : F32;
     WITH_FLOAT(x.dtype, T,
                WITH_FLOAT(weight_dtype, W,
-                          WITH_PACKS(fits, V, WITH_ROW(D, ROW, {
-                                         LAUNCH(x.device, (backward<T, W, V, ROW>),
-                                                (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
-                                                data_of<T>(dx), write, data_of<T>(dy),
-                                                data_of<T>(x), data_of<float>(rstd),
-                                                data_of<W>(weight), N, D);
-                                     }))));
+                          WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(D, ROW, {
+                                              LAUNCH(x.device, (backward<T, W, V, ROW>),
+                                                     (unsigned)ceil_div(N, THREADS / ROW), THREADS,
+                                                     0, data_of<T>(dx), write, data_of<T>(dy),
+                                                     data_of<T>(x), data_of<float>(rstd),
+                                                     data_of<W>(weight), N, D);
+                                          }))));
 }
 
 /* ---- layer norm ---- */

@@ -244,6 +244,7 @@ extern "C" void cuda_fake_quantize_rows(Tensor y, Tensor x) {
 
 template <typename T>
 static __global__ void move_rows(T *y, const T *x, const int32_t *rows, int64_t N, int64_t K) {
+    wait_for_last();
     FOR_GRID(i, N * K) y[rows[i / K] * K + i % K] = x[i];
 }
 
@@ -279,7 +280,7 @@ extern "C" void cuda_store_rows(Tensor y, Tensor x, Tensor rows) {
     if (!N) return;
     if (y.dtype == x.dtype)
         WITH_FLOAT(x.dtype, T, {
-            LAUNCH(device, (move_rows<T>), grid, 256, 0, data_of<T>(y), data_of<T>(x), to, N, K);
+            LAUNCH_NEXT(device, (move_rows<T>), grid, 256, data_of<T>(y), data_of<T>(x), to, N, K);
         });
     else if (y.dtype == Q4_0)
         WITH_FLOAT(x.dtype, T, {

@@ -21,6 +21,7 @@ static __global__ void table(float *cosines, float *sines, const int32_t *positi
 template <typename Y, typename X, int V>
 static __global__ void rotate(Y *y, const X *x, const float *cosines, const float *sines,
                               int64_t pairs, int64_t runs, int64_t axes, int64_t half, float sign) {
+    wait_for_last();
     FOR_GRID(k, pairs / V) {
         int64_t i = k * V % half, run = k * V / half, n = run / runs * axes + run % axes;
         const X *from = x + run * 2 * half + i;
@@ -56,11 +57,12 @@ static void launch_rotate(Tensor y, Tensor x, Tensor cosines, Tensor sines, floa
     if (!pairs) return;
     bool fits = fits_packs(half, y, x, cosines, sines);
     WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, WITH_PACKS(fits, V, {
-                                          LAUNCH(x.device, (rotate<Y, X, V>),
-                                                 grid_for(x.device, pairs / V, 256), 256, 0,
-                                                 data_of<Y>(y), data_of<X>(x),
-                                                 data_of<float>(cosines), data_of<float>(sines),
-                                                 pairs, x.shape[1] * axes, axes, half, sign);
+                                          LAUNCH_NEXT(x.device, (rotate<Y, X, V>),
+                                                      grid_for(x.device, pairs / V, 256), 256,
+                                                      data_of<Y>(y), data_of<X>(x),
+                                                      data_of<float>(cosines),
+                                                      data_of<float>(sines), pairs,
+                                                      x.shape[1] * axes, axes, half, sign);
                                       })));
 }
 
