@@ -1,16 +1,16 @@
 #!/bin/sh
 # gpu.sh - everything that needs a GPU, in stages that each take less than ten minutes.
 #
-#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train qlora decode peers
+#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train full qlora decode peers kernels
 #
-# Takes the static program and the runner of the CUDA build (`make static`, `make CUDA=1 runner`) where
-# they are, else builds the CUDA build here. What a stage measures is added to FILE, by default
-# bench/results/DATE-gpu.md. Weights are random and drawn on the GPU: no file is needed.
+# Takes what `make static` built, else builds for this machine. What a stage measures is added to FILE,
+# by default bench/results/DATE-gpu.md. Weights are random and drawn on the GPU: no file is needed.
 set -eu
 cd "$(dirname "$0")/.."
-program=build/static/lapidary
-[ -x "$program" ] || program=build/cuda/lapidary
-[ -x "$program" ] || { make -j"$(nproc)" CUDA=1 all runner; program=build/cuda/lapidary; }
+build=build/static
+[ -x $build/lapidary ] || build=build/cuda
+[ -x $build/lapidary ] || make -j"$(nproc)" CUDA=1 all runner
+program=$build/lapidary
 stages= file="bench/results/$(date +%Y-%m-%d)-gpu.md"
 while [ $# -gt 0 ]; do
     case $1 in
@@ -19,15 +19,23 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -n "$stages" ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
+[ -n "$stages" ] || { sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; }
 
 # A line for the person and for the file.
 say() { printf '%s\n' "$*" | tee -a "$file"; }
 
 # The program with --device cuda; what it prints, or that it failed and why.
 measure() {
-    "$program" "$@" --device cuda 2>gpu-error.txt | tee -a "$file" ||
-        say "failed: $* ($(tail -1 gpu-error.txt))"
+    "$program" "$@" --device cuda 2>gpu-error.txt | tee -a "$file"
+    [ -s gpu-error.txt ] && say "$*: $(tail -1 gpu-error.txt)" || true
+}
+
+# Cases of the tests under one of compute-sanitizer's tools; its last lines.
+sanitize() {
+    tool=$1
+    shift
+    say "$tool: $*"
+    compute-sanitizer --tool "$tool" --target-processes all --error-exitcode 9 $build/tests/run "$@" 2>&1 | tail -3 | tee -a "$file"
 }
 
 if [ ! -e "$file" ]; then
@@ -44,20 +52,24 @@ for stage in $stages; do
     say '```'
     case $stage in
     parity) # each kernel, and whole steps, runs and answers, against the CPU
-        BACKEND=cuda tests/run.sh gpu. 2>&1 | tee -a "$file" || true
+        BACKEND=${build#build/} tests/run.sh gpu. 2>&1 | tee -a "$file" || true
         ;;
-    memcheck) # one step of each variant under the sanitizer
-        compute-sanitizer --error-exitcode 9 build/cuda/tests/run gpu.a_lora_step 2>&1 | tail -5 | tee -a "$file"
-        compute-sanitizer --error-exitcode 9 build/cuda/tests/run gpu.a_full_step 2>&1 | tail -5 | tee -a "$file"
-        compute-sanitizer --tool racecheck build/cuda/tests/run gpu.attention_of_heads 2>&1 | tail -5 | tee -a "$file"
+    memcheck) # every kernel and a step of each variant; attention's and grouped products' shared memory
+        sanitize memcheck gpu.
+        sanitize racecheck gpu.attention_of gpu.products_of_groups
         ;;
     attention) # beside torch's, which takes cuDNN where it can
         measure bench attention --tokens 4096
-        python3 bench/gpu_peers.py attention 2>&1 | tee -a "$file" || true
+        python3 bench/gpu_peers.py attention 2>/dev/null | tee -a "$file" || true
         ;;
     train) # LoRA, rank 16, bf16; 989 TFLOP/s is an H200's limit without sparsity
-        for preset in e2b e4b 26b-a4b 31b; do
+        for preset in e2b e4b 12b 26b-a4b 31b; do
             measure bench --preset $preset --train lora --rank 16 --tokens 4096
+        done
+        ;;
+    full) # all weights: 8-bit states, no masters, a layer's gradients at a time
+        for preset in e2b 12b 31b; do
+            measure bench --preset $preset --train full --tokens 4096 --lean --recompute
         done
         ;;
     qlora)
@@ -74,7 +86,14 @@ for stage in $stages; do
         measure bench --preset e2b --weights q4_0 --tokens 64 --sequences 16
         ;;
     peers) # transformers and peft on the same shapes
-        python3 bench/gpu_peers.py train 2>&1 | tee -a "$file" || true
+        python3 bench/gpu_peers.py train 2>/dev/null | tee -a "$file" || true
+        ;;
+    kernels) # which take the time (kernel_times.c)
+        for preset in e2b 26b-a4b; do
+            say "$preset, LoRA"
+            CUDA_INJECTION64_PATH=$PWD/$build/kernel_times.so KERNEL_TIMES_TOP=25 \
+                "$program" bench --preset $preset --train lora --rank 16 --tokens 4096 --device cuda 2>&1 >/dev/null | tee -a "$file"
+        done
         ;;
     *)
         say "no stage $stage"

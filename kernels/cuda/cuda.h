@@ -220,16 +220,15 @@ template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V
         }                                                                                          \
     } while (0)
 
-/* The same with V = 8 where T has 16 bits and rows allow it as well. */
+/* The same with packs of 16 bytes of T where rows of `cols` allow it. */
 #define WITH_LONG_PACKS(T, cols, fits, V, ...)                                                     \
     do {                                                                                           \
-        if constexpr (sizeof(T) == 2)                                                              \
-            if ((fits) && (cols) % 8 == 0) {                                                       \
-                constexpr int V = 8;                                                               \
-                __VA_ARGS__;                                                                       \
-                break;                                                                             \
-            }                                                                                      \
-        WITH_PACKS(fits, V, __VA_ARGS__);                                                          \
+        if ((fits) && (cols) % (int)(16 / sizeof(T)) == 0) {                                       \
+            constexpr int V = (int)(16 / sizeof(T));                                               \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            WITH_PACKS(fits, V, __VA_ARGS__);                                                      \
+        }                                                                                          \
     } while (0)
 
 /* Whether all present tensors can be read in packs of 4 along `cols` elements. */

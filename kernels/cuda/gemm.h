@@ -290,6 +290,7 @@ static __global__ void __launch_bounds__(NARROW_THREADS)
 #pragma unroll
         for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
             int64_t m = m0 + 16 * warp + g + 8 * p, n = n0 + 32 * i + 8 * t;
+            old[p][i] = uint4{0, 0, 0, 0};
             if (packs && write == ADD && m < shape.M && n < shape.N)
                 old[p][i] = *(const uint4 *)(y + m * shape.N + n);
         }
@@ -331,12 +332,10 @@ static __global__ void __launch_bounds__(NARROW_THREADS)
                 unsigned was[4] = {old[p][i].x, old[p][i].y, old[p][i].z, old[p][i].w}, now[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    float low = alpha * sums[i][j][2 * p], high = alpha * sums[i][j][2 * p + 1];
-                    if (write == ADD) {
-                        low += __uint_as_float(was[j] << 16);
-                        high += __uint_as_float(was[j] & 0xffff0000u);
-                    }
-                    now[j] = pack_bf16(low, high);
+                    float low = __uint_as_float(was[j] << 16),
+                          high = __uint_as_float(was[j] & 0xffff0000u);
+                    now[j] = pack_bf16(low + alpha * sums[i][j][2 * p],
+                                       high + alpha * sums[i][j][2 * p + 1]);
                 }
                 *(uint4 *)to = uint4{now[0], now[1], now[2], now[3]};
                 continue;

@@ -2,7 +2,7 @@
  *
  * Two warpgroups share a tile of 128 by 128, K goes by 64 at a time. Three stages of both operands
  * lie in shared memory: while one is multiplied two arrive. Two blocks share a multiprocessor, one
- * multiplies while the other waits; packed weights take registers for themselves. */
+ * multiplies while the other waits. */
 #ifndef CUDA_GEMM_HOPPER_H
 #define CUDA_GEMM_HOPPER_H
 
@@ -21,17 +21,16 @@ static inline size_t gemm_hopper_bytes() {
 
 /* One operand of a block's tile: rows (or columns, where it is TURNED and K are its rows in memory)
  * i0 .. i_end - 1, rows in memory `cols` long. Each thread brings four chunks of a stage. */
-template <bool TURNED, int D> struct Side {
+template <bool TURNED> struct Side {
     static constexpr int ROWS = TURNED ? HOPPER_DEPTH : HOPPER_ROWS,
                          CHUNKS = HOPPER_TILE / ROWS / 8, STEP = HOPPER_THREADS / CHUNKS,
                          EACH = HOPPER_TILE / 8 / HOPPER_THREADS;
-    PackedView view;
+    const bf16 *data;
     int64_t base, i0, cols;
     int left, row, col; /* rows or columns that are there; this thread's first chunk */
 
-    DEVICE_MEMBER Side(const PackedView &view, int64_t base, int64_t i0, int64_t i_end,
-                       int64_t cols)
-        : view(view), base(base), i0(i0), cols(cols),
+    DEVICE_MEMBER Side(const bf16 *data, int64_t base, int64_t i0, int64_t i_end, int64_t cols)
+        : data(data), base(base), i0(i0), cols(cols),
           left((int)min((int64_t)HOPPER_ROWS, i_end - i0)), row(threadIdx.x / CHUNKS),
           col(threadIdx.x % CHUNKS * 8) {}
 
@@ -44,21 +43,16 @@ template <bool TURNED, int D> struct Side {
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             bool here = row + i * STEP < rows && col < columns;
-            if constexpr (D == BF16)
-                copy_16(to + i * STEP * 64,
-                        (const bf16 *)view.data + (here ? at + i * STEP * cols : 0), here);
-            else
-                *(uint4 *)(to + i * STEP * 64) = load_chunk<D>(
-                    view, here ? at + i * STEP * cols : 0, 0, 0, here ? 1 : 0, 8, true);
+            copy_16(to + i * STEP * 64, data + (here ? at + i * STEP * cols : 0), here);
         }
     }
 };
 
 /* y (=|+=) alpha a b for the rows or group that is the block's; shapes as in gemm16, all a multiple
  * of 8 along the rows of memory. */
-template <bool TA, bool TB, int DB, typename Y>
-static __global__ void __launch_bounds__(HOPPER_THREADS, DB == BF16 ? 2 : 1)
-    gemm_hopper(Y *y, Write write, PackedView a, PackedView b, Shape shape, Groups groups,
+template <bool TA, bool TB, typename Y>
+static __global__ void __launch_bounds__(HOPPER_THREADS, 2)
+    gemm_hopper(Y *y, Write write, const bf16 *a, const bf16 *b, Shape shape, Groups groups,
                 float alpha) {
 #if ON_HOPPER
     DYNAMIC_SHARED(memory);
@@ -80,8 +74,8 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, DB == BF16 ? 2 : 1)
         m_end = rows.last;
         base = rows.g * N * shape.K;
     }
-    Side<TA, BF16> a_side(a, 0, m0, m_end, TA ? M : shape.K);
-    Side<TB, DB> b_side(b, base, n0, N, TB ? N : shape.K);
+    Side<TA> a_side(a, 0, m0, m_end, TA ? M : shape.K);
+    Side<TB> b_side(b, base, n0, N, TB ? N : shape.K);
     auto fetch = [&](int64_t k, int stage) {
         if (k < k_end) {
             a_side.fetch(a_tiles + stage * HOPPER_TILE, k, k_end);

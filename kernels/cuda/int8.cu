@@ -159,7 +159,7 @@ DEVICE_FUNCTION void read_scales(float (&d)[4], const uint16_t *from) {
 
 /* ROWS of activations at most; the warps share K of 16 weight rows. */
 template <typename Tile, int ROWS, typename Y>
-static __global__ void __launch_bounds__(32 * WARPS)
+static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     multiply_rows(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M,
                   int64_t N, int64_t K, Groups groups) {
     wait_for_last();

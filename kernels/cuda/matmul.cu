@@ -13,9 +13,10 @@ extern "C" {
 
 /* ---- a few rows ---- */
 
-#define ROWS_FEW   4                   /* rows of a that the row-by-row kernel takes */
-#define ROWS_SMALL 64                  /* rows up to which packed weights are read as they are */
-#define PANEL      ((int64_t)64 << 20) /* elements of an unpacked panel */
+#define ROWS_FEW     4                    /* rows of a that the row-by-row kernel takes */
+#define ROWS_SMALL   64                   /* rows up to which packed weights are read as they are */
+#define GROUPS_PANEL ((int64_t)256 << 20) /* elements of groups unpacked at a time */
+#define PANEL        ((int64_t)64 << 20)  /* elements of an unpacked panel */
 
 /* y (rows, N) (=|+=) alpha a b^T, rows <= M: a warp for each row of b, which it reads once. */
 template <int M, int D, typename Y, typename A>
@@ -80,15 +81,15 @@ static bool is_aligned(Tensor t) {
     return tensor_cols(t) % 8 == 0 && (uintptr_t)t.data % 16 == 0;
 }
 
-template <bool TA, bool TB, int DB, typename Y>
+template <bool TA, bool TB, typename Y>
 static void launch_gemm_hopper(Tensor y, Write write, Tensor a, Tensor b, Shape shape,
                                Groups groups, float alpha) {
     int64_t tiles =
         TA ? ceil_div(shape.M, HOPPER_ROWS) : most_row_tiles(groups, shape.M, HOPPER_ROWS);
     dim3 grid((unsigned)ceil_div(shape.N, HOPPER_ROWS), (unsigned)tiles,
               (unsigned)(TA ? groups.count : 1));
-    LAUNCH(a.device, (gemm_hopper<TA, TB, DB, Y>), grid, HOPPER_THREADS, gemm_hopper_bytes(),
-           data_of<Y>(y), write, view_of(a), view_of(b), shape, groups, alpha);
+    LAUNCH(a.device, (gemm_hopper<TA, TB, Y>), grid, HOPPER_THREADS, gemm_hopper_bytes(),
+           data_of<Y>(y), write, data_of<bf16>(a), data_of<bf16>(b), shape, groups, alpha);
 }
 
 template <typename S, bool TA, bool TB, int DB, typename Y>
@@ -96,7 +97,7 @@ static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape
                           float alpha) {
     if constexpr (std::is_same_v<S, LargeTiles>)
         if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b)) {
-            launch_gemm_hopper<TA, TB, DB, Y>(y, write, a, b, shape, groups, alpha);
+            launch_gemm_hopper<TA, TB, Y>(y, write, a, b, shape, groups, alpha);
             return;
         }
     dim3 grid((unsigned)ceil_div(shape.N, S::BN),
@@ -106,7 +107,7 @@ static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape
            view_of(a), view_of(b), shape, groups, alpha, is_aligned(a), is_aligned(b));
 }
 
-/* Products of bf16 rows with bf16 or packed weights. */
+/* Products of bf16 rows with bf16 weights, and of few with packed ones. */
 template <typename S>
 static void product16(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
                       Groups groups, float alpha) {
@@ -117,12 +118,16 @@ static void product16(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
             launch_gemm16<S, false, false, BF16, Y>(y, write, a, b, shape, groups, alpha);
         else if (b.dtype == BF16)
             launch_gemm16<S, false, true, BF16, Y>(y, write, a, b, shape, groups, alpha);
-        else if (layout == NT)
-            WITH_PACKED(b.dtype, D,
-                        launch_gemm16<S, false, false, D, Y>(y, write, a, b, shape, groups, alpha))
-        else
-            WITH_PACKED(b.dtype, D,
-                        launch_gemm16<S, false, true, D, Y>(y, write, a, b, shape, groups, alpha))
+        else if constexpr (std::is_same_v<S, SmallTiles>) {
+            if (layout == NT)
+                WITH_PACKED(
+                    b.dtype, D,
+                    launch_gemm16<S, false, false, D, Y>(y, write, a, b, shape, groups, alpha))
+            else
+                WITH_PACKED(
+                    b.dtype, D,
+                    launch_gemm16<S, false, true, D, Y>(y, write, a, b, shape, groups, alpha))
+        }
     });
 }
 
@@ -299,14 +304,36 @@ extern "C" void cuda_matmul_ordered(Layout layout, Tensor y, Write write, Tensor
 
 /* ---- groups ---- */
 
-/* A group of f32 rows against packed weights: those are unpacked, all of them at once. */
-static Tensor unpacked(Tensor b, DType dtype) {
-    Tensor dense = b;
-    dense.dtype = dtype;
-    dense.origin = 0;
-    dense.data = cuda_workspace(b.device, (size_t)tensor_count(b) * dtype_size(dtype));
-    scale_copy(dense, SET, b, 1.0f);
-    return dense;
+/* Rows a group has on average below which packed weights are read as they are. */
+#define ROWS_OF_FEW 32
+
+static void product_of_groups(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                              Groups groups, float alpha) {
+    if (a.dtype != BF16 || b.dtype == F32)
+        product32(layout, y, write, a, b, shape, groups, alpha);
+    else if (layout != TN && shape.M < ROWS_OF_FEW * (int64_t)groups.count)
+        product16<SmallTiles>(layout, y, write, a, b, shape, groups, alpha);
+    else
+        product16<LargeTiles>(layout, y, write, a, b, shape, groups, alpha);
+}
+
+/* Packed weights for many rows: those of some groups at a time are unpacked to the dtype of the
+ * activations. */
+static void groups_by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                             Groups groups, float alpha) {
+    int64_t one = b.shape[1] * b.shape[2], each = GROUPS_PANEL / one;
+    if (each < 1) each = 1;
+    if (each > groups.count) each = groups.count;
+    Tensor panel = b;
+    panel.dtype = a.dtype;
+    panel.origin = 0;
+    panel.data = cuda_workspace(a.device, (size_t)(each * one) * dtype_size(a.dtype));
+    for (int64_t first = 0; first < groups.count; first += each) {
+        panel.shape[0] = groups.count - first < each ? groups.count - first : each;
+        scale_copy(panel, SET, tensor_slice(b, first, panel.shape[0]), 1.0f);
+        product_of_groups(layout, y, write, a, panel, shape,
+                          Groups{groups.offsets + first, (int)panel.shape[0], NULL}, alpha);
+    }
 }
 
 extern "C" void cuda_grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
@@ -317,11 +344,8 @@ extern "C" void cuda_grouped_matmul(Layout layout, Tensor y, Write write, Tensor
     Shape shape = {sums ? y.shape[1] : tensor_rows(a), tensor_cols(y),
                    sums ? tensor_rows(a) : tensor_cols(a)};
     if (!tensor_count(a)) return;
-    if (a.dtype == F32 && dtype_is_packed(b.dtype)) b = unpacked(b, F32);
-    if (a.dtype != BF16 || b.dtype == F32)
-        product32(layout, y, write, a, b, shape, g, alpha);
-    else if (!sums && shape.M < 32 * (int64_t)groups)
-        product16<SmallTiles>(layout, y, write, a, b, shape, g, alpha);
+    if (dtype_is_packed(b.dtype) && (a.dtype == F32 || shape.M >= ROWS_OF_FEW * (int64_t)groups))
+        groups_by_panels(layout, y, write, a, b, shape, g, alpha);
     else
-        product16<LargeTiles>(layout, y, write, a, b, shape, g, alpha);
+        product_of_groups(layout, y, write, a, b, shape, g, alpha);
 }
