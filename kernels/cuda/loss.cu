@@ -6,6 +6,7 @@ extern "C" {
 }
 
 #define THREADS 512
+#define AHEAD   4 /* packs that a thread has under way: a row has one multiprocessor */
 
 DEVICE_FUNCTION float capped(float z, float cap, float inverse) {
     return cap != 0 ? cap * near_tanh(z * inverse) : z;
@@ -43,6 +44,18 @@ DEVICE_FUNCTION Sum join(Sum a, Sum b) {
     return Sum{top, a.total * expf(a.top - top) + b.total * expf(b.top - top)};
 }
 
+/* A thread's next packs of a row; -inf, which weighs nothing, behind its end. */
+template <int V>
+DEVICE_FUNCTION void load_ahead(float (&z)[AHEAD][V], const float *row, int64_t first,
+                                int64_t vocab) {
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++) {
+#pragma unroll
+        for (int j = 0; j < V; j++) z[u][j] = -INFINITY;
+        if (first + u * THREADS * V < vocab) load(z[u], row + first + u * THREADS * V);
+    }
+}
+
 /* First all logits are capped, written back and summed up, then read again for their gradients. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
@@ -51,19 +64,26 @@ static __global__ void __launch_bounds__(THREADS)
     __shared__ float tops[32], totals[32];
     float *row = logits + blockIdx.x * vocab;
     Sum sum = {-INFINITY, 0};
-    for (int64_t i = threadIdx.x * V; i < vocab; i += THREADS * V) {
-        float z[V], top = sum.top;
-        load(z, row + i);
+    for (int64_t first = threadIdx.x * V; first < vocab; first += AHEAD * THREADS * V) {
+        float z[AHEAD][V], top = sum.top;
+        load_ahead<V>(z, row, first, vocab);
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            z[j] = capped(z[j], cap, inverse);
-            top = fmaxf(top, z[j]);
+        for (int u = 0; u < AHEAD; u++) {
+            int64_t i = first + u * THREADS * V;
+            if (i >= vocab) break;
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                z[u][j] = capped(z[u][j], cap, inverse);
+                top = fmaxf(top, z[u][j]);
+            }
+            store(row + i, z[u]);
         }
-        store(row + i, z);
         if (top == -INFINITY) continue;
         sum.total *= expf(sum.top - top);
 #pragma unroll
-        for (int j = 0; j < V; j++) sum.total += quick_exp(z[j] - top);
+        for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+            for (int j = 0; j < V; j++) sum.total += quick_exp(z[u][j] - top);
         sum.top = top;
     }
 #pragma unroll
@@ -86,16 +106,21 @@ static __global__ void __launch_bounds__(THREADS)
     if (!dlogits) return;
     float weight = target >= 0 ? weights[blockIdx.x] : 0.0f;
     float slope = cap != 0 ? 1.0f / (cap * cap) : 0.0f;
-    for (int64_t i = threadIdx.x * V; i < vocab; i += THREADS * V) {
-        float z[V];
-        load(z, row + i);
+    for (int64_t first = threadIdx.x * V; first < vocab; first += AHEAD * THREADS * V) {
+        float z[AHEAD][V];
+        load_ahead<V>(z, row, first, vocab);
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            float p = quick_exp(z[j] - lse);
-            if (i + j == target) p = expf(z[j] - lse) - 1.0f;
-            z[j] = weight * p * (1.0f - z[j] * z[j] * slope);
+        for (int u = 0; u < AHEAD; u++) {
+            int64_t i = first + u * THREADS * V;
+            if (i >= vocab) break;
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                float x = z[u][j], p = quick_exp(x - lse);
+                if (i + j == target) p = expf(x - lse) - 1.0f;
+                z[u][j] = weight * p * (1.0f - x * x * slope);
+            }
+            store(dlogits + blockIdx.x * vocab + i, z[u]);
         }
-        store(dlogits + blockIdx.x * vocab + i, z);
     }
 }
 

@@ -23,13 +23,11 @@ const float *cuda_dynamic_levels(const Device *device, bool is_signed) {
 
 /* The nearest level, ties to the lower one, as dynamic_code finds it. */
 DEVICE_FUNCTION uint8_t code_of(const float *levels, float x) {
-    if (!(x > levels[0])) return 0;
-    if (x >= levels[255]) return 255;
-    int low = 0;
+    int low = 0; /* the last level that is not above x, or the first; no branches: many at once */
 #pragma unroll
-    for (int step = 128; step; step /= 2)
-        if (levels[low + step] <= x) low += step;
-    return (uint8_t)(levels[low + 1] - x < x - levels[low] ? low + 1 : low);
+    for (int step = 128; step; step /= 2) low += levels[low + step] <= x ? step : 0;
+    float next = levels[low < 255 ? low + 1 : 255];
+    return (uint8_t)(low + (low < 255 && next - x < x - levels[low]));
 }
 
 /* ---- a warp has a block of 256, 8 neighbours to a lane ---- */
