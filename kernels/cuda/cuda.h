@@ -113,6 +113,16 @@ DEVICE_FUNCTION void wait_for_last() {
 #endif
 }
 
+/* Asks for 128 bytes that are read soon, of memory that no kernel under way writes: it may come
+ * before wait_for_last. */
+DEVICE_FUNCTION void ask_for(const void *p) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+    (void)p;
+#endif
+}
+
 /* ---- float types ---- */
 
 struct bf16 {

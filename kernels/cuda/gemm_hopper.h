@@ -1,8 +1,7 @@
 /* gemm_hopper.h - grouped products of bf16 rows on Hopper's tensor cores: gemm16's twin.
  *
- * Two warpgroups share a tile of 128 by 128, K goes by 64 at a time. Three stages of both operands
- * lie in shared memory: while one is multiplied two arrive. Two blocks share a multiprocessor, one
- * multiplies while the other waits. */
+ * Two warpgroups share a tile of 128 by 256, K goes by 64 at a time. Four stages of both operands
+ * lie in shared memory: two are multiplied, one behind the other, while two arrive. */
 #ifndef CUDA_GEMM_HOPPER_H
 #define CUDA_GEMM_HOPPER_H
 
@@ -11,28 +10,28 @@
 
 #define HOPPER_THREADS (2 * WARPGROUP)
 #define HOPPER_ROWS    128
+#define HOPPER_COLUMNS 256
 #define HOPPER_DEPTH   64
-#define HOPPER_STAGES  3
-#define HOPPER_TILE    (HOPPER_ROWS * HOPPER_DEPTH) /* elements of one operand's stage */
+#define HOPPER_STAGES  4
 
 static inline size_t gemm_hopper_bytes() {
-    return (size_t)HOPPER_STAGES * 2 * HOPPER_TILE * sizeof(bf16);
+    return (size_t)HOPPER_STAGES * (HOPPER_ROWS + HOPPER_COLUMNS) * HOPPER_DEPTH * sizeof(bf16);
 }
 
-/* One operand of a block's tile: rows (or columns, where it is TURNED and K are its rows in memory)
- * i0 .. i_end - 1, rows in memory `cols` long. Each thread brings four chunks of a stage. */
-template <bool TURNED> struct Side {
-    static constexpr int ROWS = TURNED ? HOPPER_DEPTH : HOPPER_ROWS,
-                         CHUNKS = HOPPER_TILE / ROWS / 8, STEP = HOPPER_THREADS / CHUNKS,
-                         EACH = HOPPER_TILE / 8 / HOPPER_THREADS;
+/* One operand of a block's tile: LENGTH rows (or columns, where it is TURNED and K are its rows in
+ * memory) i0 .. i_end - 1, rows in memory `cols` long. */
+template <int LENGTH, bool TURNED> struct Side {
+    static constexpr int ROWS = TURNED ? HOPPER_DEPTH : LENGTH, TILE = LENGTH * HOPPER_DEPTH,
+                         CHUNKS = TILE / ROWS / 8, STEP = HOPPER_THREADS / CHUNKS,
+                         EACH =
+                             TILE / 8 / HOPPER_THREADS; /* chunks of a stage that a thread brings */
     const bf16 *data;
     int64_t base, i0, cols;
     int left, row, col; /* rows or columns that are there; this thread's first chunk */
 
     DEVICE_MEMBER Side(const bf16 *data, int64_t base, int64_t i0, int64_t i_end, int64_t cols)
-        : data(data), base(base), i0(i0), cols(cols),
-          left((int)min((int64_t)HOPPER_ROWS, i_end - i0)), row(threadIdx.x / CHUNKS),
-          col(threadIdx.x % CHUNKS * 8) {}
+        : data(data), base(base), i0(i0), cols(cols), left((int)min((int64_t)LENGTH, i_end - i0)),
+          row(threadIdx.x / CHUNKS), col(threadIdx.x % CHUNKS * 8) {}
 
     /* The stage of K from k0 on; zeros from k_end on, and where no rows are. */
     DEVICE_MEMBER void fetch(bf16 *tile, int64_t k0, int64_t k_end) const {
@@ -51,15 +50,15 @@ template <bool TURNED> struct Side {
 /* y (=|+=) alpha a b for the rows or group that is the block's; shapes as in gemm16, all a multiple
  * of 8 along the rows of memory. */
 template <bool TA, bool TB, typename Y>
-static __global__ void __launch_bounds__(HOPPER_THREADS, 2)
+static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     gemm_hopper(Y *y, Write write, const bf16 *a, const bf16 *b, Shape shape, Groups groups,
                 float alpha) {
 #if ON_HOPPER
     DYNAMIC_SHARED(memory);
-    constexpr int A_ROWS = TA ? HOPPER_DEPTH : HOPPER_ROWS,
-                  B_ROWS = TB ? HOPPER_DEPTH : HOPPER_ROWS;
-    bf16 *a_tiles = (bf16 *)memory, *b_tiles = a_tiles + HOPPER_STAGES * HOPPER_TILE;
-    int64_t M = shape.M, N = shape.N, n0 = (int64_t)blockIdx.x * HOPPER_ROWS, m0, m_end, k0 = 0,
+    typedef Side<HOPPER_ROWS, TA> Left;
+    typedef Side<HOPPER_COLUMNS, TB> Right;
+    bf16 *a_tiles = (bf16 *)memory, *b_tiles = a_tiles + HOPPER_STAGES * Left::TILE;
+    int64_t M = shape.M, N = shape.N, n0 = (int64_t)blockIdx.x * HOPPER_COLUMNS, m0, m_end, k0 = 0,
             k_end = shape.K, base = 0;
     if (TA) { /* one matrix of sums for each group */
         m0 = (int64_t)blockIdx.y * HOPPER_ROWS;
@@ -74,41 +73,43 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 2)
         m_end = rows.last;
         base = rows.g * N * shape.K;
     }
-    Side<TA> a_side(a, 0, m0, m_end, TA ? M : shape.K);
-    Side<TB> b_side(b, base, n0, N, TB ? N : shape.K);
+    Left a_side(a, 0, m0, m_end, TA ? M : shape.K);
+    Right b_side(b, base, n0, N, TB ? N : shape.K);
     auto fetch = [&](int64_t k, int stage) {
         if (k < k_end) {
-            a_side.fetch(a_tiles + stage * HOPPER_TILE, k, k_end);
-            b_side.fetch(b_tiles + stage * HOPPER_TILE, k, k_end);
+            a_side.fetch(a_tiles + stage * Left::TILE, k, k_end);
+            b_side.fetch(b_tiles + stage * Right::TILE, k, k_end);
         }
         copies_close_group();
     };
     int group = threadIdx.x / WARPGROUP, stage = 0;
-    float sums[HOPPER_ROWS / 2] = {};
+    float sums[HOPPER_COLUMNS / 2] = {};
     fetch(k0, 0);
     fetch(k0 + HOPPER_DEPTH, 1);
     for (int64_t k = k0; k < k_end; k += HOPPER_DEPTH) {
-        copies_wait<HOPPER_STAGES - 2>();
+        copies_wait<1>();
         shared_for_products();
-        __syncthreads(); /* and the stage before this one has been multiplied */
-        const bf16 *left = a_tiles + stage * HOPPER_TILE, *right = b_tiles + stage * HOPPER_TILE;
+        __syncthreads(); /* and the stage two before this one has been multiplied */
+        const bf16 *left = a_tiles + stage * Left::TILE, *right = b_tiles + stage * Right::TILE;
         wgmma_begin();
 #pragma unroll
         for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
             wgmma<TA, TB>(sums,
-                          TA ? operand(left, kk, 64 * group, A_ROWS)
-                             : operand(left, 64 * group, kk, A_ROWS),
-                          TB ? operand(right, kk, 0, B_ROWS) : operand(right, 0, kk, B_ROWS));
+                          TA ? operand(left, kk, 64 * group, Left::ROWS)
+                             : operand(left, 64 * group, kk, Left::ROWS),
+                          TB ? operand(right, kk, 0, Right::ROWS)
+                             : operand(right, 0, kk, Right::ROWS));
         wgmma_close_group();
         fetch(k + 2 * HOPPER_DEPTH, (stage + 2) % HOPPER_STAGES);
-        wgmma_wait<0>();
-        wgmma_results(sums);
+        wgmma_wait<1>();
         stage = (stage + 1) % HOPPER_STAGES;
     }
+    wgmma_wait<0>();
+    wgmma_results(sums);
     copies_wait<0>();
     int warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < HOPPER_ROWS / 8; j++)
+    for (int j = 0; j < HOPPER_COLUMNS / 8; j++)
 #pragma unroll
         for (int p = 0; p < 2; p++) {
             int64_t m = m0 + 64 * group + 16 * warp + lane / 4 + 8 * p,

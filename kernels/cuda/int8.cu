@@ -162,12 +162,17 @@ template <typename Tile, int ROWS, typename Y>
 static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     multiply_rows(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M,
                   int64_t N, int64_t K, Groups groups) {
-    wait_for_last();
     __shared__ float parts[WARPS][16 * ROWS];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (!groups.offsets) { /* the warp's first tiles, while the last kernel ends */
+        int tile = warp + lane / 8 * WARPS, line = lane % 8 * 128;
+        const Tile *first = tiles + (int64_t)blockIdx.x * (K / TILE_WIDTH) + tile;
+        if (tile < K / TILE_WIDTH && line < (int)sizeof(Tile)) ask_for((const char *)first + line);
+    }
+    wait_for_last();
     RowTile rows = find_rows<8>(groups, M, blockIdx.y);
     int count = (int)(rows.last - rows.first);
     if (!count) return;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int64_t n0 = (int64_t)blockIdx.x * 16;
     int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
     const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;

@@ -23,10 +23,12 @@ template <int M, int D, typename Y, typename A>
 static __global__ void __launch_bounds__(256)
     few_rows(Y *y, Write write, const A *a, PackedView b, int rows, int64_t N, int64_t K,
              float alpha) {
-    wait_for_last();
     int lane = threadIdx.x % 32;
     int64_t n = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
     bool here = n < N;
+    if constexpr (D == BF16) /* the row's first 2 KB, while the last kernel ends */
+        if (here && lane < 16 && lane * 64 < K) ask_for((const bf16 *)b.data + n * K + lane * 64);
+    wait_for_last();
     float sums[M] = {};
 #pragma unroll(M == 1 ? 4 : 1) /* reads of several chunks under way */
     for (int64_t k = lane * 8; here && k < K; k += 256) {
@@ -86,7 +88,7 @@ static void launch_gemm_hopper(Tensor y, Write write, Tensor a, Tensor b, Shape 
                                Groups groups, float alpha) {
     int64_t tiles =
         TA ? ceil_div(shape.M, HOPPER_ROWS) : most_row_tiles(groups, shape.M, HOPPER_ROWS);
-    dim3 grid((unsigned)ceil_div(shape.N, HOPPER_ROWS), (unsigned)tiles,
+    dim3 grid((unsigned)ceil_div(shape.N, HOPPER_COLUMNS), (unsigned)tiles,
               (unsigned)(TA ? groups.count : 1));
     LAUNCH(a.device, (gemm_hopper<TA, TB, Y>), grid, HOPPER_THREADS, gemm_hopper_bytes(),
            data_of<Y>(y), write, data_of<bf16>(a), data_of<bf16>(b), shape, groups, alpha);

@@ -16,10 +16,13 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
     return ROW == 32 ? warp_sum(x) : block_sum(x, space);
 }
 
+/* Packs of a row that a thread holds, in the kernel for rows that are not longer. */
+#define HELD 4
+
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
- */
-template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(THREADS, 4)
+ * WHOLE: a row is held in registers, everything is read at once. */
+template <typename T, typename W, int V, int ROW, bool WHOLE>
+static __global__ void __launch_bounds__(THREADS, 2)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
     wait_for_last();
@@ -27,34 +30,69 @@ static __global__ void __launch_bounds__(THREADS, 4)
     int64_t n = row_of<ROW>();
     bool here = n < N; /* every thread goes on to the sums */
     int lane = threadIdx.x % ROW;
-    const T *row = x + n * D;
-    float r = 0;
+    const T *row = x + n * D, *other = residual ? residual + n * D : NULL;
+    Pack<T, V> held[HELD] = {}, more[HELD] = {};
+    Pack<W, V> factors[HELD] = {};
+    float r = 0, sum = 0;
+    if constexpr (WHOLE) {
+#pragma unroll
+        for (int i = 0; i < HELD; i++) {
+            int64_t d = (lane + i * ROW) * V;
+            if (!here || d >= D) break;
+            held[i] = *(const Pack<T, V> *)(row + d);
+            if (weight) factors[i] = *(const Pack<W, V> *)(weight + d);
+            if (residual) more[i] = *(const Pack<T, V> *)(other + d);
+        }
+    }
+    auto add_square = [&](const Pack<T, V> &pack) {
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += to_float(pack.v[j]) * to_float(pack.v[j]);
+    };
+    auto write = [&](int64_t d, const Pack<T, V> &a, const Pack<W, V> &w, const Pack<T, V> &b) {
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            out[j] = weight ? to_float(a.v[j]) * r * to_float(w.v[j]) : to_float(a.v[j]) * r;
+            if (residual) out[j] = rounded<T>(out[j]) + to_float(b.v[j]);
+        }
+        store(y + n * D + d, out);
+    };
     if (given) {
         r = here ? rstd[n] : 0;
     } else {
-        float sum = 0;
-        for (int64_t d = lane * V; here && d < D; d += ROW * V) {
-            float a[V];
-            load(a, row + d);
+        if constexpr (WHOLE) {
 #pragma unroll
-            for (int i = 0; i < V; i++) sum += a[i] * a[i];
+            for (int i = 0; i < HELD; i++)
+                if (here && (lane + i * ROW) * V < D) add_square(held[i]);
+        } else {
+            for (int64_t d = lane * V; here && d < D; d += ROW * V)
+                add_square(*(const Pack<T, V> *)(row + d));
         }
         r = 1.0f / sqrtf(row_sum<ROW>(sum, space) / (float)D + eps);
         if (here && rstd && !lane) rstd[n] = r;
     }
-    for (int64_t d = lane * V; here && d < D; d += ROW * V) {
-        float a[V], w[V], b[V];
-        load(a, row + d);
-        if (weight) load(w, weight + d);
+    if constexpr (WHOLE) {
 #pragma unroll
-        for (int i = 0; i < V; i++) a[i] = weight ? a[i] * r * w[i] : a[i] * r;
-        if (residual) {
-            load(b, residual + n * D + d);
-#pragma unroll
-            for (int i = 0; i < V; i++) a[i] = rounded<T>(a[i]) + b[i];
+        for (int i = 0; i < HELD; i++)
+            if (here && (lane + i * ROW) * V < D)
+                write((lane + i * ROW) * V, held[i], factors[i], more[i]);
+    } else {
+        for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+            held[0] = *(const Pack<T, V> *)(row + d);
+            if (weight) factors[0] = *(const Pack<W, V> *)(weight + d);
+            if (residual) more[0] = *(const Pack<T, V> *)(other + d);
+            write(d, held[0], factors[0], more[0]);
         }
-        store(y + n * D + d, a);
     }
+}
+
+template <typename T, typename W, int V, int ROW, typename... More>
+static void launch_rows(const Device *device, int64_t N, int64_t D, More... more) {
+    unsigned blocks = (unsigned)ceil_div(N, THREADS / ROW);
+    if (D <= (int64_t)HELD * ROW * V)
+        LAUNCH_NEXT(device, (forward<T, W, V, ROW, true>), blocks, THREADS, more...);
+    else
+        LAUNCH_NEXT(device, (forward<T, W, V, ROW, false>), blocks, THREADS, more...);
 }
 
 template <typename T, typename W, int V, int ROW>
@@ -108,16 +146,15 @@ static void launch_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tenso
     if (!N) return;
     bool fits = fits_packs(D, y, x, weight, residual);
     DType weight_dtype = weight.data ? weight.dtype : F32;
-    WITH_FLOAT(x.dtype, T,
-               WITH_FLOAT(weight_dtype, W,
-                          WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(D, ROW, {
-                                              LAUNCH_NEXT(x.device, (forward<T, W, V, ROW>),
-                                                          (unsigned)ceil_div(N, THREADS / ROW),
-                                                          THREADS, data_of<T>(y),
-                                                          data_of<float>(rstd), data_of<T>(x),
-                                                          data_of<W>(weight), data_of<T>(residual),
-                                                          N, D, eps, given);
-                                          }))));
+    WITH_FLOAT(
+        x.dtype, T,
+        WITH_FLOAT(weight_dtype, W, WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(D, ROW, {
+                                                        launch_rows<T, W, V, ROW>(
+                                                            x.device, N, D, data_of<T>(y),
+                                                            data_of<float>(rstd), data_of<T>(x),
+                                                            data_of<W>(weight),
+                                                            data_of<T>(residual), N, D, eps, given);
+                                                    }))));
 }
 
 extern "C" void cuda_rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight,
