@@ -54,9 +54,9 @@ for stage in $stages; do
     parity) # each kernel, and whole steps, runs and answers, against the CPU
         BACKEND=${build#build/} tests/run.sh gpu. 2>&1 | tee -a "$file" || true
         ;;
-    memcheck) # every kernel and a step of each variant; attention's and grouped products' shared memory
-        sanitize memcheck gpu.
-        sanitize racecheck gpu.attention_of gpu.products_of_groups
+    memcheck) # kernels and a step of each variant; attention's and grouped products' shared memory
+        sanitize memcheck gpu.a_lora gpu.a_full gpu.attention gpu.products gpu.experts gpu.rmsnorm gpu.cross gpu.updates
+        sanitize racecheck gpu.attention_of_heads gpu.products_of_groups
         ;;
     attention) # beside torch's, which takes cuDNN where it can
         measure bench attention --tokens 4096
