@@ -4,6 +4,7 @@
 #include "kernels/random.h"
 #include "kernels/update.h"
 
+#include <limits.h>
 #include <math.h>
 
 static int moments(const OptimizerConfig *config) {
@@ -37,10 +38,26 @@ void optimizer_free(Optimizer *o) {
     *o = (Optimizer){0};
 }
 
-static void update(Optimizer *o, Param *p, double lr, double scale) {
+/* Whether q's values, gradients and states lie right behind p's and are updated alike. Values of 16
+ * bits round by chances of their own, so each such parameter is by itself. */
+static bool follows(const Param *p, const Param *q) {
+    size_t bytes = tensor_bytes(p->master);
+    return q->trainable && q->decay == p->decay && p->master.dtype == F32 &&
+           q->master.dtype == F32 && tensor_count(p->value) % DYNAMIC_BLOCK == 0 &&
+           q->offset == p->offset + tensor_count(p->value) &&
+           (char *)q->master.data == (char *)p->master.data + bytes &&
+           (char *)q->grad.data == (char *)p->grad.data + bytes;
+}
+
+/* One update of the `count` parameters from `first` on, n values one behind the other. */
+static void update(Optimizer *o, Param *const *first, int count, int64_t n, double lr,
+                   double scale) {
     const OptimizerConfig *c = &o->config;
-    int64_t n = tensor_count(p->value);
-    Tensor value = RESHAPE(p->master, n), grad = RESHAPE(p->grad, n);
+    const Param *p = *first;
+    Tensor value = tensor_make(p->master.data, p->master.dtype, 1, &n),
+           grad = tensor_make(p->grad.data, p->grad.dtype, 1, &n);
+    value.device = p->master.device;
+    grad.device = p->grad.device;
     uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
     int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
     Tensor m = tensor_slice(o->m, block, blocks), v = tensor_slice(o->v, block, blocks);
@@ -50,7 +67,24 @@ static void update(Optimizer *o, Param *p, double lr, double scale) {
                      (float)c->eps, decay, o->t, key);
     else
         sgd_update(value, grad, m, (float)scale, (float)lr, (float)c->momentum, decay, o->t, key);
-    param_publish(p);
+    for (int i = 0; i < count; i++) param_publish(first[i]);
+}
+
+#define ALL_LAYERS INT_MIN
+
+/* Those of a layer, as few updates as may be. */
+static void update_those(Optimizer *o, ParamList *params, int layer, double lr, double scale) {
+    for (int i = 0, next; i < params->count; i = next) {
+        Param *const *first = &params->items[i];
+        next = i + 1;
+        if (!(*first)->trainable || (layer != ALL_LAYERS && (*first)->layer != layer)) continue;
+        int64_t n = tensor_count((*first)->value);
+        for (; next < params->count && follows(params->items[next - 1], params->items[next]) &&
+               (layer == ALL_LAYERS || params->items[next]->layer == layer);
+             next++)
+            n += tensor_count(params->items[next]->value);
+        update(o, first, next - i, n, lr, scale);
+    }
 }
 
 void optimizer_begin(Optimizer *o) {
@@ -58,16 +92,12 @@ void optimizer_begin(Optimizer *o) {
 }
 
 void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale) {
-    for (int i = 0; i < params->count; i++) {
-        Param *p = params->items[i];
-        if (p->trainable && p->layer == layer) update(o, p, lr, scale);
-    }
+    update_those(o, params, layer, lr, scale);
 }
 
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
     optimizer_begin(o);
-    for (int i = 0; i < params->count; i++)
-        if (params->items[i]->trainable) update(o, params->items[i], lr, scale);
+    update_those(o, params, ALL_LAYERS, lr, scale);
 }
 
 double gradients_norm(const ParamList *params) {

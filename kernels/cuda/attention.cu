@@ -343,10 +343,10 @@ static size_t parts_bytes(const Heads &heads, int parts) {
 /* dk and dv of `sides`: partial sums where there are several parts. */
 template <int C>
 static void launch_hopper_backward(const Device *device, const GradientSides &sides, int *ranges,
-                                   int parts, Heads heads, Sight see) {
+                                   Heads heads, Sight see) {
     unsigned tiles = (unsigned)ceil_div(heads.S, HOPPER_KEYS), K = (unsigned)heads.K,
              rows = (unsigned)ceil_div(heads.N, HOPPER_KEYS / heads.group);
-    dim3 grid(tiles, K, (unsigned)parts);
+    dim3 grid(tiles * (unsigned)sides.parts, K);
     LAUNCH(device, (find_queries), tiles, FLASH_THREADS, 0, ranges, heads, see, HOPPER_KEYS);
     LAUNCH(device, (hopper_gradient<C, OF_KEYS>), grid, FLASH_THREADS,
            (Gradient<C, OF_KEYS>::BYTES), sides, heads, see);
@@ -390,11 +390,12 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
                                data_of<bf16>(q),
                                data_of<bf16>(k),
                                data_of<bf16>(v),
-                               ranges};
+                               ranges,
+                               parts};
         if (heads.C == 256)
-            launch_hopper_backward<256>(q.device, sides, ranges, parts, heads, see);
+            launch_hopper_backward<256>(q.device, sides, ranges, heads, see);
         else
-            launch_hopper_backward<512>(q.device, sides, ranges, parts, heads, see);
+            launch_hopper_backward<512>(q.device, sides, ranges, heads, see);
         if (parts == 1) return;
         for (int i = 0; i < 2; i++)
             LAUNCH(q.device, (join_gradients), grid_for(q.device, count, 256), 256, 0,

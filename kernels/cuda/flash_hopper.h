@@ -455,6 +455,7 @@ struct GradientSides {
     const float *delta, *lse;
     const bf16 *q, *k, *v;
     const int *ranges;
+    int parts;
 };
 
 /* Sums of this lane's rows 0 and 8 of `rows`, which lie `width` apart, each eight columns behind
@@ -475,7 +476,7 @@ DEVICE_FUNCTION void write_sums(float *to, float (&sums)[C / 4], int64_t width, 
             *(float2 *)(to + i % 2 * 8 * width + i / 2 * 8) = float2{sums[2 * i], sums[2 * i + 1]};
 }
 
-/* Gradients of 64 keys from their rows, parted in gridDim.z parts; or of 64 rows from their keys.
+/* Gradients of 64 keys from their rows, in so many parts; or of 64 rows from their keys.
  *   dq  bf16, written;  dk, dv  f32, added to where there is one part, else part z of dk and dv at
  * z * (S, K, C) */
 template <int C, GradientOf OF>
@@ -511,15 +512,16 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         end = warp_most(high);
         step = STREAM;
     } else {
-        own = (int64_t)blockIdx.x * STAY;
+        int tile = (int)blockIdx.x / of.parts; /* tiles that many see come first */
+        own = (int64_t)tile * STAY;
         hopper_keys<C, STAY>(x1, of.k, heads, see, 0, (int)own, (int)heads.S, kv);
         if (G::SLOPES) hopper_keys<C, STAY>(x2, of.v, heads, see, 0, (int)own, (int)heads.S, kv);
         step = STREAM / heads.group;
-        begin = of.ranges[2 * blockIdx.x];
-        end = of.ranges[2 * blockIdx.x + 1];
+        begin = of.ranges[2 * tile];
+        end = of.ranges[2 * tile + 1];
         int64_t tiles = end >= begin ? (end - begin) / step + 1 : 0,
-                each = (tiles + gridDim.z - 1) / gridDim.z * step;
-        begin += blockIdx.z * each;
+                each = (tiles + of.parts - 1) / of.parts * step;
+        begin += blockIdx.x % of.parts * each;
         end = min(end, begin + each - 1);
     }
     auto fetch_1 = [&](int64_t at, int turn) {
@@ -660,9 +662,10 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         }
         return;
     }
-    bool adds = gridDim.z == 1;
+    bool adds = of.parts == 1;
     int64_t width = (int64_t)heads.K * C,
-            place = blockIdx.z * heads.S * width + (own + r) * width + kv * C + column;
+            place = (int64_t)(blockIdx.x % of.parts) * heads.S * width + (own + r) * width +
+                    kv * C + column;
     int rows =
         (int)min((int64_t)STAY, heads.S - own) - r; /* of these row 0 and 8 are this lane's */
     write_sums<C>((OF == OF_VALUES ? of.dv : of.dk) + place, out, width, rows, adds);
