@@ -16,13 +16,15 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
     return ROW == 32 ? warp_sum(x) : block_sum(x, space);
 }
 
-/* Packs of a row that a thread holds, in the kernel for rows that are not longer. */
-#define HELD 4
+/* Packs of a row that a thread holds, in the kernel for few rows that are not longer. Many rows
+ * want many threads on a processor instead. */
+#define HELD     4
+#define FEW_ROWS 64
 
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
  * WHOLE: a row is held in registers, everything is read at once. */
 template <typename T, typename W, int V, int ROW, bool WHOLE>
-static __global__ void __launch_bounds__(THREADS, 2)
+static __global__ void __launch_bounds__(THREADS, WHOLE ? 2 : 4)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
     wait_for_last();
@@ -89,7 +91,7 @@ static __global__ void __launch_bounds__(THREADS, 2)
 template <typename T, typename W, int V, int ROW, typename... More>
 static void launch_rows(const Device *device, int64_t N, int64_t D, More... more) {
     unsigned blocks = (unsigned)ceil_div(N, THREADS / ROW);
-    if (D <= (int64_t)HELD * ROW * V)
+    if (N <= FEW_ROWS && D <= (int64_t)HELD * ROW * V)
         LAUNCH_NEXT(device, (forward<T, W, V, ROW, true>), blocks, THREADS, more...);
     else
         LAUNCH_NEXT(device, (forward<T, W, V, ROW, false>), blocks, THREADS, more...);
