@@ -167,14 +167,17 @@ $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.
 	@echo "  ld $@"
 	@$(CC) $(LDFLAGS) -static -o $@ $^ -lm
 
-# A program, its tests and what times kernels, to carry to a GPU machine that has CUDA's libraries
-# and no others: without oneDNN, so the CPU side is for small things.
+# A program, its tests and, where CUPTI is, what times kernels, to carry to a GPU machine that has
+# CUDA's libraries and no others: without oneDNN, so the CPU side is for small things.
 static:
-	@$(MAKE) --no-print-directory STATIC=1 BUILD=build/static build/static/lapidary build/static/tests/run build/static/kernel_times.so
+	@$(MAKE) --no-print-directory STATIC=1 BUILD=build/static build/static/lapidary build/static/tests/run
+	@$(MAKE) --no-print-directory build/static/kernel_times.so || echo "no CUPTI: build/static/kernel_times.so is left out"
+CUPTI    := $(CUDA_HOME)/extras/CUPTI
 build/static/kernel_times.so: bench/kernel_times.c
 	@mkdir -p $(@D)
 	@echo "  cc $@"
-	@$(CC) -O2 $(WARN) -Wno-missing-prototypes -shared -fPIC -I$(CUDA_HOME)/include -o $@ $< -L$(CUDA_HOME)/lib64 -lcupti -lstdc++
+	@$(CC) -O2 $(WARN) -Wno-missing-prototypes -shared -fPIC -I$(CUDA_HOME)/include -I$(CUPTI)/include -o $@ $< \
+	    -L$(CUDA_HOME)/lib64 -L$(CUPTI)/lib64 -lcupti -lstdc++
 STATIC_LIBS := -static-libgcc -Wl,-Bstatic $(MEDIAPKGS:lib%=-l%) -lwebp -lyaml -lhdf5_serial -lsz -laec -ljansson -lprotobuf-c -lpcre2-8 -lmicrohttpd -ledit \
                -ltinfo -lbsd -lmd -lz -lhogweed -lnettle -lgmp -l:libgomp.a -Wl,-Bdynamic -l:libgnutls.so.30
 

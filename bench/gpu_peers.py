@@ -100,9 +100,14 @@ def train(presets, tokens, bits):
                 optimizer.step()
                 optimizer.zero_grad()
 
+            took = None
             try:
                 took = seconds(step)
             except torch.OutOfMemoryError:
+                pass  # once out of here the failed step's memory is free
+            if took is None:
+                optimizer.zero_grad()
+                torch.cuda.empty_cache()
                 model.gradient_checkpointing_enable()
                 model.enable_input_require_grads()
                 result["checkpointing"] = True

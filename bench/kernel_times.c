@@ -1,11 +1,13 @@
 /* kernel_times.c - time of each GPU kernel of a program, without a profiler's programs.
  *
- *   gcc -shared -fPIC -O2 -I$CUDA_HOME/include bench/kernel_times.c -o kernel_times.so -L$CUDA_HOME/lib64 -lcupti -lstdc++
- *   CUDA_INJECTION64_PATH=$PWD/kernel_times.so ./lapidary bench --preset e2b --train lora --tokens 4096
+ *   make build/static/kernel_times.so
+ *   CUDA_INJECTION64_PATH=$PWD/build/static/kernel_times.so ./lapidary bench --preset e2b --train
+ * lora --tokens 4096
  *
  * At its end the program prints, on stderr, a line for each kernel, dearest first: milliseconds
- * together, share, runs, microseconds a run, name with the grid of its last run; and how much of the
- * time from the first kernel to the last the GPU was idle. KERNEL_TIMES_TOP lines, by default 40. */
+ * together, share, runs, microseconds a run, name with the grid of its last run; and how much of
+ * the time from the first kernel to the last the GPU was idle. KERNEL_TIMES_TOP lines, by
+ * default 40. */
 #include <cupti.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,8 +61,10 @@ static void CUPTIAPI take(CUcontext context, uint32_t stream, uint8_t *buffer, s
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMCPY) {
             const CUpti_ActivityMemcpy6 *m = (const CUpti_ActivityMemcpy6 *)record;
             const char *names[] = {"copy", "copy to the GPU", "copy from the GPU"};
-            add(names[m->copyKind == 1 ? 1 : m->copyKind == 2 ? 2 : 0], (double)m->start,
-                (double)m->end, NULL, 0);
+            add(names[m->copyKind == 1   ? 1
+                      : m->copyKind == 2 ? 2
+                                         : 0],
+                (double)m->start, (double)m->end, NULL, 0);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
             const CUpti_ActivityMemset4 *m = (const CUpti_ActivityMemset4 *)record;
             add("memset", (double)m->start, (double)m->end, NULL, 0);
