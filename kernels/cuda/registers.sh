@@ -12,7 +12,7 @@ awk '
         if ($i == "bytes" && $(i + 1) ~ /^smem/) shared = $(i - 1)
     }
     print arch, registers, stack, spill, shared, name
-}' "$@" | c++filt | sed 's/(.*//; s/void //' | sort -u -k6 -k1,1 |
+}' "$@" | c++filt | sed 's/([A-Za-z]*)\([0-9]\)/\1/g; s/(.*//; s/void //' | sort -u -k6 -k1,1 |
 awk 'BEGIN { printf "%-7s %9s %5s %5s %7s  %s\n", "arch", "registers", "stack", "spill", "shared", "kernel" }
 { name = $6; for (i = 7; i <= NF; i++) name = name " " $i
   printf "%-7s %9d %5d %5d %7d  %s\n", $1, $2, $3, $4, $5, name; spilled += $4 }
