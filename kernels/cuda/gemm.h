@@ -380,7 +380,7 @@ DEVICE_FUNCTION float element(const T *p, int64_t i, int64_t k, int64_t i_end, i
 }
 
 template <bool TA, bool TB, typename Y, typename A, typename B>
-static __global__ void __launch_bounds__(THREADS32)
+static __global__ void __launch_bounds__(THREADS32, 4)
     gemm32(Y *y, Write write, const A *a, const B *b, Shape shape, Groups groups, float alpha) {
     __shared__ float a_tile[BLOCK32 * STRIDE32], b_tile[BLOCK32 * STRIDE32];
     constexpr bool a_exact = sizeof(A) == 2, b_exact = sizeof(B) == 2;
