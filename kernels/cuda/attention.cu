@@ -71,18 +71,19 @@ DEVICE_FUNCTION void write_head(T *p, const float (&x)[L], float factor, int C) 
     }
 }
 
-/* Keys of part blockIdx.y of each (query, head)'s sight: parts of `each` keys. With one part y and
+/* Part blockIdx.y of each (query, head)'s sight, gridDim.y equal ones. With one part y and
  * lse are written, else (out, top, total) of each into partial. */
 template <typename T, int D, int L>
 static __global__ void __launch_bounds__(THREADS)
     attend(T *y, float *lse, float *partial, PackedView q, PackedView k, PackedView v, Heads heads,
-           Sight see, int64_t each) {
+           Sight see) {
     wait_for_last();
     int64_t item = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (item >= heads.N * heads.H) return; /* whole warps; nothing below waits for other warps */
     int64_t n = item / heads.H;
     int C = heads.C, h = (int)(item % heads.H), kv = h / heads.group;
-    int64_t begin = see.first[n] + blockIdx.y * each, end = see.last[n] + 1;
+    int64_t end = see.last[n] + 1, each = (end - see.first[n] + gridDim.y - 1) / gridDim.y,
+            begin = see.first[n] + blockIdx.y * each;
     if (begin + each < end) end = begin + each;
     float query[L], out[L] = {}, top = -INFINITY, total = 0;
     const int32_t *pages = see.pages ? see.pages + see.sequence[n] * see.columns : NULL;
@@ -206,11 +207,10 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
     }
     int64_t items = heads.N * heads.H, longest = pages.data ? see.columns * PAGE_KEYS : heads.S;
     /* Few queries: more warps than queries. */
-    int64_t parts = ceil_div(longest, AT_ONCE), each = longest,
+    int64_t parts = ceil_div(longest, AT_ONCE),
             most = ceil_div(16 * (int64_t)cuda_processors(q.device), items);
     if (parts > most) parts = most;
     if (parts > SPLITS) parts = SPLITS;
-    if (parts > 1) each = ceil_div(longest, parts);
     float *partial =
         parts > 1 ? (float *)cuda_workspace(q.device, (size_t)(parts * items * (heads.C + 2)) * 4)
                   : NULL;
@@ -220,11 +220,11 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
             if (heads.C <= 256)
                 LAUNCH_NEXT(q.device, (attend<T, D, 8>), grid, THREADS, data_of<T>(y),
                             data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads,
-                            see, each);
+                            see);
             else
                 LAUNCH_NEXT(q.device, (attend<T, D, LANE_MOST>), grid, THREADS, data_of<T>(y),
                             data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads,
-                            see, each);
+                            see);
         })
         if (partial)
             LAUNCH_NEXT(q.device, (join_parts<T>), (unsigned)items, heads.C <= 256 ? 256 : 512,
