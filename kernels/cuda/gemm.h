@@ -115,7 +115,7 @@ template <bool TURNED, int LENGTH> __host__ __device__ constexpr int tile_stride
 /* y (=|+=) alpha a b for the rows or group that is the block's. TA, TB: tiles lie in memory with K
  * as rows. DB: dtype of b. */
 template <typename S, bool TA, bool TB, int DB, typename Y>
-static __global__ void __launch_bounds__(S::THREADS)
+static __global__ void __launch_bounds__(S::THREADS, S::THREADS > 128 ? 2 : 6)
     gemm16(Y *y, Write write, PackedView a, PackedView b, Shape shape, Groups groups, float alpha,
            bool a_aligned, bool b_aligned) {
     constexpr int BM = S::BM, BN = S::BN, BK = S::BK;
