@@ -126,6 +126,18 @@ DEVICE_FUNCTION Stretch stretch_of(const RowSights<ROWS> *sights, int row, int r
     return Stretch{row, end, warp_least(low), warp_most(high)};
 }
 
+/* What rows r and r + 8 see of a stretch: nothing where they are not of it. */
+template <int ROWS>
+DEVICE_FUNCTION void sights_within(int (&low)[2], int (&high)[2], const RowSights<ROWS> *sights,
+                                   const Stretch &part, int r) {
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        bool mine = r + 8 * p >= part.row && r + 8 * p < part.end;
+        low[p] = mine ? sights->first[r + 8 * p] : 1;
+        high[p] = mine ? sights->last[r + 8 * p] : 0;
+    }
+}
+
 /* Scores of rows g and g + 8: what a row does not see becomes -inf; the largest of each row among
  * this quad's. low, high: what the two rows see. */
 template <int COUNT>
@@ -233,11 +245,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         part = stretch_of(sights, part.end, row_end);
         int n = n0 + part.row / heads.group, end = part.high + 1;
         int low[2], high[2];
-        for (int p = 0; p < 2; p++) {
-            bool mine = r + 8 * p >= part.row && r + 8 * p < part.end;
-            low[p] = mine ? sights->first[r + 8 * p] : 1;
-            high[p] = mine ? sights->last[r + 8 * p] : 0;
-        }
+        sights_within(low, high, sights, part, r);
         __syncthreads(); /* what the last sequence left has been read */
         hopper_keys<C, KEYS>(keys, k, heads, see, n, part.low, end, kv);
         copies_close_group();
@@ -338,11 +346,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
         part = stretch_of(sights, part.end, row_end);
         int n = n0 + part.row / heads.group, end = part.high + 1;
         int low[2], high[2];
-        for (int p = 0; p < 2; p++) {
-            bool mine = r + 8 * p >= part.row && r + 8 * p < part.end;
-            low[p] = mine ? sights->first[r + 8 * p] : 1;
-            high[p] = mine ? sights->last[r + 8 * p] : 0;
-        }
+        sights_within(low, high, sights, part, r);
         __syncthreads(); /* what the last sequence left has been read */
         hopper_keys<C, KEYS>(keys, k, heads, see, n, part.low, end, kv);
         copies_close_group();
