@@ -8,8 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Rows of logits made at a time: (128, 262144) f32 is 134 MB. */
-#define LOSS_ROWS 128
+/* Rows of logits made at a time: (128, 262144) f32 is 134 MB. A GPU would read its table too often
+ * for so few. */
+static int64_t loss_rows(const Stack *s) {
+    int64_t most = s->g->device->kind == DEVICE_CUDA ? 512 : 128;
+    return s->kept < most ? s->kept : most;
+}
 
 typedef struct Step {
     Stack stack;
@@ -40,7 +44,7 @@ static void loss(Step *t) {
     Stack *s = &t->stack;
     Gemma *g = s->g;
     Arena *scratch = s->pass.scratch;
-    int64_t V = g->config.vocab_size, rows = s->kept < LOSS_ROWS ? s->kept : LOSS_ROWS;
+    int64_t V = g->config.vocab_size, rows = loss_rows(s);
     size_t mark = arena_mark(scratch);
     Tensor logits = ARENA_TENSOR(scratch, F32, rows, V);
     Tensor dlogits = stack_trains(s) ? ARENA_TENSOR(scratch, g->dtype, rows, V) : tensor_absent();

@@ -1,10 +1,12 @@
 /* attention.cu - which kernel takes which attention, and the one that takes any.
  *
- * Heads of 256 and 512 in bf16 go to tensor cores (flash_hopper.h, flash.h). The rest is plain: a
+ * Heads of 256 and 512 in bf16 go to tensor cores (flash_hopper.h and
+ * gradients_hopper.h, flash.h). The rest is plain: a
  * warp for each query and head, its lanes sharing the head's numbers; long sights are split among
  * warps and joined in order. The way back has no sums in an order of chance: one pass over keys for
  * each query gives dq, one over queries for each key dk and dv. */
 #include "kernels/cuda/flash_hopper.h"
+#include "kernels/cuda/gradients_hopper.h"
 
 #define THREADS   128
 #define LANE_MOST 16 /* numbers of a head of 512 that a lane has */
@@ -328,33 +330,69 @@ static void launch_flash_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Te
            data_of<bf16>(k), data_of<bf16>(v), heads, see);
 }
 
-/* Parts that the rows of a tile of keys are taken in: enough blocks for the device's processors. */
-static int gradient_parts(const Device *device, const Heads &heads) {
-    int64_t tiles = ceil_div(heads.S, HOPPER_KEYS) * heads.K,
-            parts = ceil_div(4 * (int64_t)cuda_processors(device), tiles);
-    return (int)(parts < 1 ? 1 : parts > 8 ? 8 : parts);
+/* Elements of the weights, and of the slopes, that are there at a time: all queries' where they are
+ * not more. */
+#define SLAB_MOST ((int64_t)128 << 20)
+
+/* Memory of the way back: the spans of all tiles of rows, a slab's weights and slopes, and partial
+ * dk and dv. */
+struct GradientPlan {
+    int64_t tiles, slab_tiles, width, parts;
+    size_t spans_bytes, slab_bytes, parts_bytes;
+};
+
+static GradientPlan plan_gradients(const Device *device, const Heads &heads) {
+    GradientPlan p = {};
+    p.width = slab_width(heads);
+    p.tiles = ceil_div(heads.N * heads.group, HOPPER_ROWS);
+    int64_t one = heads.K * HOPPER_ROWS * p.width, most = SLAB_MOST / one;
+    p.slab_tiles = most < 1 ? 1 : most < p.tiles ? most : p.tiles;
+    /* Parts that the rows which see a tile of keys are taken in: enough blocks for all processors.
+     */
+    int64_t blocks = ceil_div(heads.S, HOPPER_ROWS) * heads.K * 2 * heads.C / HOPPER_COLUMNS;
+    p.parts = ceil_div(2 * (int64_t)cuda_processors(device), blocks);
+    if (p.parts > 8) p.parts = 8;
+    p.spans_bytes = ((size_t)p.tiles * 2 * sizeof(int) + 255) / 256 * 256;
+    p.slab_bytes = (size_t)(p.slab_tiles * one) * sizeof(bf16);
+    p.parts_bytes =
+        p.parts > 1 ? (size_t)(p.parts * heads.S * heads.K * heads.C) * sizeof(float) : 0;
+    return p;
 }
 
-/* Bytes of partial dk and dv. */
-static size_t parts_bytes(const Heads &heads, int parts) {
-    return parts > 1 ? (size_t)(2 * parts * heads.S * heads.K * heads.C) * sizeof(float) : 0;
-}
-
-/* dk and dv of `sides`: partial sums where there are several parts. */
 template <int C>
-static void launch_hopper_backward(const Device *device, const GradientSides &sides, int *ranges,
-                                   Heads heads, Sight see) {
-    unsigned tiles = (unsigned)ceil_div(heads.S, HOPPER_KEYS), K = (unsigned)heads.K,
-             rows = (unsigned)ceil_div(heads.N, HOPPER_KEYS / heads.group);
-    dim3 grid(tiles * (unsigned)sides.parts, K);
-    LAUNCH(device, (find_queries), tiles, FLASH_THREADS, 0, ranges, heads, see, HOPPER_KEYS);
-    LAUNCH(device, (hopper_gradient<C, OF_KEYS>), grid, FLASH_THREADS,
-           (Gradient<C, OF_KEYS>::BYTES), sides, heads, see);
-    if constexpr (!Gradient<C, OF_KEYS>::BOTH)
-        LAUNCH(device, (hopper_gradient<C, OF_VALUES>), grid, FLASH_THREADS,
-               (Gradient<C, OF_VALUES>::BYTES), sides, heads, see);
-    LAUNCH(device, (hopper_gradient<C, OF_QUERIES>), dim3(rows, K), FLASH_THREADS,
-           (Gradient<C, OF_QUERIES>::BYTES), sides, heads, see);
+static void launch_hopper_backward(const Device *device, GradientSides sides, char *memory,
+                                   const GradientPlan &plan, Heads heads, Sight see) {
+    int *spans = (int *)memory;
+    bf16 *weights = (bf16 *)(memory + plan.spans_bytes),
+         *slopes = (bf16 *)(memory + plan.spans_bytes + plan.slab_bytes);
+    float *partial = (float *)(memory + plan.spans_bytes + 2 * plan.slab_bytes), *dk = sides.dk,
+          *dv = sides.dv;
+    int group_bits = 0;
+    while (1 << group_bits < heads.group) group_bits++; /* a power of two: it divides HOPPER_ROWS */
+    unsigned K = (unsigned)heads.K, key_tiles = (unsigned)ceil_div(heads.S, HOPPER_ROWS) * K;
+    if (plan.parts > 1) {
+        sides.dk = partial;
+        sides.dv = partial + plan.parts_bytes / sizeof(float);
+    }
+    LAUNCH(device, (find_spans), (unsigned)ceil_div(plan.tiles, THREADS / 32), THREADS, 0, spans,
+           heads, see, plan.tiles);
+    for (int64_t first = 0; first < plan.tiles; first += plan.slab_tiles) {
+        int64_t tiles = plan.tiles - first < plan.slab_tiles ? plan.tiles - first : plan.slab_tiles;
+        Slab slab = {weights,    slopes,     spans + 2 * first, first * (HOPPER_ROWS / heads.group),
+                     plan.width, (int)tiles, group_bits,        first == 0};
+        LAUNCH(device, (attention_slopes<C>),
+               dim3((unsigned)(plan.width / HOPPER_COLUMNS), (unsigned)tiles, K), HOPPER_THREADS,
+               gemm_hopper_bytes(), sides, heads, see, slab);
+        LAUNCH(device, (query_products<C>), dim3(C / HOPPER_COLUMNS, (unsigned)tiles, K),
+               HOPPER_THREADS, gemm_hopper_bytes(), sides, heads, slab);
+        LAUNCH(device, (key_products<C>),
+               dim3(2 * C / HOPPER_COLUMNS, key_tiles, (unsigned)plan.parts), HOPPER_THREADS,
+               gemm_hopper_bytes(), sides, heads, slab);
+    }
+    int64_t count = heads.S * heads.K * heads.C;
+    for (int i = 0; i < 2 && plan.parts > 1; i++)
+        LAUNCH(device, (join_gradients), grid_for(device, count, 256), 256, 0, i ? dv : dk,
+               i ? sides.dv : sides.dk, count, (int)plan.parts);
 }
 
 extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y,
@@ -368,10 +406,13 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
     size_t delta_bytes = ((size_t)items * sizeof(float) + 255) / 256 * 256;
     size_t range_bytes =
         ((size_t)ceil_div(heads.S, FLASH_KEYS) * 2 * sizeof(int) + 255) / 256 * 256;
-    bool hopper = takes_hopper(q, k, heads, HOPPER_KEYS / 2);
-    int parts = hopper ? gradient_parts(q.device, heads) : 1;
-    char *memory =
-        (char *)cuda_workspace(q.device, delta_bytes + range_bytes + parts_bytes(heads, parts));
+    bool hopper = takes_hopper(q, k, heads, HOPPER_ROWS);
+    GradientPlan plan = {};
+    if (hopper) plan = plan_gradients(q.device, heads);
+    char *memory = (char *)cuda_workspace(
+        q.device,
+        delta_bytes +
+            (hopper ? plan.spans_bytes + 2 * plan.slab_bytes + 2 * plan.parts_bytes : range_bytes));
     float *delta = (float *)memory;
     int *ranges = (int *)(memory + delta_bytes);
     WITH_FLOAT(q.dtype, T, {
@@ -379,27 +420,13 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
                view_of(dy), view_of(y), items, heads.C);
     });
     if (hopper) {
-        float *partial = (float *)(memory + delta_bytes + range_bytes);
-        int64_t count = tensor_count(dk);
-        GradientSides sides = {data_of<bf16>(dq),
-                               parts > 1 ? partial : data_of<float>(dk),
-                               parts > 1 ? partial + parts * count : data_of<float>(dv),
-                               data_of<bf16>(dy),
-                               delta,
-                               data_of<float>(lse),
-                               data_of<bf16>(q),
-                               data_of<bf16>(k),
-                               data_of<bf16>(v),
-                               ranges,
-                               parts};
+        GradientSides sides = {
+            data_of<bf16>(dq),   data_of<float>(dk), data_of<float>(dv), data_of<bf16>(dy), delta,
+            data_of<float>(lse), data_of<bf16>(q),   data_of<bf16>(k),   data_of<bf16>(v)};
         if (heads.C == 256)
-            launch_hopper_backward<256>(q.device, sides, ranges, heads, see);
+            launch_hopper_backward<256>(q.device, sides, memory + delta_bytes, plan, heads, see);
         else
-            launch_hopper_backward<512>(q.device, sides, ranges, heads, see);
-        if (parts == 1) return;
-        for (int i = 0; i < 2; i++)
-            LAUNCH(q.device, (join_gradients), grid_for(q.device, count, 256), 256, 0,
-                   data_of<float>(i ? dv : dk), i ? sides.dv : sides.dk, count, parts);
+            launch_hopper_backward<512>(q.device, sides, memory + delta_bytes, plan, heads, see);
         return;
     }
     if (takes_flash(q, k, heads, BACKWARD_ROWS, flash_backward_bytes(heads.C))) {

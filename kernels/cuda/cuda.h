@@ -113,6 +113,15 @@ DEVICE_FUNCTION void wait_for_last() {
 #endif
 }
 
+/* x, of which the compiler knows nothing before here: what is made of it in a loop is not kept from
+ * turn to turn, where registers are scarce. */
+DEVICE_FUNCTION int known_here(int x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 /* Asks for 128 bytes that are read soon, of memory that no kernel under way writes: it may come
  * before wait_for_last. */
 DEVICE_FUNCTION void ask_for(const void *p) {

@@ -33,6 +33,16 @@ static inline size_t flash_backward_bytes(int C) {
     return (rows * (size_t)(C + 8) + 2 * BACKWARD_ROWS * (FLASH_KEYS + 8)) * sizeof(bf16);
 }
 
+/* The smallest and the largest of a warp's numbers. */
+DEVICE_FUNCTION int warp_least(int x) {
+#pragma unroll
+    for (int d = 16; d; d /= 2) x = min(x, __shfl_xor_sync(0xffffffffu, x, d));
+    return x;
+}
+DEVICE_FUNCTION int warp_most(int x) {
+    return -warp_least(-x);
+}
+
 /* ---- tiles ---- */
 
 /* Rows of q (or dy) from query n0 on, for one head of keys; zeros beyond the last query. */
@@ -216,22 +226,28 @@ static __global__ void __launch_bounds__(FLASH_THREADS)
 
 /* ---- backward ---- */
 
-/* What the rows of a tile bring: their sights, lse and delta. */
-struct RowFacts {
-    int first[BACKWARD_ROWS], last[BACKWARD_ROWS];
-    float lse[BACKWARD_ROWS], delta[BACKWARD_ROWS];
+/* What the rows of a tile bring: the keys they see, `count` from `first` on, lse and delta. */
+template <int ROWS> struct RowFacts {
+    int first[ROWS], count[ROWS];
+    float lse[ROWS], delta[ROWS];
 };
 
-DEVICE_FUNCTION void read_facts(RowFacts *facts, const Heads &heads, const Sight &see,
+template <int ROWS>
+DEVICE_FUNCTION void read_facts(RowFacts<ROWS> *facts, const Heads &heads, const Sight &see,
                                 const float *lse, const float *delta, int64_t n0, int kv) {
-    if (threadIdx.x >= BACKWARD_ROWS) return;
+    if (threadIdx.x >= ROWS) return;
     int r = threadIdx.x;
     int64_t n = n0 + r / heads.group, item = n * heads.H + kv * heads.group + r % heads.group;
     bool here = n < heads.N;
-    facts->first[r] = here ? see.first[n] : 1;
-    facts->last[r] = here ? see.last[n] : 0;
+    facts->first[r] = here ? see.first[n] : 0;
+    facts->count[r] = here ? see.last[n] - see.first[n] + 1 : 0;
     facts->lse[r] = here ? lse[item] : 0;
     facts->delta[r] = here ? delta[item] : 0;
+}
+
+/* The weight of a score that is `ahead` keys behind the first that is seen, of `count`. */
+DEVICE_FUNCTION float weight_of(float score, float lse, int ahead, int count) {
+    return ahead >= 0 && ahead < count ? quick_exp(score - lse) : 0.0f;
 }
 
 /* Sixteen rows from m0 on by eight keys from k0 on of a b^T, over C. */
@@ -255,8 +271,8 @@ DEVICE_FUNCTION void score_tile(float (&out)[4], const bf16 *a_tile, const bf16 
 /* The weights of a tile of rows and keys and the slopes of their scores, in shared memory. */
 template <int C>
 DEVICE_FUNCTION void make_slopes(bf16 *weights, bf16 *slopes, const bf16 *rows, const bf16 *douts,
-                                 const bf16 *keys, const bf16 *values, const RowFacts *facts,
-                                 int64_t s0) {
+                                 const bf16 *keys, const bf16 *values,
+                                 const RowFacts<BACKWARD_ROWS> *facts, int64_t s0) {
     constexpr int SCORES = Flash<C>::SCORES;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int m0 = warp / 4 * 16, k0 = warp % 4 * 8;
@@ -269,9 +285,8 @@ DEVICE_FUNCTION void make_slopes(bf16 *weights, bf16 *slopes, const bf16 *rows, 
         float w[2], d[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int64_t s = s0 + k0 + 2 * t + i;
-            bool seen = s >= facts->first[r] && s <= facts->last[r];
-            w[i] = seen ? quick_exp(scores[2 * p + i] - facts->lse[r]) : 0.0f;
+            int ahead = (int)s0 + k0 + 2 * t + i - facts->first[r];
+            w[i] = weight_of(scores[2 * p + i], facts->lse[r], ahead, facts->count[r]);
             d[i] = w[i] * (douts_values[2 * p + i] - facts->delta[r]);
         }
         *(unsigned *)(weights + r * SCORES + k0 + 2 * t) = pack_bf16(w[0], w[1]);
@@ -310,7 +325,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS)
                         Sight see) {
     constexpr int STRIDE = Flash<C>::STRIDE, SCORES = Flash<C>::SCORES, TILES = C / 32;
     DYNAMIC_SHARED(memory);
-    __shared__ RowFacts facts;
+    __shared__ RowFacts<BACKWARD_ROWS> facts;
     bf16 *rows = (bf16 *)memory, *douts = rows + BACKWARD_ROWS * STRIDE,
          *keys = douts + BACKWARD_ROWS * STRIDE, *values = keys + Flash<C>::KEY_TILE,
          *weights = values + Flash<C>::KEY_TILE, *slopes = weights + BACKWARD_ROWS * SCORES;
@@ -362,7 +377,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS)
                         const bf16 *q, const bf16 *k, const bf16 *v, Heads heads, Sight see) {
     constexpr int STRIDE = Flash<C>::STRIDE, SCORES = Flash<C>::SCORES, TILES = C / 32;
     DYNAMIC_SHARED(memory);
-    __shared__ RowFacts facts;
+    __shared__ RowFacts<BACKWARD_ROWS> facts;
     bf16 *rows = (bf16 *)memory, *douts = rows + BACKWARD_ROWS * STRIDE,
          *keys = douts + BACKWARD_ROWS * STRIDE, *values = keys + Flash<C>::KEY_TILE,
          *weights = values + Flash<C>::KEY_TILE, *slopes = weights + BACKWARD_ROWS * SCORES;
@@ -374,11 +389,11 @@ static __global__ void __launch_bounds__(FLASH_THREADS)
     load_rows<C, BACKWARD_ROWS>(douts, dy, heads, n0, kv);
     read_facts(&facts, heads, see, lse, delta, n0, kv);
     __syncthreads();
-    int low = facts.first[0], high = facts.last[0];
-    for (int r = 1; r < BACKWARD_ROWS; r++) {
-        if (facts.first[r] > facts.last[r]) continue;
+    int low = 0x7fffffff, high = -1;
+    for (int r = 0; r < BACKWARD_ROWS; r++) {
+        if (facts.count[r] <= 0) continue;
         low = min(low, facts.first[r]);
-        high = max(high, facts.last[r]);
+        high = max(high, facts.first[r] + facts.count[r] - 1);
     }
     float sums[TILES][4] = {};
     for (int64_t s0 = low / FLASH_KEYS * FLASH_KEYS; s0 <= high; s0 += FLASH_KEYS) {
