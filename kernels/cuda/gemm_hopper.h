@@ -31,15 +31,26 @@ template <int LENGTH, bool TURNED> struct Side {
     DEVICE_MEMBER Side() : row(threadIdx.x / CHUNKS), col(threadIdx.x % CHUNKS * 8) {}
 
     /* `rows` rows of `columns` elements as they lie in memory, row r from data + at(r) on; zeros in
-     * the rest of the tile. */
+     * the rest of the tile: of no bytes copy_16 reads none, wherever they would be. */
     template <typename At>
     DEVICE_MEMBER void fetch(bf16 *tile, const bf16 *data, int rows, int columns, At at) const {
         bf16 *to = tile + tile_at(row, col, ROWS);
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             int r = row + i * STEP;
-            bool here = r < rows && col < columns;
-            copy_16(to + i * STEP * 64, data + (here ? at(r) + col : 0), here);
+            copy_16(to + i * STEP * 64, data + at(r) + col, r < rows && col < columns);
+        }
+    }
+
+    /* The same of rows that lie `width` elements apart. */
+    DEVICE_MEMBER void fetch_lines(bf16 *tile, const bf16 *data, int rows, int columns,
+                                   int64_t width) const {
+        const bf16 *from = data + row * width + col;
+        bf16 *to = tile + tile_at(row, col, ROWS);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            copy_16(to + i * STEP * 64, from, row + i * STEP < rows && col < columns);
+            from += STEP * width;
         }
     }
 };
@@ -130,10 +141,10 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
         if (k >= k_end) return;
         int depth = (int)min((int64_t)HOPPER_DEPTH, k_end - k);
-        product.left.fetch(left_tile, a, TA ? depth : left_rows, TA ? left_rows : depth,
-                           [=](int r) { return r * left_width; });
-        product.right.fetch(right_tile, b, TB ? depth : right_rows, TB ? right_rows : depth,
-                            [=](int r) { return r * right_width; });
+        product.left.fetch_lines(left_tile, a, TA ? depth : left_rows, TA ? left_rows : depth,
+                                 left_width);
+        product.right.fetch_lines(right_tile, b, TB ? depth : right_rows, TB ? right_rows : depth,
+                                  right_width);
         a += HOPPER_DEPTH * (TA ? M : 1);
         b += HOPPER_DEPTH * (TB ? N : 1);
         k += HOPPER_DEPTH;

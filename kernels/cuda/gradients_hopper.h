@@ -167,13 +167,11 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     const bf16 *slopes = slab.slopes + ((int64_t)kv * slab.tiles + tile) * HOPPER_ROWS * slab.width,
                *k = of.k + kv * C + column;
     Product<false, true> product(memory);
-    int64_t stride = slab.width;
     auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
         if (s >= end) return;
-        product.left.fetch(left_tile, slopes + s, HOPPER_ROWS, HOPPER_DEPTH,
-                           [=](int r) { return r * stride; });
-        product.right.fetch(right_tile, k + (int64_t)s * width, min(HOPPER_DEPTH, S - s),
-                            HOPPER_COLUMNS, [=](int r) { return r * width; });
+        product.left.fetch_lines(left_tile, slopes + s, HOPPER_ROWS, HOPPER_DEPTH, slab.width);
+        product.right.fetch_lines(right_tile, k + (int64_t)s * width, min(HOPPER_DEPTH, S - s),
+                                  HOPPER_COLUMNS, width);
         s += HOPPER_DEPTH;
     };
     float sums[HOPPER_COLUMNS / 2] = {};
@@ -247,8 +245,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         while (!half && tile < end && !sees_any(slab, tile, s0, HOPPER_ROWS)) tile++;
         if (tile >= end) return;
         int64_t row = (int64_t)tile * HOPPER_ROWS + half;
-        product.left.fetch(left_tile, left + row * width, HOPPER_DEPTH, HOPPER_ROWS,
-                           [=](int r) { return r * width; });
+        product.left.fetch_lines(left_tile, left + row * width, HOPPER_DEPTH, HOPPER_ROWS, width);
         product.right.fetch(right_tile, rows + (int64_t)tile * queries * heads.H * C,
                             (int)min((int64_t)HOPPER_DEPTH, there - row), HOPPER_COLUMNS,
                             [=](int r) { return places(half + r); });

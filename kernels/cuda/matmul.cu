@@ -6,6 +6,7 @@
  * products too are the library's. Groups go to gemm.h. */
 #include "kernels/cuda/blaslt.h"
 #include "kernels/cuda/gemm_hopper.h"
+#include "kernels/cuda/narrow.h"
 
 extern "C" {
 #include "kernels/elementwise.h"
@@ -120,7 +121,9 @@ static void product16(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
             launch_gemm16<S, false, false, BF16, Y>(y, write, a, b, shape, groups, alpha);
         else if (b.dtype == BF16)
             launch_gemm16<S, false, true, BF16, Y>(y, write, a, b, shape, groups, alpha);
-        else if constexpr (std::is_same_v<S, SmallTiles>) {
+        else if constexpr (std::is_same_v<S, LargeTiles>)
+            CHECK(false, "large tiles of %s", dtype_name(b.dtype));
+        else {
             if (layout == NT)
                 WITH_PACKED(
                     b.dtype, D,
@@ -190,9 +193,6 @@ static void by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
 }
 
 /* ---- f32 among bf16 ---- */
-
-/* A float is the sum of three bf16 numbers, but for the last bits of very small ones. */
-#define PIECES 3
 
 /* How the pieces of a (rows, cols) matrix lie: beside each other, or one matrix below the other. */
 struct Pieces {
@@ -269,8 +269,91 @@ static void product_rounded(Layout layout, Tensor y, Write write, Tensor a, Tens
                shape, alpha, packs);
 }
 
+/* ---- products of adapters ---- */
+
+/* Whether one pass over the bf16 matrix is the whole product: what it meets has few ranks. */
+static bool takes_pass(Tensor matrix, int64_t ranks) {
+    size_t bytes = ranks <= 16   ? sizeof(NarrowMemory<16>)
+                   : ranks <= 32 ? sizeof(NarrowMemory<32>)
+                                 : sizeof(NarrowMemory<PASS_RANKS>);
+    return matrix.dtype == BF16 && ranks <= PASS_RANKS && is_aligned(matrix) &&
+           bytes <= cuda_shared_most(matrix.device);
+}
+
+template <int RANKS>
+static void launch_ranks(const Device *device, const NarrowPass &of, dim3 grid) {
+    size_t bytes = sizeof(NarrowMemory<RANKS>);
+    if (of.products && of.sums)
+        LAUNCH(device, (narrow_pass<RANKS, true, true>), grid, PASS_THREADS, bytes, of);
+    else if (of.products)
+        LAUNCH(device, (narrow_pass<RANKS, true, false>), grid, PASS_THREADS, bytes, of);
+    else
+        LAUNCH(device, (narrow_pass<RANKS, false, true>), grid, PASS_THREADS, bytes, of);
+}
+
+/* products = alpha m factor, sums += alpha m^T given, either absent; as many blocks as the device
+ * has at a time. */
+static void narrow_products(Tensor m, Tensor products, Write write, Tensor factor, bool turned,
+                            Tensor sums, Tensor given, bool sums_turned, float alpha) {
+    const Device *device = m.device;
+    int64_t N = tensor_rows(m), W = tensor_cols(m), slices = ceil_div(W, PASS_COLUMNS),
+            R = products.data ? tensor_cols(products) : tensor_cols(given),
+            slabs = 2 * (int64_t)cuda_processors(device) / slices, most = ceil_div(N, PASS_ROWS);
+    if (slabs > most) slabs = most;
+    if (slabs < 1) slabs = 1;
+    int64_t rows = ceil_div(ceil_div(N, slabs), PASS_ROWS) * PASS_ROWS;
+    slabs = ceil_div(N, rows);
+    int64_t product_count = products.data ? N * R : 0, sum_count = sums.data ? W * R : 0;
+    float *memory = (float *)cuda_workspace(
+        device, (size_t)(slices * product_count + slabs * sum_count) * sizeof(float));
+    NarrowPass of = {data_of<bf16>(m),
+                     N,
+                     W,
+                     rows,
+                     (int)R,
+                     data_of<float>(factor),
+                     turned,
+                     product_count ? memory : NULL,
+                     data_of<float>(given),
+                     sum_count ? memory + slices * product_count : NULL,
+                     sums_turned};
+    dim3 grid((unsigned)slices, (unsigned)slabs);
+    if (R <= 16)
+        launch_ranks<16>(device, of, grid);
+    else if (R <= 32)
+        launch_ranks<32>(device, of, grid);
+    else
+        launch_ranks<PASS_RANKS>(device, of, grid);
+    BothJoined jobs = {};
+    int count = 0;
+    if (product_count)
+        jobs.of[count++] =
+            Joined{data_of<float>(products), of.products, product_count, (int)slices, write, alpha};
+    if (sum_count)
+        jobs.of[count++] = Joined{data_of<float>(sums),        of.sums, sum_count, (int)slabs,
+                                  product_count ? ADD : write, alpha};
+    int64_t longest = product_count > sum_count ? product_count : sum_count;
+    LAUNCH_NEXT(device, (join_passes), dim3(grid_for(device, longest, 256), count), 256, jobs);
+}
+
+/* A product of bf16 and f32 that a pass takes; false: none does. */
+static bool product_by_pass(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    Tensor none = tensor_absent();
+    if (y.dtype != F32) return false;
+    if (layout != TN && b.dtype == F32 && takes_pass(a, tensor_cols(y)))
+        narrow_products(a, y, write, b, layout == NT, none, none, false, alpha);
+    else if (layout == TN && b.dtype == F32 && takes_pass(a, tensor_cols(y)))
+        narrow_products(a, none, write, none, false, y, b, false, alpha);
+    else if (layout == TN && a.dtype == F32 && takes_pass(b, tensor_rows(y)))
+        narrow_products(b, none, write, none, false, y, a, true, alpha);
+    else
+        return false;
+    return true;
+}
+
 static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     Shape shape = {tensor_rows(y), tensor_cols(y), layout == TN ? tensor_rows(a) : tensor_cols(a)};
+    if (a.dtype != b.dtype && product_by_pass(layout, y, write, a, b, alpha)) return;
     if (a.dtype != b.dtype)
         product_of_pieces(layout, y, write, a, b, shape, alpha);
     else if (a.dtype == F32 && y.dtype != F32)
@@ -304,16 +387,29 @@ extern "C" void cuda_matmul_ordered(Layout layout, Tensor y, Write write, Tensor
     dense_product(layout, y, write, a, b, alpha);
 }
 
+extern "C" void cuda_matmul_twice(Tensor du, Tensor dB, Tensor dy, Tensor B, Tensor u,
+                                  float alpha) {
+    if (takes_pass(dy, tensor_cols(B))) {
+        narrow_products(dy, du, SET, B, false, dB, u, false, alpha);
+        return;
+    }
+    dense_product(NN, du, SET, dy, B, alpha);
+    dense_product(TN, dB, ADD, dy, u, alpha);
+}
+
 /* ---- groups ---- */
 
-/* Rows a group has on average below which packed weights are read as they are. */
-#define ROWS_OF_FEW 32
+/* Whether groups have so few rows that small tiles take them, and packed weights are read as they
+ * are. */
+static bool are_few(const Shape &shape, const Groups &groups) {
+    return shape.M < 32 * (int64_t)groups.count;
+}
 
 static void product_of_groups(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
                               Groups groups, float alpha) {
     if (a.dtype != BF16 || b.dtype == F32)
         product32(layout, y, write, a, b, shape, groups, alpha);
-    else if (layout != TN && shape.M < ROWS_OF_FEW * (int64_t)groups.count)
+    else if (layout != TN && are_few(shape, groups))
         product16<SmallTiles>(layout, y, write, a, b, shape, groups, alpha);
     else
         product16<LargeTiles>(layout, y, write, a, b, shape, groups, alpha);
@@ -346,7 +442,7 @@ extern "C" void cuda_grouped_matmul(Layout layout, Tensor y, Write write, Tensor
     Shape shape = {sums ? y.shape[1] : tensor_rows(a), tensor_cols(y),
                    sums ? tensor_rows(a) : tensor_cols(a)};
     if (!tensor_count(a)) return;
-    if (dtype_is_packed(b.dtype) && (a.dtype == F32 || shape.M >= ROWS_OF_FEW * (int64_t)groups))
+    if (dtype_is_packed(b.dtype) && (a.dtype == F32 || !are_few(shape, g)))
         groups_by_panels(layout, y, write, a, b, shape, g, alpha);
     else
         product_of_groups(layout, y, write, a, b, shape, g, alpha);

@@ -467,6 +467,28 @@ GPU_CASE(products_of_adapters, s, dtype) {
         result(s, "dA", dA, 3e-6);
         matmul_ordered(NN, dx, ADD, du, A, 1.0f);
         result(s, "dx", dx, 2 * near(dtype));
+        matmul_twice(du, dB, dy, B, u, 0.5f);
+        result(s, "du of both", du, 3e-6);
+        result(s, "dB of both", dB, 3e-6);
+    }
+}
+
+/* Of more ranks and columns than a block has at a time, and of ranks that only the library takes.
+ */
+GPU_CASE(products_of_adapters_of_many_ranks, s, dtype) {
+    static const int64_t ranks[] = {24, 64, 72};
+    for (int i = 0; i < 3; i++) {
+        int64_t N = 150, R = ranks[i], O = 328;
+        Tensor A = GIVEN(s, F32, 2, R, O), B = GIVEN(s, F32, 3, O, R),
+               dy = GIVEN(s, dtype, 5, N, O), u = SPACE(s, F32, N, R), du = SPACE(s, F32, N, R),
+               dA = GIVEN(s, F32, 6, R, O), dB = GIVEN(s, F32, 7, O, R);
+        matmul_ordered(NT, u, SET, dy, A, 1.0f);
+        result(s, "u", u, 3e-6);
+        matmul_twice(du, dB, dy, B, u, 2.0f);
+        result(s, "du", du, 3e-6);
+        result(s, "dB", dB, 3e-6);
+        matmul_ordered(TN, dA, ADD, du, dy, 1.0f);
+        result(s, "dA", dA, 3e-6);
     }
 }
 
