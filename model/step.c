@@ -117,6 +117,7 @@ static void backward(Step *t) {
 
 static void step_open(Step *t, Gemma *g, const StepOptions *options, int64_t N, int64_t kept,
                       Arena *scratch) {
+    CHECK(!options->logits || options->mode == STACK_SCORE, "logits of a step that trains");
     *t = (Step){.options = options};
     stack_open(&t->stack, g, options->mode, N, options->shortcut ? kept : N, NULL, scratch);
     t->stack.pass.key = options->key;

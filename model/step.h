@@ -27,7 +27,7 @@ typedef struct StepOptions {
     uint64_t key;     /* of the random numbers of this batch */
     ExpertLoad *load; /* NULL: not wanted */
     float aux_scale;
-    LogitsFunction *logits; /* NULL: nobody wants them */
+    LogitsFunction *logits; /* with STACK_SCORE; NULL: nobody wants them */
     void *logits_context;
     void (*layer_done)(void *context, int layer); /* its gradients are whole; NULL: nobody waits */
     void *layer_context;

@@ -56,7 +56,8 @@ DEVICE_FUNCTION void load_ahead(float (&z)[AHEAD][V], const float *row, int64_t 
     }
 }
 
-/* First all logits are capped, written back and summed up, then read again for their gradients. */
+/* First all logits are capped and summed up, then read again for their gradients; or, where there
+ * are none, written back. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     cross_entropy_row(float *nll, T *dlogits, float *logits, const int32_t *targets,
@@ -76,7 +77,7 @@ static __global__ void __launch_bounds__(THREADS)
                 z[u][j] = capped(z[u][j], cap, inverse);
                 top = fmaxf(top, z[u][j]);
             }
-            store(row + i, z[u]);
+            if (!dlogits) store(row + i, z[u]);
         }
         if (top == -INFINITY) continue;
         sum.total *= expf(sum.top - top);
@@ -101,7 +102,8 @@ static __global__ void __launch_bounds__(THREADS)
     for (int w = 1; w < THREADS / 32; w++) sum = join(sum, Sum{tops[w], totals[w]});
     float lse = sum.top + logf(sum.total);
     int32_t target = targets[blockIdx.x];
-    float at = target >= 0 ? row[target] : 0.0f; /* written before the barrier above */
+    float at = target >= 0 ? row[target] : 0.0f; /* written, if it was, before the barrier above */
+    if (dlogits) at = capped(at, cap, inverse);
     if (!threadIdx.x) nll[blockIdx.x] = target >= 0 ? lse - at : 0.0f;
     if (!dlogits) return;
     float weight = target >= 0 ? weights[blockIdx.x] : 0.0f;
@@ -115,7 +117,7 @@ static __global__ void __launch_bounds__(THREADS)
             if (i >= vocab) break;
 #pragma unroll
             for (int j = 0; j < V; j++) {
-                float x = z[u][j], p = quick_exp(x - lse);
+                float x = capped(z[u][j], cap, inverse), p = quick_exp(x - lse);
                 if (i + j == target) p = expf(x - lse) - 1.0f;
                 z[u][j] = weight * p * (1.0f - x * x * slope);
             }

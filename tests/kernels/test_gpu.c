@@ -21,7 +21,7 @@
 
 #include <math.h>
 
-#define OUTS 24
+#define OUTS 48
 
 /* One run of a case on one device: its tensors are made by the same calls there, and what comes out
  * is kept as floats. */
@@ -154,8 +154,8 @@ static double near(DType dtype) {
 /* ---- norms, rotations, gates ---- */
 
 GPU_CASE(rmsnorm, s, dtype) {
-    static const int64_t widths[] = {7, 64, 260, 1540, 2048};
-    for (int i = 0; i < 5; i++) {
+    static const int64_t widths[] = {7, 64, 260, 1540, 2048, 2816, 3072, 3200};
+    for (int i = 0; i < 8; i++) {
         int64_t N = i % 2 ? 70 : 11, D = widths[i]; /* many rows and few */
         Tensor x = GIVEN(s, dtype, 1, N, D), w = GIVEN(s, i % 2 ? F32 : dtype, 2, D),
                r = GIVEN(s, dtype, 3, N, D), dy = GIVEN(s, dtype, 4, N, D),
@@ -347,6 +347,9 @@ GPU_CASE(cross_entropy, s, dtype) {
         cross_entropy(nll, dz, z, ints(s, wanted, 4, 1), weights, 30.0f);
         result(s, "nll", nll, 1e-5);
         result(s, "dlogits", dz, dtype == F32 ? 2e-5 : 3e-3);
+        z = GIVEN(s, F32, 1, 4, V);
+        cross_entropy(nll, tensor_absent(), z, ints(s, wanted, 4, 1), tensor_absent(), 2.0f);
+        result(s, "nll alone", nll, 1e-5);
         result(s, "capped", z, 1e-6);
         cross_entropy(nll, tensor_absent(), z, ints(s, wanted, 4, 1), tensor_absent(), 0);
         result(s, "nll without a cap", nll, 1e-5);
