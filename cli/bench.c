@@ -322,6 +322,8 @@ Status command_bench(int argc, char **argv) {
          "with --train: optimizer.masters: none and optimizer.fused"},
         {"--plan", OPTION_FLAG, &drawn.plan, "with --train: only say what memory it would take"},
         {"--recompute", OPTION_FLAG, &drawn.recompute, "with --train: even where memory suffices"},
+        {"--offload", OPTION_FLAG, &drawn.offload,
+         "with --train: recompute, layers' inputs in the host's memory"},
         {"--rank", OPTION_INT, &drawn.rank, "N  of the adapter (16)"},
         {"--layers", OPTION_INT, &drawn.layers, "N  of the preset, fewer than released"},
         {"--weights", OPTION_TEXT, &drawn.weights, "bf16|q4_0|q8_0  of the preset (bf16)"},
@@ -348,8 +350,8 @@ Status command_bench(int argc, char **argv) {
         FAIL(ERR_USAGE, "--prompt, --tokens, --depth or --sequences is out of range");
     if (b.model && drawn.preset) FAIL(ERR_USAGE, "--model and --preset: one of them");
     if (drawn.train && !drawn.preset) FAIL(ERR_USAGE, "--train goes with --preset");
-    if (!drawn.train && (drawn.lean || drawn.plan || drawn.recompute))
-        FAIL(ERR_USAGE, "--lean, --plan and --recompute go with --train");
+    if (!drawn.train && (drawn.lean || drawn.plan || drawn.recompute || drawn.offload))
+        FAIL(ERR_USAGE, "--lean, --plan, --recompute and --offload go with --train");
     if (a.count && !strcmp(a.positional[0], "towers")) {
         if (!b.model) FAIL(ERR_USAGE, "bench towers needs --model");
         return bench_towers(b.model, drawn.device, b.dtype);

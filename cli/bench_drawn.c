@@ -150,16 +150,16 @@ static Plan plan_of(Gemma *g, int64_t tokens, StackMode mode, const OptimizerCon
 
 /* With every activation kept, and with them made again. */
 static void print_plans(Gemma *g, const DrawnBench *b, const OptimizerConfig *adam) {
-    for (int mode = STACK_KEEP; mode <= STACK_RECOMPUTE; mode++) {
+    for (int mode = STACK_KEEP; mode <= STACK_OFFLOAD; mode++) {
         Plan p = plan_of(g, b->tokens, (StackMode)mode, adam);
-        printf(
-            "{\"preset\": \"%s\", \"train\": \"%s\", \"tokens\": %" PRId64
-            ", \"recompute\": %s, \"weights_gb\": %.2f, \"trained_gb\": %.2f, \"states_gb\": %.2f, "
-            "\"activations_gb\": %.2f, \"temporaries_gb\": %.2f, \"total_gb\": %.2f}\n",
-            b->preset, b->train, b->tokens, mode == STACK_RECOMPUTE ? "true" : "false",
-            (double)p.params.values / 1e9, (double)(p.params.masters + p.params.gradients) / 1e9,
-            (double)p.states / 1e9, (double)p.activations / 1e9, (double)p.temporaries / 1e9,
-            (double)p.total / 1e9);
+        printf("{\"preset\": \"%s\", \"train\": \"%s\", \"tokens\": %" PRId64
+               ", \"recompute\": %s, \"offload\": %s, \"weights_gb\": %.2f, \"trained_gb\": %.2f, "
+               "\"states_gb\": %.2f, "
+               "\"activations_gb\": %.2f, \"temporaries_gb\": %.2f, \"total_gb\": %.2f}\n",
+               b->preset, b->train, b->tokens, mode == STACK_KEEP ? "false" : "true",
+               mode == STACK_OFFLOAD ? "true" : "false", (double)p.params.values / 1e9,
+               (double)(p.params.masters + p.params.gradients) / 1e9, (double)p.states / 1e9,
+               (double)p.activations / 1e9, (double)p.temporaries / 1e9, (double)p.total / 1e9);
     }
 }
 
@@ -187,6 +187,7 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     if (b->recompute ||
         (double)plan_of(g, N, STACK_KEEP, &adam).total > 0.9 * (double)device_available(g->device))
         options.mode = STACK_RECOMPUTE;
+    if (b->offload) options.mode = STACK_OFFLOAD;
     TRY_DONE(params_place(&g->params, g->device, true));
     TRY_DONE(initial_values(g, 42));
     TRY_DONE(adapt_init(g, &config));
@@ -213,10 +214,12 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     /* Forward, and back to the inputs; to the weights as well where they are trained. */
     double flops = forward_flops(g, (double)N) * (double)N * (strcmp(b->train, "full") ? 2 : 3);
     printf("{\"preset\": \"%s\", \"train\": \"%s\", \"tokens\": %" PRId64
-           ", \"recompute\": %s, \"tokens_per_s\": %.1f, \"model_tflops\": %.2f, \"device_gb\": "
+           ", \"recompute\": %s, \"offload\": %s, \"tokens_per_s\": %.1f, \"model_tflops\": %.2f, "
+           "\"device_gb\": "
            "%.2f, \"loss\": %.4f}\n",
-           b->preset, b->train, N, options.mode == STACK_RECOMPUTE ? "true" : "false",
-           (double)N / seconds, flops / seconds / 1e12, (double)device_held(g->device) / 1e9, loss);
+           b->preset, b->train, N, options.mode == STACK_KEEP ? "false" : "true",
+           options.mode == STACK_OFFLOAD ? "true" : "false", (double)N / seconds,
+           flops / seconds / 1e12, (double)device_held(g->device) / 1e9, loss);
 done:
     step_free(&memory);
     optimizer_free(&o);

@@ -11,6 +11,7 @@ typedef struct DrawnBench {
     const char *weights;                 /* of decoding: bf16 | q4_0 | q8_0 */
     int64_t layers, tokens, rank, sequences, depth;
     bool recompute; /* activations are made again, though there be room */
+    bool offload;   /* and layers' inputs wait in the host's memory */
     bool lean;      /* no masters, and room for one layer's gradients */
     bool plan;      /* only say what memory training would take */
 } DrawnBench;

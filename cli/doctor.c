@@ -148,7 +148,9 @@ static Status examine(Session *s, bool weights) {
            loader_rows(s->loader));
     printf("  memory: %.2f GB needed, %.2f GB available, activations %s\n",
            (double)s->plan.total / 1e9, (double)s->plan.available / 1e9,
-           s->plan.recompute ? "recomputed" : "kept");
+           s->plan.mode == STACK_KEEP        ? "kept"
+           : s->plan.mode == STACK_RECOMPUTE ? "recomputed"
+                                             : "recomputed, layers' inputs in the host's memory");
     if (s->plan.total > s->plan.available) warn("%s", "the run does not fit");
     if (weights && s->plan.total <= s->plan.available) TRY(check_gradients(s));
     printf(warnings ? "%d warnings\n" : "no warnings\n", warnings);

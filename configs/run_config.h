@@ -43,7 +43,7 @@ static inline bool method_rounds(Method method) {
 }
 typedef enum LossOn { LOSS_ASSISTANT, LOSS_COMPLETION, LOSS_ALL } LossOn;
 typedef enum Turns { TURNS_AUTO, TURNS_WHOLE, TURNS_PER_TURN } Turns;
-typedef enum Recompute { RECOMPUTE_AUTO, RECOMPUTE_ON, RECOMPUTE_OFF } Recompute;
+typedef enum Recompute { RECOMPUTE_AUTO, RECOMPUTE_ON, RECOMPUTE_OFF, RECOMPUTE_OFFLOAD } Recompute;
 typedef enum ScheduleName {
     SCHEDULE_CONSTANT,
     SCHEDULE_LINEAR,

@@ -186,6 +186,28 @@ void device_send(Device *device, void *to, const void *staged, size_t bytes) {
     (void)to, (void)staged, (void)bytes;
 }
 
+void *device_host_memory(Device *device, size_t bytes) {
+    ON_GPU(device, cuda_host_memory(device, bytes));
+    return device_allocate(device, bytes);
+}
+
+void device_host_release(Device *device, void *memory, size_t bytes) {
+    if (!memory) return;
+    ON_GPU(device, cuda_host_release(device, memory));
+    device_release(device, memory, bytes);
+}
+
+void device_copy_beside(Device *device, int number, void *to, const void *from, size_t bytes) {
+    ON_GPU(device, cuda_copy_beside(device, number, to, from, bytes));
+    (void)number;
+    memcpy(to, from, bytes);
+}
+
+void device_wait_beside(Device *device, int number) {
+    ON_GPU(device, cuda_wait_beside(device, number));
+    (void)number;
+}
+
 size_t device_held(Device *device) {
     ON_GPU(device, cuda_held(device));
     return process_resident();

@@ -58,6 +58,16 @@ void device_copy(Device *to_device, void *to, Device *from_device, const void *f
 void *device_staging(Device *device, size_t bytes);
 void device_send(Device *device, void *to, const void *staged, size_t bytes);
 
+/* Memory of the host that copies beside other work read and write: pinned, for a GPU. NULL when
+ * there is not enough. */
+void *device_host_memory(Device *device, size_t bytes);
+void device_host_release(Device *device, void *memory, size_t bytes);
+
+/* A copy between such memory and the device's, after the calls before and beside those that follow;
+ * calls after device_wait_beside come after the newest copy of that number, below OFFLOAD_MOST. */
+void device_copy_beside(Device *device, int number, void *to, const void *from, size_t bytes);
+void device_wait_beside(Device *device, int number);
+
 /* Work that comes again, as a token's pass does. device_replay gives the calls of kernels that were
  * kept under `key` to the device at once and says so; when it returns false the caller makes them,
  * then calls device_recorded. Calls under one key must be the same in all but what memory holds.

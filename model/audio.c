@@ -478,7 +478,7 @@ void audio_backward(const Audio *a, AudioSaved *s, Tensor dout, Pass *p) {
     Tensor d = arena_like(p->scratch, s->residual[L]);
     linear_backward(&a->output_proj, d, SET, dout, s->residual[L], p);
     for (int l = L - 1; l >= 0; l--) {
-        if (s->mode == STACK_RECOMPUTE) {
+        if (stack_mode_recomputes(s->mode)) {
             size_t inner = arena_mark(p->scratch);
             block_run(&a->blocks[l], c, &s->saved[l], arena_like(p->scratch, d), s->residual[l],
                       s->places, p);

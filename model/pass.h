@@ -14,7 +14,12 @@ typedef enum StackMode {
     STACK_SCORE,     /* forward only; layers share one set of saved activations */
     STACK_KEEP,      /* for a backward pass, every activation kept */
     STACK_RECOMPUTE, /* for a backward pass that makes a block's activations again */
+    STACK_OFFLOAD,   /* the same, and the blocks' inputs wait in the host's memory */
 } StackMode;
+
+static inline bool stack_mode_recomputes(StackMode mode) {
+    return mode == STACK_RECOMPUTE || mode == STACK_OFFLOAD;
+}
 
 /* The rows flowing through some layers, and per attention kind the keys each sees. */
 typedef struct Rows {

@@ -118,6 +118,22 @@ static void reserve_slots(Stack *s, Arena *arena) {
     }
 }
 
+/* Inputs of layers that have their own memory, where the rest wait in the host's: the one that is
+ * read, the one that is made or used before, and the one that is copied. */
+#define RING 3
+
+/* Whether residual[l]'s memory is taken by a later layer's of as many rows before the way back. */
+static bool is_offloaded(const Stack *s, int l) {
+    int L = (int)s->g->config.num_hidden_layers, end = l <= s->boundary ? s->boundary : L;
+    return s->mode == STACK_OFFLOAD && l + RING <= end;
+}
+
+/* The layer whose input's memory residual[l] takes over; -1: none. */
+static int lender(const Stack *s, int l) {
+    if (stack_trains(s)) return l >= RING && is_offloaded(s, l - RING) ? l - RING : -1;
+    return l >= 2 && l != s->boundary + 1 && l != s->boundary + 2 ? l - 2 : -1;
+}
+
 void stack_place(Stack *s, Arena *arena) {
     Gemma *g = s->g;
     const ModelConfig *c = &g->config;
@@ -137,9 +153,9 @@ void stack_place(Stack *s, Arena *arena) {
     if (g->per_layer_input.L)
         per_layer_input_reserve(&s->per_layer, arena, &g->per_layer_input, g->dtype, s->N);
     for (int l = 0; l <= L; l++) {
-        bool reuse = !stack_trains(s) && l >= 2 && l != s->boundary + 1 && l != s->boundary + 2;
+        int from = lender(s, l);
         int64_t n = l > s->boundary ? s->kept : s->N;
-        s->residual[l] = reuse ? s->residual[l - 2] : ARENA_TENSOR(arena, g->dtype, n, D);
+        s->residual[l] = from >= 0 ? s->residual[from] : ARENA_TENSOR(arena, g->dtype, n, D);
     }
     for (int l = 0; l < L; l++) {
         if (s->mode != STACK_KEEP) break;
@@ -213,18 +229,32 @@ static void embed(Stack *s) {
                                 &s->pass);
 }
 
+/* residual[l] has been made: a copy of it leaves. */
+static void put_away(Stack *s, int l) {
+    if (s->offload && is_offloaded(s, l)) offload_store(s->offload, l, s->residual[l]);
+}
+
+void stack_fetch(Stack *s, int l) {
+    if (!s->offload) return;
+    if (is_offloaded(s, l)) offload_wait(s->offload, l);
+    if (l && is_offloaded(s, l - 1)) offload_fetch(s->offload, l - 1, s->residual[l - 1]);
+}
+
 void stack_layers(Stack *s) {
     Gemma *g = s->g;
     Pass *p = &s->pass;
     int L = (int)g->config.num_hidden_layers;
+    put_away(s, 0);
     for (int l = 0; l < L; l++) {
         size_t mark = arena_mark(p->scratch);
+        if (s->offload && lender(s, l + 1) >= 0) offload_wait(s->offload, lender(s, l + 1));
         if (l == s->boundary && s->kept < s->N)
             gather_rows(s->kept_input, s->residual[l], s->some.source);
         stack_enter(s, l);
         block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l),
                       stack_per_layer(s, l), p);
         arena_release(p->scratch, mark);
+        put_away(s, l + 1);
         if (g->watch.done && s->pass.scratch->base) g->watch.done(g->watch.context, l);
     }
     if (s->boundary == L && s->kept < s->N)

@@ -7,6 +7,7 @@
 #ifndef STACK_H
 #define STACK_H
 
+#include "kernels/offload.h"
 #include "model/gemma.h"
 
 /* What an engine lends: slots of pages, and the size of the tables that find them. */
@@ -33,6 +34,8 @@ typedef struct Stack {
     const KvCache *cache; /* NULL: slots hold the keys of this pass alone */
     BlockSaved *saved;    /* one a layer */
     Tensor *residual;     /* (N or kept, D): input of each layer, and of the final norm */
+    Offload *offload;     /* with STACK_OFFLOAD: where those of most layers wait, by their number;
+                           * NULL while measuring */
     Tensor kept_input;    /* (kept, D): residual[boundary] of `some` */
     PerLayerInputSaved per_layer;
     Tensor final, final_rstd; /* (kept, D), (kept) */
@@ -64,6 +67,15 @@ Tensor stack_table(const Stack *s);
 Tensor stack_input(const Stack *s, int l);
 Tensor stack_per_layer(Stack *s, int l);
 void stack_enter(Stack *s, int l);
+
+/* With STACK_OFFLOAD, on the way back: layer l's input is there from here on, and that of the layer
+ * below is on its way. */
+void stack_fetch(Stack *s, int l);
+
+/* Bytes of the host's memory for each of a stack's layers. */
+static inline size_t stack_offload_bytes(const Gemma *g, int64_t N) {
+    return (size_t)(N * g->config.hidden_size) * dtype_size(g->dtype);
+}
 
 static inline bool stack_trains(const Stack *s) {
     return s->mode != STACK_SCORE;

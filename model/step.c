@@ -84,11 +84,12 @@ static void backward(Step *t) {
         Tensor *d = l < s->boundary ? &dfull : &dx;
         Tensor per_layer = stack_per_layer(s, l), dmine = tensor_absent(), dslice = tensor_absent();
         stack_enter(s, l);
+        stack_fetch(s, l);
         if (to_per_layer) {
             dslice = tensor_at(dper_layer, l);
             dmine = l < s->boundary ? dslice : arena_like(p->scratch, per_layer);
         }
-        if (s->mode == STACK_RECOMPUTE) {
+        if (stack_mode_recomputes(s->mode)) {
             Tensor ignored = arena_like(p->scratch, *d);
             block_forward(&g->blocks[l], &s->saved[l], ignored, stack_input(s, l), per_layer, p);
         }
@@ -183,6 +184,9 @@ Status step_init(StepMemory *m, Gemma *g, int64_t N, const StepOptions *options)
     *m = (StepMemory){0};
     size_t activations, scratch;
     step_plan(g, N, options, &activations, &scratch);
+    if (options->mode == STACK_OFFLOAD)
+        TRY(offload_init(&m->offload, g->device, (int)g->config.num_hidden_layers,
+                         stack_offload_bytes(g, N)));
     TRY(arena_init(&m->activations, g->device, activations, "the activations"));
     return arena_init(&m->scratch, g->device, scratch, "temporaries");
 }
@@ -190,6 +194,7 @@ Status step_init(StepMemory *m, Gemma *g, int64_t N, const StepOptions *options)
 void step_free(StepMemory *m) {
     arena_free(&m->activations);
     arena_free(&m->scratch);
+    if (m->offload.device) offload_free(&m->offload);
 }
 
 /* What every row sees, from its segment, its window and its span. */
@@ -252,6 +257,7 @@ double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *
      * row's bits do not depend on how many others have a target. */
     int64_t least = N < 8 ? N : 8, extra = kept < least ? least - kept : 0;
     step_open(&t, g, options, N, kept + extra, &m->scratch);
+    if (m->offload.device) s->offload = &m->offload;
     m->activations.used = m->scratch.used = 0;
     step_place(&t, &m->activations);
     memcpy(staged(&s->inputs, s->ids), batch->ids, (size_t)N * sizeof(int32_t));

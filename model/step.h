@@ -38,6 +38,7 @@ typedef struct StepOptions {
 /* Everything a step places: made for the largest batch, placed anew for each. */
 typedef struct StepMemory {
     Arena activations, scratch;
+    Offload offload; /* with STACK_OFFLOAD */
 } StepMemory;
 
 /* Bytes a batch of N rows with `kept` targets takes: the same code, measuring. */

@@ -184,7 +184,7 @@ void vision_backward(const Vision *v, VisionSaved *s, Tensor dout, Pass *p) {
     Tensor d = arena_like(p->scratch, s->residual[L]);
     pool_rows_backward(d, dmeans, sqrtf((float)v->config.hidden_size));
     for (int l = L - 1; l >= 0; l--) {
-        if (s->mode == STACK_RECOMPUTE) {
+        if (stack_mode_recomputes(s->mode)) {
             size_t inner = arena_mark(p->scratch);
             block_forward(&v->blocks[l], &s->saved[l], arena_like(p->scratch, d), s->residual[l],
                           tensor_absent(), &pass);

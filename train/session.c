@@ -96,7 +96,24 @@ static void plan_tower_cache(Session *s) {
     p->total += p->towers;
 }
 
-/* Measures the run with activations kept, and recomputed, and chooses. */
+/* What the run file asks for, or without a wish the first that fits: a tenth stays free for the
+ * page cache, the tokenizer and the rest of the machine. On the CPU all memory is the host's. */
+static bool takes_mode(const Session *s, StackMode mode) {
+    bool gpu = s->g.device->kind == DEVICE_CUDA,
+         last = mode == (gpu ? STACK_OFFLOAD : STACK_RECOMPUTE);
+    switch (s->config.recompute) {
+    case RECOMPUTE_ON:
+        return mode == STACK_RECOMPUTE;
+    case RECOMPUTE_OFF:
+        return mode == STACK_KEEP;
+    case RECOMPUTE_OFFLOAD:
+        return last;
+    default:
+        return last || (double)s->plan.total < 0.9 * (double)s->plan.available;
+    }
+}
+
+/* Measures the run with activations kept, recomputed, and waiting elsewhere, and chooses. */
 static Status make_plan(Session *s) {
     MemoryPlan *p = &s->plan;
     OptimizerConfig *o = &s->optimizer.config;
@@ -127,17 +144,14 @@ static Status make_plan(Session *s) {
     if (!s->store.train.count) FAIL(ERR_FORMAT, "%s: holds no training sample", s->store.file.path);
     p->available = device_available(s->g.device);
     size_t base = p->weights + p->masters + p->gradients + p->optimizer;
-    for (int recompute = 0; recompute < 2; recompute++) {
-        if (s->config.recompute == RECOMPUTE_ON && !recompute) continue;
-        p->activations = p->scratch = 0;
-        s->options.mode = recompute ? STACK_RECOMPUTE : STACK_KEEP;
+    for (int mode = STACK_KEEP; mode <= STACK_OFFLOAD; mode++) {
+        s->options.mode = p->mode = (StackMode)mode;
         step_plan(&s->g, p->rows, &s->options, &p->activations, &p->scratch);
         p->total = base + p->activations + p->scratch;
-        p->recompute = recompute;
-        /* A tenth stays free for the page cache, the tokenizer and the rest of the machine. */
-        if (s->config.recompute == RECOMPUTE_OFF || (double)p->total < 0.9 * (double)p->available)
-            break;
+        if (takes_mode(s, p->mode)) break;
     }
+    if (p->mode == STACK_OFFLOAD)
+        p->host = stack_offload_bytes(&s->g, p->rows) * (size_t)s->g.config.num_hidden_layers;
     plan_tower_cache(s);
     return OK;
 }
@@ -211,14 +225,15 @@ void memory_plan_print(const MemoryPlan *p) {
     struct {
         const char *name;
         size_t bytes;
-    } lines[] = {{"weights", p->weights},
-                 {"trained values", p->masters},
-                 {"gradients", p->gradients},
-                 {"optimizer states", p->optimizer},
-                 {p->recompute ? "activations (recomputed)" : "activations", p->activations},
-                 {"temporaries", p->scratch},
-                 {"outputs of towers", p->towers},
-                 {"total", p->total}};
+    } lines[] = {
+        {"weights", p->weights},
+        {"trained values", p->masters},
+        {"gradients", p->gradients},
+        {"optimizer states", p->optimizer},
+        {p->mode == STACK_KEEP ? "activations" : "activations (recomputed)", p->activations},
+        {"temporaries", p->scratch},
+        {"outputs of towers", p->towers},
+        {"total", p->total}};
     fprintf(stderr, "memory plan for %" PRId64 " rows at a time:\n", p->rows);
     for (size_t i = 0; i < sizeof lines / sizeof *lines; i++)
         if (lines[i].bytes != p->towers || p->towers)
@@ -226,6 +241,9 @@ void memory_plan_print(const MemoryPlan *p) {
     if (p->experts)
         fprintf(stderr, "  %-26s %9.3f GB (of the weights, %.2f bits each)\n", "experts",
                 (double)p->experts / 1e9, p->expert_bits);
+    if (p->host)
+        fprintf(stderr, "  %-26s %9.3f GB (in the host's memory)\n", "inputs of layers",
+                (double)p->host / 1e9);
     if (p->mapped)
         fprintf(stderr, "  %-26s %9.3f GB (stays in the file)\n", "per-layer table",
                 (double)p->mapped / 1e9);

@@ -15,7 +15,8 @@ typedef struct MemoryPlan {
     size_t weights, mapped, masters, gradients, optimizer, activations, scratch, total;
     size_t towers; /* what they make of media, kept where nothing trains them */
     size_t available;
-    bool recompute;
+    StackMode mode;
+    size_t host;  /* of the host's memory, with STACK_OFFLOAD */
     int64_t rows; /* of the largest micro-batch */
 } MemoryPlan;
 

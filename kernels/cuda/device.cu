@@ -1,11 +1,13 @@
 /* device.cu - opening GPUs, their memory, and copies to and from them.
  *
  * The runtime opens the driver's library when it is first called, so the program starts without
- * one. Each GPU has one stream: everything happens in order. */
+ * one. Each GPU has one stream: everything happens in order, but for the copies that offload.h asks
+ * for, which have another. */
 #include "kernels/cuda/cuda.h"
 
 extern "C" {
 #include "kernels/cuda/device.h"
+#include "kernels/offload.h"
 }
 
 #include <stdio.h>
@@ -40,7 +42,9 @@ struct Graph {
 struct Gpu {
     Device device;
     bool open;
-    cudaStream_t stream;
+    cudaStream_t stream, beside; /* beside: NULL until it is needed */
+    cudaEvent_t asked,
+        copied[OFFLOAD_MOST]; /* of copies beside: what they wait for, and their end */
     Pinned staging, chunk[2];
     Graph graphs[GRAPHS_MAX], *recording;
     int graph_count;
@@ -237,6 +241,53 @@ void cuda_send(Device *device, void *to, const void *staged, size_t bytes) {
     cuda_check(cudaMemcpyAsync(to, staged, bytes, cudaMemcpyHostToDevice, stream),
                "sending a pass's inputs");
     cuda_check(cudaEventRecord(gpu_of(device)->staging.sent, stream), "noting a copy");
+}
+
+/* ---- copies beside kernels ---- */
+
+void *cuda_host_memory(Device *device, size_t bytes) {
+    void *memory = NULL;
+    cuda_stream(device);
+    cudaError_t error = cudaHostAlloc(&memory, bytes, cudaHostAllocDefault);
+    if (error == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        return NULL;
+    }
+    cuda_check(error, "taking pinned memory");
+    return memory;
+}
+
+void cuda_host_release(Device *device, void *memory) {
+    Gpu *g = gpu_of(device);
+    cuda_check(cudaStreamSynchronize(cuda_stream(device)), "waiting for the GPU");
+    if (g->beside) cuda_check(cudaStreamSynchronize(g->beside), "waiting for copies");
+    cuda_check(cudaFreeHost(memory), "giving pinned memory back");
+}
+
+static void open_beside(Gpu *g) {
+    cuda_check(cudaStreamCreateWithFlags(&g->beside, cudaStreamNonBlocking), "opening a stream");
+    cuda_check(cudaEventCreateWithFlags(&g->asked, cudaEventDisableTiming), "making an event");
+    for (int i = 0; i < OFFLOAD_MOST; i++)
+        cuda_check(cudaEventCreateWithFlags(&g->copied[i], cudaEventDisableTiming),
+                   "making an event");
+}
+
+void cuda_copy_beside(Device *device, int number, void *to, const void *from, size_t bytes) {
+    Gpu *g = gpu_of(device);
+    cudaStream_t stream = cuda_stream(device);
+    if (!g->beside) open_beside(g);
+    cuda_check(cudaEventRecord(g->asked, stream), "noting a copy");
+    cuda_check(cudaStreamWaitEvent(g->beside, g->asked, 0), "ordering a copy");
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, g->beside),
+               "a copy beside kernels");
+    cuda_check(cudaEventRecord(g->copied[number], g->beside), "noting a copy");
+}
+
+void cuda_wait_beside(Device *device, int number) {
+    Gpu *g = gpu_of(device);
+    if (g->beside)
+        cuda_check(cudaStreamWaitEvent(cuda_stream(device), g->copied[number], 0),
+                   "waiting for a copy");
 }
 
 /* ---- graphs ---- */

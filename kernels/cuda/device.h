@@ -18,6 +18,10 @@ void cuda_copy(Device *to_device, void *to, Device *from_device, const void *fro
 void *cuda_staging(Device *device, size_t bytes);
 void cuda_send(Device *device, void *to, const void *staged, size_t bytes);
 size_t cuda_available(Device *device);
+void *cuda_host_memory(Device *device, size_t bytes);
+void cuda_host_release(Device *device, void *memory);
+void cuda_copy_beside(Device *device, int number, void *to, const void *from, size_t bytes);
+void cuda_wait_beside(Device *device, int number);
 bool cuda_replay(Device *device, uint64_t key);
 void cuda_recorded(Device *device);
 

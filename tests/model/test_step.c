@@ -280,11 +280,14 @@ CASE(invariant, recompute_on_equals_off_bit_for_bit) {
             Packed *p = fixture_batch(&f, -1);
             float *keep =
                 gradients_of(f.dir, (DType)dtype, true, NULL, STACK_KEEP, true, p, &count);
-            float *again =
-                gradients_of(f.dir, (DType)dtype, true, NULL, STACK_RECOMPUTE, true, p, &count);
-            EXPECT(!memcmp(keep, again, (size_t)count * 4), "%s %s", kinds[k],
-                   dtype_name((DType)dtype));
-            free(keep), free(again), free(p);
+            for (int mode = STACK_RECOMPUTE; mode <= STACK_OFFLOAD; mode++) {
+                float *again =
+                    gradients_of(f.dir, (DType)dtype, true, NULL, (StackMode)mode, true, p, &count);
+                EXPECT(!memcmp(keep, again, (size_t)count * 4), "%s %s mode %d", kinds[k],
+                       dtype_name((DType)dtype), mode);
+                free(again);
+            }
+            free(keep), free(p);
         }
 }
 

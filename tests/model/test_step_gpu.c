@@ -109,6 +109,26 @@ CASE(gpu, a_full_step_of_each_variant_equals_the_cpus) {
     every_variant(F32, STACK_RECOMPUTE, (Method){"full", small_full}, 1e-4);
 }
 
+CASE(gpu, a_step_whose_layers_wait_in_the_hosts_memory_has_the_same_bits) {
+    Device *gpu;
+    if (device_open(&gpu, "cuda") != OK) SKIP("%s", status_message());
+    for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
+        char *name = must_format("model_%s.h5", variants[v]);
+        Fixture f = fixture_open(name);
+        Packed *batch = fixture_batch(&f, -1);
+        Outcome a = step_on(gpu, f.dir, batch, BF16, STACK_RECOMPUTE, small_full),
+                b = step_on(gpu, f.dir, batch, BF16, STACK_OFFLOAD, small_full);
+        EXPECT(!memcmp(a.grads, b.grads, (size_t)a.count * sizeof *a.grads), "%s: gradients",
+               variants[v]);
+        EXPECT(!memcmp(a.values, b.values, (size_t)a.count * sizeof *a.values), "%s: values",
+               variants[v]);
+        outcome_free(&a);
+        outcome_free(&b);
+        free(batch);
+        free(name);
+    }
+}
+
 CASE(gpu, a_lora_step_of_each_variant_equals_the_cpus) {
     every_variant(F32, STACK_KEEP, (Method){"lora", small_adapt}, 1e-4);
 }
