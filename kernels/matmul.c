@@ -28,15 +28,6 @@ void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     ON_DEVICE(a, matmul_ordered)(layout, y, write, a, b, alpha);
 }
 
-void matmul_twice(Tensor du, Tensor dB, Tensor dy, Tensor B, Tensor u, float alpha) {
-    check_product(NN, du, dy, B);
-    check_product(TN, dB, dy, u);
-    CHECK(B.dtype == F32 && u.dtype == F32 && du.dtype == F32 && dB.dtype == F32,
-          "matmul_twice: %s %s", tensor_text(B), tensor_text(u));
-    if (!tensor_count(dB) || !tensor_count(dy)) return;
-    ON_DEVICE(dy, matmul_twice)(du, dB, dy, B, u, alpha);
-}
-
 void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,
                     float alpha) {
     int64_t groups = tensor_count(offsets) - 1;

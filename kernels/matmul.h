@@ -20,11 +20,6 @@ KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float a
  * bit: the adapters' products. */
 KERNEL(matmul_ordered, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
-/* Both products of dy on an adapter's way back, for one reading of it, as matmul_ordered has them:
- *   du (M, R) = alpha dy B;  dB (N, R) += alpha dy^T u
- *   dy (M, N)  f32 | bf16;  B (N, R), u (M, R), du, dB  f32 */
-KERNEL(matmul_twice, Tensor du, Tensor dB, Tensor dy, Tensor B, Tensor u, float alpha);
-
 /* One product per group over rows sorted by group: rows offsets[g] .. offsets[g+1] belong to g.
  *   NT  y (M, N) rows of g = a (M, K) rows of g times b[g] (N, K)^T
  *   NN  y (M, N) rows of g = a (M, K) rows of g times b[g] (K, N)

@@ -307,17 +307,12 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
         Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank),
                du = arena_like(p->scratch, u);
         Tensor input = adapter_input(lora, x, p);
-        if (lora->A->trainable)
+        adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
+        if (lora->A->trainable) {
             adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
-        if (lora->A->trainable && l->groups == 1) {
-            matmul_twice(du, lora->B->grad, dy, lora->B->value, u, lora->scale);
-        } else {
-            adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
-            if (lora->A->trainable)
-                adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
-        }
-        if (lora->A->trainable)
+            adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
             adapter_product(l, TN, lora->A->grad, ADD, du, input, offsets, 1.0f);
+        }
         if (tensor_present(dx)) {
             if (p->training && lora->dropout > 0) {
                 Tensor dinput = arena_like(p->scratch, x);

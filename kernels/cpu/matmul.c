@@ -97,11 +97,6 @@ void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor 
     }
 }
 
-void CPU(matmul_twice)(Tensor du, Tensor dB, Tensor dy, Tensor B, Tensor u, float alpha) {
-    CPU(matmul_ordered)(NN, du, SET, dy, B, alpha);
-    CPU(matmul_ordered)(TN, dB, ADD, dy, u, alpha);
-}
-
 /* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K.
  */
 static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {

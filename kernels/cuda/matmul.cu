@@ -194,6 +194,9 @@ static void by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
 
 /* ---- f32 among bf16 ---- */
 
+/* A float is the sum of three bf16 numbers, but for the last bits of very small ones. */
+#define PIECES 3
+
 /* How the pieces of a (rows, cols) matrix lie: beside each other, or one matrix below the other. */
 struct Pieces {
     int64_t rows, cols;
@@ -205,7 +208,7 @@ DEVICE_FUNCTION int64_t piece_at(const Pieces &p, int64_t i, int piece) {
     return (i / p.cols * PIECES + piece) * p.cols + i % p.cols;
 }
 
-static __global__ void take_apart(bf16 *out, const float *x, Pieces pieces) {
+static __global__ void make_pieces(bf16 *out, const float *x, Pieces pieces) {
     FOR_GRID(i, pieces.rows * pieces.cols) {
         float rest = x[i];
 #pragma unroll
@@ -238,7 +241,7 @@ static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Te
         (char *)cuda_workspace(device, apart + (size_t)tensor_count(y) * PIECES * sizeof(float));
     float *sums = (float *)(memory + apart);
     Pieces of_x = {tensor_rows(x), tensor_cols(x), left ? layout == TN : layout != NT};
-    LAUNCH(device, (take_apart), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)memory,
+    LAUNCH(device, (make_pieces), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)memory,
            data_of<float>(x), of_x);
     int64_t M = left ? PIECES * shape.M : shape.M, N = left ? shape.N : PIECES * shape.N;
     blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a.data,
@@ -250,110 +253,108 @@ static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Te
     });
 }
 
-/* Both are f32 and y is not: what adapters add to their linear. */
-static void product_rounded(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
-                            float alpha) {
-    dim3 grid((unsigned)ceil_div(shape.N, NARROW_COLUMNS),
-              (unsigned)ceil_div(shape.M, NARROW_ROWS));
-    bool packs = shape.N % 8 == 0 && (uintptr_t)y.data % 16 == 0;
-    bf16 *to = data_of<bf16>(y);
-    const float *left = data_of<float>(a), *right = data_of<float>(b);
-    if (layout == NT)
-        LAUNCH(a.device, (gemm_narrow<false, false>), grid, NARROW_THREADS, 0, to, write, left,
-               right, shape, alpha, packs);
-    else if (layout == NN)
-        LAUNCH(a.device, (gemm_narrow<false, true>), grid, NARROW_THREADS, 0, to, write, left,
-               right, shape, alpha, packs);
-    else
-        LAUNCH(a.device, (gemm_narrow<true, true>), grid, NARROW_THREADS, 0, to, write, left, right,
-               shape, alpha, packs);
-}
-
 /* ---- products of adapters ---- */
 
-/* Whether one pass over the bf16 matrix is the whole product: what it meets has few ranks. */
-static bool takes_pass(Tensor matrix, int64_t ranks) {
-    size_t bytes = ranks <= 16   ? sizeof(NarrowMemory<16>)
-                   : ranks <= 32 ? sizeof(NarrowMemory<32>)
-                                 : sizeof(NarrowMemory<PASS_RANKS>);
-    return matrix.dtype == BF16 && ranks <= PASS_RANKS && is_aligned(matrix) &&
-           bytes <= cuda_shared_most(matrix.device);
+/* Both are f32 and y is not: what adapters add to their linear. */
+template <bool TA, bool TB>
+static void launch_out(Tensor y, Write write, Tensor a, Tensor b, Shape shape, float alpha) {
+    int64_t columns = ceil_div(shape.N, OUT_COLUMNS),
+            rows = ceil_div(shape.M, 16 * OUT_THREADS / 32),
+            most = ceil_div(8 * (int64_t)cuda_processors(a.device), columns);
+    dim3 grid((unsigned)columns, (unsigned)(rows < most ? rows : most));
+    bool packs = shape.N % 8 == 0 && (uintptr_t)y.data % 16 == 0;
+    if (shape.K <= 16)
+        LAUNCH(a.device, (narrow_out<TA, TB, true>), grid, OUT_THREADS, 0, data_of<bf16>(y), write,
+               data_of<float>(a), data_of<float>(b), shape, alpha, packs);
+    else
+        LAUNCH(a.device, (narrow_out<TA, TB, false>), grid, OUT_THREADS, 0, data_of<bf16>(y), write,
+               data_of<float>(a), data_of<float>(b), shape, alpha, packs);
+}
+
+static void product_rounded(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
+                            float alpha) {
+    if (layout == NT)
+        launch_out<false, false>(y, write, a, b, shape, alpha);
+    else if (layout == NN)
+        launch_out<false, true>(y, write, a, b, shape, alpha);
+    else
+        launch_out<true, true>(y, write, a, b, shape, alpha);
 }
 
 template <int RANKS>
-static void launch_ranks(const Device *device, const NarrowPass &of, dim3 grid) {
-    size_t bytes = sizeof(NarrowMemory<RANKS>);
-    if (of.products && of.sums)
-        LAUNCH(device, (narrow_pass<RANKS, true, true>), grid, PASS_THREADS, bytes, of);
-    else if (of.products)
-        LAUNCH(device, (narrow_pass<RANKS, true, false>), grid, PASS_THREADS, bytes, of);
+static void launch_in(Layout layout, Tensor u, Write write, Tensor m, Tensor f, float alpha) {
+    int64_t N = tensor_rows(m), W = tensor_cols(m);
+    unsigned grid = (unsigned)ceil_div(N, IN_ROWS);
+    int R = (int)tensor_cols(u);
+    if (layout == NT)
+        LAUNCH(m.device, (narrow_in<RANKS, true>), grid, NARROW_THREADS, 0, data_of<float>(u),
+               write, data_of<bf16>(m), data_of<float>(f), N, W, R, alpha);
     else
-        LAUNCH(device, (narrow_pass<RANKS, false, true>), grid, PASS_THREADS, bytes, of);
+        LAUNCH(m.device, (narrow_in<RANKS, false>), grid, NARROW_THREADS, 0, data_of<float>(u),
+               write, data_of<bf16>(m), data_of<float>(f), N, W, R, alpha);
 }
 
-/* products = alpha m factor, sums += alpha m^T given, either absent; as many blocks as the device
- * has at a time. */
-static void narrow_products(Tensor m, Tensor products, Write write, Tensor factor, bool turned,
-                            Tensor sums, Tensor given, bool sums_turned, float alpha) {
+/* out (=|+=) alpha m^T v, or its transpose where it is `turned`. */
+template <int RANKS>
+static void launch_sums(Tensor out, Write write, Tensor m, Tensor v, bool turned, float alpha) {
     const Device *device = m.device;
-    int64_t N = tensor_rows(m), W = tensor_cols(m), slices = ceil_div(W, PASS_COLUMNS),
-            R = products.data ? tensor_cols(products) : tensor_cols(given),
-            slabs = 2 * (int64_t)cuda_processors(device) / slices, most = ceil_div(N, PASS_ROWS);
+    int64_t N = tensor_rows(m), W = tensor_cols(m), columns = ceil_div(W, SUM_COLUMNS),
+            slabs = 2 * (int64_t)cuda_processors(device) / columns,
+            most = ceil_div(N, NARROW_WARPS * SUM_DEPTH), count = tensor_count(out);
     if (slabs > most) slabs = most;
     if (slabs < 1) slabs = 1;
-    int64_t rows = ceil_div(ceil_div(N, slabs), PASS_ROWS) * PASS_ROWS;
+    int64_t rows = ceil_div(ceil_div(N, slabs), SUM_DEPTH) * SUM_DEPTH;
     slabs = ceil_div(N, rows);
-    int64_t product_count = products.data ? N * R : 0, sum_count = sums.data ? W * R : 0;
-    float *memory = (float *)cuda_workspace(
-        device, (size_t)(slices * product_count + slabs * sum_count) * sizeof(float));
-    NarrowPass of = {data_of<bf16>(m),
-                     N,
-                     W,
-                     rows,
-                     (int)R,
-                     data_of<float>(factor),
-                     turned,
-                     product_count ? memory : NULL,
-                     data_of<float>(given),
-                     sum_count ? memory + slices * product_count : NULL,
-                     sums_turned};
-    dim3 grid((unsigned)slices, (unsigned)slabs);
-    if (R <= 16)
-        launch_ranks<16>(device, of, grid);
-    else if (R <= 32)
-        launch_ranks<32>(device, of, grid);
+    float *parts =
+        slabs > 1 ? (float *)cuda_workspace(device, (size_t)(slabs * count) * sizeof(float)) : NULL;
+    float *to = parts ? parts : data_of<float>(out);
+    Write mode = parts ? SET : write;
+    dim3 grid((unsigned)columns, (unsigned)slabs);
+    int R = (int)tensor_cols(v);
+    if (turned)
+        LAUNCH(device, (narrow_sums<RANKS, true>), grid, NARROW_THREADS, narrow_sums_bytes(), to,
+               mode, data_of<bf16>(m), data_of<float>(v), N, W, R, rows, alpha);
     else
-        launch_ranks<PASS_RANKS>(device, of, grid);
-    BothJoined jobs = {};
-    int count = 0;
-    if (product_count)
-        jobs.of[count++] =
-            Joined{data_of<float>(products), of.products, product_count, (int)slices, write, alpha};
-    if (sum_count)
-        jobs.of[count++] = Joined{data_of<float>(sums),        of.sums, sum_count, (int)slabs,
-                                  product_count ? ADD : write, alpha};
-    int64_t longest = product_count > sum_count ? product_count : sum_count;
-    LAUNCH_NEXT(device, (join_passes), dim3(grid_for(device, longest, 256), count), 256, jobs);
+        LAUNCH(device, (narrow_sums<RANKS, false>), grid, NARROW_THREADS, narrow_sums_bytes(), to,
+               mode, data_of<bf16>(m), data_of<float>(v), N, W, R, rows, alpha);
+    if (parts)
+        LAUNCH_NEXT(device, (join_sums), grid_for(device, count, 256), 256, data_of<float>(out),
+                    write, parts, count, (int)slabs);
 }
 
-/* A product of bf16 and f32 that a pass takes; false: none does. */
-static bool product_by_pass(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    Tensor none = tensor_absent();
-    if (y.dtype != F32) return false;
-    if (layout != TN && b.dtype == F32 && takes_pass(a, tensor_cols(y)))
-        narrow_products(a, y, write, b, layout == NT, none, none, false, alpha);
-    else if (layout == TN && b.dtype == F32 && takes_pass(a, tensor_cols(y)))
-        narrow_products(a, none, write, none, false, y, b, false, alpha);
-    else if (layout == TN && a.dtype == F32 && takes_pass(b, tensor_rows(y)))
-        narrow_products(b, none, write, none, false, y, a, true, alpha);
-    else
+/* Runs the statements with RANKS what R is rounded up to. */
+#define WITH_RANKS(R, RANKS, ...)                                                                  \
+    do {                                                                                           \
+        if ((R) <= 16) {                                                                           \
+            constexpr int RANKS = 16;                                                              \
+            __VA_ARGS__;                                                                           \
+        } else if ((R) <= 32) {                                                                    \
+            constexpr int RANKS = 32;                                                              \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int RANKS = NARROW_RANKS;                                                    \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+/* A product of bf16 rows with f32 of few ranks, or over them; false: it is none. */
+static bool narrow_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+    bool turned = a.dtype == F32;
+    Tensor wide = turned ? b : a, narrow = turned ? a : b;
+    int64_t R = layout == TN ? tensor_cols(narrow) : tensor_cols(y);
+    if (y.dtype != F32 || wide.dtype != BF16 || R > NARROW_RANKS || !is_aligned(wide) ||
+        (uintptr_t)narrow.data % 16 || (turned && layout != TN))
         return false;
+    if (layout == TN)
+        WITH_RANKS(R, RANKS, (launch_sums<RANKS>(y, write, wide, narrow, turned, alpha)));
+    else
+        WITH_RANKS(R, RANKS, (launch_in<RANKS>(layout, y, write, wide, narrow, alpha)));
     return true;
 }
 
 static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     Shape shape = {tensor_rows(y), tensor_cols(y), layout == TN ? tensor_rows(a) : tensor_cols(a)};
-    if (a.dtype != b.dtype && product_by_pass(layout, y, write, a, b, alpha)) return;
+    if (a.dtype != b.dtype && narrow_product(layout, y, write, a, b, alpha)) return;
     if (a.dtype != b.dtype)
         product_of_pieces(layout, y, write, a, b, shape, alpha);
     else if (a.dtype == F32 && y.dtype != F32)
@@ -385,16 +386,6 @@ extern "C" void cuda_matmul_ordered(Layout layout, Tensor y, Write write, Tensor
                                     float alpha) {
     CHECK(!dtype_is_packed(b.dtype), "matmul_ordered: b is %s", tensor_text(b));
     dense_product(layout, y, write, a, b, alpha);
-}
-
-extern "C" void cuda_matmul_twice(Tensor du, Tensor dB, Tensor dy, Tensor B, Tensor u,
-                                  float alpha) {
-    if (takes_pass(dy, tensor_cols(B))) {
-        narrow_products(dy, du, SET, B, false, dB, u, false, alpha);
-        return;
-    }
-    dense_product(NN, du, SET, dy, B, alpha);
-    dense_product(TN, dB, ADD, dy, u, alpha);
 }
 
 /* ---- groups ---- */

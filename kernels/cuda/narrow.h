@@ -1,313 +1,328 @@
 /* narrow.h - products of adapters, one side of which is only some ranks wide: limited by reading
- * the other.
+ * the other, or by reading and writing y.
  *
- * What is narrow is f32 and taken apart into bf16 numbers, whose products tensor cores have. */
+ * What is narrow is f32, taken apart into two bf16 numbers each, 16 bits of the significand; the
+ * other side is bf16. Warps go their own ways: a lane reads sixteen bytes of a row at a time, and K
+ * is taken in the order in which a lane's numbers come, the same for both operands. */
 #ifndef CUDA_NARROW_H
 #define CUDA_NARROW_H
 
 #include "kernels/cuda/gemm.h"
 
-/* A float is the sum of three bf16 numbers, but for the last bits of very small ones. */
-#define PIECES 3
+#define NARROW_THREADS 256
+#define NARROW_WARPS   (NARROW_THREADS / 32)
+#define NARROW_RANKS   64 /* at most, of products that are ranks wide */
 
-/* ---- y += u B^T ---- */
-
-/* Limited by y where K is small, as that of adapters is. A warp has 16 rows by 128 columns, K goes
- * by 16; each float is the sum of two bf16 numbers, the product of both small ones left out: 16
- * bits of the significand, before y rounds to 8. */
-#define NARROW_THREADS 128
-#define NARROW_ROWS    64
-#define NARROW_COLUMNS 128
-#define NARROW_STRIDE  24 /* elements from row to row of a tile of 16 columns: banks differ */
-
-/* Where column n of b is kept among its 32: a lane is to have columns 8 t .. 8 t + 7 of the result,
- * where a product has 2 t and 2 t + 1 of eight. */
-DEVICE_FUNCTION int narrow_row(int n) {
-    return n / 32 * 32 + n % 8 / 2 * 8 + n % 32 / 8 * 2 + n % 2;
+/* Two floats as pairs of bf16 numbers: the big parts, and what they leave. */
+DEVICE_FUNCTION void take_apart(unsigned &big, unsigned &small, float x, float y) {
+    big = pack_bf16(x, y);
+    small = pack_bf16(x - __uint_as_float(big << 16), y - __uint_as_float(big & 0xffff0000u));
 }
 
-/* ROWS by 16 of an operand, big and small parts; zeros outside. TURNED: K are its rows. */
-template <int ROWS, bool TURNED, bool OF_B>
-DEVICE_FUNCTION void load_narrow(bf16 *big, bf16 *small, const float *p, int64_t i0, int64_t k0,
-                                 int64_t i_end, int64_t k_end) {
-    constexpr int EACH = ROWS * 16 / NARROW_THREADS, WIDTH = TURNED ? ROWS : 16,
-                  STEP = NARROW_THREADS / WIDTH; /* a thread has one column, rows STEP apart */
-    int row = threadIdx.x / WIDTH, column = threadIdx.x % WIDTH;
-    int rows = (int)min((int64_t)(TURNED ? 16 : ROWS), TURNED ? k_end - k0 : i_end - i0) - row;
-    bool here = column < (TURNED ? i_end - i0 : k_end - k0);
-    int64_t width = TURNED ? i_end : k_end;
-    const float *from = p + ((TURNED ? k0 : i0) + row) * width + (TURNED ? i0 : k0) + column;
-    float x[EACH];
-#pragma unroll
-    for (int e = 0; e < EACH; e++) { /* all on their way at once */
-        x[e] = here && e * STEP < rows ? *from : 0.0f;
-        from += STEP * width;
-    }
-#pragma unroll
-    for (int e = 0; e < EACH; e++) {
-        int i = TURNED ? column : row + e * STEP, k = TURNED ? row + e * STEP : column;
-        int at = (OF_B ? narrow_row(i) : i) * NARROW_STRIDE + k;
-        bf16 high = to_bf16(x[e]);
-        big[at] = high;
-        small[at] = to_bf16(x[e] - to_float(high));
-    }
-}
+/* ---- u = x A^T, du = dy B ---- */
 
-/* y (=|+=) alpha a b, shapes as in gemm16. packs: eight columns of y can be read at a time. */
-template <bool TA, bool TB>
-static __global__ void __launch_bounds__(NARROW_THREADS, 4)
-    gemm_narrow(bf16 *y, Write write, const float *a, const float *b, Shape shape, float alpha,
-                bool packs) {
-    __shared__ __align__(16) bf16 a_tiles[2][NARROW_ROWS * NARROW_STRIDE];
-    __shared__ __align__(16) bf16 b_tiles[2][NARROW_COLUMNS * NARROW_STRIDE];
-    int64_t m0 = (int64_t)blockIdx.y * NARROW_ROWS, n0 = (int64_t)blockIdx.x * NARROW_COLUMNS;
+#define IN_ROWS 32 /* of a block, whose warps share K */
+
+/* u (N, R) (=|+=) alpha m f; m (N, W), W a multiple of 8, f (W, R), or (R, W) where it is TURNED.
+ * RANKS >= R. A warp takes 32 columns at a time, each eighth of the block's. */
+template <int RANKS, bool TURNED>
+static __global__ void __launch_bounds__(NARROW_THREADS)
+    narrow_in(float *u, Write write, const bf16 *m, const float *f, int64_t N, int64_t W, int R,
+              float alpha) {
+    constexpr int TILES = RANKS / 8, STEP = NARROW_WARPS * 32,
+                  DEEP = RANKS == 16   ? 4
+                         : RANKS == 32 ? 2
+                                       : 1; /* turns whose reads are under way */
+    __shared__ float parts[NARROW_WARPS][IN_ROWS][17];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    if (packs && write == ADD) { /* half a row for each thread: it comes while the sums are made */
-        int64_t m = m0 + threadIdx.x / 2, n = n0 + threadIdx.x % 2 * 64;
-        if (m < shape.M && n < shape.N) ask_for(y + m * shape.N + n);
-    }
-    float sums[NARROW_COLUMNS / 32][4][4] = {}; /* [..][j]: columns 8 t + 2 j and 8 t + 2 j + 1 */
-    for (int64_t k = 0; k < shape.K; k += 16) {
-        if (k) __syncthreads();
-        load_narrow<NARROW_ROWS, TA, false>(a_tiles[0], a_tiles[1], a, m0, k, shape.M, shape.K);
-        load_narrow<NARROW_COLUMNS, TB, true>(b_tiles[0], b_tiles[1], b, n0, k, shape.N, shape.K);
-        __syncthreads();
-        unsigned x[2][4];
+    int64_t n0 = (int64_t)blockIdx.x * IN_ROWS;
+    float sums[2][TILES][4] = {};
+    uint4 x[DEEP][4]; /* rows g, g + 8, g + 16 and g + 24 */
+    float w[DEEP][TILES][8];
+    auto fetch = [&](int turn, int64_t c) {
 #pragma unroll
-        for (int p = 0; p < 2; p++)
-            load_tiles(x[p], &a_tiles[p][(16 * warp + lane % 16) * NARROW_STRIDE + lane / 16 * 8]);
+        for (int i = 0; i < 4; i++) {
+            int64_t n = n0 + g + 8 * i;
+            x[turn][i] = n < N && c < W ? *(const uint4 *)(m + n * W + c) : uint4{0, 0, 0, 0};
+        }
 #pragma unroll
-        for (int i = 0; i < NARROW_COLUMNS / 32; i++)
+        for (int j = 0; j < TILES; j++) {
+            int r = 8 * j + g;
+            bool here = r < R && c < W;
+            float(&to)[8] = w[turn][j];
 #pragma unroll
-            for (int j = 0; j < 4; j += 2) {
-                unsigned w[2][4];
-                int row = 32 * i + 8 * j + lane % 8 + lane / 16 * 8;
+            for (int k = 0; k < 8; k += 4) {
+                if (TURNED) {
+                    float4 four = here ? *(const float4 *)(f + r * W + c + k) : float4{0, 0, 0, 0};
+                    to[k] = four.x, to[k + 1] = four.y, to[k + 2] = four.z, to[k + 3] = four.w;
+                } else {
 #pragma unroll
-                for (int p = 0; p < 2; p++)
-                    load_tiles(w[p], &b_tiles[p][row * NARROW_STRIDE + lane / 8 % 2 * 8]);
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-                    unsigned big[2] = {w[0][2 * h], w[0][2 * h + 1]},
-                             small[2] = {w[1][2 * h], w[1][2 * h + 1]};
-                    mma_bf16(sums[i][j + h], x[1], big);
-                    mma_bf16(sums[i][j + h], x[0], small);
-                    mma_bf16(sums[i][j + h], x[0], big);
+                    for (int i = k; i < k + 4; i++) to[i] = here ? f[(c + i) * R + r] : 0.0f;
                 }
             }
-    }
-#pragma unroll
-    for (int p = 0; p < 2; p++) {
-        int64_t m = m0 + 16 * warp + g + 8 * p;
-        if (m >= shape.M) continue;
-        uint4 old[NARROW_COLUMNS / 32];
-#pragma unroll
-        for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
-            old[i] = uint4{0, 0, 0, 0};
-            if (packs && write == ADD && n0 + 32 * i + 8 * t < shape.N)
-                old[i] = *(const uint4 *)(y + m * shape.N + n0 + 32 * i + 8 * t);
         }
-#pragma unroll
-        for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
-            int64_t n = n0 + 32 * i + 8 * t;
-            bf16 *to = y + m * shape.N + n;
-            if (packs && n < shape.N) {
-                unsigned was[4] = {old[i].x, old[i].y, old[i].z, old[i].w}, now[4];
-#pragma unroll
-                for (int j = 0; j < 4; j++)
-                    now[j] = pack_bf16(__uint_as_float(was[j] << 16) + alpha * sums[i][j][2 * p],
-                                       __uint_as_float(was[j] & 0xffff0000u) +
-                                           alpha * sums[i][j][2 * p + 1]);
-                *(uint4 *)to = uint4{now[0], now[1], now[2], now[3]};
-                continue;
-            }
-#pragma unroll
-            for (int c = 0; c < 8; c++) {
-                if (n + c >= shape.N) break;
-                float sum = alpha * sums[i][c / 2][2 * p + c % 2];
-                to[c] = to_bf16(write == ADD ? to_float(to[c]) + sum : sum);
-            }
-        }
-    }
-}
-
-/* ---- u = x A^T, du = dy B, dB += dy^T u, dA += du^T x ---- */
-
-#define PASS_THREADS 256
-#define PASS_ROWS    64  /* of the matrix that are there at a time, twice */
-#define PASS_COLUMNS 256 /* that a block has of it */
-#define PASS_STRIDE                                                                                \
-    (PASS_COLUMNS + 8) /* elements from row to row in shared memory: banks differ                  \
-                        */
-#define GIVEN_STRIDE (PASS_ROWS + 8)
-#define PASS_RANKS   64 /* at most */
-
-/* One reading of a matrix m (N, W), block (x, y) its columns from x * PASS_COLUMNS on and `rows`
- * rows from y * rows on. */
-struct NarrowPass {
-    const bf16 *m;
-    int64_t N, W, rows;
-    int R;
-    const float *factor; /* (W, R), or (R, W) where it is turned */
-    bool factor_turned;
-    float *products;    /* m factor, a part for each block of columns: (gridDim.x, N, R) */
-    const float *given; /* (N, R) */
-    float *sums; /* m^T given, a part for each block of rows: (gridDim.y, W, R), or (.., R, W) */
-    bool sums_turned;
-};
-
-/* Shared memory: two tiles of the matrix, the pieces of the factor's part and of what is given for
- * a tile, and half of a tile's products. */
-template <int RANKS> struct NarrowMemory {
-    bf16 tiles[2][PASS_ROWS * PASS_STRIDE];
-    bf16 factor[PIECES][RANKS * PASS_STRIDE], given[PIECES][RANKS * GIVEN_STRIDE];
-    float halves[PASS_ROWS * RANKS];
-};
-
-/* x as bf16 numbers, each `apart` elements behind the last. */
-DEVICE_FUNCTION void put_pieces(bf16 *to, int apart, float x) {
-#pragma unroll
-    for (int p = 0; p < PIECES; p++) {
-        bf16 piece = to_bf16(x);
-        to[p * apart] = piece;
-        x -= to_float(piece);
-    }
-}
-
-/* sums += a b for all ranks and pieces: b lies as rows of ranks, sixteen of K from `b` on. */
-template <int RANKS>
-DEVICE_FUNCTION void add_pieces(float (&sums)[RANKS / 8][4], const unsigned (&a)[4], const bf16 *b,
-                                int stride, int apart) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int p = PIECES - 1; p >= 0; p--)
-#pragma unroll
-        for (int j = 0; j < RANKS / 8; j += 2) {
-            unsigned x[4];
-            load_tiles(x, b + p * apart + (8 * j + lane % 8 + lane / 16 * 8) * stride +
-                              lane / 8 % 2 * 8);
-            unsigned left[2] = {x[0], x[1]}, right[2] = {x[2], x[3]};
-            mma_bf16(sums[j], a, left);
-            mma_bf16(sums[j + 1], a, right);
-        }
-}
-
-template <int RANKS, bool PRODUCTS, bool SUMS>
-static __global__ void __launch_bounds__(PASS_THREADS) narrow_pass(NarrowPass of) {
-    DYNAMIC_SHARED(memory);
-    NarrowMemory<RANKS> *space = (NarrowMemory<RANKS> *)memory;
-    int64_t c0 = (int64_t)blockIdx.x * PASS_COLUMNS, n0 = blockIdx.y * of.rows,
-            end = min(of.N, n0 + of.rows);
-    int columns = (int)min((int64_t)PASS_COLUMNS, of.W - c0), R = of.R;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    auto bring = [&](int64_t n, int turn) {
-        if (n < end)
-#pragma unroll
-            for (int i = 0; i < PASS_ROWS * PASS_COLUMNS / 8 / PASS_THREADS; i++) {
-                int r = threadIdx.x / (PASS_COLUMNS / 8) + i * (PASS_THREADS * 8 / PASS_COLUMNS),
-                    c = threadIdx.x % (PASS_COLUMNS / 8) * 8;
-                bool here = n + r < end && c < columns;
-                copy_16(space->tiles[turn] + r * PASS_STRIDE + c,
-                        of.m + (here ? (n + r) * of.W + c0 + c : 0), here);
-            }
-        copies_close_group();
     };
-    bring(n0, 0);
-    if (PRODUCTS) {
-        for (int i = threadIdx.x; i < PASS_COLUMNS * RANKS; i += PASS_THREADS) {
-            int c = of.factor_turned ? i % PASS_COLUMNS : i / RANKS,
-                r = of.factor_turned ? i / PASS_COLUMNS : i % RANKS;
-            int64_t at = of.factor_turned ? r * of.W + c0 + c : (c0 + c) * R + r;
-            put_pieces(space->factor[0] + r * PASS_STRIDE + c, RANKS * PASS_STRIDE,
-                       r < R && c < columns ? of.factor[at] : 0.0f);
-        }
-    }
-    float sums[SUMS ? 2 : 1][RANKS / 8][4] = {}; /* of columns 32 warp .. 32 warp + 31 */
-    int turn = 0;
-    for (int64_t n = n0; n < end; n += PASS_ROWS, turn ^= 1) {
-        bring(n + PASS_ROWS, turn ^ 1);
-        if (SUMS)
+    auto add = [&](int turn) {
 #pragma unroll
-            for (int i = threadIdx.x; i < PASS_ROWS * RANKS; i += PASS_THREADS) {
-                int row = i / RANKS, r = i % RANKS;
-                put_pieces(space->given[0] + r * GIVEN_STRIDE + row, RANKS * GIVEN_STRIDE,
-                           r < R && n + row < end ? of.given[(n + row) * R + r] : 0.0f);
-            }
-        copies_wait<1>();
-        __syncthreads();
-        const bf16 *tile = space->tiles[turn];
-        float products[RANKS / 8][4] = {}; /* of rows 16 (warp % 4) .., half of the columns */
-        int row = warp % 4 * 16, half = warp / 4 * (PASS_COLUMNS / 2);
-        if (PRODUCTS) {
-#pragma unroll 4
-            for (int c = half; c < half + PASS_COLUMNS / 2; c += 16) {
-                unsigned a[4];
-                load_tiles(a, tile + (row + lane % 16) * PASS_STRIDE + c + lane / 16 * 8);
-                add_pieces<RANKS>(products, a, space->factor[0] + c, PASS_STRIDE,
-                                  RANKS * PASS_STRIDE);
-            }
-            if (half)
+        for (int j = 0; j < TILES; j++)
 #pragma unroll
-                for (int i = 0; i < RANKS / 2; i++)
-                    space->halves[(row + g + i / 2 % 2 * 8) * RANKS + i / 4 * 8 + 2 * t + i % 2] =
-                        products[i / 4][i % 4];
-        }
-        if (SUMS) {
-#pragma unroll
-            for (int k = 0; k < PASS_ROWS; k += 16)
+            for (int half = 0; half < 2; half++) { /* sixteen columns: four of each lane */
+                const float *four = w[turn][j] + 4 * half;
+                unsigned big[2], small[2];
+                take_apart(big[0], small[0], four[0], four[1]);
+                take_apart(big[1], small[1], four[2], four[3]);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    unsigned a[4];
-                    load_turned_tiles(a, tile + (k + lane % 8 + lane / 16 * 8) * PASS_STRIDE +
-                                             32 * warp + 16 * i + lane / 8 % 2 * 8);
-                    add_pieces<RANKS>(sums[i], a, space->given[0] + k, GIVEN_STRIDE,
-                                      RANKS * GIVEN_STRIDE);
+                    const uint4 &a = x[turn][2 * i], &b = x[turn][2 * i + 1];
+                    unsigned rows[4] = {half ? a.z : a.x, half ? b.z : b.x, half ? a.w : a.y,
+                                        half ? b.w : b.y};
+                    mma_bf16(sums[i][j], rows, small);
+                    mma_bf16(sums[i][j], rows, big);
                 }
-        }
-        __syncthreads();
-        if (PRODUCTS && !half)
-#pragma unroll
-            for (int i = 0; i < RANKS / 2; i++) {
-                int m = row + g + i / 2 % 2 * 8, r = i / 4 * 8 + 2 * t + i % 2;
-                if (n + m < end && r < R)
-                    of.products[(blockIdx.x * of.N + n + m) * R + r] =
-                        products[i / 4][i % 4] + space->halves[m * RANKS + r];
             }
-    }
-    copies_wait<0>();
-    if (!SUMS) return;
-    float *to = of.sums + blockIdx.y * of.W * R;
+    };
+    int64_t c = warp * 32 + 8 * t;
 #pragma unroll
-    for (int i = 0; i < RANKS; i++) {
-        int c = 32 * warp + i / (RANKS / 2) * 16 + g + i / 2 % 2 * 8,
-            r = i % (RANKS / 2) / 4 * 8 + 2 * t + i % 2;
-        if (c < columns && r < R)
-            to[of.sums_turned ? r * of.W + c0 + c : (c0 + c) * R + r] =
-                sums[i / (RANKS / 2)][i % (RANKS / 2) / 4][i % 4];
+    for (int s = 0; s < DEEP - 1; s++) fetch(s, c + s * STEP);
+    for (; c - 8 * t < W; c += DEEP * STEP)
+#pragma unroll
+        for (int s = 0; s < DEEP; s++) {
+            fetch((s + DEEP - 1) % DEEP, c + (s + DEEP - 1) * STEP);
+            add(s);
+        }
+#pragma unroll
+    for (int j = 0; j < TILES; j += 2) { /* sixteen ranks at a time */
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 16; i++)
+            parts[warp][i / 8 * 16 + g + i / 2 % 2 * 8][i / 4 % 2 * 8 + 2 * t + i % 2] =
+                sums[i / 8][j + i / 4 % 2][i % 4];
+        __syncthreads();
+        for (int i = threadIdx.x; i < IN_ROWS * 16; i += NARROW_THREADS) {
+            int64_t n = n0 + i / 16;
+            int r = 8 * j + i % 16;
+            if (n >= N || r >= R) continue;
+            float sum = 0;
+#pragma unroll
+            for (int p = 0; p < NARROW_WARPS; p++) sum += parts[p][i / 16][i % 16];
+            u[n * R + r] = (write == ADD ? u[n * R + r] : 0.0f) + alpha * sum;
+        }
     }
 }
 
-/* out (=|+=) alpha times the sum of `parts` parts, `count` elements each. */
-struct Joined {
-    float *out;
-    const float *from;
-    int64_t count;
-    int parts;
-    Write write;
-    float alpha;
-};
+/* ---- dB += dy^T u, dA += du^T x ---- */
 
-struct BothJoined {
-    Joined of[2];
-};
-/* One for each blockIdx.y. */
-static __global__ void join_passes(BothJoined both) {
+#define SUM_COLUMNS 64 /* of a block, whose warps share the rows */
+#define SUM_DEPTH   16 /* rows that a warp has at a time */
+#define SUM_STAGES  4
+#define SUM_STRIDE  (SUM_COLUMNS + 8) /* elements from row to row in shared memory: banks differ */
+
+static inline size_t narrow_sums_bytes() {
+    return sizeof(bf16) * NARROW_WARPS * SUM_STAGES * SUM_DEPTH * SUM_STRIDE;
+}
+
+/* out (W, R), or (R, W) where it is TURNED, (=|+=) alpha m^T v; m (N, W), W a multiple of 8, v
+ * (N, R). Block (x, y): SUM_COLUMNS columns and `rows` rows; with several blocks of rows out is a
+ * matrix for each, which are then added up. */
+template <int RANKS, bool TURNED>
+static __global__ void __launch_bounds__(NARROW_THREADS)
+    narrow_sums(float *out, Write write, const bf16 *m, const float *v, int64_t N, int64_t W, int R,
+                int64_t rows, float alpha) {
+    constexpr int TILES = RANKS / 8, STAGE = SUM_DEPTH * SUM_STRIDE;
+    DYNAMIC_SHARED(memory);
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int64_t c0 = (int64_t)blockIdx.x * SUM_COLUMNS, n0 = blockIdx.y * rows + warp * SUM_DEPTH,
+            end = min(N, (blockIdx.y + 1) * rows);
+    constexpr int STEP = NARROW_WARPS * SUM_DEPTH;
+    bf16 *mine = (bf16 *)memory + warp * SUM_STAGES * STAGE;
+    auto bring = [&](int64_t n, int stage) {
+#pragma unroll
+        for (int i = 0; i < SUM_DEPTH; i += 4) {
+            int64_t row = n + lane / 8 + i, c = c0 + lane % 8 * 8;
+            bool here = row < end && c < W;
+            copy_16(mine + stage * STAGE + (lane / 8 + i) * SUM_STRIDE + lane % 8 * 8,
+                    m + (here ? row * W + c : 0), here);
+        }
+        copies_close_group();
+    };
+    auto given = [&](float(&x)[TILES][4],
+                     int64_t n) { /* rows 2 t, 2 t + 1, 2 t + 8, 2 t + 9 */
+#pragma unroll
+                                  for (int j = 0; j < TILES; j++)
+#pragma unroll
+                                      for (int i = 0; i < 4; i++) {
+                                          int64_t row = n + 2 * t + i % 2 + i / 2 * 8;
+                                          x[j][i] = row < end && 8 * j + g < R
+                                                        ? v[row * R + 8 * j + g]
+                                                        : 0.0f;
+                                      }
+    };
+    float sums[SUM_COLUMNS / 16][TILES][4] = {}, next[TILES][4];
+    for (int s = 0; s < SUM_STAGES - 1; s++) bring(n0 + s * STEP, s);
+    given(next, n0);
+    int stage = 0;
+    for (int64_t n = n0; n < end; n += STEP) {
+        unsigned big[TILES][2], small[TILES][2];
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                take_apart(big[j][i], small[j][i], next[j][2 * i], next[j][2 * i + 1]);
+        copies_wait<SUM_STAGES - 2>();
+        __syncwarp();
+        bring(n + (SUM_STAGES - 1) * STEP, (stage + SUM_STAGES - 1) % SUM_STAGES);
+        given(next, n + STEP);
+#pragma unroll
+        for (int i = 0; i < SUM_COLUMNS / 16; i++) {
+            unsigned a[4];
+            load_turned_tiles(a, mine + stage * STAGE + (lane % 8 + lane / 16 * 8) * SUM_STRIDE +
+                                     16 * i + lane / 8 % 2 * 8);
+#pragma unroll
+            for (int j = 0; j < TILES; j++) {
+                mma_bf16(sums[i][j], a, small[j]);
+                mma_bf16(sums[i][j], a, big[j]);
+            }
+        }
+        stage = (stage + 1) % SUM_STAGES;
+    }
+    copies_wait<0>();
+    out += blockIdx.y * W * R;
+    float *parts = (float *)memory; /* (warps, columns, 16): the stages have been read */
+#pragma unroll
+    for (int j = 0; j < TILES; j += 2) {
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < SUM_COLUMNS / 2; i++)
+            parts[(warp * SUM_COLUMNS + i / 8 * 16 + g + i / 2 % 2 * 8) * 16 + i / 4 % 2 * 8 +
+                  2 * t + i % 2] = sums[i / 8][j + i / 4 % 2][i % 4];
+        __syncthreads();
+        for (int i = threadIdx.x; i < SUM_COLUMNS * 16; i += NARROW_THREADS) {
+            int column = TURNED ? i % SUM_COLUMNS : i / 16,
+                rank = TURNED ? i / SUM_COLUMNS : i % 16;
+            int64_t c = c0 + column;
+            int r = 8 * j + rank;
+            if (c >= W || r >= R) continue;
+            float sum = 0;
+#pragma unroll
+            for (int p = 0; p < NARROW_WARPS; p++)
+                sum += parts[(p * SUM_COLUMNS + column) * 16 + rank];
+            float *to = out + (TURNED ? r * W + c : c * R + r);
+            *to = (write == ADD ? *to : 0.0f) + alpha * sum;
+        }
+    }
+}
+
+/* out (=|+=) the parts, one behind the other, added in order. */
+static __global__ void join_sums(float *out, Write write, const float *parts, int64_t count,
+                                 int number) {
     wait_for_last();
-    const Joined &of = both.of[blockIdx.y];
-    FOR_GRID(i, of.count) {
+    FOR_GRID(i, count) {
         float sum = 0;
 #pragma unroll 4
-        for (int p = 0; p < of.parts; p++) sum += of.from[p * of.count + i];
-        of.out[i] = (of.write == ADD ? of.out[i] : 0.0f) + of.alpha * sum;
+        for (int p = 0; p < number; p++) sum += parts[p * count + i];
+        out[i] = (write == ADD ? out[i] : 0.0f) + sum;
+    }
+}
+
+/* ---- y += u B^T, dx += du A ---- */
+
+#define OUT_THREADS 128
+#define OUT_COLUMNS 128 /* of a warp, which takes sixteen rows at a time */
+
+/* Four neighbours' worth of b for a lane: column n of rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of
+ * sixteen from k0 on; zeros outside. TURNED: K are its rows. */
+template <bool TURNED>
+DEVICE_FUNCTION void read_narrow(unsigned (&big)[2], unsigned (&small)[2], const float *p,
+                                 int64_t i, int64_t k0, int64_t i_end, int64_t k_end) {
+    float x[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        int64_t k = k0 + threadIdx.x % 4 * 2 + j % 2 + j / 2 * 8;
+        x[j] = i < i_end && k < k_end ? p[TURNED ? k * i_end + i : i * k_end + k] : 0.0f;
+    }
+    take_apart(big[0], small[0], x[0], x[1]);
+    take_apart(big[1], small[1], x[2], x[3]);
+}
+
+/* y (=|+=) alpha a b, both f32, shapes as in gemm16. A lane has columns 8 t .. 8 t + 7 of each 32
+ * of the result, where a product has 2 t and 2 t + 1 of eight. packs: eight columns of y can be
+ * read at a time. ONCE: K is at most 16, so b's part stays in registers. */
+template <bool TA, bool TB, bool ONCE>
+static __global__ void __launch_bounds__(OUT_THREADS)
+    narrow_out(bf16 *y, Write write, const float *a, const float *b, Shape shape, float alpha,
+               bool packs) {
+    constexpr int GROUPS = OUT_COLUMNS / 32;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int64_t n0 = (int64_t)blockIdx.x * OUT_COLUMNS, warps = gridDim.y * (OUT_THREADS / 32),
+            warp = blockIdx.y * (OUT_THREADS / 32) + threadIdx.x / 32;
+    unsigned big[GROUPS][4][2], small[GROUPS][4][2];
+    auto read_b = [&](int i, int64_t k) {
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            read_narrow<TB>(big[i][j], small[i][j], b, n0 + 32 * i + g / 2 * 8 + 2 * j + g % 2, k,
+                            shape.N, shape.K);
+    };
+    if (ONCE)
+#pragma unroll
+        for (int i = 0; i < GROUPS; i++) read_b(i, 0);
+    for (int64_t m0 = warp * 16; m0 < shape.M; m0 += warps * 16) {
+        uint4 old[2][GROUPS];
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++) {
+                int64_t m = m0 + g + 8 * p, n = n0 + 32 * i + 8 * t;
+                old[p][i] = uint4{0, 0, 0, 0};
+                if (packs && write == ADD && m < shape.M && n < shape.N)
+                    old[p][i] = *(const uint4 *)(y + m * shape.N + n);
+            }
+        float sums[GROUPS][4][4] = {};
+        for (int64_t k = 0; k < shape.K; k += 16) {
+            unsigned a_big[4], a_small[4];
+#pragma unroll
+            for (int p = 0; p < 2; p++) {
+                unsigned first[2], second[2];
+                read_narrow<TA>(first, second, a, m0 + g + 8 * p, k, shape.M, shape.K);
+                a_big[p] = first[0], a_big[2 + p] = first[1];
+                a_small[p] = second[0], a_small[2 + p] = second[1];
+            }
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++) {
+                if (!ONCE) read_b(i, k);
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    mma_bf16(sums[i][j], a_small, big[i][j]);
+                    mma_bf16(sums[i][j], a_big, small[i][j]);
+                    mma_bf16(sums[i][j], a_big, big[i][j]);
+                }
+            }
+        }
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            int64_t m = m0 + g + 8 * p;
+            if (m >= shape.M) continue;
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++) {
+                int64_t n = n0 + 32 * i + 8 * t;
+                bf16 *to = y + m * shape.N + n;
+                if (packs && n < shape.N) {
+                    unsigned was[4] = {old[p][i].x, old[p][i].y, old[p][i].z, old[p][i].w}, now[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        now[j] = pack_bf16(
+                            __uint_as_float(was[j] << 16) + alpha * sums[i][j][2 * p],
+                            __uint_as_float(was[j] & 0xffff0000u) + alpha * sums[i][j][2 * p + 1]);
+                    *(uint4 *)to = uint4{now[0], now[1], now[2], now[3]};
+                    continue;
+                }
+#pragma unroll
+                for (int c = 0; c < 8; c++) {
+                    if (n + c >= shape.N) break;
+                    float sum = alpha * sums[i][c / 2][2 * p + c % 2];
+                    to[c] = to_bf16(write == ADD ? to_float(to[c]) + sum : sum);
+                }
+            }
+        }
     }
 }
 

@@ -16,16 +16,16 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
     return ROW == 32 ? warp_sum(x) : block_sum(x, space);
 }
 
-/* Packs of a row that a thread holds: of a block for each of few rows, and of a warp for each of
- * many, where nothing waits for other warps. Longer rows are read twice. */
+/* Packs of a row that a thread holds, as many as few rows have need of; of many rows fewer, so that
+ * there are more threads on a processor. Longer rows are read twice. */
 #define HELD      4
-#define HELD_MANY 12
+#define HELD_MANY 2
 #define FEW_ROWS  64
 
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
- * HOLDS packs of a row are read at once and held in registers; 0: none. */
+ * HOLDS packs of a row are held in registers, everything is read at once; 0: none. */
 template <typename T, typename W, int V, int ROW, int HOLDS>
-static __global__ void __launch_bounds__(THREADS, HOLDS ? 2 : 4)
+static __global__ void __launch_bounds__(THREADS, 4 - HOLDS / 2)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
     wait_for_last();
@@ -34,31 +34,32 @@ static __global__ void __launch_bounds__(THREADS, HOLDS ? 2 : 4)
     bool here = n < N; /* every thread goes on to the sums */
     int lane = threadIdx.x % ROW;
     const T *row = x + n * D, *other = residual ? residual + n * D : NULL;
-    constexpr bool ALL = HOLDS == HELD; /* weights and residuals as well */
-    Pack<T, V> held[HOLDS ? HOLDS : 1] = {}, more[ALL ? HOLDS : 1] = {};
-    Pack<W, V> factors[ALL ? HOLDS : 1] = {};
+    constexpr int PACKS = HOLDS ? HOLDS : 1;
+    Pack<T, V> held[PACKS] = {}, more[PACKS] = {};
+    Pack<W, V> factors[PACKS] = {};
     float r = 0, sum = 0;
+    auto read_rest = [&](int i, int64_t d) {
+        if (weight) factors[i] = *(const Pack<W, V> *)(weight + d);
+        if (residual) more[i] = *(const Pack<T, V> *)(other + d);
+    };
 #pragma unroll
     for (int i = 0; i < HOLDS; i++) {
         int64_t d = (lane + i * ROW) * V;
         if (!here || d >= D) break;
         held[i] = *(const Pack<T, V> *)(row + d);
-        if (ALL && weight) factors[i] = *(const Pack<W, V> *)(weight + d);
-        if (ALL && residual) more[i] = *(const Pack<T, V> *)(other + d);
+        read_rest(i, d);
     }
     auto add_square = [&](const Pack<T, V> &pack) {
 #pragma unroll
         for (int j = 0; j < V; j++) sum += to_float(pack.v[j]) * to_float(pack.v[j]);
     };
-    /* From d on: what the pack becomes; what it meets is read here unless all is held. */
-    auto write = [&](int64_t d, const Pack<T, V> &a, Pack<W, V> w, Pack<T, V> b) {
-        if (!ALL && weight) w = *(const Pack<W, V> *)(weight + d);
-        if (!ALL && residual) b = *(const Pack<T, V> *)(other + d);
+    auto write = [&](int i, int64_t d) {
         float out[V];
 #pragma unroll
         for (int j = 0; j < V; j++) {
-            out[j] = weight ? to_float(a.v[j]) * r * to_float(w.v[j]) : to_float(a.v[j]) * r;
-            if (residual) out[j] = rounded<T>(out[j]) + to_float(b.v[j]);
+            float a = to_float(held[i].v[j]);
+            out[j] = weight ? a * r * to_float(factors[i].v[j]) : a * r;
+            if (residual) out[j] = rounded<T>(out[j]) + to_float(more[i].v[j]);
         }
         store(y + n * D + d, out);
     };
@@ -75,21 +76,21 @@ static __global__ void __launch_bounds__(THREADS, HOLDS ? 2 : 4)
     }
 #pragma unroll
     for (int i = 0; i < HOLDS; i++)
-        if (here && (lane + i * ROW) * V < D)
-            write((lane + i * ROW) * V, held[i], factors[ALL ? i : 0], more[ALL ? i : 0]);
-    for (int64_t d = lane * V; !HOLDS && here && d < D; d += ROW * V)
-        write(d, *(const Pack<T, V> *)(row + d), factors[0], more[0]);
+        if (here && (lane + i * ROW) * V < D) write(i, (lane + i * ROW) * V);
+    for (int64_t d = lane * V; !HOLDS && here && d < D; d += ROW * V) {
+        held[0] = *(const Pack<T, V> *)(row + d);
+        read_rest(0, d);
+        write(0, d);
+    }
 }
 
 template <typename T, typename W, int V, int ROW, typename... More>
 static void launch_rows(const Device *device, int64_t N, int64_t D, More... more) {
-    constexpr int MANY = V > 1 ? HELD_MANY : 0;
     unsigned blocks = (unsigned)ceil_div(N, THREADS / ROW);
     if (N <= FEW_ROWS && D <= (int64_t)HELD * ROW * V)
         LAUNCH_NEXT(device, (forward<T, W, V, ROW, HELD>), blocks, THREADS, more...);
-    else if (D <= (int64_t)MANY * 32 * V)
-        LAUNCH_NEXT(device, (forward<T, W, V, 32, MANY>), (unsigned)ceil_div(N, THREADS / 32),
-                    THREADS, more...);
+    else if (D <= (int64_t)HELD_MANY * ROW * V)
+        LAUNCH_NEXT(device, (forward<T, W, V, ROW, HELD_MANY>), blocks, THREADS, more...);
     else
         LAUNCH_NEXT(device, (forward<T, W, V, ROW, 0>), blocks, THREADS, more...);
 }

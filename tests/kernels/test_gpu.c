@@ -154,7 +154,7 @@ static double near(DType dtype) {
 /* ---- norms, rotations, gates ---- */
 
 GPU_CASE(rmsnorm, s, dtype) {
-    static const int64_t widths[] = {7, 64, 260, 1540, 2048, 2816, 3072, 3200};
+    static const int64_t widths[] = {7, 64, 260, 1540, 2048, 2816, 4096, 5376};
     for (int i = 0; i < 8; i++) {
         int64_t N = i % 2 ? 70 : 11, D = widths[i]; /* many rows and few */
         Tensor x = GIVEN(s, dtype, 1, N, D), w = GIVEN(s, i % 2 ? F32 : dtype, 2, D),
@@ -449,6 +449,11 @@ GPU_CASE(products_of_packed_weights, s, dtype) {
         }
 }
 
+/* Of f32 with f32, and with bf16: that is taken apart into 16 bits. */
+static double near_exact(DType dtype) {
+    return dtype == F32 ? 3e-6 : 1e-5;
+}
+
 GPU_CASE(products_of_adapters, s, dtype) {
     static const int64_t rows[] = {5, 70, 1100};
     for (int i = 0; i < 3; i++) {
@@ -459,20 +464,17 @@ GPU_CASE(products_of_adapters, s, dtype) {
                du = SPACE(s, F32, N, R), dA = GIVEN(s, F32, 6, R, in),
                dB = GIVEN(s, F32, 7, out, R), dx = GIVEN(s, dtype, 8, N, in);
         matmul_ordered(NT, u, SET, x, A, 1.0f);
-        result(s, "u", u, 3e-6);
+        result(s, "u", u, near_exact(dtype));
         matmul_ordered(NT, y, ADD, u, B, 2.0f);
         result(s, "y", y, 2 * near(dtype));
         matmul_ordered(NN, du, SET, dy, B, 2.0f);
-        result(s, "du", du, 3e-6);
+        result(s, "du", du, near_exact(dtype));
         matmul_ordered(TN, dB, ADD, dy, u, 2.0f);
-        result(s, "dB", dB, 3e-6);
+        result(s, "dB", dB, near_exact(dtype));
         matmul_ordered(TN, dA, ADD, du, x, 1.0f);
-        result(s, "dA", dA, 3e-6);
+        result(s, "dA", dA, near_exact(dtype));
         matmul_ordered(NN, dx, ADD, du, A, 1.0f);
         result(s, "dx", dx, 2 * near(dtype));
-        matmul_twice(du, dB, dy, B, u, 0.5f);
-        result(s, "du of both", du, 3e-6);
-        result(s, "dB of both", dB, 3e-6);
     }
 }
 
@@ -486,12 +488,13 @@ GPU_CASE(products_of_adapters_of_many_ranks, s, dtype) {
                dy = GIVEN(s, dtype, 5, N, O), u = SPACE(s, F32, N, R), du = SPACE(s, F32, N, R),
                dA = GIVEN(s, F32, 6, R, O), dB = GIVEN(s, F32, 7, O, R);
         matmul_ordered(NT, u, SET, dy, A, 1.0f);
-        result(s, "u", u, 3e-6);
-        matmul_twice(du, dB, dy, B, u, 2.0f);
-        result(s, "du", du, 3e-6);
-        result(s, "dB", dB, 3e-6);
+        result(s, "u", u, near_exact(dtype));
+        matmul_ordered(NN, du, SET, dy, B, 2.0f);
+        result(s, "du", du, near_exact(dtype));
+        matmul_ordered(TN, dB, ADD, dy, u, 2.0f);
+        result(s, "dB", dB, near_exact(dtype));
         matmul_ordered(TN, dA, ADD, du, dy, 1.0f);
-        result(s, "dA", dA, 3e-6);
+        result(s, "dA", dA, near_exact(dtype));
     }
 }
 
