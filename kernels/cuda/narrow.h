@@ -30,7 +30,7 @@ static __global__ void __launch_bounds__(NARROW_THREADS)
     narrow_in(float *u, Write write, const bf16 *m, const float *f, int64_t N, int64_t W, int R,
               float alpha) {
     constexpr int TILES = RANKS / 8, STEP = NARROW_WARPS * 32,
-                  DEEP = RANKS == 16   ? 4
+                  DEEP = RANKS == 16   ? 3
                          : RANKS == 32 ? 2
                                        : 1; /* turns whose reads are under way */
     __shared__ float parts[NARROW_WARPS][IN_ROWS][17];
