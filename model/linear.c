@@ -226,6 +226,16 @@ static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy,
 
 /* ---- forward and backward ---- */
 
+void linear_keep(Linear *l, Arena *arena, int64_t N) {
+    if (l->lora && l->groups == 1) l->lora->u = ARENA_TENSOR(arena, F32, N, l->lora->rank);
+}
+
+/* (N, R) for x A^T: kept while training. */
+static Tensor ranks_of(const Lora *lora, int64_t N, Pass *p) {
+    if (p->training && tensor_present(lora->u)) return tensor_slice(lora->u, 0, N);
+    return ARENA_TENSOR(p->scratch, F32, N, lora->rank);
+}
+
 /* y += scale x A^T B^T for the rows of that adapter. Rows of experts are in an order of their own,
  * so there all of them must belong to it, or none. */
 static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor x, Tensor offsets,
@@ -241,8 +251,7 @@ static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor 
               "%s: rows of several adapters", l->name);
     }
     size_t mark = arena_mark(p->scratch);
-    Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank);
-    Tensor input = adapter_input(lora, x, p);
+    Tensor u = ranks_of(lora, tensor_rows(x), p), input = adapter_input(lora, x, p);
     adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
     adapter_product(l, NT, y, ADD, u, lora->B->value, offsets, lora->scale);
     if (lora->magnitude) scale_columns(y, SET, y, lora->factor);
@@ -304,12 +313,12 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
             grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, 1.0f);
     }
     if (lora) {
-        Tensor u = ARENA_TENSOR(p->scratch, F32, tensor_rows(x), lora->rank),
-               du = arena_like(p->scratch, u);
+        Tensor u = ranks_of(lora, tensor_rows(x), p), du = arena_like(p->scratch, u);
         Tensor input = adapter_input(lora, x, p);
         adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
         if (lora->A->trainable) {
-            adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
+            if (!tensor_present(lora->u))
+                adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
             adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
             adapter_product(l, TN, lora->A->grad, ADD, du, input, offsets, 1.0f);
         }

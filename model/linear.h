@@ -1,8 +1,8 @@
 /* linear.h - y = x W^T, with everything a training method may hang on it.
  *
  * Full training is a weight with a gradient; LoRA is `lora`; DoRA is a lora with a magnitude; a
- * group dimension makes it the matrices of all experts. Linear saves nothing: its input is its
- * caller's, and what the adapter needs is cheaper to compute again than to keep. */
+ * group dimension makes it the matrices of all experts. Linear saves nothing but an adapter's few
+ * ranks: its input is its caller's. */
 #ifndef LINEAR_H
 #define LINEAR_H
 
@@ -20,9 +20,11 @@ typedef struct Lora {
     Tensor factor;    /* (out) f32: m / |W + scale B A|, renewed by linear_refresh; DoRA only */
     int64_t rank;
     float scale, dropout;
-    uint64_t key;      /* of the dropout masks */
-    int number;        /* which of several adapters it belongs to, from 1; see Rows.adapters. 0: the
-                        * only one */
+    Tensor u;     /* (N, R) f32: x A^T of the last training pass, for its way back; absent: it is
+                   * made again (linear_keep) */
+    uint64_t key; /* of the dropout masks */
+    int number;   /* which of several adapters it belongs to, from 1; see Rows.adapters. 0: the
+                   * only one */
     struct Lora *next; /* another adapter's; only where models are run, not trained */
 } Lora;
 
@@ -73,6 +75,9 @@ void linear_learn_scales(Linear *l, ParamList *params);
 /* The factors that go into the rounding of rows first .. first + n - 1 of group g; absent when
  * there are none, or the scheme takes none. */
 Tensor linear_factors(const Linear *l, int64_t g, int64_t first, int64_t n);
+
+/* Places what the way back needs of passes of up to N rows; of linears that run once in a pass. */
+void linear_keep(Linear *l, Arena *arena, int64_t N);
 
 /* y (N, out) = x (N, in) W^T + adapter. */
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p);

@@ -172,6 +172,8 @@ void stack_place(Stack *s, Arena *arena) {
         }
         arena->used = end;
     }
+    for (Linear *l = g->linears.first; l && stack_trains(s); l = l->next)
+        if (!l->weight->tower) linear_keep(l, arena, s->N);
     s->final = ARENA_TENSOR(arena, g->dtype, s->kept, D);
     s->final_rstd = ARENA_TENSOR(arena, F32, s->kept);
 }

@@ -1,6 +1,6 @@
-/* gemm.h - products on tensor cores that cuBLASLt has not: grouped by rows, of packed weights, and
- * of groups to f32 accuracy. Tiles of both operands lie in shared memory, two of each by turns:
- * while one is multiplied the next comes into registers. */
+/* gemm.h - products on tensor cores that cuBLASLt has not: grouped by rows, of packed weights, of
+ * f32 operands into bf16, and of groups to f32 accuracy. Tiles of both operands lie in shared
+ * memory, two of each by turns: while one is multiplied the next comes into registers. */
 #ifndef CUDA_GEMM_H
 #define CUDA_GEMM_H
 
@@ -244,6 +244,122 @@ static __global__ void __launch_bounds__(S::THREADS, S::THREADS > 128 ? 2 : 6)
                 float old = write == ADD ? to_float(y[m * N + n]) : 0.0f;
                 y[m * N + n] = from_float<Y>(old + alpha * sums[i][j][part]);
             }
+}
+
+/* ---- f32 into bf16 ---- */
+
+/* Limited by y where K is small, as that of adapters is. A warp has 16 rows by 128 columns, K goes
+ * by 16; each float is the sum of two bf16 numbers, the product of both small ones left out: 16
+ * bits of the significand, before y rounds to 8. */
+#define NARROW_THREADS 128
+#define NARROW_ROWS    64
+#define NARROW_COLUMNS 128
+#define NARROW_STRIDE  24 /* elements from row to row of a tile of 16 columns: banks differ */
+
+/* Where column n of b is kept among its 32: a lane is to have columns 8 t .. 8 t + 7 of the result,
+ * where a product has 2 t and 2 t + 1 of eight. */
+DEVICE_FUNCTION int narrow_row(int n) {
+    return n / 32 * 32 + n % 8 / 2 * 8 + n % 32 / 8 * 2 + n % 2;
+}
+
+/* ROWS by 16 of an operand, big and small parts; zeros outside. TURNED: K are its rows. */
+template <int ROWS, bool TURNED, bool OF_B>
+DEVICE_FUNCTION void load_narrow(bf16 *big, bf16 *small, const float *p, int64_t i0, int64_t k0,
+                                 int64_t i_end, int64_t k_end) {
+    constexpr int EACH = ROWS * 16 / NARROW_THREADS, WIDTH = TURNED ? ROWS : 16,
+                  STEP = NARROW_THREADS / WIDTH; /* a thread has one column, rows STEP apart */
+    int row = threadIdx.x / WIDTH, column = threadIdx.x % WIDTH;
+    int rows = (int)min((int64_t)(TURNED ? 16 : ROWS), TURNED ? k_end - k0 : i_end - i0) - row;
+    bool here = column < (TURNED ? i_end - i0 : k_end - k0);
+    int64_t width = TURNED ? i_end : k_end;
+    const float *from = p + ((TURNED ? k0 : i0) + row) * width + (TURNED ? i0 : k0) + column;
+    float x[EACH];
+#pragma unroll
+    for (int e = 0; e < EACH; e++) { /* all on their way at once */
+        x[e] = here && e * STEP < rows ? *from : 0.0f;
+        from += STEP * width;
+    }
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+        int i = TURNED ? column : row + e * STEP, k = TURNED ? row + e * STEP : column;
+        int at = (OF_B ? narrow_row(i) : i) * NARROW_STRIDE + k;
+        bf16 high = to_bf16(x[e]);
+        big[at] = high;
+        small[at] = to_bf16(x[e] - to_float(high));
+    }
+}
+
+/* y (=|+=) alpha a b, shapes as in gemm16. packs: eight columns of y can be read at a time. */
+template <bool TA, bool TB>
+static __global__ void __launch_bounds__(NARROW_THREADS, 4)
+    gemm_narrow(bf16 *y, Write write, const float *a, const float *b, Shape shape, float alpha,
+                bool packs) {
+    __shared__ __align__(16) bf16 a_tiles[2][NARROW_ROWS * NARROW_STRIDE];
+    __shared__ __align__(16) bf16 b_tiles[2][NARROW_COLUMNS * NARROW_STRIDE];
+    int64_t m0 = (int64_t)blockIdx.y * NARROW_ROWS, n0 = (int64_t)blockIdx.x * NARROW_COLUMNS;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float sums[NARROW_COLUMNS / 32][4][4] = {}; /* [..][j]: columns 8 t + 2 j and 8 t + 2 j + 1 */
+    for (int64_t k = 0; k < shape.K; k += 16) {
+        if (k) __syncthreads();
+        load_narrow<NARROW_ROWS, TA, false>(a_tiles[0], a_tiles[1], a, m0, k, shape.M, shape.K);
+        load_narrow<NARROW_COLUMNS, TB, true>(b_tiles[0], b_tiles[1], b, n0, k, shape.N, shape.K);
+        __syncthreads();
+        unsigned x[2][4];
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+            load_tiles(x[p], &a_tiles[p][(16 * warp + lane % 16) * NARROW_STRIDE + lane / 16 * 8]);
+#pragma unroll
+        for (int i = 0; i < NARROW_COLUMNS / 32; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j += 2) {
+                unsigned w[2][4];
+                int row = 32 * i + 8 * j + lane % 8 + lane / 16 * 8;
+#pragma unroll
+                for (int p = 0; p < 2; p++)
+                    load_tiles(w[p], &b_tiles[p][row * NARROW_STRIDE + lane / 8 % 2 * 8]);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    unsigned big[2] = {w[0][2 * h], w[0][2 * h + 1]},
+                             small[2] = {w[1][2 * h], w[1][2 * h + 1]};
+                    mma_bf16(sums[i][j + h], x[1], big);
+                    mma_bf16(sums[i][j + h], x[0], small);
+                    mma_bf16(sums[i][j + h], x[0], big);
+                }
+            }
+    }
+#pragma unroll
+    for (int p = 0; p < 2; p++) {
+        int64_t m = m0 + 16 * warp + g + 8 * p;
+        if (m >= shape.M) continue;
+        uint4 old[NARROW_COLUMNS / 32];
+#pragma unroll
+        for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
+            old[i] = uint4{0, 0, 0, 0};
+            if (packs && write == ADD && n0 + 32 * i + 8 * t < shape.N)
+                old[i] = *(const uint4 *)(y + m * shape.N + n0 + 32 * i + 8 * t);
+        }
+#pragma unroll
+        for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
+            int64_t n = n0 + 32 * i + 8 * t;
+            bf16 *to = y + m * shape.N + n;
+            if (packs && n < shape.N) {
+                unsigned was[4] = {old[i].x, old[i].y, old[i].z, old[i].w}, now[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    now[j] = pack_bf16(__uint_as_float(was[j] << 16) + alpha * sums[i][j][2 * p],
+                                       __uint_as_float(was[j] & 0xffff0000u) +
+                                           alpha * sums[i][j][2 * p + 1]);
+                *(uint4 *)to = uint4{now[0], now[1], now[2], now[3]};
+                continue;
+            }
+#pragma unroll
+            for (int c = 0; c < 8; c++) {
+                if (n + c >= shape.N) break;
+                float sum = alpha * sums[i][c / 2][2 * p + c % 2];
+                to[c] = to_bf16(write == ADD ? to_float(to[c]) + sum : sum);
+            }
+        }
+    }
 }
 
 /* ---- f32 ---- */

@@ -6,7 +6,6 @@
  * products too are the library's. Groups go to gemm.h. */
 #include "kernels/cuda/blaslt.h"
 #include "kernels/cuda/gemm_hopper.h"
-#include "kernels/cuda/narrow.h"
 
 extern "C" {
 #include "kernels/elementwise.h"
@@ -208,7 +207,7 @@ DEVICE_FUNCTION int64_t piece_at(const Pieces &p, int64_t i, int piece) {
     return (i / p.cols * PIECES + piece) * p.cols + i % p.cols;
 }
 
-static __global__ void make_pieces(bf16 *out, const float *x, Pieces pieces) {
+static __global__ void take_apart(bf16 *out, const float *x, Pieces pieces) {
     FOR_GRID(i, pieces.rows * pieces.cols) {
         float rest = x[i];
 #pragma unroll
@@ -241,7 +240,7 @@ static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Te
         (char *)cuda_workspace(device, apart + (size_t)tensor_count(y) * PIECES * sizeof(float));
     float *sums = (float *)(memory + apart);
     Pieces of_x = {tensor_rows(x), tensor_cols(x), left ? layout == TN : layout != NT};
-    LAUNCH(device, (make_pieces), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)memory,
+    LAUNCH(device, (take_apart), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)memory,
            data_of<float>(x), of_x);
     int64_t M = left ? PIECES * shape.M : shape.M, N = left ? shape.N : PIECES * shape.N;
     blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a.data,
@@ -253,108 +252,27 @@ static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Te
     });
 }
 
-/* ---- products of adapters ---- */
-
 /* Both are f32 and y is not: what adapters add to their linear. */
-template <bool TA, bool TB>
-static void launch_out(Tensor y, Write write, Tensor a, Tensor b, Shape shape, float alpha) {
-    int64_t columns = ceil_div(shape.N, OUT_COLUMNS),
-            rows = ceil_div(shape.M, 16 * OUT_THREADS / 32),
-            most = ceil_div(8 * (int64_t)cuda_processors(a.device), columns);
-    dim3 grid((unsigned)columns, (unsigned)(rows < most ? rows : most));
-    bool packs = shape.N % 8 == 0 && (uintptr_t)y.data % 16 == 0;
-    if (shape.K <= 16)
-        LAUNCH(a.device, (narrow_out<TA, TB, true>), grid, OUT_THREADS, 0, data_of<bf16>(y), write,
-               data_of<float>(a), data_of<float>(b), shape, alpha, packs);
-    else
-        LAUNCH(a.device, (narrow_out<TA, TB, false>), grid, OUT_THREADS, 0, data_of<bf16>(y), write,
-               data_of<float>(a), data_of<float>(b), shape, alpha, packs);
-}
-
 static void product_rounded(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
                             float alpha) {
+    dim3 grid((unsigned)ceil_div(shape.N, NARROW_COLUMNS),
+              (unsigned)ceil_div(shape.M, NARROW_ROWS));
+    bool packs = shape.N % 8 == 0 && (uintptr_t)y.data % 16 == 0;
+    bf16 *to = data_of<bf16>(y);
+    const float *left = data_of<float>(a), *right = data_of<float>(b);
     if (layout == NT)
-        launch_out<false, false>(y, write, a, b, shape, alpha);
+        LAUNCH(a.device, (gemm_narrow<false, false>), grid, NARROW_THREADS, 0, to, write, left,
+               right, shape, alpha, packs);
     else if (layout == NN)
-        launch_out<false, true>(y, write, a, b, shape, alpha);
+        LAUNCH(a.device, (gemm_narrow<false, true>), grid, NARROW_THREADS, 0, to, write, left,
+               right, shape, alpha, packs);
     else
-        launch_out<true, true>(y, write, a, b, shape, alpha);
-}
-
-template <int RANKS>
-static void launch_in(Layout layout, Tensor u, Write write, Tensor m, Tensor f, float alpha) {
-    int64_t N = tensor_rows(m), W = tensor_cols(m);
-    unsigned grid = (unsigned)ceil_div(N, IN_ROWS);
-    int R = (int)tensor_cols(u);
-    if (layout == NT)
-        LAUNCH(m.device, (narrow_in<RANKS, true>), grid, NARROW_THREADS, 0, data_of<float>(u),
-               write, data_of<bf16>(m), data_of<float>(f), N, W, R, alpha);
-    else
-        LAUNCH(m.device, (narrow_in<RANKS, false>), grid, NARROW_THREADS, 0, data_of<float>(u),
-               write, data_of<bf16>(m), data_of<float>(f), N, W, R, alpha);
-}
-
-/* out (=|+=) alpha m^T v, or its transpose where it is `turned`. */
-template <int RANKS>
-static void launch_sums(Tensor out, Write write, Tensor m, Tensor v, bool turned, float alpha) {
-    const Device *device = m.device;
-    int64_t N = tensor_rows(m), W = tensor_cols(m), columns = ceil_div(W, SUM_COLUMNS),
-            slabs = 2 * (int64_t)cuda_processors(device) / columns,
-            most = ceil_div(N, NARROW_WARPS * SUM_DEPTH), count = tensor_count(out);
-    if (slabs > most) slabs = most;
-    if (slabs < 1) slabs = 1;
-    int64_t rows = ceil_div(ceil_div(N, slabs), SUM_DEPTH) * SUM_DEPTH;
-    slabs = ceil_div(N, rows);
-    float *parts =
-        slabs > 1 ? (float *)cuda_workspace(device, (size_t)(slabs * count) * sizeof(float)) : NULL;
-    float *to = parts ? parts : data_of<float>(out);
-    Write mode = parts ? SET : write;
-    dim3 grid((unsigned)columns, (unsigned)slabs);
-    int R = (int)tensor_cols(v);
-    if (turned)
-        LAUNCH(device, (narrow_sums<RANKS, true>), grid, NARROW_THREADS, narrow_sums_bytes(), to,
-               mode, data_of<bf16>(m), data_of<float>(v), N, W, R, rows, alpha);
-    else
-        LAUNCH(device, (narrow_sums<RANKS, false>), grid, NARROW_THREADS, narrow_sums_bytes(), to,
-               mode, data_of<bf16>(m), data_of<float>(v), N, W, R, rows, alpha);
-    if (parts)
-        LAUNCH_NEXT(device, (join_sums), grid_for(device, count, 256), 256, data_of<float>(out),
-                    write, parts, count, (int)slabs);
-}
-
-/* Runs the statements with RANKS what R is rounded up to. */
-#define WITH_RANKS(R, RANKS, ...)                                                                  \
-    do {                                                                                           \
-        if ((R) <= 16) {                                                                           \
-            constexpr int RANKS = 16;                                                              \
-            __VA_ARGS__;                                                                           \
-        } else if ((R) <= 32) {                                                                    \
-            constexpr int RANKS = 32;                                                              \
-            __VA_ARGS__;                                                                           \
-        } else {                                                                                   \
-            constexpr int RANKS = NARROW_RANKS;                                                    \
-            __VA_ARGS__;                                                                           \
-        }                                                                                          \
-    } while (0)
-
-/* A product of bf16 rows with f32 of few ranks, or over them; false: it is none. */
-static bool narrow_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    bool turned = a.dtype == F32;
-    Tensor wide = turned ? b : a, narrow = turned ? a : b;
-    int64_t R = layout == TN ? tensor_cols(narrow) : tensor_cols(y);
-    if (y.dtype != F32 || wide.dtype != BF16 || R > NARROW_RANKS || !is_aligned(wide) ||
-        (uintptr_t)narrow.data % 16 || (turned && layout != TN))
-        return false;
-    if (layout == TN)
-        WITH_RANKS(R, RANKS, (launch_sums<RANKS>(y, write, wide, narrow, turned, alpha)));
-    else
-        WITH_RANKS(R, RANKS, (launch_in<RANKS>(layout, y, write, wide, narrow, alpha)));
-    return true;
+        LAUNCH(a.device, (gemm_narrow<true, true>), grid, NARROW_THREADS, 0, to, write, left, right,
+               shape, alpha, packs);
 }
 
 static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     Shape shape = {tensor_rows(y), tensor_cols(y), layout == TN ? tensor_rows(a) : tensor_cols(a)};
-    if (a.dtype != b.dtype && narrow_product(layout, y, write, a, b, alpha)) return;
     if (a.dtype != b.dtype)
         product_of_pieces(layout, y, write, a, b, shape, alpha);
     else if (a.dtype == F32 && y.dtype != F32)

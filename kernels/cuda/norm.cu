@@ -16,16 +16,15 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
     return ROW == 32 ? warp_sum(x) : block_sum(x, space);
 }
 
-/* Packs of a row that a thread holds, as many as few rows have need of; of many rows fewer, so that
- * there are more threads on a processor. Longer rows are read twice. */
-#define HELD      4
-#define HELD_MANY 2
-#define FEW_ROWS  64
+/* Packs of a row that a thread holds, in the kernel for few rows that are not longer. Many rows
+ * want many threads on a processor instead. */
+#define HELD     4
+#define FEW_ROWS 64
 
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
- * HOLDS packs of a row are held in registers, everything is read at once; 0: none. */
-template <typename T, typename W, int V, int ROW, int HOLDS>
-static __global__ void __launch_bounds__(THREADS, 4 - HOLDS / 2)
+ * WHOLE: a row is held in registers, everything is read at once. */
+template <typename T, typename W, int V, int ROW, bool WHOLE>
+static __global__ void __launch_bounds__(THREADS, WHOLE ? 2 : 4)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
     wait_for_last();
@@ -34,53 +33,58 @@ static __global__ void __launch_bounds__(THREADS, 4 - HOLDS / 2)
     bool here = n < N; /* every thread goes on to the sums */
     int lane = threadIdx.x % ROW;
     const T *row = x + n * D, *other = residual ? residual + n * D : NULL;
-    constexpr int PACKS = HOLDS ? HOLDS : 1;
-    Pack<T, V> held[PACKS] = {}, more[PACKS] = {};
-    Pack<W, V> factors[PACKS] = {};
+    Pack<T, V> held[HELD] = {}, more[HELD] = {};
+    Pack<W, V> factors[HELD] = {};
     float r = 0, sum = 0;
-    auto read_rest = [&](int i, int64_t d) {
-        if (weight) factors[i] = *(const Pack<W, V> *)(weight + d);
-        if (residual) more[i] = *(const Pack<T, V> *)(other + d);
-    };
+    if constexpr (WHOLE) {
 #pragma unroll
-    for (int i = 0; i < HOLDS; i++) {
-        int64_t d = (lane + i * ROW) * V;
-        if (!here || d >= D) break;
-        held[i] = *(const Pack<T, V> *)(row + d);
-        read_rest(i, d);
+        for (int i = 0; i < HELD; i++) {
+            int64_t d = (lane + i * ROW) * V;
+            if (!here || d >= D) break;
+            held[i] = *(const Pack<T, V> *)(row + d);
+            if (weight) factors[i] = *(const Pack<W, V> *)(weight + d);
+            if (residual) more[i] = *(const Pack<T, V> *)(other + d);
+        }
     }
     auto add_square = [&](const Pack<T, V> &pack) {
 #pragma unroll
         for (int j = 0; j < V; j++) sum += to_float(pack.v[j]) * to_float(pack.v[j]);
     };
-    auto write = [&](int i, int64_t d) {
+    auto write = [&](int64_t d, const Pack<T, V> &a, const Pack<W, V> &w, const Pack<T, V> &b) {
         float out[V];
 #pragma unroll
         for (int j = 0; j < V; j++) {
-            float a = to_float(held[i].v[j]);
-            out[j] = weight ? a * r * to_float(factors[i].v[j]) : a * r;
-            if (residual) out[j] = rounded<T>(out[j]) + to_float(more[i].v[j]);
+            out[j] = weight ? to_float(a.v[j]) * r * to_float(w.v[j]) : to_float(a.v[j]) * r;
+            if (residual) out[j] = rounded<T>(out[j]) + to_float(b.v[j]);
         }
         store(y + n * D + d, out);
     };
     if (given) {
         r = here ? rstd[n] : 0;
     } else {
+        if constexpr (WHOLE) {
 #pragma unroll
-        for (int i = 0; i < HOLDS; i++)
-            if (here && (lane + i * ROW) * V < D) add_square(held[i]);
-        for (int64_t d = lane * V; !HOLDS && here && d < D; d += ROW * V)
-            add_square(*(const Pack<T, V> *)(row + d));
+            for (int i = 0; i < HELD; i++)
+                if (here && (lane + i * ROW) * V < D) add_square(held[i]);
+        } else {
+            for (int64_t d = lane * V; here && d < D; d += ROW * V)
+                add_square(*(const Pack<T, V> *)(row + d));
+        }
         r = 1.0f / sqrtf(row_sum<ROW>(sum, space) / (float)D + eps);
         if (here && rstd && !lane) rstd[n] = r;
     }
+    if constexpr (WHOLE) {
 #pragma unroll
-    for (int i = 0; i < HOLDS; i++)
-        if (here && (lane + i * ROW) * V < D) write(i, (lane + i * ROW) * V);
-    for (int64_t d = lane * V; !HOLDS && here && d < D; d += ROW * V) {
-        held[0] = *(const Pack<T, V> *)(row + d);
-        read_rest(0, d);
-        write(0, d);
+        for (int i = 0; i < HELD; i++)
+            if (here && (lane + i * ROW) * V < D)
+                write((lane + i * ROW) * V, held[i], factors[i], more[i]);
+    } else {
+        for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+            held[0] = *(const Pack<T, V> *)(row + d);
+            if (weight) factors[0] = *(const Pack<W, V> *)(weight + d);
+            if (residual) more[0] = *(const Pack<T, V> *)(other + d);
+            write(d, held[0], factors[0], more[0]);
+        }
     }
 }
 
@@ -88,11 +92,9 @@ template <typename T, typename W, int V, int ROW, typename... More>
 static void launch_rows(const Device *device, int64_t N, int64_t D, More... more) {
     unsigned blocks = (unsigned)ceil_div(N, THREADS / ROW);
     if (N <= FEW_ROWS && D <= (int64_t)HELD * ROW * V)
-        LAUNCH_NEXT(device, (forward<T, W, V, ROW, HELD>), blocks, THREADS, more...);
-    else if (D <= (int64_t)HELD_MANY * ROW * V)
-        LAUNCH_NEXT(device, (forward<T, W, V, ROW, HELD_MANY>), blocks, THREADS, more...);
+        LAUNCH_NEXT(device, (forward<T, W, V, ROW, true>), blocks, THREADS, more...);
     else
-        LAUNCH_NEXT(device, (forward<T, W, V, ROW, 0>), blocks, THREADS, more...);
+        LAUNCH_NEXT(device, (forward<T, W, V, ROW, false>), blocks, THREADS, more...);
 }
 
 template <typename T, typename W, int V, int ROW>

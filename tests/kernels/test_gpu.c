@@ -449,11 +449,6 @@ GPU_CASE(products_of_packed_weights, s, dtype) {
         }
 }
 
-/* Of f32 with f32, and with bf16: that is taken apart into 16 bits. */
-static double near_exact(DType dtype) {
-    return dtype == F32 ? 3e-6 : 1e-5;
-}
-
 GPU_CASE(products_of_adapters, s, dtype) {
     static const int64_t rows[] = {5, 70, 1100};
     for (int i = 0; i < 3; i++) {
@@ -464,37 +459,17 @@ GPU_CASE(products_of_adapters, s, dtype) {
                du = SPACE(s, F32, N, R), dA = GIVEN(s, F32, 6, R, in),
                dB = GIVEN(s, F32, 7, out, R), dx = GIVEN(s, dtype, 8, N, in);
         matmul_ordered(NT, u, SET, x, A, 1.0f);
-        result(s, "u", u, near_exact(dtype));
+        result(s, "u", u, 3e-6);
         matmul_ordered(NT, y, ADD, u, B, 2.0f);
         result(s, "y", y, 2 * near(dtype));
         matmul_ordered(NN, du, SET, dy, B, 2.0f);
-        result(s, "du", du, near_exact(dtype));
+        result(s, "du", du, 3e-6);
         matmul_ordered(TN, dB, ADD, dy, u, 2.0f);
-        result(s, "dB", dB, near_exact(dtype));
+        result(s, "dB", dB, 3e-6);
         matmul_ordered(TN, dA, ADD, du, x, 1.0f);
-        result(s, "dA", dA, near_exact(dtype));
+        result(s, "dA", dA, 3e-6);
         matmul_ordered(NN, dx, ADD, du, A, 1.0f);
         result(s, "dx", dx, 2 * near(dtype));
-    }
-}
-
-/* Of more ranks and columns than a block has at a time, and of ranks that only the library takes.
- */
-GPU_CASE(products_of_adapters_of_many_ranks, s, dtype) {
-    static const int64_t ranks[] = {24, 64, 72};
-    for (int i = 0; i < 3; i++) {
-        int64_t N = 150, R = ranks[i], O = 328;
-        Tensor A = GIVEN(s, F32, 2, R, O), B = GIVEN(s, F32, 3, O, R),
-               dy = GIVEN(s, dtype, 5, N, O), u = SPACE(s, F32, N, R), du = SPACE(s, F32, N, R),
-               dA = GIVEN(s, F32, 6, R, O), dB = GIVEN(s, F32, 7, O, R);
-        matmul_ordered(NT, u, SET, dy, A, 1.0f);
-        result(s, "u", u, near_exact(dtype));
-        matmul_ordered(NN, du, SET, dy, B, 2.0f);
-        result(s, "du", du, near_exact(dtype));
-        matmul_ordered(TN, dB, ADD, dy, u, 2.0f);
-        result(s, "dB", dB, near_exact(dtype));
-        matmul_ordered(TN, dA, ADD, du, dy, 1.0f);
-        result(s, "dA", dA, near_exact(dtype));
     }
 }
 
