@@ -204,7 +204,8 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #if ON_HOPPER
     constexpr int COLUMNS = C / HOPPER_COLUMNS;
     DYNAMIC_SHARED(memory);
-    __shared__ int found[HOPPER_THREADS / 32][3];
+    constexpr int WARPS = HOPPER_THREADS / 32;
+    __shared__ int firsts[WARPS], lasts[WARPS], counts[WARPS];
     bool values = blockIdx.x >= COLUMNS;
     int kv = (int)blockIdx.y % heads.K, column = (int)blockIdx.x % COLUMNS * HOPPER_COLUMNS;
     int64_t s0 = (int64_t)(blockIdx.y / heads.K) * HOPPER_ROWS; /* keys that many see first */
@@ -216,21 +217,21 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         first = min(first, i);
         last = max(last, i);
     }
-    found[warp][0] = warp_least(first);
-    found[warp][1] = warp_most(last);
+    firsts[warp] = warp_least(first);
+    lasts[warp] = warp_most(last);
     __syncthreads();
-    for (int w = 0; w < HOPPER_THREADS / 32; w++) {
-        first = min(first, found[w][0]);
-        last = max(last, found[w][1]);
+    for (int w = 0; w < WARPS; w++) {
+        first = min(first, firsts[w]);
+        last = max(last, lasts[w]);
     }
     int each = (last - first + (int)gridDim.z) / (int)gridDim.z,
         tile = first + (int)blockIdx.z * each, end = min(last + 1, tile + each);
     for (int i = tile + (int)threadIdx.x; i < end; i += HOPPER_THREADS)
         count += sees_any(slab, i, s0, HOPPER_ROWS);
-    found[warp][2] = (int)warp_sum((float)count);
+    counts[warp] = (int)warp_sum((float)count);
     __syncthreads();
     count = 0;
-    for (int w = 0; w < HOPPER_THREADS / 32; w++) count += found[w][2];
+    for (int w = 0; w < WARPS; w++) count += counts[w];
     if (!count && adds) return;
 
     int queries = HOPPER_ROWS / heads.group, half = 0;
