@@ -5,9 +5,12 @@ PKGS     := yaml-0.1 hdf5 jansson nettle libprotobuf-c libpcre2-8 zlib libmicroh
 # What reads pictures and sound, each where its library is found; a static program has those alone that come without others.
 MEDIA    := $(foreach m,JPEG:libjpeg PNG:libpng WEBP:libwebpdemux $(if $(STATIC),,SNDFILE:sndfile SOXR:soxr LIBAV:libavformat),\
             $(shell pkg-config --exists $(lastword $(subst :, ,$(m))) 2>/dev/null && echo $(m)))
+# Ranks, where an MPI is found; never in a static program.
+MPI      := $(if $(STATIC),,$(shell pkg-config --exists ompi-c 2>/dev/null && echo ompi-c || { pkg-config --exists mpich 2>/dev/null && echo mpich; }))
 MEDIAPKGS := $(foreach m,$(MEDIA),$(lastword $(subst :, ,$(m)))) $(if $(findstring LIBAV,$(MEDIA)),libavcodec libavutil libswscale)
-PKG      := $(shell pkg-config --cflags $(PKGS) $(MEDIAPKGS) 2>/dev/null) $(foreach m,$(MEDIA),-DHAVE_$(firstword $(subst :, ,$(m))))
-LIBS      = $(if $(STATIC),$(STATIC_LIBS),$(shell pkg-config --libs $(PKGS) $(MEDIAPKGS) 2>/dev/null)) $(if $(ONEDNN),-ldnnl) $(CUDA_LIBS) -lm
+PKG      := $(shell pkg-config --cflags $(PKGS) $(MEDIAPKGS) 2>/dev/null) $(foreach m,$(MEDIA),-DHAVE_$(firstword $(subst :, ,$(m)))) \
+            $(if $(MPI),$(shell pkg-config --cflags $(MPI)) -DHAVE_MPI)
+LIBS      = $(if $(STATIC),$(STATIC_LIBS),$(shell pkg-config --libs $(PKGS) $(MEDIAPKGS) $(MPI) 2>/dev/null)) $(if $(ONEDNN),-ldnnl) $(CUDA_LIBS) -lm
 SANITIZE ?=
 # The GPU's side is built where its compiler is found; CUDA=0 leaves it out.
 CUDA_HOME ?= /usr/local/cuda
@@ -193,7 +196,7 @@ demo: deps
 	@MODEL="$(MODEL)" DATA="$(DATA)" demo/run.sh
 
 # What the build needs, from Debian; asks for nothing when it is all there.
-EXTRA    := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user libavformat-dev libavcodec-dev libswscale-dev
+EXTRA    := gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user libopenmpi-dev openmpi-bin libavformat-dev libavcodec-dev libswscale-dev
 DEPS     := gcc make pkg-config libyaml-dev libhdf5-dev libjansson-dev $(DNNL) nettle-dev libpcre2-dev zlib1g-dev libmicrohttpd-dev libedit-dev \
             libprotobuf-c-dev protobuf-c-compiler libjpeg62-turbo-dev libpng-dev libwebp-dev libsndfile1-dev libsoxr-dev
 deps:

@@ -176,7 +176,7 @@ Status command_doctor(int argc, char **argv) {
     Session s;
     TRY(run_arguments_load(&config, &a, &run));
     char *store = must_format("/tmp/lapidary-doctor-%d.h5", (int)getpid());
-    Status status = session_open(&s, &config, store, NULL);
+    Status status = session_open(&s, &config, NULL, store, NULL);
     run_config_free(&config);
     if (status == OK) {
         status = examine(&s, !fast);

@@ -392,6 +392,15 @@ static Status read_run(RunConfig *c, Node *root) {
         TRY(get_count(map, "sequences", 1, &c->sequences));
         TRY(get_count(map, "accumulate", 1, &c->accumulate));
     }
+    c->shard = 1;
+    TRY(get_map(root, "parallel", &map));
+    if (map) {
+        double shard = 1;
+        TRY(get_range(map, "shard", 0, 1, &shard));
+        if (shard != 0 && shard != 1)
+            FAIL(ERR_CONFIG, "parallel.shard is %g, expected 0 or 1", shard);
+        c->shard = (int64_t)shard;
+    }
     c->clip = 1.0;
     TRY(get_range(root, "clip", 0, 1e12, &c->clip));
     if (node_find(root, "clip") && node_is_null(node_find(root, "clip"))) c->clip = 0;
@@ -659,8 +668,9 @@ char *run_config_text(const RunConfig *c) {
         yes(c->optimizer.fused));
     put(&o, "schedule: {name: %s, warmup: %.17g, min_lr: %.17g}\n", schedules[c->schedule.name],
         c->schedule.warmup, c->schedule.min_lr);
-    put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\nclip: %.17g\n", c->sequences,
-        c->accumulate, c->clip);
+    put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\n", c->sequences,
+        c->accumulate);
+    put(&o, "parallel: {shard: %" PRId64 "}\nclip: %.17g\n", c->shard, c->clip);
     put_count_or_null(&o, "steps", c->steps);
     put(&o, "epochs: %.17g\nmoe: {aux_loss: %.17g, train_router: %s}\nrecompute: \"%s\"\n",
         c->epochs, c->aux_loss, yes(c->train_router), recomputes[c->recompute]);

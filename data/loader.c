@@ -16,7 +16,7 @@ typedef struct Plan {
 /* One step's micro-batches, as the thread hands them over. */
 typedef struct Slot {
     MicroBatch *batches;
-    int64_t count, trained;
+    int64_t count, trained, all; /* all: micro-batches of every rank */
     Status status;
     char message[512];
 } Slot;
@@ -256,6 +256,12 @@ static void micro_batch_end(MicroBatch *b, const ModelConfig *model) {
         b->batch.span_ends = b->span_ends;
 }
 
+void micro_batches_weigh(MicroBatch *batches, int64_t count, int64_t trained) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t n = 0; n < batches[i].batch.N; n++)
+            batches[i].weights[n] = trained ? 1.0f / (float)trained : 0.0f;
+}
+
 static Status fill(Loader *l, Slot *slot, int64_t step) {
     const LoaderConfig *c = &l->config;
     int64_t epoch = 0;
@@ -264,8 +270,13 @@ static Status fill(Loader *l, Slot *slot, int64_t step) {
     int64_t row = (step - l->epoch_starts[epoch]) * step_rows(c);
     uint8_t *mask = must_malloc((size_t)c->max_length + 1);
     Status status = OK;
-    slot->count = slot->trained = 0;
+    slot->count = slot->trained = slot->all = 0;
     for (int64_t a = 0; a < c->accumulate && row < l->plan.rows && status == OK; a++) {
+        slot->all++;
+        if (c->ranks > 1 && a % c->ranks != c->rank) {
+            row += c->sequences;
+            continue;
+        }
         MicroBatch *b = &slot->batches[slot->count++];
         micro_batch_start(b);
         for (int64_t s = 0; s < c->sequences && row < l->plan.rows && status == OK; s++, row++)
@@ -275,9 +286,7 @@ static Status fill(Loader *l, Slot *slot, int64_t step) {
         micro_batch_end(b, c->model);
         slot->trained += b->trained;
     }
-    for (int64_t i = 0; i < slot->count; i++)
-        for (int64_t n = 0; n < slot->batches[i].batch.N; n++)
-            slot->batches[i].weights[n] = slot->trained ? 1.0f / (float)slot->trained : 0.0f;
+    micro_batches_weigh(slot->batches, slot->count, slot->trained);
     free(mask);
     return status;
 }
@@ -371,6 +380,10 @@ Status loader_next(Loader *l, MicroBatch **batches, int64_t *count, int64_t *tra
     *count = slot->count;
     *trained = slot->trained;
     return OK;
+}
+
+int64_t loader_step_batches(const Loader *l) {
+    return l->slots[(l->next_take - 1) % 2].all;
 }
 
 Status loader_eval_batch(Store *store, bool eval, int64_t *sample, int64_t max_length,

@@ -31,6 +31,7 @@ typedef struct LoaderConfig {
     int64_t steps; /* 0: by epochs */
     double epochs;
     const ModelConfig *model; /* whose pictures may see themselves; NULL: text alone */
+    int rank, ranks; /* of those that share a step's micro-batches, turn by turn; ranks 0: one */
 } LoaderConfig;
 
 /* Plans the run; loader_start then begins filling from step `first` (0 is the beginning). */
@@ -45,9 +46,16 @@ int64_t loader_rows(const Loader *l);               /* packed rows in the first 
 /* The largest micro-batch there is, in tokens. */
 int64_t loader_capacity(const Loader *l);
 
-/* The next step's micro-batches, valid until the next call. `trained` is the number of targets in
- * all of them; each target's weight is 1 / trained. */
+/* The next step's micro-batches that are this rank's, valid until the next call. `trained` is the
+ * number of targets in them; each target's weight is 1 / trained. */
 Status loader_next(Loader *l, MicroBatch **batches, int64_t *count, int64_t *trained);
+
+/* How many micro-batches the step that was taken last has on all ranks: this rank's are rank,
+ * rank + ranks, ... of them. */
+int64_t loader_step_batches(const Loader *l);
+
+/* Gives each target the weight 1 / trained, of all ranks' targets. */
+void micro_batches_weigh(MicroBatch *batches, int64_t count, int64_t trained);
 
 /* All samples of the eval set (or train set) as one batch each of up to max_length tokens, for
  * scoring. */

@@ -17,9 +17,24 @@ static Tensor states(Arena *arena, const OptimizerConfig *config, int64_t n, int
     return ARENA_TENSOR(arena, dtype, n / DYNAMIC_BLOCK, DYNAMIC_BLOCK);
 }
 
+void optimizer_shares(int64_t *bounds, int64_t n, int parts) {
+    int64_t blocks = n / DYNAMIC_BLOCK;
+    for (int i = 0; i <= parts; i++) bounds[i] = blocks * i / parts * DYNAMIC_BLOCK;
+}
+
+/* The blocks of n values that are this optimizer's. */
+static void own_blocks(const OptimizerConfig *c, int64_t n, int64_t *begin, int64_t *end) {
+    int64_t blocks = n / DYNAMIC_BLOCK;
+    *begin = c->parts > 1 ? blocks * c->part / c->parts : 0;
+    *end = c->parts > 1 ? blocks * (c->part + 1) / c->parts : blocks;
+}
+
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n) {
     Arena measure = arena_measure();
-    for (int i = 0; i < moments(config); i++) states(&measure, config, n, i);
+    int64_t begin, end;
+    own_blocks(config, n, &begin, &end);
+    for (int i = 0; i < moments(config); i++)
+        states(&measure, config, (end - begin) * DYNAMIC_BLOCK, i);
     return measure.peak;
 }
 
@@ -28,6 +43,8 @@ Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamLi
     *o = (Optimizer){.config = *config};
     int64_t n = params_bytes(params).trained;
     TRY(arena_init(&o->arena, device, optimizer_measure(config, n), "the optimizer's states"));
+    own_blocks(config, n, &o->begin, &o->end);
+    n = (o->end - o->begin) * DYNAMIC_BLOCK;
     if (moments(config) > 0) o->m = states(&o->arena, config, n, 0);
     if (moments(config) > 1) o->v = states(&o->arena, config, n, 1);
     return OK;
@@ -49,25 +66,38 @@ static bool follows(const Param *p, const Param *q) {
            (char *)q->grad.data == (char *)p->grad.data + bytes;
 }
 
-/* One update of the `count` parameters from `first` on, n values one behind the other. */
+/* Values first .. first + n - 1 of a tensor. */
+static Tensor values_of(Tensor t, int64_t first, int64_t n) {
+    Tensor part = tensor_make((char *)t.data + (size_t)first * dtype_size(t.dtype), t.dtype, 1, &n);
+    part.device = t.device;
+    return part;
+}
+
+/* One update of the `count` parameters from `first` on, n values one behind the other: of what is
+ * this optimizer's share of them. */
 static void update(Optimizer *o, Param *const *first, int count, int64_t n, double lr,
                    double scale) {
     const OptimizerConfig *c = &o->config;
     const Param *p = *first;
-    Tensor value = tensor_make(p->master.data, p->master.dtype, 1, &n),
-           grad = tensor_make(p->grad.data, p->grad.dtype, 1, &n);
-    value.device = p->master.device;
-    grad.device = p->grad.device;
+    int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK,
+            from = block > o->begin ? block : o->begin,
+            to = block + blocks < o->end ? block + blocks : o->end;
+    if (from >= to) return;
+    int64_t skip = (from - block) * DYNAMIC_BLOCK, end = (to - block) * DYNAMIC_BLOCK;
+    if (end > n) end = n;
+    CHECK(c->parts <= 1 || p->master.dtype == F32, "a share of %s", tensor_text(p->master));
+    Tensor value = values_of(p->master, skip, end - skip),
+           grad = values_of(p->grad, skip, end - skip);
     uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
-    int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
-    Tensor m = tensor_slice(o->m, block, blocks), v = tensor_slice(o->v, block, blocks);
+    Tensor m = tensor_slice(o->m, from - o->begin, to - from),
+           v = tensor_slice(o->v, from - o->begin, to - from);
     float decay = p->decay ? (float)c->weight_decay : 0.0f;
     if (c->name == OPTIMIZER_ADAMW)
         adamw_update(value, grad, m, v, (float)scale, (float)lr, (float)c->beta1, (float)c->beta2,
                      (float)c->eps, decay, o->t, key);
     else
         sgd_update(value, grad, m, (float)scale, (float)lr, (float)c->momentum, decay, o->t, key);
-    for (int i = 0; i < count; i++) param_publish(first[i]);
+    for (int i = 0; i < count && c->parts <= 1; i++) param_publish(first[i]);
 }
 
 #define ALL_LAYERS INT_MIN

@@ -11,23 +11,32 @@ typedef struct OptimizerConfig {
     double lr, beta1, beta2, eps, weight_decay, momentum;
     uint64_t seed;    /* of the rounding of values that have no master */
     bool states_8bit; /* moments in DYNAMIC8 and DYNAMIC8_UNSIGNED, else f32 */
+    int part, parts;  /* which of several equal shares of the space is updated here, and has its
+                       * states here; parts 0: all of it */
 } OptimizerConfig;
 
 typedef struct Optimizer {
     OptimizerConfig config;
     Arena arena;
-    Tensor m, v; /* (n / 256, 256) over the space; SGD has only m, and that only with momentum */
-    int64_t t;   /* updates made */
+    Tensor m,
+        v; /* (end - begin, 256) over the space; SGD has only m, and that only with momentum */
+    int64_t begin, end; /* blocks of 256 values that are updated here */
+    int64_t t;          /* updates made */
 } Optimizer;
 
-/* Bytes of state for n trainable values, padding included (ParamBytes.trained). */
+/* Where the shares of n values begin, in values: bounds[0 .. parts]. */
+void optimizer_shares(int64_t *bounds, int64_t n, int parts);
+
+/* Bytes of state for n trainable values, padding included (ParamBytes.trained), or for the share.
+ */
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n);
 Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
                       Device *device);
 void optimizer_free(Optimizer *o);
 
-/* One update at rate `lr`, every gradient multiplied by `scale` first; then publishes bf16 values.
- */
+/* One update at rate `lr`, every gradient multiplied by `scale` first; then publishes bf16 values,
+ * unless it is of a share, which the caller joins with the others and publishes. A share is of f32
+ * values or masters. */
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
 
 /* The same in parts: optimizer_begin, then each layer's parameters, and those of none (-1), once.

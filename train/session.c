@@ -1,6 +1,7 @@
 /* session.c - opening a run. */
 #include "train/session.h"
 #include "formats/file.h"
+#include "kernels/random.h"
 #include "train/adapt.h"
 
 #include <inttypes.h>
@@ -125,7 +126,9 @@ static Status make_plan(Session *s) {
                            s->config.optimizer.weight_decay,
                            s->config.optimizer.momentum,
                            (uint64_t)s->config.seed,
-                           s->config.optimizer.states_8bit};
+                           s->config.optimizer.states_8bit,
+                           s->comm.rank,
+                           s->config.shard ? s->comm.size : 1};
     s->g.params.no_masters = s->config.optimizer.no_masters;
     s->g.params.one_layer = s->config.optimizer.fused;
     ParamBytes bytes = params_bytes(&s->g.params);
@@ -156,9 +159,30 @@ static Status make_plan(Session *s) {
     return OK;
 }
 
-Status session_open(Session *s, RunConfig *config, const char *store_path,
+/* What all ranks must have in common. */
+static Status check_ranks(Session *s) {
+    const Comm *comm = &s->comm;
+    const RunConfig *c = &s->config;
+    const SampleSet *train = &s->store.train;
+    uint64_t data = random_key((uint64_t)train->count, (uint64_t)s->store.eval.count);
+    if (!comm_is_many(comm)) return OK;
+    if (train->count) data = random_key(data, (uint64_t)train->begins[train->count]);
+    TRY(comm_agree(comm, "dataset", data));
+    TRY(comm_agree(comm, "kind of device", (uint64_t)s->g.device->kind));
+    if (c->accumulate < comm->size)
+        FAIL(ERR_CONFIG,
+             "batch.accumulate is %" PRId64 ", expected at least %d: ranks share a step's "
+             "micro-batches",
+             c->accumulate, comm->size);
+    if (c->optimizer.no_masters || c->optimizer.fused)
+        FAIL(ERR_CONFIG, "optimizer.%s: expected masters f32 and fused false with several ranks",
+             c->optimizer.fused ? "fused" : "masters");
+    return OK;
+}
+
+Status session_open(Session *s, RunConfig *config, const Comm *comm, const char *store_path,
                     StoreProgress *progress) {
-    *s = (Session){.config = *config};
+    *s = (Session){.config = *config, .comm = comm ? *comm : (Comm){0, 1}};
     *config = (RunConfig){0}; /* the session owns it now */
     const RunConfig *c = &s->config;
     Device *device;
@@ -172,16 +196,19 @@ Status session_open(Session *s, RunConfig *config, const char *store_path,
     TRY_DONE(row_reader_init(&s->reader, &s->config.data, s->tokenizer, c->model));
     bool towers = checkpoint_has_towers(&s->checkpoint);
     if (towers) s->reader.reading.config = &s->checkpoint.config;
-    TRY_DONE(declare(s, device, towers)); /* what is wrong is said before the data is read */
+    TRY_DONE(declare(s, device, towers));     /* what is wrong is said before the data is read */
+    if (s->comm.rank) comm_barrier(&s->comm); /* until the first rank has the store */
     TRY_DONE(open_data(s, store_path, progress));
+    if (!s->comm.rank) comm_barrier(&s->comm);
+    TRY_DONE(check_ranks(s));
     if (s->store.media_count && !towers)
         FAIL_DONE(ERR_CONFIG, "%s: holds media, and %s has no towers", s->store.file.path,
                   c->model);
     TRY_DONE(check_media(s));
     if (towers && !s->store.media_count) TRY_DONE(declare(s, device, false));
-    LoaderConfig loader = {c->sequences, c->accumulate,   c->data.max_length,
-                           c->seed,      c->data.shuffle, c->data.packing,
-                           c->steps,     c->epochs,       &s->checkpoint.config};
+    LoaderConfig loader = {c->sequences,          c->accumulate,   c->data.max_length, c->seed,
+                           c->data.shuffle,       c->data.packing, c->steps,           c->epochs,
+                           &s->checkpoint.config, s->comm.rank,    s->comm.size};
     TRY_DONE(loader_open(&s->loader, &s->store, &loader));
     const char *shortcut = getenv("LAPIDARY_SHORTCUT"); /* 0: for measuring what it saves */
     s->options = (StepOptions){.shortcut = !shortcut || strcmp(shortcut, "0"),

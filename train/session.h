@@ -7,6 +7,7 @@
 #include "formats/adapter.h"
 #include "formats/checkpoint.h"
 #include "optim/optimizer.h"
+#include "train/comm.h"
 
 /* What the run will take, byte for byte, before any of it is taken. */
 typedef struct MemoryPlan {
@@ -22,6 +23,7 @@ typedef struct MemoryPlan {
 
 typedef struct Session {
     RunConfig config;
+    Comm comm;
     Checkpoint checkpoint;
     Tokenizer *tokenizer;
     RowReader reader;
@@ -37,9 +39,10 @@ typedef struct Session {
 } Session;
 
 /* Opens checkpoint, tokenizer and dataset, declares the model and makes the memory plan; takes no
- * memory for weights yet. Tokenises JSONL into `store_path` unless a fresh store is already there.
- */
-Status session_open(Session *s, RunConfig *config, const char *store_path, StoreProgress *progress);
+ * memory for weights yet. Tokenises JSONL into `store_path` unless a fresh store is already there:
+ * of several ranks the first does, and the others wait. `comm`: NULL for one process alone. */
+Status session_open(Session *s, RunConfig *config, const Comm *comm, const char *store_path,
+                    StoreProgress *progress);
 
 /* Takes the memory, loads the weights, starts the optimizer. ERR_IO when the plan does not fit. */
 Status session_place(Session *s);

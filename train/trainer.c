@@ -1,6 +1,7 @@
 /* trainer.c - steps, evaluations, saves, and what is shown of them. */
 #include "train/trainer.h"
 #include "formats/file.h"
+#include "formats/sha256.h"
 #include "kernels/elementwise.h"
 #include "kernels/random.h"
 #include "kernels/update.h"
@@ -41,7 +42,14 @@ typedef struct Trainer {
     const char *output;
     Progress progress;
     AskFunction *ask; /* NULL: no eval_tasks */
+    Comm comm;
+    bool stop; /* some rank was asked to */
 } Trainer;
+
+/* Rank 0 writes and says what there is to write and to say. */
+static bool speaks(const Trainer *t) {
+    return !t->comm.rank;
+}
 
 /* ---- saving ---- */
 
@@ -80,7 +88,53 @@ static void prune(const Trainer *t) {
     free(path);
 }
 
-static Status save(Trainer *t) {
+/* The states of all shares, on rank 0 and in the host's memory: `all` there is what one process
+ * would have. */
+static Status collect_states(const Trainer *t, Optimizer *all) {
+    const Optimizer *o = &t->s.optimizer;
+    OptimizerConfig whole = o->config;
+    int64_t n = params_bytes(&t->s.g.params).trained;
+    whole.parts = 0;
+    TRY(optimizer_init(all, &whole, &t->s.g.params, device_cpu()));
+    all->t = o->t;
+    Tensor mine[] = {o->m, o->v}, to[] = {all->m, all->v};
+    int64_t bounds[t->comm.size + 1];
+    optimizer_shares(bounds, n, t->comm.size);
+    for (int i = 0; i < 2; i++) {
+        if (!tensor_present(mine[i])) continue;
+        Tensor host;
+        TRY(tensor_stage(&host, mine[i]));
+        tensor_read(host.data, mine[i]);
+        for (int r = 0; r < t->comm.size; r++) {
+            Tensor part = tensor_slice(to[i], bounds[r] / DYNAMIC_BLOCK,
+                                       (bounds[r + 1] - bounds[r]) / DYNAMIC_BLOCK);
+            comm_fetch(&t->comm, r, part.data, host.data, tensor_bytes(part));
+        }
+        tensor_unstage(mine[i], host, true);
+    }
+    return OK;
+}
+
+/* The same from a save: the share of a state that one process wrote. */
+static Status load_state(Trainer *t, const char *path) {
+    Optimizer all = {0}, *o = &t->s.optimizer;
+    OptimizerConfig whole = o->config;
+    if (o->config.parts <= 1) return run_state_load(&t->state, &t->s.g.params, o, path);
+    Status status = OK;
+    whole.parts = 0;
+    TRY_DONE(optimizer_init(&all, &whole, &t->s.g.params, device_cpu()));
+    TRY_DONE(run_state_load(&t->state, &t->s.g.params, &all, path));
+    o->t = all.t;
+    if (tensor_present(o->m))
+        tensor_write(o->m, tensor_slice(all.m, o->begin, o->end - o->begin).data);
+    if (tensor_present(o->v))
+        tensor_write(o->v, tensor_slice(all.v, o->begin, o->end - o->begin).data);
+done:
+    optimizer_free(&all);
+    return status;
+}
+
+static Status write_save(Trainer *t, const Optimizer *states) {
     char *final = must_format("%s/checkpoints/step-%" PRId64, t->output, t->state.step),
          *temporary = NULL;
     char *newest = path_join(t->output, weights_name(t)), *inner = NULL, *state = NULL;
@@ -89,7 +143,7 @@ static Status save(Trainer *t) {
     inner = path_join(temporary, weights_name(t));
     state = path_join(temporary, "state.h5");
     TRY_DONE(save_weights(t, inner));
-    TRY_DONE(run_state_save(&t->state, &t->s.g.params, &t->s.optimizer, state));
+    TRY_DONE(run_state_save(&t->state, &t->s.g.params, states, state));
     status = folder_commit(temporary, final);
     temporary = NULL;
     if (status != OK) goto done;
@@ -104,6 +158,18 @@ done:
     return status;
 }
 
+static Status save(Trainer *t) {
+    Optimizer all = {0};
+    bool shared = t->s.optimizer.config.parts > 1;
+    Status status = OK;
+    if (shared) TRY_DONE(collect_states(t, &all));
+    if (speaks(t)) TRY_DONE(write_save(t, shared ? &all : &t->s.optimizer));
+    comm_barrier(&t->comm);
+done:
+    optimizer_free(&all);
+    return status;
+}
+
 /* ---- evaluation ---- */
 
 Status evaluate(Session *s, StepMemory *memory, double *loss) {
@@ -115,14 +181,18 @@ Status evaluate(Session *s, StepMemory *memory, double *loss) {
     MicroBatch batch = {0};
     float *nll = must_malloc((size_t)capacity * sizeof *nll);
     double total = 0;
+    int turn = 0;
     Status status = OK;
     if (!memory->activations.capacity) TRY_DONE(step_init(memory, &s->g, capacity, &options));
     while (sample < s->store.eval.count) {
         TRY_DONE(loader_eval_batch(&s->store, true, &sample, capacity, &s->g.config, &batch));
         batch.batch.weights = NULL;
+        if (comm_is_many(&s->comm) && turn++ % s->comm.size != s->comm.rank) continue;
         total += step_run(&s->g, memory, &batch.batch, &options, nll);
         trained += batch.trained;
     }
+    total = comm_sum(&s->comm, total);
+    trained = comm_sum_count(&s->comm, trained);
     *loss = trained ? total / (double)trained : NAN;
 done:
     micro_batch_free(&batch);
@@ -139,7 +209,7 @@ static Status evaluate_and_keep(Trainer *t, double *loss) {
     }
     t->state.best_eval = *loss;
     t->state.evals_without_gain = 0;
-    if (!t->s.config.save_best) return OK;
+    if (!t->s.config.save_best || !speaks(t)) return OK;
     char *path = path_join(t->output, "best");
     Status status = save_weights(t, path);
     free(path);
@@ -151,7 +221,7 @@ static bool stopping(void) {
 }
 
 static Status ask_tasks(Trainer *t) {
-    if (!t->ask) return OK;
+    if (!t->ask || !speaks(t)) return OK; /* what others wait for, at the next sum */
     progress_clear(&t->progress);
     Status status = t->ask(&t->s, t->state.step, stopping, &t->log);
     return status == ERR_STOPPED ? OK : status; /* the loop ends and saves */
@@ -188,6 +258,13 @@ static const char *worst_parameter(const ParamList *params) {
     return worst;
 }
 
+/* Every share of the flat space from its rank. */
+static void all_gather_shares(const Trainer *t, Tensor space) {
+    int64_t bounds[t->comm.size + 1];
+    optimizer_shares(bounds, tensor_count(space), t->comm.size);
+    comm_all_gather(&t->comm, space, bounds);
+}
+
 static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t count, double loss,
                               double norm) {
     Session *s = &t->s;
@@ -201,7 +278,9 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
         }
     if (listed > 8) text_addf(&rows, " and %d more", listed - 8);
     const char *what = isfinite(norm) && isfinite(loss) ? "gradient spike" : "not finite";
-    const char *where = worst_parameter(&s->g.params);
+    const char *where;
+    if (s->optimizer.config.parts > 1) all_gather_shares(t, s->g.params.grads);
+    where = worst_parameter(&s->g.params);
     progress_clear(&t->progress);
     Status status = OK;
     if (s->config.stop_on_bad_step)
@@ -236,13 +315,35 @@ static void update_layer(void *context, int layer) {
     fill(grads, 0.0f);
 }
 
+/* Gradients of all ranks: each rank has the sum of its share, or of everything where that is
+ * updated everywhere, or is to be masked first. The norm of all of them, the same on every rank. */
+static double sum_gradients(Trainer *t) {
+    Session *s = &t->s;
+    Tensor grads = s->g.params.grads;
+    double squares;
+    if (!comm_is_many(&t->comm)) {
+        gemma_finish_gradients(&s->g);
+        return gradients_norm(&s->g.params);
+    }
+    int64_t bounds[t->comm.size + 1], first, n;
+    optimizer_shares(bounds, tensor_count(grads), t->comm.size);
+    if (s->optimizer.config.parts > 1 && !fake_quant_on(&s->g.fake))
+        comm_reduce_scatter(&t->comm, grads, bounds);
+    else
+        comm_all_reduce(&t->comm, grads);
+    gemma_finish_gradients(&s->g);
+    first = bounds[t->comm.rank];
+    n = bounds[t->comm.rank + 1] - first;
+    sum_of_squares(&squares, tensor_slice(grads, first, n));
+    return sqrt(comm_sum(&t->comm, squares));
+}
+
 /* The update of a step whose gradients are all there: the norm, clipping, or leaving it out. */
 static Status update_all(Trainer *t, const MicroBatch *batches, int64_t count, double lr,
                          Metrics *m) {
     Session *s = &t->s;
     double scale = 1, norm;
-    gemma_finish_gradients(&s->g);
-    norm = m->grad_norm = gradients_norm(&s->g.params);
+    norm = m->grad_norm = sum_gradients(t);
     m->skipped = !isfinite(m->loss) || !isfinite(norm) || is_spike(&t->state, norm);
     if (m->skipped) {
         TRY(report_bad_step(t, batches, count, m->loss, norm));
@@ -252,6 +353,10 @@ static Status update_all(Trainer *t, const MicroBatch *batches, int64_t count, d
     t->state.norms[t->state.norm_count++ % NORM_HISTORY] = (float)norm;
     if (s->config.clip > 0 && norm > s->config.clip) scale = s->config.clip / (norm + 1e-6);
     optimizer_step(&s->optimizer, &s->g.params, lr, scale);
+    if (s->optimizer.config.parts > 1) {
+        all_gather_shares(t, s->g.params.space);
+        params_publish(&s->g.params);
+    }
     return OK;
 }
 
@@ -271,6 +376,9 @@ static Status one_step(Trainer *t, Metrics *m) {
     MicroBatch *batches;
     int64_t count, trained, tokens = 0;
     TRY(loader_next(s->loader, &batches, &count, &trained));
+    int64_t all = loader_step_batches(s->loader), ranks = s->comm.size;
+    trained = comm_sum_count(&s->comm, trained);
+    if (ranks > 1) micro_batches_weigh(batches, count, trained);
     double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0;
     Fused fused = {.s = s, .lr = lr};
     if (s->config.optimizer.fused) {
@@ -281,14 +389,17 @@ static Status one_step(Trainer *t, Metrics *m) {
     gradients_zero(&s->g.params);
     s->g.fake.blend = adapt_blend(&s->config, t->state.step);
     for (int64_t i = 0; i < count; i++) {
-        s->options.key =
-            random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step), (uint64_t)i);
+        s->options.key = random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step),
+                                    (uint64_t)(i * ranks + s->comm.rank));
         s->options.load = t->load;
-        s->options.aux_scale = (float)(s->config.aux_loss / (double)count);
+        s->options.aux_scale = (float)(s->config.aux_loss / (double)all);
         loss += step_run(&s->g, &s->memory, &batches[i].batch, &s->options, t->nll);
-        if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)count;
+        if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)all;
         tokens += batches[i].batch.N;
     }
+    loss = comm_sum(&s->comm, loss);
+    aux = comm_sum(&s->comm, aux);
+    tokens = comm_sum_count(&s->comm, tokens);
     *m = (Metrics){.loss = loss,
                    .aux_loss = t->load ? aux : NAN,
                    .lr = lr,
@@ -311,6 +422,7 @@ static Status one_step(Trainer *t, Metrics *m) {
 static Status log_expert_load(Trainer *t) {
     if (!t->load) return OK;
     int64_t E = t->s.g.config.num_experts;
+    comm_sum_floats(&t->comm, t->load->by_layer, t->s.g.config.num_hidden_layers * E);
     for (int l = 0; l < t->s.g.config.num_hidden_layers; l++) {
         float *counts = t->load->by_layer + l * E;
         double total = 0, most = 0, least = INFINITY;
@@ -320,7 +432,7 @@ static Status log_expert_load(Trainer *t) {
             least = fmin(least, counts[e]);
             counts[e] = 0;
         }
-        if (total <= 0) continue;
+        if (total <= 0 || !speaks(t)) continue;
         double fair = total / (double)E;
         TRY(metrics_add_expert_share(&t->log,
                                      &(ExpertShare){t->state.step, l, most / fair, least / fair}));
@@ -335,10 +447,10 @@ static Status loop(Trainer *t) {
     if (has_eval && !t->state.step) {
         double loss;
         TRY(evaluate(&t->s, &t->eval_memory, &loss));
-        fprintf(stderr, "eval loss before training: %.4f\n", loss);
+        if (speaks(t)) fprintf(stderr, "eval loss before training: %.4f\n", loss);
     }
     if (!t->state.step) TRY(ask_tasks(t));
-    while (t->state.step < t->steps && !stop_requested && !stopped_early) {
+    while (t->state.step < t->steps && !t->stop && !stopped_early) {
         Metrics m;
         double begin = progress_now();
         TRY(one_step(t, &m));
@@ -350,18 +462,19 @@ static Status loop(Trainer *t) {
             TRY(evaluate_and_keep(t, &m.eval_loss));
             stopped_early = c->early_stop && t->state.evals_without_gain >= c->early_stop;
         }
-        TRY(metrics_add(&t->log, &m));
+        if (speaks(t)) TRY(metrics_add(&t->log, &m));
         TRY(log_expert_load(t));
         if (due) TRY(ask_tasks(t));
-        progress_show(&t->progress, &m, t->steps);
+        if (speaks(t)) progress_show(&t->progress, &m, t->steps);
         if (t->state.step % c->save_every == 0) {
             TRY(save(t));
             saved = t->state.step;
         }
+        t->stop = comm_most(&t->comm, stop_requested);
     }
     progress_clear(&t->progress);
     if (saved != t->state.step || t->state.step == 0) TRY(save(t));
-    if (stopped_early)
+    if (stopped_early && speaks(t))
         note("stopped at step %" PRId64 ": %" PRId64 " evaluations without a better loss",
              t->state.step, t->state.evals_without_gain);
     return OK;
@@ -409,27 +522,43 @@ static void report_data(const Store *store) {
             store->eval.count);
 }
 
+/* That all ranks run this program with this run file. */
+static Status compare_ranks(const Comm *comm, const RunConfig *config) {
+    char hash[65];
+    if (!comm_is_many(comm)) return OK;
+    char *text = run_config_text(config);
+    uint64_t key = random_key_name(1, text);
+    free(text);
+    TRY(sha256_file(hash, "/proc/self/exe"));
+    TRY(comm_agree(comm, "program", random_key_name(1, hash)));
+    return comm_agree(comm, "run file", key);
+}
+
 static Status start(Trainer *t, RunConfig *config, bool resume) {
-    int64_t step;
-    TRY(open_folder(config, resume, &step));
+    int64_t step = 0;
+    TRY(compare_ranks(&t->comm, config));
+    if (speaks(t)) TRY(open_folder(config, resume, &step));
+    comm_broadcast(&t->comm, &step, sizeof step);
     char *store = path_join(config->output, "data.h5");
-    Status status = session_open(&t->s, config, store, progress_rows);
+    Status status = session_open(&t->s, config, &t->comm, store, speaks(t) ? progress_rows : NULL);
     free(store);
     progress_clear(&t->progress);
     TRY(status);
     Session *s = &t->s;
     t->output = s->config.output;
-    report_data(&s->store);
-    memory_plan_print(&s->plan);
+    if (speaks(t)) {
+        report_data(&s->store);
+        memory_plan_print(&s->plan);
+    }
     TRY(session_place(s));
     t->state.best_eval = INFINITY;
     if (step) {
         char *path = must_format("%s/checkpoints/step-%" PRId64 "/state.h5", t->output, step);
-        status = run_state_load(&t->state, &s->g.params, &s->optimizer, path);
+        status = load_state(t, path);
         free(path);
         TRY(status);
         gemma_refresh(&s->g, &s->memory.scratch);
-        fprintf(stderr, "resuming at step %" PRId64 "\n", t->state.step);
+        if (speaks(t)) fprintf(stderr, "resuming at step %" PRId64 "\n", t->state.step);
     }
     t->steps = loader_steps(s->loader);
     TRY(loader_start(s->loader, t->state.step));
@@ -439,7 +568,7 @@ static Status start(Trainer *t, RunConfig *config, bool resume) {
         t->load->by_layer = must_calloc(
             (size_t)(s->g.config.num_hidden_layers * s->g.config.num_experts), sizeof(float));
     }
-    return metrics_open(&t->log, t->output, t->state.step);
+    return speaks(t) ? metrics_open(&t->log, t->output, t->state.step) : OK;
 }
 
 static void watch_signals(void) {
@@ -452,17 +581,20 @@ Status train_run(RunConfig *config, bool resume, AskFunction *ask) {
     Trainer t = {.ask = config->eval_tasks.names.count ? ask : NULL};
     Status status = OK;
     progress_init(&t.progress);
+    TRY_DONE(comm_open(&t.comm));
     TRY_DONE(start(&t, config, resume));
     watch_signals();
     TRY_DONE(loop(&t));
     metrics_close(&t.log);
-    char *report = path_join(t.output, "report.svg");
-    status = plot_runs(report, &t.output, 1);
-    free(report);
-    if (status == OK && stop_requested && t.state.step < t.steps)
+    if (speaks(&t)) {
+        char *report = path_join(t.output, "report.svg");
+        status = plot_runs(report, &t.output, 1);
+        free(report);
+    }
+    if (status == OK && t.stop && t.state.step < t.steps)
         FAIL_DONE(ERR_STOPPED, "stopped at step %" PRId64 " of %" PRId64 ", saved in %s",
                   t.state.step, t.steps, t.output);
-    if (status == OK)
+    if (status == OK && speaks(&t))
         fprintf(stderr,
                 "done: %" PRId64 " steps, %" PRId64
                 " skipped; weights in %s/%s, curve in %s/report.svg\n",
@@ -475,5 +607,9 @@ done:
     free(t.nll);
     session_close(&t.s);
     run_config_free(config);
+    if (status != OK && status != ERR_STOPPED && comm_is_many(&t.comm))
+        status_prefix(status, "rank %d", t.comm.rank);
+    else
+        comm_close(&t.comm);
     return status;
 }

@@ -247,7 +247,7 @@ CASE(loader, packing_is_first_fit_and_segments_are_apart) {
     MicroBatch *batches;
     int64_t count, trained;
     build_lengths(&s, 100, &r, &c);
-    LoaderConfig config = {2, 2, 16, 3, true, true, 0, 1, NULL};
+    LoaderConfig config = {2, 2, 16, 3, true, true, 0, 1, NULL, 0, 1};
     EXPECT_OK(loader_open(&l, &s, &config));
     EXPECT_OK(loader_start(l, 0));
     int seen[100] = {0};
@@ -281,7 +281,7 @@ CASE(loader, starting_late_gives_the_same_batches) {
     RowReader r;
     Store s;
     build_lengths(&s, 60, &r, &c);
-    LoaderConfig config = {1, 3, 20, 5, true, true, 0, 2.5, NULL};
+    LoaderConfig config = {1, 3, 20, 5, true, true, 0, 2.5, NULL, 0, 1};
     Loader *whole, *late;
     EXPECT_OK(loader_open(&whole, &s, &config));
     EXPECT_OK(loader_start(whole, 0));

@@ -183,7 +183,12 @@ static void follow_peft(const char *kind, const char *variant) {
     Run r;
     run_open(&r, f.dir, F32, false, &spec, STACK_KEEP);
     EXPECT_OK(peft_load(&r.g, dir));
-    OptimizerConfig config = {OPTIMIZER_ADAMW, 5e-4, 0.9, 0.999, 1e-2, 0.1, 0, 0, false};
+    OptimizerConfig config = {.name = OPTIMIZER_ADAMW,
+                              .lr = 5e-4,
+                              .beta1 = 0.9,
+                              .beta2 = 0.999,
+                              .eps = 1e-2,
+                              .weight_decay = 0.1};
     Optimizer optimizer;
     EXPECT_OK(optimizer_init(&optimizer, &config, &r.g.params, device_cpu()));
     int64_t count;

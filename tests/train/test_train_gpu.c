@@ -148,10 +148,10 @@ CASE(gpu, launches_of_released_shapes_fit) {
     if (!is_emulated()) SKIP("a GPU runs what it is given");
     for (size_t i = 0; i < sizeof presets / sizeof *presets; i++) {
         expect_launches(presets[i], "--weights bf16 --tokens 4", "attend");
-        expect_launches(presets[i], "--train lora --tokens 4096", "hopper_gradient");
+        expect_launches(presets[i], "--train lora --tokens 4096", "attention_slopes");
         expect_launches(presets[i], "--train full --tokens 4096 --lean --recompute", "adamw");
     }
-    expect_launches("e2b", "--train qlora --tokens 4096", "OF_QUERIES");
+    expect_launches("e2b", "--train qlora --tokens 4096", "query_products");
     expect_launches("26b-a4b", "--train qlora --tokens 4096", "combine_rows");
     expect_launches("26b-a4b", "--weights q4_0 --tokens 4", "few_rows");
 }

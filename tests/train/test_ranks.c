@@ -1,0 +1,173 @@
+/* test_ranks.c - runs of several ranks under mpirun: the losses of one process, whatever their
+ * number, and what ends them. */
+#include "formats/file.h"
+#include "formats/sha256.h"
+#include "tests/fixture.h"
+#include "tests/program.h"
+#include "train/metrics.h"
+
+#include <math.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define MPIRUN "mpirun --allow-run-as-root --oversubscribe --bind-to none"
+
+static const char *alone; /* the program as one process */
+
+/* From here on the program runs as so many ranks; 1: as one process without MPI. */
+static void take_ranks(int ranks) {
+    if (!alone) alone = must_format("%s", program_path());
+    char *line =
+        ranks == 1 ? must_format("%s", alone) : must_format(MPIRUN " -n %d %s", ranks, alone);
+    setenv("LAPIDARY_PROGRAM", line, 1);
+    free(line);
+}
+
+/* A tiny model, whose run file says 30 steps of four micro-batches. Four ranks on two processors
+ * are no place for threads that wait actively. */
+static void prepare(const char *model) {
+    const char *f = test_folder();
+    if (system("command -v mpirun >/dev/null 2>&1")) SKIP("no mpirun");
+    setenv("OMP_NUM_THREADS", "1", 1);
+    setenv("OMP_WAIT_POLICY", "passive", 1);
+    take_ranks(1);
+    EXPECT_RUN(0, "init %s %s/model --tokenizer demo/tokenizer --dtype f32", model, f);
+    char *path = path_join(f, "run.yaml"),
+         *text =
+             must_format("model: %s/model\noutput: %s/out\ndtype: f32\n"
+                         "data: {train: demo/gems.jsonl, eval: 0.05, max_length: 64, chat_format: "
+                         "small}\n"
+                         "batch: {sequences: 1, accumulate: 4}\nsteps: 30\neval_every: 10\n"
+                         "save: {every: 5, keep: 9}\noptimizer: {lr: 1.0e-4, eps: 1.0e-2}\n",
+                         f, f);
+    EXPECT_OK(file_write(path, text, strlen(text)));
+    free(path), free(text);
+    take_ranks(2);
+    program_run("train %s/none.yaml", f);
+    if (strstr(program_output(), "has no MPI")) SKIP("this build has no MPI");
+}
+
+/* 30 losses, the first within 1e-6 and all within 1e-5 of those of `one`. */
+static void expect_near(const char *one, const char *other) {
+    Metrics *x, *y;
+    int64_t m, n;
+    char *a = must_format("%s/%s/metrics.csv", test_folder(), one),
+         *b = must_format("%s/%s/metrics.csv", test_folder(), other);
+    EXPECT_OK(metrics_read(&x, &m, a));
+    EXPECT_OK(metrics_read(&y, &n, b));
+    EXPECT(m == 30 && n == 30, "%d and %d steps", (int)m, (int)n);
+    for (int i = 0; i < 30; i++) {
+        double error = fabs(x[i].loss - y[i].loss) / fabs(x[i].loss);
+        EXPECT(error <= (i ? 1e-5 : 1e-6), "%s: loss %d is off by %.1e", other, i + 1, error);
+        EXPECT(x[i].tokens == y[i].tokens && x[i].trained_tokens == y[i].trained_tokens,
+               "%s: step %d has other rows", other, i + 1);
+        if (isnan(x[i].eval_loss)) continue;
+        error = fabs(x[i].eval_loss - y[i].eval_loss) / fabs(x[i].eval_loss);
+        EXPECT(error <= 1e-5, "%s: the evaluation at %d is off by %.1e", other, i + 1, error);
+    }
+    free(x), free(y), free(a), free(b);
+}
+
+static void expect_same_bits(const char *a, const char *b) {
+    char *x = path_join(test_folder(), a), *y = path_join(test_folder(), b), hash_x[65], hash_y[65];
+    EXPECT_OK(sha256_file(hash_x, x));
+    EXPECT_OK(sha256_file(hash_y, y));
+    EXPECT(!strcmp(hash_x, hash_y), "%s and %s differ", a, b);
+    free(x), free(y);
+}
+
+/* One process, and from `least` to `most` ranks. */
+static void compare_numbers(const char *name, int least, int most, const char *more) {
+    const char *f = test_folder();
+    char *one = must_format("%s1", name);
+    for (int n = 1; n <= most; n = n == 1 ? least : n + 1) {
+        take_ranks(n);
+        EXPECT_RUN(0, "train %s/run.yaml output=%s/%s%d %s", f, f, name, n, more);
+        char *other = must_format("%s%d", name, n);
+        if (n > 1) expect_near(one, other);
+        free(other);
+    }
+    free(one);
+}
+
+CASE(ranks, full_training_has_the_losses_of_one_process) {
+    const char *f = test_folder();
+    prepare("tiny");
+    compare_numbers("full", 2, 4, "method=full optimizer.lr=3e-5");
+    take_ranks(3);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/again method=full optimizer.lr=3e-5", f, f);
+    expect_same_bits("full3/model/model.safetensors", "again/model/model.safetensors");
+    EXPECT_RUN(0,
+               "train %s/run.yaml output=%s/whole method=full optimizer.lr=3e-5 parallel.shard=0",
+               f, f);
+    expect_same_bits("full3/model/model.safetensors", "whole/model/model.safetensors");
+}
+
+CASE(ranks, adapters_have_the_losses_of_one_process) {
+    prepare("tiny");
+    compare_numbers("lora", 2, 2, "method=lora lora.rank=4 lora.dropout=0.1");
+    compare_numbers("qlora", 4, 4, "method=qlora lora.rank=4 optimizer.states=8bit");
+    compare_numbers("qat", 3, 3, "method=qat");
+}
+
+CASE(ranks, experts_have_the_losses_of_one_process) {
+    Fixture fixture = fixture_open("model_26b-a4b.h5");
+    char *path = path_join(fixture.dir, "config.json"), *text, *vocab;
+    size_t size;
+    EXPECT_OK(file_read(&text, &size, path, 1 << 20));
+    while ((vocab = strstr(text, ": 80")))
+        memcpy(vocab, ":2e3", 4); /* room for the small tokenizer */
+    EXPECT_OK(file_write(path, text, size));
+    prepare(path);
+    free(path), free(text);
+    compare_numbers("moe", 3, 4,
+                    "method=lora lora.rank=4 lora.experts=true moe.train_router=true "
+                    "moe.aux_loss=0.01");
+}
+
+/* Two ranks of which the second is killed once there is a save: the run ends, and three ranks go on
+ * where it was. */
+CASE(ranks, a_killed_rank_ends_the_run_and_others_resume_it) {
+    const char *f = test_folder();
+    prepare("tiny");
+    take_ranks(1);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/one method=full", f, f);
+    char *line =
+             must_format(MPIRUN " -n 2 sh -c 'echo $$ >%s/pid.$OMPI_COMM_WORLD_RANK; exec %s train "
+                                "%s/run.yaml output=%s/two method=full' >%s/killed 2>&1",
+                         f, alone, f, f, f),
+         *saved = must_format("%s/two/checkpoints/step-5/state.h5", f),
+         *stop = must_format("kill -KILL $(cat %s/pid.1)", f);
+    pid_t child = fork();
+    if (!child) _exit(system(line) ? 1 : 0);
+    for (int i = 0; i < 6000 && !file_exists(saved); i++) usleep(5000);
+    EXPECT(file_exists(saved), "no save came in time");
+    EXPECT(!system(stop), "the second rank is gone already");
+    int status = 0;
+    for (int i = 0; i < 300 && !waitpid(child, &status, WNOHANG); i++) usleep(100000);
+    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 1, "the run goes on without its rank");
+    take_ranks(3);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/two method=full --resume", f, f);
+    expect_near("one", "two");
+    free(line), free(saved), free(stop);
+}
+
+CASE(ranks, ranks_that_do_not_fit_together_are_refused) {
+    const char *f = test_folder();
+    prepare("tiny");
+    take_ranks(4);
+    EXPECT_EXIT(1, "batch.accumulate is 2, expected at least 4",
+                "train %s/run.yaml output=%s/few batch.accumulate=2 method=full", f, f);
+    EXPECT_EXIT(1, "expected masters f32",
+                "train %s/run.yaml output=%s/lean method=full optimizer.masters=none dtype=bf16", f,
+                f);
+    take_ranks(1);
+    char *pair = must_format(MPIRUN " -n 1 %s train %s/run.yaml : -n 1 %s", alone, f, alone);
+    setenv("LAPIDARY_PROGRAM", pair, 1);
+    EXPECT_EXIT(1, "rank 1 has another run file than rank 0", "train %s/run.yaml seed=8", f);
+    take_ranks(1);
+    EXPECT_EXIT(1, "shard is 5, expected 0 to 1", "train %s/run.yaml output=%s/no parallel.shard=5",
+                f, f);
+    free(pair);
+}

@@ -1,0 +1,254 @@
+/* comm.c - ranks over MPI. */
+#include "train/comm.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef HAVE_MPI
+#include <mpi.h>
+#endif
+
+/* Elements that a rank sends another at a time, and bytes of one message. */
+#define PIECE   ((int64_t)1 << 20)
+#define MESSAGE ((size_t)1 << 26)
+
+/* How many processes were started together, by what the launchers leave in the environment. */
+static int started_together(void) {
+    static const char *const names[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const char *size = getenv(names[i]);
+        if (size && atoi(size) > 0) return atoi(size);
+    }
+    return getenv("PMIX_RANK") ? 2 : 1; /* at least */
+}
+
+#ifdef HAVE_MPI
+
+Status comm_open(Comm *c) {
+    int given;
+    *c = (Comm){0, 1};
+    if (started_together() == 1) return OK;
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given);
+    MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &c->size);
+    return OK;
+}
+
+void comm_close(Comm *c) {
+    int open;
+    if (c->size) {
+        MPI_Initialized(&open);
+        if (open) MPI_Finalize();
+    }
+    *c = (Comm){0};
+}
+
+void comm_barrier(const Comm *c) {
+    if (comm_is_many(c)) MPI_Barrier(MPI_COMM_WORLD);
+}
+
+static void broadcast_from(int root, void *bytes, size_t count) {
+    for (size_t done = 0; done < count; done += MESSAGE) {
+        size_t n = count - done < MESSAGE ? count - done : MESSAGE;
+        MPI_Bcast((char *)bytes + done, (int)n, MPI_BYTE, root, MPI_COMM_WORLD);
+    }
+}
+
+void comm_broadcast(const Comm *c, void *bytes, size_t count) {
+    if (comm_is_many(c)) broadcast_from(0, bytes, count);
+}
+
+/* `bytes` of each rank one behind the other, for all. Caller frees. */
+static void *gather_all(const Comm *c, const void *mine, int bytes) {
+    void *all = must_malloc((size_t)c->size * (size_t)bytes);
+    MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, MPI_COMM_WORLD);
+    return all;
+}
+
+double comm_sum(const Comm *c, double x) {
+    if (!comm_is_many(c)) return x;
+    double *all = gather_all(c, &x, sizeof x), sum = 0;
+    for (int r = 0; r < c->size; r++) sum += all[r];
+    free(all);
+    return sum;
+}
+
+int64_t comm_sum_count(const Comm *c, int64_t x) {
+    if (!comm_is_many(c)) return x;
+    int64_t sum;
+    MPI_Allreduce(&x, &sum, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD);
+    return sum;
+}
+
+int comm_most(const Comm *c, int x) {
+    if (!comm_is_many(c)) return x;
+    int most;
+    MPI_Allreduce(&x, &most, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    return most;
+}
+
+/* Rank r's part of x, of bounds[r] .. bounds[r + 1], in the pieces in which all send at a time. */
+static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
+    int64_t longest = 0;
+    float *got = must_malloc((size_t)(c->size * PIECE) * sizeof *got);
+    MPI_Request *requests = must_malloc((size_t)(2 * c->size) * sizeof *requests);
+    for (int r = 0; r < c->size; r++)
+        if (bounds[r + 1] - bounds[r] > longest) longest = bounds[r + 1] - bounds[r];
+    for (int64_t done = 0; done < longest; done += PIECE) {
+        int count = 0;
+        int64_t mine = 0;
+        for (int r = 0; r < c->size; r++) {
+            int64_t left = bounds[r + 1] - bounds[r] - done, n = left < PIECE ? left : PIECE;
+            if (r == c->rank) mine = n;
+            if (r == c->rank || n <= 0) continue;
+            MPI_Isend(x + bounds[r] + done, (int)n, MPI_FLOAT, r, 0, MPI_COMM_WORLD,
+                      &requests[count++]);
+        }
+        for (int r = 0; r < c->size && mine > 0; r++)
+            if (r != c->rank)
+                MPI_Irecv(got + r * PIECE, (int)mine, MPI_FLOAT, r, 0, MPI_COMM_WORLD,
+                          &requests[count++]);
+        MPI_Waitall(count, requests, MPI_STATUSES_IGNORE);
+        float *own = x + bounds[c->rank] + done;
+#pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < mine; i++) {
+            float sum = 0;
+            for (int r = 0; r < c->size; r++) sum += r == c->rank ? own[i] : got[r * PIECE + i];
+            own[i] = sum;
+        }
+    }
+    free(requests);
+    free(got);
+}
+
+static void all_gather(const Comm *c, float *x, const int64_t *bounds) {
+    for (int r = 0; r < c->size; r++)
+        broadcast_from(r, x + bounds[r], (size_t)(bounds[r + 1] - bounds[r]) * sizeof *x);
+}
+
+Status comm_agree(const Comm *c, const char *what, uint64_t value) {
+    if (!comm_is_many(c)) return OK;
+    uint64_t *all = gather_all(c, &value, sizeof value);
+    int other = 0;
+    for (int r = c->size - 1; r > 0; r--)
+        if (all[r] != all[0]) other = r;
+    free(all);
+    if (other)
+        FAIL(ERR_CONFIG, "rank %d has another %s than rank 0, expected the same on all %d", other,
+             what, c->size);
+    return OK;
+}
+
+void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t count) {
+    if (root == 0) {
+        if (c->rank == 0) memcpy(to, from, count);
+        return;
+    }
+    for (size_t done = 0; done < count; done += MESSAGE) {
+        size_t n = count - done < MESSAGE ? count - done : MESSAGE;
+        if (c->rank == root)
+            MPI_Send((const char *)from + done, (int)n, MPI_BYTE, 0, 1, MPI_COMM_WORLD);
+        else if (c->rank == 0)
+            MPI_Recv((char *)to + done, (int)n, MPI_BYTE, root, 1, MPI_COMM_WORLD,
+                     MPI_STATUS_IGNORE);
+    }
+}
+
+#else
+
+Status comm_open(Comm *c) {
+    *c = (Comm){0, 1};
+    if (started_together() > 1)
+        FAIL(ERR_CONFIG, "started as one of several ranks, and this build has no MPI: install it "
+                         "(libopenmpi-dev) and build again");
+    return OK;
+}
+
+void comm_close(Comm *c) {
+    *c = (Comm){0};
+}
+void comm_barrier(const Comm *c) {
+    (void)c;
+}
+void comm_broadcast(const Comm *c, void *bytes, size_t count) {
+    (void)c, (void)bytes, (void)count;
+}
+double comm_sum(const Comm *c, double x) {
+    (void)c;
+    return x;
+}
+int64_t comm_sum_count(const Comm *c, int64_t x) {
+    (void)c;
+    return x;
+}
+int comm_most(const Comm *c, int x) {
+    (void)c;
+    return x;
+}
+Status comm_agree(const Comm *c, const char *what, uint64_t value) {
+    (void)c, (void)what, (void)value;
+    return OK;
+}
+static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
+    (void)c, (void)x, (void)bounds;
+}
+static void all_gather(const Comm *c, float *x, const int64_t *bounds) {
+    (void)c, (void)x, (void)bounds;
+}
+void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t count) {
+    (void)c, (void)root;
+    memcpy(to, from, count);
+}
+
+#endif
+
+/* The tensor's numbers in the host's memory: itself, or a copy. */
+static float *hosted(Tensor t) {
+    CHECK(t.dtype == F32, "ranks exchange %s", tensor_text(t));
+    if (t.device->kind == DEVICE_CPU) return t.data;
+    float *host = must_malloc(tensor_bytes(t));
+    tensor_read(host, t);
+    return host;
+}
+
+static void give_back(Tensor t, float *host) {
+    if (host == t.data) return;
+    tensor_write(t, host);
+    free(host);
+}
+
+void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds) {
+    if (!comm_is_many(c)) return;
+    float *x = hosted(t);
+    reduce_scatter(c, x, bounds);
+    give_back(t, x);
+}
+
+void comm_all_gather(const Comm *c, Tensor t, const int64_t *bounds) {
+    if (!comm_is_many(c)) return;
+    float *x = hosted(t);
+    all_gather(c, x, bounds);
+    give_back(t, x);
+}
+
+/* Equal parts of `count`. */
+static int64_t *equal_parts(const Comm *c, int64_t count) {
+    int64_t *bounds = must_malloc((size_t)(c->size + 1) * sizeof *bounds);
+    for (int r = 0; r <= c->size; r++) bounds[r] = count * r / c->size;
+    return bounds;
+}
+
+void comm_sum_floats(const Comm *c, float *x, int64_t count) {
+    if (!comm_is_many(c)) return;
+    int64_t *bounds = equal_parts(c, count);
+    reduce_scatter(c, x, bounds);
+    all_gather(c, x, bounds);
+    free(bounds);
+}
+
+void comm_all_reduce(const Comm *c, Tensor t) {
+    if (!comm_is_many(c)) return;
+    float *x = hosted(t);
+    comm_sum_floats(c, x, tensor_count(t));
+    give_back(t, x);
+}

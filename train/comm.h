@@ -1,0 +1,53 @@
+/* comm.h - the ranks of a run: processes that MPI has started together, each with a part of the
+ * work.
+ *
+ * Everything is called by all ranks, in the same order. Sums are made in the order of the ranks by
+ * the rank they belong to, so that every rank has the same bits and a run repeats. Alone, a process
+ * is rank 0 of 1 and nothing here does anything. Tensors on a GPU go through the host's memory.
+ * When a rank ends otherwise than by comm_close, mpirun ends the others. */
+#ifndef COMM_H
+#define COMM_H
+
+#include "kernels/tensor.h"
+
+typedef struct Comm {
+    int rank, size; /* size 0: not opened, one process */
+} Comm;
+
+static inline bool comm_is_many(const Comm *c) {
+    return c->size > 1;
+}
+
+/* Joins the ranks that mpirun or a scheduler started. ERR_CONFIG: it started several, and this
+ * build has no MPI. */
+Status comm_open(Comm *c);
+void comm_close(Comm *c);
+
+void comm_barrier(const Comm *c);
+
+/* From rank 0 to all. */
+void comm_broadcast(const Comm *c, void *bytes, size_t count);
+
+/* The sum over all ranks, and the largest. */
+double comm_sum(const Comm *c, double x);
+int64_t comm_sum_count(const Comm *c, int64_t x);
+int comm_most(const Comm *c, int x);
+void comm_sum_floats(const Comm *c, float *x, int64_t count);
+
+/* ERR_CONFIG on all ranks where one has another value than rank 0: "rank 2 has another WHAT". */
+Status comm_agree(const Comm *c, const char *what, uint64_t value);
+
+/* t f32, cut at bounds[0 .. size]: rank r's part becomes the sum of all ranks' of it, the rest is
+ * left as it is. */
+void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds);
+
+/* Every part becomes what its rank has. */
+void comm_all_gather(const Comm *c, Tensor t, const int64_t *bounds);
+
+/* Both, over the whole of t: every rank has the sum. */
+void comm_all_reduce(const Comm *c, Tensor t);
+
+/* Rank `root`'s bytes to rank 0, at `to`; others do nothing. */
+void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t count);
+
+#endif
