@@ -396,9 +396,9 @@ static Status read_run(RunConfig *c, Node *root) {
     TRY(get_map(root, "parallel", &map));
     if (map) {
         double shard = 1;
-        TRY(get_range(map, "shard", 0, 1, &shard));
-        if (shard != 0 && shard != 1)
-            FAIL(ERR_CONFIG, "parallel.shard is %g, expected 0 or 1", shard);
+        TRY(get_range(map, "shard", 0, 2, &shard));
+        if (shard != 0 && shard != 1 && shard != 2)
+            FAIL(ERR_CONFIG, "parallel.shard is %g, expected 0, 1 or 2", shard);
         c->shard = (int64_t)shard;
     }
     c->clip = 1.0;

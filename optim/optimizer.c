@@ -35,6 +35,7 @@ size_t optimizer_measure(const OptimizerConfig *config, int64_t n) {
     own_blocks(config, n, &begin, &end);
     for (int i = 0; i < moments(config); i++)
         states(&measure, config, (end - begin) * DYNAMIC_BLOCK, i);
+    if (config->own_grads) ARENA_TENSOR(&measure, F32, (end - begin) * DYNAMIC_BLOCK);
     return measure.peak;
 }
 
@@ -47,6 +48,7 @@ Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamLi
     n = (o->end - o->begin) * DYNAMIC_BLOCK;
     if (moments(config) > 0) o->m = states(&o->arena, config, n, 0);
     if (moments(config) > 1) o->v = states(&o->arena, config, n, 1);
+    if (config->own_grads) o->grads = ARENA_TENSOR(&o->arena, F32, n);
     return OK;
 }
 
@@ -87,7 +89,8 @@ static void update(Optimizer *o, Param *const *first, int count, int64_t n, doub
     if (end > n) end = n;
     CHECK(c->parts <= 1 || p->master.dtype == F32, "a share of %s", tensor_text(p->master));
     Tensor value = values_of(p->master, skip, end - skip),
-           grad = values_of(p->grad, skip, end - skip);
+           grad = c->own_grads ? values_of(o->grads, (from - o->begin) * DYNAMIC_BLOCK, end - skip)
+                               : values_of(p->grad, skip, end - skip);
     uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
     Tensor m = tensor_slice(o->m, from - o->begin, to - from),
            v = tensor_slice(o->v, from - o->begin, to - from);
@@ -128,6 +131,36 @@ void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, dou
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
     optimizer_begin(o);
     update_those(o, params, ALL_LAYERS, lr, scale);
+}
+
+/* Whether q's gradients, and its place in the space, come right behind p's. */
+static bool lies_behind(const Param *p, const Param *q) {
+    int64_t span = (tensor_count(p->value) + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK * DYNAMIC_BLOCK;
+    return q->trainable && q->layer == p->layer && q->offset == p->offset + span &&
+           (float *)q->grad.data == (float *)p->grad.data + span;
+}
+
+void optimizer_take_gradients(Optimizer *o, const ParamList *params, int layer,
+                              ReduceFunction *reduce, void *context) {
+    for (int i = 0, next; i < params->count; i = next) {
+        const Param *p = params->items[i];
+        next = i + 1;
+        if (!p->trainable || p->layer != layer) continue;
+        while (next < params->count && lies_behind(params->items[next - 1], params->items[next]))
+            next++;
+        const Param *last = params->items[next - 1];
+        int64_t begin = p->offset,
+                end = last->offset + (tensor_count(last->value) + DYNAMIC_BLOCK - 1) /
+                                         DYNAMIC_BLOCK * DYNAMIC_BLOCK,
+                low = o->begin * DYNAMIC_BLOCK, high = o->end * DYNAMIC_BLOCK;
+        Tensor run = values_of(p->grad, 0, end - begin);
+        reduce(context, run, begin);
+        if (low < begin) low = begin;
+        if (high > end) high = end;
+        if (low < high)
+            scale_copy(values_of(o->grads, low - o->begin * DYNAMIC_BLOCK, high - low), ADD,
+                       values_of(run, low - begin, high - low), 1.0f);
+    }
 }
 
 double gradients_norm(const ParamList *params) {

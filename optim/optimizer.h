@@ -13,6 +13,7 @@ typedef struct OptimizerConfig {
     bool states_8bit; /* moments in DYNAMIC8 and DYNAMIC8_UNSIGNED, else f32 */
     int part, parts;  /* which of several equal shares of the space is updated here, and has its
                        * states here; parts 0: all of it */
+    bool own_grads;   /* the share's gradients are the optimizer's, in Optimizer.grads */
 } OptimizerConfig;
 
 typedef struct Optimizer {
@@ -20,6 +21,7 @@ typedef struct Optimizer {
     Arena arena;
     Tensor m,
         v; /* (end - begin, 256) over the space; SGD has only m, and that only with momentum */
+    Tensor grads;       /* f32, of the share; absent: those of the parameters */
     int64_t begin, end; /* blocks of 256 values that are updated here */
     int64_t t;          /* updates made */
 } Optimizer;
@@ -43,6 +45,14 @@ void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
  */
 void optimizer_begin(Optimizer *o);
 void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale);
+
+/* Adds the share's part of a layer's gradients (-1: of what is in none), as they are in the
+ * parameters, to own ones. `reduce` is given each run of them that lies together, n values from
+ * `grads` on, and where in the space that run begins; it makes the share's part the sum of all
+ * ranks'. */
+typedef void ReduceFunction(void *context, Tensor grads, int64_t first);
+void optimizer_take_gradients(Optimizer *o, const ParamList *params, int layer,
+                              ReduceFunction *reduce, void *context);
 
 /* The norm of all gradients together, in f64. */
 double gradients_norm(const ParamList *params);

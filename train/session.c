@@ -97,6 +97,12 @@ static void plan_tower_cache(Session *s) {
     p->total += p->towers;
 }
 
+/* A layer's gradients go to their ranks as soon as they are there, and the next layer takes their
+ * place. */
+static bool shares_gradients(const Session *s) {
+    return s->config.shard >= 2 && comm_is_many(&s->comm);
+}
+
 /* What the run file asks for, or without a wish the first that fits: a tenth stays free for the
  * page cache, the tokenizer and the rest of the machine. On the CPU all memory is the host's. */
 static bool takes_mode(const Session *s, StackMode mode) {
@@ -128,9 +134,10 @@ static Status make_plan(Session *s) {
                            (uint64_t)s->config.seed,
                            s->config.optimizer.states_8bit,
                            s->comm.rank,
-                           s->config.shard ? s->comm.size : 1};
+                           s->config.shard ? s->comm.size : 1,
+                           shares_gradients(s)};
     s->g.params.no_masters = s->config.optimizer.no_masters;
-    s->g.params.one_layer = s->config.optimizer.fused;
+    s->g.params.one_layer = s->config.optimizer.fused || shares_gradients(s);
     ParamBytes bytes = params_bytes(&s->g.params);
     p->weights = bytes.values;
     p->masters = bytes.masters;

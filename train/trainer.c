@@ -278,9 +278,10 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
         }
     if (listed > 8) text_addf(&rows, " and %d more", listed - 8);
     const char *what = isfinite(norm) && isfinite(loss) ? "gradient spike" : "not finite";
-    const char *where;
-    if (s->optimizer.config.parts > 1) all_gather_shares(t, s->g.params.grads);
-    where = worst_parameter(&s->g.params);
+    const char *where = "a parameter of another rank's share";
+    if (s->optimizer.config.parts > 1 && !s->optimizer.config.own_grads)
+        all_gather_shares(t, s->g.params.grads);
+    if (!s->optimizer.config.own_grads) where = worst_parameter(&s->g.params);
     progress_clear(&t->progress);
     Status status = OK;
     if (s->config.stop_on_bad_step)
@@ -315,6 +316,29 @@ static void update_layer(void *context, int layer) {
     fill(grads, 0.0f);
 }
 
+/* A run of gradients that begins at value `first` of the space: every rank has the sum of what its
+ * share has of it. */
+static void reduce_run(void *context, Tensor grads, int64_t first) {
+    const Trainer *t = context;
+    int64_t bounds[t->comm.size + 1], n = tensor_count(grads);
+    optimizer_shares(bounds, params_bytes(&t->s.g.params).trained, t->comm.size);
+    for (int r = 0; r <= t->comm.size; r++) {
+        bounds[r] -= first;
+        if (bounds[r] < 0) bounds[r] = 0;
+        if (bounds[r] > n) bounds[r] = n;
+    }
+    comm_reduce_scatter(&t->comm, grads, bounds);
+}
+
+/* A layer's gradients of this micro-batch go to the ranks whose shares they are. */
+static void share_layer(void *context, int layer) {
+    Trainer *t = context;
+    ParamList *params = &t->s.g.params;
+    gemma_finish_layer(&t->s.g, layer);
+    optimizer_take_gradients(&t->s.optimizer, params, layer, reduce_run, t);
+    if (layer >= 0) fill(params->layer_grads, 0.0f);
+}
+
 /* Gradients of all ranks: each rank has the sum of its share, or of everything where that is
  * updated everywhere, or is to be masked first. The norm of all of them, the same on every rank. */
 static double sum_gradients(Trainer *t) {
@@ -326,6 +350,11 @@ static double sum_gradients(Trainer *t) {
         return gradients_norm(&s->g.params);
     }
     int64_t bounds[t->comm.size + 1], first, n;
+    if (s->optimizer.config.own_grads) {
+        share_layer(t, -1);
+        sum_of_squares(&squares, s->optimizer.grads);
+        return sqrt(comm_sum(&t->comm, squares));
+    }
     optimizer_shares(bounds, tensor_count(grads), t->comm.size);
     if (s->optimizer.config.parts > 1 && !fake_quant_on(&s->g.fake))
         comm_reduce_scatter(&t->comm, grads, bounds);
@@ -386,6 +415,11 @@ static Status one_step(Trainer *t, Metrics *m) {
         s->options.layer_done = update_layer;
         s->options.layer_context = &fused;
     }
+    if (s->optimizer.config.own_grads) {
+        s->options.layer_done = share_layer;
+        s->options.layer_context = t;
+        fill(s->optimizer.grads, 0.0f);
+    }
     gradients_zero(&s->g.params);
     s->g.fake.blend = adapt_blend(&s->config, t->state.step);
     for (int64_t i = 0; i < count; i++) {
@@ -397,6 +431,9 @@ static Status one_step(Trainer *t, Metrics *m) {
         if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)all;
         tokens += batches[i].batch.N;
     }
+    /* Ranks that have no micro-batch in the step's last turn meet the others all the same. */
+    if (s->optimizer.config.own_grads && count * ranks < all)
+        for (int l = (int)s->g.config.num_hidden_layers - 1; l >= 0; l--) share_layer(t, l);
     loss = comm_sum(&s->comm, loss);
     aux = comm_sum(&s->comm, aux);
     tokens = comm_sum_count(&s->comm, tokens);

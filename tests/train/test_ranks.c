@@ -102,13 +102,15 @@ CASE(ranks, full_training_has_the_losses_of_one_process) {
                "train %s/run.yaml output=%s/whole method=full optimizer.lr=3e-5 parallel.shard=0",
                f, f);
     expect_same_bits("full3/model/model.safetensors", "whole/model/model.safetensors");
+    compare_numbers("two", 2, 4, "method=full optimizer.lr=3e-5 parallel.shard=2");
 }
 
 CASE(ranks, adapters_have_the_losses_of_one_process) {
     prepare("tiny");
     compare_numbers("lora", 2, 2, "method=lora lora.rank=4 lora.dropout=0.1");
-    compare_numbers("qlora", 4, 4, "method=qlora lora.rank=4 optimizer.states=8bit");
-    compare_numbers("qat", 3, 3, "method=qat");
+    compare_numbers("qlora", 4, 4,
+                    "parallel.shard=2 method=qlora lora.rank=4 optimizer.states=8bit");
+    compare_numbers("qat", 3, 3, "parallel.shard=2 method=qat");
 }
 
 CASE(ranks, experts_have_the_losses_of_one_process) {
@@ -167,7 +169,7 @@ CASE(ranks, ranks_that_do_not_fit_together_are_refused) {
     setenv("LAPIDARY_PROGRAM", pair, 1);
     EXPECT_EXIT(1, "rank 1 has another run file than rank 0", "train %s/run.yaml seed=8", f);
     take_ranks(1);
-    EXPECT_EXIT(1, "shard is 5, expected 0 to 1", "train %s/run.yaml output=%s/no parallel.shard=5",
+    EXPECT_EXIT(1, "shard is 5, expected 0 to 2", "train %s/run.yaml output=%s/no parallel.shard=5",
                 f, f);
     free(pair);
 }
