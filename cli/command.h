@@ -102,6 +102,7 @@ Status command_tokenize(int argc, char **argv);
 Status command_parse(int argc, char **argv);
 Status command_prepare(int argc, char **argv);
 Status command_doctor(int argc, char **argv);
+Status command_plan(int argc, char **argv);
 Status command_train(int argc, char **argv);
 Status command_score(int argc, char **argv);
 Status command_generate(int argc, char **argv);

@@ -16,6 +16,7 @@ static const struct {
     {"inspect", command_inspect, "say what a checkpoint, adapter, dataset or run folder holds"},
     {"prepare", command_prepare, "tokenise, mask and store a dataset in HDF5"},
     {"doctor", command_doctor, "check data, template, memory and gradients before training"},
+    {"plan", command_plan, "memory and traffic of a run's ranks, before it runs"},
     {"train", command_train, "fine-tune: full or LoRA"},
     {"score", command_score, "negative log-likelihood of each token of rows"},
     {"generate", command_generate, "one answer"},

@@ -120,9 +120,9 @@ static bool takes_mode(const Session *s, StackMode mode) {
     }
 }
 
-/* Measures the run with activations kept, recomputed, and waiting elsewhere, and chooses. */
-static Status make_plan(Session *s) {
+Status session_plan(Session *s, size_t available) {
     MemoryPlan *p = &s->plan;
+    *p = (MemoryPlan){.available = available};
     OptimizerConfig *o = &s->optimizer.config;
     *o = (OptimizerConfig){s->config.optimizer.sgd ? OPTIMIZER_SGD : OPTIMIZER_ADAMW,
                            s->config.optimizer.lr,
@@ -152,7 +152,6 @@ static Status make_plan(Session *s) {
     p->optimizer = optimizer_measure(o, bytes.trained);
     p->rows = loader_capacity(s->loader);
     if (!s->store.train.count) FAIL(ERR_FORMAT, "%s: holds no training sample", s->store.file.path);
-    p->available = device_available(s->g.device);
     size_t base = p->weights + p->masters + p->gradients + p->optimizer;
     for (int mode = STACK_KEEP; mode <= STACK_OFFLOAD; mode++) {
         s->options.mode = p->mode = (StackMode)mode;
@@ -221,7 +220,7 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     s->options = (StepOptions){.shortcut = !shortcut || strcmp(shortcut, "0"),
                                .aux_scale = (float)c->aux_loss};
     find_largest(s);
-    TRY_DONE(make_plan(s));
+    TRY_DONE(session_plan(s, device_available(s->g.device)));
 done:
     if (status != OK) session_close(s);
     return status;

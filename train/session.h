@@ -44,6 +44,10 @@ typedef struct Session {
 Status session_open(Session *s, RunConfig *config, const Comm *comm, const char *store_path,
                     StoreProgress *progress);
 
+/* Fills s->plan for a rank that has so many bytes, with activations kept, recomputed, or waiting
+ * elsewhere, as the run file says or as they fit. For s->comm.size ranks at s->config.shard. */
+Status session_plan(Session *s, size_t available);
+
 /* Takes the memory, loads the weights, starts the optimizer. ERR_IO when the plan does not fit. */
 Status session_place(Session *s);
 

@@ -155,6 +155,40 @@ CASE(ranks, a_killed_rank_ends_the_run_and_others_resume_it) {
     free(line), free(saved), free(stop);
 }
 
+/* The number behind "key": of the first line of what was printed that has `part`. */
+static double planned(const char *part, const char *key) {
+    char *line = strstr(program_out, part), *at = line ? strstr(line, key) : NULL;
+    EXPECT(at, "'%s' lacks %s of %s", program_out, key, part);
+    return strtod(at + strlen(key), NULL);
+}
+
+/* Four ranks' plan before the run, and what the run then says. */
+CASE(ranks, the_plan_is_what_a_rank_takes) {
+    const char *f = test_folder();
+    prepare("tiny");
+    take_ranks(1);
+    for (int shard = 0; shard <= 2; shard++) {
+        char *level = must_format("\"shard\": %d,", shard);
+        take_ranks(1);
+        EXPECT_RUN(0, "plan %s/run.yaml --gpus 4 method=full", f);
+        double total = planned(level, "\"total_gb\": "), states = planned(level, "\"states_gb\": "),
+               all = planned("\"shard\": 0,", "\"states_gb\": ");
+        EXPECT(shard ? states < 0.6 * all : states == all, "level %d: states of %g GB, all are %g",
+               shard, states, all);
+        take_ranks(4);
+        EXPECT_RUN(0, "train %s/run.yaml output=%s/plan%d method=full steps=1 parallel.shard=%d", f,
+                   f, shard, shard);
+        char *line = strstr(program_err, "  total");
+        EXPECT(line && fabs(strtod(line + 7, NULL) - total) <= 0.0051,
+               "level %d: %g GB planned: %s", shard, total, program_err);
+        free(level);
+    }
+    take_ranks(1);
+    EXPECT_EXIT(1, "8 ranks: batch.accumulate is 4", "plan %s/run.yaml --gpus 8", f);
+    EXPECT_EXIT(2, "expected a100, h100, h200 or b200", "plan %s/run.yaml --gpu v100", f);
+    EXPECT_EXIT(0, "\"ranks\": 4", "plan %s/run.yaml --gpu h200", f);
+}
+
 CASE(ranks, ranks_that_do_not_fit_together_are_refused) {
     const char *f = test_folder();
     prepare("tiny");
