@@ -96,10 +96,11 @@ typedef struct RunConfig {
         double warmup, min_lr;
     } schedule;
     int64_t sequences, accumulate;
-    int64_t shard; /* of several ranks: 0 nothing is shared out, 1 the optimizer's states are,
-                    * 2 gradients too */
-    double clip;   /* 0: none */
-    int64_t steps; /* 0: by epochs */
+    int64_t shard;  /* of several ranks: 0 nothing is shared out, 1 the optimizer's states are,
+                     * 2 gradients too */
+    double timeout; /* seconds that a rank waits for another; 0: for ever */
+    double clip;    /* 0: none */
+    int64_t steps;  /* 0: by epochs */
     double epochs;
     double aux_loss; /* resolved */
     bool train_router;

@@ -2,8 +2,11 @@
 #include "train/comm.h"
 
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 #ifdef HAVE_MPI
 #include <mpi.h>
 #endif
@@ -24,13 +27,96 @@ static int started_together(void) {
 
 #ifdef HAVE_MPI
 
+/* Which rank of its host this is; the only host's where no launcher says. */
+static int local_rank(int rank) {
+    static const char *const names[] = {"OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID",
+                                        "SLURM_LOCALID"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (getenv(names[i])) return atoi(getenv(names[i]));
+    return rank;
+}
+
+static double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* Later ranks give the first time to say it alone. */
+static double patience(const Comm *c) {
+    return c->timeout + (c->rank ? 3 + c->rank : 0);
+}
+
+static _Noreturn void end_run(const Comm *c, int missing) {
+    char who[32] = "a rank";
+    if (missing >= 0) snprintf(who, sizeof who, "rank %d", missing);
+    fprintf(
+        stderr,
+        "lapidary: %s has not answered rank %d for %.0f s (parallel.timeout): the run ends; the "
+        "newest save is whole\n",
+        who, c->rank, c->timeout);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+    abort();
+}
+
+/* Until all requests are done; `from` names whose messages they are, -1: anyone's. */
+static void wait_for(const Comm *c, int count, MPI_Request *requests, const int *from) {
+    double begin = seconds_now();
+    for (int turn = 0;; turn++) {
+        int done = 0;
+        MPI_Testall(count, requests, &done, MPI_STATUSES_IGNORE);
+        if (done) return;
+        if (turn < 1000) continue;
+        usleep(turn < 20000 ? 20 : 200);
+        if (c->timeout <= 0 || seconds_now() - begin < patience(c)) continue;
+        for (int i = 0; i < count; i++) {
+            MPI_Test(&requests[i], &done, MPI_STATUS_IGNORE);
+            if (!done && from[i] >= 0) end_run(c, from[i]);
+        }
+        end_run(c, -1);
+    }
+}
+
+/* Messages under way, and whose they are. */
+typedef struct Mail {
+    MPI_Request *requests;
+    int *from, count;
+} Mail;
+
+static Mail mail_open(const Comm *c) {
+    size_t n = 2 * (size_t)c->size;
+    return (Mail){must_malloc(n * sizeof(MPI_Request)), must_malloc(n * sizeof(int)), 0};
+}
+
+static void mail_send(Mail *m, int to, const void *bytes, int64_t count) {
+    MPI_Isend(bytes, (int)count, MPI_BYTE, to, 0, MPI_COMM_WORLD, &m->requests[m->count]);
+    m->from[m->count++] = -1;
+}
+
+static void mail_receive(Mail *m, int from, void *bytes, int64_t count) {
+    MPI_Irecv(bytes, (int)count, MPI_BYTE, from, 0, MPI_COMM_WORLD, &m->requests[m->count]);
+    m->from[m->count++] = from;
+}
+
+/* Until all of it is there, or has left. */
+static void mail_wait(const Comm *c, Mail *m) {
+    wait_for(c, m->count, m->requests, m->from);
+    m->count = 0;
+}
+
+static void mail_close(Mail *m) {
+    free(m->requests);
+    free(m->from);
+}
+
 Status comm_open(Comm *c) {
     int given;
-    *c = (Comm){0, 1};
+    *c = (Comm){.size = 1};
     if (started_together() == 1) return OK;
     MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given);
     MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &c->size);
+    c->local = local_rank(c->rank);
     return OK;
 }
 
@@ -47,21 +133,32 @@ void comm_barrier(const Comm *c) {
     if (comm_is_many(c)) MPI_Barrier(MPI_COMM_WORLD);
 }
 
-static void broadcast_from(int root, void *bytes, size_t count) {
+static void broadcast_from(const Comm *c, int root, void *bytes, size_t count) {
+    int from = c->rank == root ? -1 : root;
     for (size_t done = 0; done < count; done += MESSAGE) {
         size_t n = count - done < MESSAGE ? count - done : MESSAGE;
-        MPI_Bcast((char *)bytes + done, (int)n, MPI_BYTE, root, MPI_COMM_WORLD);
+        MPI_Request request;
+        MPI_Ibcast((char *)bytes + done, (int)n, MPI_BYTE, root, MPI_COMM_WORLD, &request);
+        wait_for(c, 1, &request, &from);
     }
 }
 
 void comm_broadcast(const Comm *c, void *bytes, size_t count) {
-    if (comm_is_many(c)) broadcast_from(0, bytes, count);
+    if (comm_is_many(c)) broadcast_from(c, 0, bytes, count);
 }
 
 /* `bytes` of each rank one behind the other, for all. Caller frees. */
 static void *gather_all(const Comm *c, const void *mine, int bytes) {
-    void *all = must_malloc((size_t)c->size * (size_t)bytes);
-    MPI_Allgather(mine, bytes, MPI_BYTE, all, bytes, MPI_BYTE, MPI_COMM_WORLD);
+    char *all = must_malloc((size_t)c->size * (size_t)bytes);
+    Mail mail = mail_open(c);
+    memcpy(all + c->rank * bytes, mine, (size_t)bytes);
+    for (int r = 0; r < c->size; r++) {
+        if (r == c->rank) continue;
+        mail_send(&mail, r, mine, bytes);
+        mail_receive(&mail, r, all + r * bytes, bytes);
+    }
+    mail_wait(c, &mail);
+    mail_close(&mail);
     return all;
 }
 
@@ -75,15 +172,18 @@ double comm_sum(const Comm *c, double x) {
 
 int64_t comm_sum_count(const Comm *c, int64_t x) {
     if (!comm_is_many(c)) return x;
-    int64_t sum;
-    MPI_Allreduce(&x, &sum, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD);
+    int64_t *all = gather_all(c, &x, sizeof x), sum = 0;
+    for (int r = 0; r < c->size; r++) sum += all[r];
+    free(all);
     return sum;
 }
 
 int comm_most(const Comm *c, int x) {
     if (!comm_is_many(c)) return x;
-    int most;
-    MPI_Allreduce(&x, &most, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD);
+    int *all = gather_all(c, &x, sizeof x), most = x;
+    for (int r = 0; r < c->size; r++)
+        if (all[r] > most) most = all[r];
+    free(all);
     return most;
 }
 
@@ -91,24 +191,20 @@ int comm_most(const Comm *c, int x) {
 static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
     int64_t longest = 0;
     float *got = must_malloc((size_t)(c->size * PIECE) * sizeof *got);
-    MPI_Request *requests = must_malloc((size_t)(2 * c->size) * sizeof *requests);
+    Mail mail = mail_open(c);
     for (int r = 0; r < c->size; r++)
         if (bounds[r + 1] - bounds[r] > longest) longest = bounds[r + 1] - bounds[r];
     for (int64_t done = 0; done < longest; done += PIECE) {
-        int count = 0;
         int64_t mine = 0;
         for (int r = 0; r < c->size; r++) {
             int64_t left = bounds[r + 1] - bounds[r] - done, n = left < PIECE ? left : PIECE;
             if (r == c->rank) mine = n;
             if (r == c->rank || n <= 0) continue;
-            MPI_Isend(x + bounds[r] + done, (int)n, MPI_FLOAT, r, 0, MPI_COMM_WORLD,
-                      &requests[count++]);
+            mail_send(&mail, r, x + bounds[r] + done, n * (int64_t)sizeof *x);
         }
         for (int r = 0; r < c->size && mine > 0; r++)
-            if (r != c->rank)
-                MPI_Irecv(got + r * PIECE, (int)mine, MPI_FLOAT, r, 0, MPI_COMM_WORLD,
-                          &requests[count++]);
-        MPI_Waitall(count, requests, MPI_STATUSES_IGNORE);
+            if (r != c->rank) mail_receive(&mail, r, got + r * PIECE, mine * (int64_t)sizeof *x);
+        mail_wait(c, &mail);
         float *own = x + bounds[c->rank] + done;
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < mine; i++) {
@@ -117,13 +213,13 @@ static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
             own[i] = sum;
         }
     }
-    free(requests);
+    mail_close(&mail);
     free(got);
 }
 
 static void all_gather(const Comm *c, float *x, const int64_t *bounds) {
     for (int r = 0; r < c->size; r++)
-        broadcast_from(r, x + bounds[r], (size_t)(bounds[r + 1] - bounds[r]) * sizeof *x);
+        broadcast_from(c, r, x + bounds[r], (size_t)(bounds[r + 1] - bounds[r]) * sizeof *x);
 }
 
 Status comm_agree(const Comm *c, const char *what, uint64_t value) {
@@ -157,7 +253,7 @@ void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t coun
 #else
 
 Status comm_open(Comm *c) {
-    *c = (Comm){0, 1};
+    *c = (Comm){.size = 1};
     if (started_together() > 1)
         FAIL(ERR_CONFIG, "started as one of several ranks, and this build has no MPI: install it "
                          "(libopenmpi-dev) and build again");

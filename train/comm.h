@@ -4,7 +4,9 @@
  * Everything is called by all ranks, in the same order. Sums are made in the order of the ranks by
  * the rank they belong to, so that every rank has the same bits and a run repeats. Alone, a process
  * is rank 0 of 1 and nothing here does anything. Tensors on a GPU go through the host's memory.
- * When a rank ends otherwise than by comm_close, mpirun ends the others. */
+ * When a rank ends otherwise than by comm_close, mpirun ends the others. When one does not answer
+ * for `timeout`, whoever waits for it says which and ends the run; only barriers wait for ever, and
+ * comm_fetch. */
 #ifndef COMM_H
 #define COMM_H
 
@@ -12,6 +14,8 @@
 
 typedef struct Comm {
     int rank, size; /* size 0: not opened, one process */
+    double timeout; /* seconds; 0: none */
+    int local;      /* which of its host's ranks it is */
 } Comm;
 
 static inline bool comm_is_many(const Comm *c) {

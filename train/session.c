@@ -165,6 +165,18 @@ Status session_plan(Session *s, size_t available) {
     return OK;
 }
 
+/* Of several ranks on a host each takes a GPU of its own, unless the run file names one. */
+static Status open_device(const Session *s, Device **device) {
+    const char *name = s->config.device;
+    char own[32];
+    snprintf(own, sizeof own, "cuda:%d", s->comm.local);
+    if (comm_is_many(&s->comm) && !strcmp(name, "cuda")) return device_open(device, own);
+    TRY(device_open(device, name));
+    if (comm_is_many(&s->comm) && !strcmp(name, "auto") && (*device)->kind == DEVICE_CUDA)
+        return device_open(device, own);
+    return OK;
+}
+
 /* What all ranks must have in common. */
 static Status check_ranks(Session *s) {
     const Comm *comm = &s->comm;
@@ -188,12 +200,12 @@ static Status check_ranks(Session *s) {
 
 Status session_open(Session *s, RunConfig *config, const Comm *comm, const char *store_path,
                     StoreProgress *progress) {
-    *s = (Session){.config = *config, .comm = comm ? *comm : (Comm){0, 1}};
+    *s = (Session){.config = *config, .comm = comm ? *comm : (Comm){.size = 1}};
     *config = (RunConfig){0}; /* the session owns it now */
     const RunConfig *c = &s->config;
     Device *device;
     Status status = OK;
-    TRY_DONE(device_open(&device, c->device));
+    TRY_DONE(open_device(s, &device));
     TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
     TRY_DONE(tokenizer_load(&s->tokenizer, c->model));
     if (tokenizer_size(s->tokenizer) > s->checkpoint.config.vocab_size)

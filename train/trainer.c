@@ -221,9 +221,14 @@ static bool stopping(void) {
 }
 
 static Status ask_tasks(Trainer *t) {
-    if (!t->ask || !speaks(t)) return OK; /* what others wait for, at the next sum */
+    if (!t->ask) return OK;
+    if (!speaks(t)) { /* as long as it takes */
+        comm_barrier(&t->comm);
+        return OK;
+    }
     progress_clear(&t->progress);
     Status status = t->ask(&t->s, t->state.step, stopping, &t->log);
+    comm_barrier(&t->comm);
     return status == ERR_STOPPED ? OK : status; /* the loop ends and saves */
 }
 
@@ -619,6 +624,7 @@ Status train_run(RunConfig *config, bool resume, AskFunction *ask) {
     Status status = OK;
     progress_init(&t.progress);
     TRY_DONE(comm_open(&t.comm));
+    t.comm.timeout = config->timeout;
     TRY_DONE(start(&t, config, resume));
     watch_signals();
     TRY_DONE(loop(&t));
