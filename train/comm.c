@@ -43,8 +43,8 @@ static double seconds_now(void) {
 }
 
 /* Later ranks give the first time to say it alone. */
-static double patience(const Comm *c) {
-    return c->timeout + (c->rank ? 3 + c->rank : 0);
+static double patience(const Comm *c, int times) {
+    return times * c->timeout + (c->rank ? 3 + c->rank : 0);
 }
 
 static _Noreturn void end_run(const Comm *c, int missing) {
@@ -59,8 +59,9 @@ static _Noreturn void end_run(const Comm *c, int missing) {
     abort();
 }
 
-/* Until all requests are done; `from` names whose messages they are, -1: anyone's. */
-static void wait_for(const Comm *c, int count, MPI_Request *requests, const int *from) {
+/* Until all requests are done, `times` as long as a rank may take; `from` names whose messages they
+ * are, -1: anyone's. */
+static void wait_for(const Comm *c, int count, MPI_Request *requests, const int *from, int times) {
     double begin = seconds_now();
     for (int turn = 0;; turn++) {
         int done = 0;
@@ -68,7 +69,7 @@ static void wait_for(const Comm *c, int count, MPI_Request *requests, const int 
         if (done) return;
         if (turn < 1000) continue;
         usleep(turn < 20000 ? 20 : 200);
-        if (c->timeout <= 0 || seconds_now() - begin < patience(c)) continue;
+        if (c->timeout <= 0 || seconds_now() - begin < patience(c, times)) continue;
         for (int i = 0; i < count; i++) {
             MPI_Test(&requests[i], &done, MPI_STATUS_IGNORE);
             if (!done && from[i] >= 0) end_run(c, from[i]);
@@ -100,7 +101,7 @@ static void mail_receive(Mail *m, int from, void *bytes, int64_t count) {
 
 /* Until all of it is there, or has left. */
 static void mail_wait(const Comm *c, Mail *m) {
-    wait_for(c, m->count, m->requests, m->from);
+    wait_for(c, m->count, m->requests, m->from, 1);
     m->count = 0;
 }
 
@@ -130,7 +131,11 @@ void comm_close(Comm *c) {
 }
 
 void comm_barrier(const Comm *c) {
-    if (comm_is_many(c)) MPI_Barrier(MPI_COMM_WORLD);
+    MPI_Request request;
+    int from = -1;
+    if (!comm_is_many(c)) return;
+    MPI_Ibarrier(MPI_COMM_WORLD, &request);
+    wait_for(c, 1, &request, &from, 6);
 }
 
 static void broadcast_from(const Comm *c, int root, void *bytes, size_t count) {
@@ -139,7 +144,7 @@ static void broadcast_from(const Comm *c, int root, void *bytes, size_t count) {
         size_t n = count - done < MESSAGE ? count - done : MESSAGE;
         MPI_Request request;
         MPI_Ibcast((char *)bytes + done, (int)n, MPI_BYTE, root, MPI_COMM_WORLD, &request);
-        wait_for(c, 1, &request, &from);
+        wait_for(c, 1, &request, &from, 1);
     }
 }
 

@@ -5,8 +5,8 @@
  * the rank they belong to, so that every rank has the same bits and a run repeats. Alone, a process
  * is rank 0 of 1 and nothing here does anything. Tensors on a GPU go through the host's memory.
  * When a rank ends otherwise than by comm_close, mpirun ends the others. When one does not answer
- * for `timeout`, whoever waits for it says which and ends the run; only barriers wait for ever, and
- * comm_fetch. */
+ * for `timeout`, whoever waits for it says which and ends the run; barriers wait six times as long,
+ * comm_fetch for ever. */
 #ifndef COMM_H
 #define COMM_H
 

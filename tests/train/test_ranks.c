@@ -33,7 +33,8 @@ static void prepare(const char *model) {
     setenv("OMP_NUM_THREADS", "1", 1);
     setenv("OMP_WAIT_POLICY", "passive", 1);
     take_ranks(1);
-    EXPECT_RUN(0, "init %s %s/model --tokenizer demo/tokenizer --dtype f32", model, f);
+    EXPECT_RUN(0, "init %s %s/model --tokenizer demo/tokenizer --dtype f32%s", model, f,
+               strcmp(model, "tiny") ? "" : " --layers 4");
     char *path = path_join(f, "run.yaml"),
          *text =
              must_format("model: %s/model\noutput: %s/out\ndtype: f32\n"
@@ -189,6 +190,66 @@ CASE(ranks, a_rank_that_does_not_answer_ends_the_run) {
     EXPECT_OK(file_read(&text, &size, said, 1 << 20));
     EXPECT(strstr(text, "lapidary: rank 1 has not answered rank 0 for 2 s"), "%s", text);
     free(line), free(saved), free(stop), free(said), free(text);
+}
+
+/* Two ranks on each of two hosts (tests/hosts.sh); then, in another run, the cable between them
+ * goes once there is a save: all ranks end, and three on one host go on. Open MPI's mpirun itself
+ * waits for the host that it cannot reach, and is ended here. */
+CASE(ranks, two_hosts_and_a_cut_link) {
+    const char *f = test_folder();
+    prepare("tiny");
+    int id = (int)getpid(), status = 0;
+    char *up = must_format("tests/hosts.sh up %d", id),
+         *down = must_format("tests/hosts.sh down %d", id),
+         *cut = must_format("tests/hosts.sh cut %d", id),
+         *left = must_format(
+             "for p in $(ip netns pids lapidary-%d-a) $(ip netns pids lapidary-%d-b); do "
+             "cat /proc/$p/comm; done 2>/dev/null | grep -q '^lapidary'",
+             id, id),
+         *hosts = must_format("tests/hosts.sh run %d -n 4 %s", id, alone),
+         *line =
+             must_format("exec %s train %s/run.yaml output=%s/cut method=full optimizer.lr=3e-5 "
+                         "parallel.timeout=1 "
+                         ">%s/cut.txt 2>&1",
+                         hosts, f, f, f),
+         *saved = must_format("%s/cut/checkpoints/step-5/state.h5", f),
+         *said = must_format("%s/cut.txt", f), *text = NULL;
+    if (system(up)) SKIP("network namespaces are not permitted");
+    take_ranks(1);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/one method=full optimizer.lr=3e-5", f, f);
+    setenv("LAPIDARY_PROGRAM", hosts, 1);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/four method=full optimizer.lr=3e-5", f, f);
+    expect_near("one", "four");
+    pid_t child = fork();
+    if (!child) {
+        execl("/bin/sh", "sh", "-c", line, (char *)NULL);
+        _exit(1);
+    }
+    for (int i = 0; i < 6000 && !file_exists(saved); i++) usleep(5000);
+    bool cut_off = file_exists(saved) && !system(cut);
+    size_t size;
+    for (int i = 0; i < 300 && !(text && strstr(text, "has not answered")); i++) {
+        free(text);
+        text = NULL;
+        usleep(100000);
+        EXPECT_OK(file_read(&text, &size, said, 1 << 20));
+    }
+    bool ended = false; /* each rank has a patience of its own */
+    for (int i = 0; i < 80 && !ended; i++) {
+        usleep(500000);
+        ended = system(left) != 0;
+    }
+    kill(child, SIGKILL);
+    waitpid(child, &status, 0);
+    status = system(down);
+    EXPECT(cut_off, "no save came in time");
+    EXPECT(text && strstr(text, "has not answered rank 0 for 1 s"), "%s", text);
+    EXPECT(ended, "ranks are left behind");
+    take_ranks(3);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/cut method=full optimizer.lr=3e-5 --resume", f, f);
+    expect_near("one", "cut");
+    free(up), free(down), free(cut), free(left), free(hosts), free(line), free(saved), free(said),
+        free(text);
 }
 
 /* The number behind "key": of the first line of what was printed that has `part`. */
