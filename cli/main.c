@@ -1,5 +1,6 @@
 /* main.c - picks the command; prints its error once; ends with its exit status. */
 #include "cli/command.h"
+#include "train/comm.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -46,7 +47,7 @@ static void settle_threads(char **argv) {
     if (getenv("OMP_WAIT_POLICY") || getenv("LAPIDARY_SETTLED")) return;
     setenv("OMP_WAIT_POLICY", "active", 0);
     setenv("GOMP_SPINCOUNT", "20000000", 0);
-    setenv("OMP_PROC_BIND", "true", 0);
+    if (!comm_was_started()) setenv("OMP_PROC_BIND", "true", 0); /* ranks would share processors */
     setenv("LAPIDARY_SETTLED", "1", 1);
     execv("/proc/self/exe", argv); /* where that is not possible, it is only slower */
 }

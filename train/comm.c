@@ -25,6 +25,10 @@ static int started_together(void) {
     return getenv("PMIX_RANK") ? 2 : 1; /* at least */
 }
 
+bool comm_was_started(void) {
+    return started_together() > 1;
+}
+
 #ifdef HAVE_MPI
 
 /* Which rank of its host this is; the only host's where no launcher says. */

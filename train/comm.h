@@ -22,6 +22,9 @@ static inline bool comm_is_many(const Comm *c) {
     return c->size > 1;
 }
 
+/* Whether a launcher started this process as one of several. */
+bool comm_was_started(void);
+
 /* Joins the ranks that mpirun or a scheduler started. ERR_CONFIG: it started several, and this
  * build has no MPI. */
 Status comm_open(Comm *c);

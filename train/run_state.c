@@ -68,19 +68,25 @@ done:
     return status;
 }
 
-static Status read_tensor(H5File *f, const char *name, Tensor t) {
-    int64_t count, expected;
-    if (!tensor_present(t)) return OK;
-    hid_t type = stored_type(t, &expected);
+/* The rows from `first` on that t has, of `all` in the file. */
+static Status read_rows(H5File *f, const char *name, Tensor t, int64_t first, int64_t all) {
+    int64_t count, own, rows = t.shape[0];
+    if (!tensor_present(t) || !rows) return OK;
+    hid_t type = stored_type(t, &own);
+    int64_t expected = own / rows * all;
     TRY(h5_count(f, name, &count));
     if (count != expected)
         FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run has %" PRId64, f->path, name,
              count, expected);
     Tensor host;
     TRY(tensor_stage(&host, t));
-    Status status = h5_read(f, name, type, 0, count, host.data);
+    Status status = h5_read(f, name, type, own / rows * first, own, host.data);
     tensor_unstage(t, host, status != OK);
     return status;
+}
+
+static Status read_tensor(H5File *f, const char *name, Tensor t) {
+    return read_rows(f, name, t, 0, t.shape[0]);
 }
 
 static Status read_integer(H5File *f, const char *name, int64_t *out) {
@@ -111,8 +117,9 @@ Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, 
     TRY_DONE(h5_read(&f, "norms", H5T_NATIVE_FLOAT, 0, NORM_HISTORY, state->norms));
     TRY_DONE(read_tensor(&f, "values", params->space));
     TRY_DONE(each_plain_value(&f, params, read_tensor));
-    TRY_DONE(read_tensor(&f, "m", optimizer->m));
-    TRY_DONE(read_tensor(&f, "v", optimizer->v));
+    int64_t blocks = params_bytes(params).trained / DYNAMIC_BLOCK;
+    TRY_DONE(read_rows(&f, "m", optimizer->m, optimizer->begin, blocks));
+    TRY_DONE(read_rows(&f, "v", optimizer->v, optimizer->begin, blocks));
     params_publish(params);
 done:
     h5_close(&f);

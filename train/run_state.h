@@ -21,7 +21,8 @@ typedef struct RunState {
 Status run_state_save(const RunState *state, const ParamList *params, const Optimizer *optimizer,
                       const char *path);
 
-/* The reverse, into a placed model and optimizer of the same run; another size is an error. */
+/* The reverse, into a placed model and optimizer of the same run, which may have a share of the
+ * states; another size is an error. */
 Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, const char *path);
 
 /* The newest step-N folder of OUTPUT/checkpoints with a state in it, or 0. */

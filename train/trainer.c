@@ -88,50 +88,32 @@ static void prune(const Trainer *t) {
     free(path);
 }
 
-/* The states of all shares, on rank 0 and in the host's memory: `all` there is what one process
- * would have. */
+/* The states of all shares: `all` on rank 0, in the host's memory, has what one process would. */
 static Status collect_states(const Trainer *t, Optimizer *all) {
     const Optimizer *o = &t->s.optimizer;
     OptimizerConfig whole = o->config;
-    int64_t n = params_bytes(&t->s.g.params).trained;
+    int64_t bounds[t->comm.size + 1], row[] = {1, DYNAMIC_BLOCK};
     whole.parts = 0;
-    TRY(optimizer_init(all, &whole, &t->s.g.params, device_cpu()));
+    whole.own_grads = false;
+    if (speaks(t)) TRY(optimizer_init(all, &whole, &t->s.g.params, device_cpu()));
     all->t = o->t;
+    optimizer_shares(bounds, params_bytes(&t->s.g.params).trained, t->comm.size);
     Tensor mine[] = {o->m, o->v}, to[] = {all->m, all->v};
-    int64_t bounds[t->comm.size + 1];
-    optimizer_shares(bounds, n, t->comm.size);
     for (int i = 0; i < 2; i++) {
         if (!tensor_present(mine[i])) continue;
+        size_t bytes = tensor_bytes(tensor_make(NULL, mine[i].dtype, 2, row));
         Tensor host;
         TRY(tensor_stage(&host, mine[i]));
         tensor_read(host.data, mine[i]);
         for (int r = 0; r < t->comm.size; r++) {
-            Tensor part = tensor_slice(to[i], bounds[r] / DYNAMIC_BLOCK,
-                                       (bounds[r + 1] - bounds[r]) / DYNAMIC_BLOCK);
-            comm_fetch(&t->comm, r, part.data, host.data, tensor_bytes(part));
+            size_t first = (size_t)(bounds[r] / DYNAMIC_BLOCK) * bytes,
+                   end = (size_t)(bounds[r + 1] / DYNAMIC_BLOCK) * bytes;
+            comm_fetch(&t->comm, r, speaks(t) ? (char *)to[i].data + first : NULL, host.data,
+                       end - first);
         }
         tensor_unstage(mine[i], host, true);
     }
     return OK;
-}
-
-/* The same from a save: the share of a state that one process wrote. */
-static Status load_state(Trainer *t, const char *path) {
-    Optimizer all = {0}, *o = &t->s.optimizer;
-    OptimizerConfig whole = o->config;
-    if (o->config.parts <= 1) return run_state_load(&t->state, &t->s.g.params, o, path);
-    Status status = OK;
-    whole.parts = 0;
-    TRY_DONE(optimizer_init(&all, &whole, &t->s.g.params, device_cpu()));
-    TRY_DONE(run_state_load(&t->state, &t->s.g.params, &all, path));
-    o->t = all.t;
-    if (tensor_present(o->m))
-        tensor_write(o->m, tensor_slice(all.m, o->begin, o->end - o->begin).data);
-    if (tensor_present(o->v))
-        tensor_write(o->v, tensor_slice(all.v, o->begin, o->end - o->begin).data);
-done:
-    optimizer_free(&all);
-    return status;
 }
 
 static Status write_save(Trainer *t, const Optimizer *states) {
@@ -293,7 +275,7 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
         status = status_fail(
             ERR_FORMAT, "step %" PRId64 ": %s (loss %g, gradient norm %g), worst in %s; rows %s",
             t->state.step + 1, what, loss, norm, where, rows.bytes);
-    else
+    else if (speaks(t))
         note("step %" PRId64 " skipped: %s (loss %g, gradient norm %g), worst in %s; rows %s",
              t->state.step + 1, what, loss, norm, where, rows.bytes);
     text_free(&rows);
@@ -596,7 +578,7 @@ static Status start(Trainer *t, RunConfig *config, bool resume) {
     t->state.best_eval = INFINITY;
     if (step) {
         char *path = must_format("%s/checkpoints/step-%" PRId64 "/state.h5", t->output, step);
-        status = load_state(t, path);
+        status = run_state_load(&t->state, &s->g.params, &s->optimizer, path);
         free(path);
         TRY(status);
         gemma_refresh(&s->g, &s->memory.scratch);

@@ -139,57 +139,52 @@ CASE(ranks, gpus_have_the_losses_of_one) {
                     "data.eval=1e-9 --device cuda:0");
 }
 
-/* Two ranks of which the second is killed once there is a save: the run ends, and three ranks go on
- * where it was. */
+/* Starts two ranks in folder `name`, their output in NAME.txt, and once there is a save sends the
+ * second a signal; the status that mpirun ends with. */
+static int signal_second(const char *name, const char *more, const char *signal) {
+    const char *f = test_folder();
+    char *line =
+             must_format(MPIRUN " -n 2 sh -c 'echo $$ >%s/pid.$OMPI_COMM_WORLD_RANK; exec %s train "
+                                "%s/run.yaml output=%s/%s method=full %s' >%s/%s.txt 2>&1",
+                         f, alone, f, f, name, more, f, name),
+         *saved = must_format("%s/%s/checkpoints/step-5/state.h5", f, name),
+         *stop = must_format("kill -%s $(cat %s/pid.1)", signal, f);
+    pid_t child = fork();
+    if (!child) _exit(system(line) ? 1 : 0);
+    for (int i = 0; i < 6000 && !file_exists(saved); i++) usleep(5000);
+    EXPECT(file_exists(saved), "no save came in time");
+    EXPECT(!system(stop), "the second rank is gone already");
+    int status = 0, ended = 0;
+    for (int i = 0; i < 300 && !ended; i++) {
+        usleep(100000);
+        ended = waitpid(child, &status, WNOHANG);
+    }
+    EXPECT(ended && WIFEXITED(status), "the run does not end");
+    free(line), free(saved), free(stop);
+    return WEXITSTATUS(status);
+}
+
+/* A rank is killed: the run ends, and three ranks go on where it was. */
 CASE(ranks, a_killed_rank_ends_the_run_and_others_resume_it) {
     const char *f = test_folder();
     prepare("tiny");
     take_ranks(1);
     EXPECT_RUN(0, "train %s/run.yaml output=%s/one method=full", f, f);
-    char *line =
-             must_format(MPIRUN " -n 2 sh -c 'echo $$ >%s/pid.$OMPI_COMM_WORLD_RANK; exec %s train "
-                                "%s/run.yaml output=%s/two method=full' >%s/killed 2>&1",
-                         f, alone, f, f, f),
-         *saved = must_format("%s/two/checkpoints/step-5/state.h5", f),
-         *stop = must_format("kill -KILL $(cat %s/pid.1)", f);
-    pid_t child = fork();
-    if (!child) _exit(system(line) ? 1 : 0);
-    for (int i = 0; i < 6000 && !file_exists(saved); i++) usleep(5000);
-    EXPECT(file_exists(saved), "no save came in time");
-    EXPECT(!system(stop), "the second rank is gone already");
-    int status = 0;
-    for (int i = 0; i < 300 && !waitpid(child, &status, WNOHANG); i++) usleep(100000);
-    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 1, "the run goes on without its rank");
+    EXPECT(signal_second("two", "", "KILL") == 1, "the run ends well");
     take_ranks(3);
     EXPECT_RUN(0, "train %s/run.yaml output=%s/two method=full --resume", f, f);
     expect_near("one", "two");
-    free(line), free(saved), free(stop);
 }
 
 /* A rank that stops without ending: the other says which, and ends the run. */
 CASE(ranks, a_rank_that_does_not_answer_ends_the_run) {
-    const char *f = test_folder();
-    prepare("tiny");
-    char *line =
-             must_format(MPIRUN " -n 2 sh -c 'echo $$ >%s/pid.$OMPI_COMM_WORLD_RANK; exec %s train "
-                                "%s/run.yaml output=%s/stuck method=full parallel.timeout=2' "
-                                ">%s/stuck.txt 2>&1",
-                         f, alone, f, f, f),
-         *saved = must_format("%s/stuck/checkpoints/step-5/state.h5", f),
-         *stop = must_format("kill -STOP $(cat %s/pid.1)", f),
-         *said = must_format("%s/stuck.txt", f), *text;
-    pid_t child = fork();
-    if (!child) _exit(system(line) ? 1 : 0);
-    for (int i = 0; i < 6000 && !file_exists(saved); i++) usleep(5000);
-    EXPECT(file_exists(saved), "no save came in time");
-    EXPECT(!system(stop), "the second rank is gone already");
-    int status = 0;
-    for (int i = 0; i < 300 && !waitpid(child, &status, WNOHANG); i++) usleep(100000);
-    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 1, "the run waits for ever");
+    char *said = must_format("%s/stuck.txt", test_folder()), *text;
     size_t size;
+    prepare("tiny");
+    EXPECT(signal_second("stuck", "parallel.timeout=2", "STOP") == 1, "the run ends well");
     EXPECT_OK(file_read(&text, &size, said, 1 << 20));
     EXPECT(strstr(text, "lapidary: rank 1 has not answered rank 0 for 2 s"), "%s", text);
-    free(line), free(saved), free(stop), free(said), free(text);
+    free(said), free(text);
 }
 
 /* Two ranks on each of two hosts (tests/hosts.sh); then, in another run, the cable between them
