@@ -1,7 +1,7 @@
 #!/bin/sh
 # gpu.sh - everything that needs a GPU, in stages that each take less than ten minutes.
 #
-#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train full qlora decode peers kernels
+#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train long full qlora decode peers kernels
 #
 # Takes what `make static` built, else builds for this machine. What a stage measures is added to FILE,
 # by default bench/results/DATE-gpu.md. Weights are random and drawn on the GPU: no file is needed.
@@ -65,6 +65,11 @@ for stage in $stages; do
     train) # LoRA, rank 16, bf16; 989 TFLOP/s is an H200's limit without sparsity
         for preset in e2b e4b 12b 26b-a4b 31b; do
             measure bench --preset $preset --train lora --rank 16 --tokens 4096
+        done
+        ;;
+    long) # layers' inputs on the GPU, and in the host's memory
+        for place in --recompute --offload; do
+            measure bench --preset 31b --layers 24 --train lora --rank 16 --tokens 16384 $place
         done
         ;;
     full) # all weights: 8-bit states, no masters, a layer's gradients at a time
