@@ -11,8 +11,8 @@
 #include <mpi.h>
 #endif
 
-/* Elements that a rank sends another at a time, and bytes of one message. */
-#define PIECE   ((int64_t)1 << 20)
+/* Elements that all ranks together send one at a time, and bytes of one message. */
+#define PIECES  ((int64_t)1 << 22)
 #define MESSAGE ((size_t)1 << 26)
 
 /* How many processes were started together, by what the launchers leave in the environment. */
@@ -198,27 +198,27 @@ int comm_most(const Comm *c, int x) {
 
 /* Rank r's part of x, of bounds[r] .. bounds[r + 1], in the pieces in which all send at a time. */
 static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
-    int64_t longest = 0;
-    float *got = must_malloc((size_t)(c->size * PIECE) * sizeof *got);
+    int64_t longest = 0, piece = PIECES / c->size;
+    float *got = must_malloc((size_t)(c->size * piece) * sizeof *got);
     Mail mail = mail_open(c);
     for (int r = 0; r < c->size; r++)
         if (bounds[r + 1] - bounds[r] > longest) longest = bounds[r + 1] - bounds[r];
-    for (int64_t done = 0; done < longest; done += PIECE) {
+    for (int64_t done = 0; done < longest; done += piece) {
         int64_t mine = 0;
         for (int r = 0; r < c->size; r++) {
-            int64_t left = bounds[r + 1] - bounds[r] - done, n = left < PIECE ? left : PIECE;
+            int64_t left = bounds[r + 1] - bounds[r] - done, n = left < piece ? left : piece;
             if (r == c->rank) mine = n;
             if (r == c->rank || n <= 0) continue;
             mail_send(&mail, r, x + bounds[r] + done, n * (int64_t)sizeof *x);
         }
         for (int r = 0; r < c->size && mine > 0; r++)
-            if (r != c->rank) mail_receive(&mail, r, got + r * PIECE, mine * (int64_t)sizeof *x);
+            if (r != c->rank) mail_receive(&mail, r, got + r * piece, mine * (int64_t)sizeof *x);
         mail_wait(c, &mail);
         float *own = x + bounds[c->rank] + done;
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < mine; i++) {
             float sum = 0;
-            for (int r = 0; r < c->size; r++) sum += r == c->rank ? own[i] : got[r * PIECE + i];
+            for (int r = 0; r < c->size; r++) sum += r == c->rank ? own[i] : got[r * piece + i];
             own[i] = sum;
         }
     }
