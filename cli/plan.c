@@ -19,7 +19,8 @@ static const struct {
 
 /* Logits that a GPU has at a time beyond the CPU's: f32 and their gradients. */
 static double more_logits(const Gemma *g) {
-    return (512.0 - 128.0) * (double)g->config.vocab_size * (4.0 + (double)dtype_size(g->dtype));
+    return (double)((LOSS_ROWS_GPU - LOSS_ROWS) * g->config.vocab_size) *
+           (4.0 + (double)dtype_size(g->dtype));
 }
 
 /* Bytes that a rank sends in a step: sums of gradients to their ranks, at level 2 in each turn of

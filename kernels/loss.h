@@ -11,9 +11,13 @@ KERNEL(softcap_forward, Tensor logits, float cap);
  *   nll[r] = log(sum_v exp(c_v)) - c_target
  *   dlogits = weights[r] * (softmax(c) - onehot(target)) * (1 - (c / cap)^2)
  * everything in f32. Without dlogits logits is overwritten by c, with them by anything. A target of
- * -1 gives nll 0 and a zero row. nll      (R)     f32 dlogits  (R, V)  f32 | bf16; absent means
- * forward only logits   (R, V)  f32 targets  (R)     i32 weights  (R)     f32: the derivative of
- * the loss by each nll; may be absent without dlogits */
+ * -1 gives nll 0 and a zero row.
+ *
+ *   nll      (R)     f32
+ *   dlogits  (R, V)  f32 | bf16; absent means forward only
+ *   logits   (R, V)  f32
+ *   targets  (R)     i32
+ *   weights  (R)     f32: the derivative of the loss by each nll; may be absent without dlogits */
 KERNEL(cross_entropy, Tensor nll, Tensor dlogits, Tensor logits, Tensor targets, Tensor weights,
        float cap);
 

@@ -98,8 +98,7 @@ static size_t aligned(size_t bytes) {
     return (bytes + 63) / 64 * 64;
 }
 
-/* Values that a trainable parameter takes of the flat space: whole blocks of 8-bit states. */
-static int64_t span(const Param *p) {
+int64_t param_span(const Param *p) {
     return (tensor_count(p->value) + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK * DYNAMIC_BLOCK;
 }
 
@@ -120,7 +119,7 @@ static void gradient_space(const ParamList *params, int64_t *apart, int64_t *lay
         const Param *p = params->items[i];
         if (!p->trainable) continue;
         int64_t *sum = params->one_layer && p->layer >= 0 ? &sums[p->layer] : apart;
-        *sum += span(p);
+        *sum += param_span(p);
         if (sum != apart && *sum > *layer) *layer = *sum;
     }
 }
@@ -132,8 +131,8 @@ ParamBytes params_bytes(const ParamList *params) {
         const Param *p = params->items[i];
         if (!in_space(p) && !(p->mapped && !p->trainable))
             bytes.values += aligned(tensor_bytes(p->value));
-        if (has_master(params, p)) bytes.masters += (size_t)span(p) * 4;
-        if (p->trainable) bytes.trained += span(p);
+        if (has_master(params, p)) bytes.masters += (size_t)param_span(p) * 4;
+        if (p->trainable) bytes.trained += param_span(p);
     }
     for (int i = 0; i < params->derived_count; i++)
         bytes.values += aligned(tensor_bytes(*params->derived[i]));
@@ -169,13 +168,13 @@ Status params_place(ParamList *params, Device *device, bool gradients) {
             bool shares = params->one_layer && p->layer >= 0;
             int64_t *mine = &taken[shares ? p->layer + 1 : 0];
             if (gradients) p->grad = part_of(params->grads, *mine + (shares ? apart : 0), p);
-            *mine += span(p);
+            *mine += param_span(p);
             p->offset = offset;
-            offset += span(p);
+            offset += param_span(p);
         }
         if (has_master(params, p)) {
             p->master = part_of(params->space, place, p);
-            place += span(p);
+            place += param_span(p);
         }
         if (in_space(p))
             p->value = p->master;

@@ -71,6 +71,9 @@ Param *params_find(const ParamList *params, const char *name);
  * whose choices are delicate, nor a tower's. */
 bool param_takes_blocks(const Param *p);
 
+/* Values that a trainable parameter takes of the flat space: whole blocks of 8-bit states. */
+int64_t param_span(const Param *p);
+
 /* Bytes that params_place will take. */
 typedef struct ParamBytes {
     size_t values;    /* frozen and bf16 working values */

@@ -8,10 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Rows of logits made at a time: (128, 262144) f32 is 134 MB. A GPU would read its table too often
- * for so few. */
 static int64_t loss_rows(const Stack *s) {
-    int64_t most = s->g->device->kind == DEVICE_CUDA ? 512 : 128;
+    int64_t most = s->g->device->kind == DEVICE_CUDA ? LOSS_ROWS_GPU : LOSS_ROWS;
     return s->kept < most ? s->kept : most;
 }
 

@@ -17,16 +17,20 @@ static Tensor states(Arena *arena, const OptimizerConfig *config, int64_t n, int
     return ARENA_TENSOR(arena, dtype, n / DYNAMIC_BLOCK, DYNAMIC_BLOCK);
 }
 
+/* The block that share `part` of `parts` begins with. */
+static int64_t share_begin(int64_t n, int part, int parts) {
+    return n / DYNAMIC_BLOCK * part / parts;
+}
+
 void optimizer_shares(int64_t *bounds, int64_t n, int parts) {
-    int64_t blocks = n / DYNAMIC_BLOCK;
-    for (int i = 0; i <= parts; i++) bounds[i] = blocks * i / parts * DYNAMIC_BLOCK;
+    for (int i = 0; i <= parts; i++) bounds[i] = share_begin(n, i, parts) * DYNAMIC_BLOCK;
 }
 
 /* The blocks of n values that are this optimizer's. */
 static void own_blocks(const OptimizerConfig *c, int64_t n, int64_t *begin, int64_t *end) {
-    int64_t blocks = n / DYNAMIC_BLOCK;
-    *begin = c->parts > 1 ? blocks * c->part / c->parts : 0;
-    *end = c->parts > 1 ? blocks * (c->part + 1) / c->parts : blocks;
+    int parts = c->parts > 1 ? c->parts : 1, part = parts > 1 ? c->part : 0;
+    *begin = share_begin(n, part, parts);
+    *end = share_begin(n, part + 1, parts);
 }
 
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n) {
@@ -135,7 +139,7 @@ void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
 
 /* Whether q's gradients, and its place in the space, come right behind p's. */
 static bool lies_behind(const Param *p, const Param *q) {
-    int64_t span = (tensor_count(p->value) + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK * DYNAMIC_BLOCK;
+    int64_t span = param_span(p);
     return q->trainable && q->layer == p->layer && q->offset == p->offset + span &&
            (float *)q->grad.data == (float *)p->grad.data + span;
 }
@@ -149,9 +153,7 @@ void optimizer_take_gradients(Optimizer *o, const ParamList *params, int layer,
         while (next < params->count && lies_behind(params->items[next - 1], params->items[next]))
             next++;
         const Param *last = params->items[next - 1];
-        int64_t begin = p->offset,
-                end = last->offset + (tensor_count(last->value) + DYNAMIC_BLOCK - 1) /
-                                         DYNAMIC_BLOCK * DYNAMIC_BLOCK,
+        int64_t begin = p->offset, end = last->offset + param_span(last),
                 low = o->begin * DYNAMIC_BLOCK, high = o->end * DYNAMIC_BLOCK;
         Tensor run = values_of(p->grad, 0, end - begin);
         reduce(context, run, begin);

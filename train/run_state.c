@@ -68,9 +68,13 @@ done:
     return status;
 }
 
+static int64_t rows_of(Tensor t) {
+    return t.ndim ? t.shape[0] : 1;
+}
+
 /* The rows from `first` on that t has, of `all` in the file. */
 static Status read_rows(H5File *f, const char *name, Tensor t, int64_t first, int64_t all) {
-    int64_t count, own, rows = t.shape[0];
+    int64_t count, own, rows = rows_of(t);
     if (!tensor_present(t) || !rows) return OK;
     hid_t type = stored_type(t, &own);
     int64_t expected = own / rows * all;
@@ -86,7 +90,7 @@ static Status read_rows(H5File *f, const char *name, Tensor t, int64_t first, in
 }
 
 static Status read_tensor(H5File *f, const char *name, Tensor t) {
-    return read_rows(f, name, t, 0, t.shape[0]);
+    return read_rows(f, name, t, 0, rows_of(t));
 }
 
 static Status read_integer(H5File *f, const char *name, int64_t *out) {

@@ -204,7 +204,7 @@ static bool stopping(void) {
 
 static Status ask_tasks(Trainer *t) {
     if (!t->ask) return OK;
-    if (!speaks(t)) { /* as long as it takes */
+    if (!speaks(t)) { /* a barrier waits longest */
         comm_barrier(&t->comm);
         return OK;
     }
@@ -464,6 +464,12 @@ static Status log_expert_load(Trainer *t) {
     return OK;
 }
 
+/* Whether any rank was, up to now. */
+static bool asked_to_stop(Trainer *t) {
+    t->stop = comm_most(&t->comm, stop_requested);
+    return t->stop;
+}
+
 static Status loop(Trainer *t) {
     const RunConfig *c = &t->s.config;
     bool has_eval = t->s.store.eval.count > 0, stopped_early = false;
@@ -474,7 +480,7 @@ static Status loop(Trainer *t) {
         if (speaks(t)) fprintf(stderr, "eval loss before training: %.4f\n", loss);
     }
     if (!t->state.step) TRY(ask_tasks(t));
-    while (t->state.step < t->steps && !t->stop && !stopped_early) {
+    while (t->state.step < t->steps && !stopped_early && !asked_to_stop(t)) {
         Metrics m;
         double begin = progress_now();
         TRY(one_step(t, &m));
@@ -494,7 +500,6 @@ static Status loop(Trainer *t) {
             TRY(save(t));
             saved = t->state.step;
         }
-        t->stop = comm_most(&t->comm, stop_requested);
     }
     progress_clear(&t->progress);
     if (saved != t->state.step || t->state.step == 0) TRY(save(t));

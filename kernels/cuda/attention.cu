@@ -1,10 +1,9 @@
 /* attention.cu - which kernel takes which attention, and the one that takes any.
  *
- * Heads of 256 and 512 in bf16 go to tensor cores (flash_hopper.h and
- * gradients_hopper.h, flash.h). The rest is plain: a
- * warp for each query and head, its lanes sharing the head's numbers; long sights are split among
- * warps and joined in order. The way back has no sums in an order of chance: one pass over keys for
- * each query gives dq, one over queries for each key dk and dv. */
+ * Heads of 256 and 512 in bf16 go to tensor cores (flash_hopper.h and gradients_hopper.h, flash.h).
+ * The rest is plain: a warp for each query and head, its lanes sharing the head's numbers; long
+ * sights are split among warps and joined in order. The way back has no sums in an order of chance:
+ * one pass over keys for each query gives dq, one over queries for each key dk and dv. */
 #include "kernels/cuda/flash_hopper.h"
 #include "kernels/cuda/gradients_hopper.h"
 

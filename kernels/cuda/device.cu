@@ -42,9 +42,10 @@ struct Graph {
 struct Gpu {
     Device device;
     bool open;
-    cudaStream_t stream, beside; /* beside: NULL until it is needed */
-    cudaEvent_t asked,
-        copied[OFFLOAD_MOST]; /* of copies beside: what they wait for, and their end */
+    cudaStream_t stream;
+    cudaStream_t beside; /* for copies beside kernels; NULL until it is needed */
+    cudaEvent_t asked;   /* what the newest of them waits for */
+    cudaEvent_t copied[OFFLOAD_MOST];
     Pinned staging, chunk[2];
     Graph graphs[GRAPHS_MAX], *recording;
     int graph_count;

@@ -22,11 +22,11 @@ static inline size_t gemm_hopper_bytes() {
 /* One operand of a block's tile: LENGTH of its rows by a stage of K; TURNED: in memory K are rows.
  */
 template <int LENGTH, bool TURNED> struct Side {
+    /* Rows in memory, and how many threads share one, eight columns each; a thread brings EACH. */
     static constexpr int ROWS = TURNED ? HOPPER_DEPTH : LENGTH, TILE = LENGTH * HOPPER_DEPTH,
                          CHUNKS = TILE / ROWS / 8, STEP = HOPPER_THREADS / CHUNKS,
-                         EACH =
-                             TILE / 8 / HOPPER_THREADS; /* chunks of a stage that a thread brings */
-    int row, col;                                       /* in memory, of this thread's first */
+                         EACH = TILE / 8 / HOPPER_THREADS;
+    int row, col; /* in memory, of this thread's first */
 
     DEVICE_MEMBER Side() : row(threadIdx.x / CHUNKS), col(threadIdx.x % CHUNKS * 8) {}
 

@@ -31,7 +31,7 @@ struct Slab {
     bool first;             /* of all slabs */
 };
 
-/* What one slab of queries takes in elements: a multiple of all queries of a tile. */
+/* Keys of a row of weights: whole tiles. */
 static inline int64_t slab_width(const Heads &heads) {
     return ceil_div(heads.S, HOPPER_COLUMNS) * HOPPER_COLUMNS;
 }

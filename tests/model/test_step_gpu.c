@@ -89,19 +89,26 @@ static void expect_same_noise(Device *gpu, const char *variant, const char *path
     outcome_free(&b);
 }
 
+/* A variant's model, and its batch. */
+static Fixture open_variant(size_t v, Packed **batch) {
+    char *name = must_format("model_%s.h5", variants[v]);
+    Fixture f = fixture_open(name);
+    *batch = fixture_batch(&f, -1);
+    free(name);
+    return f;
+}
+
 static void every_variant(DType dtype, StackMode mode, Method method, double tolerance) {
     Device *gpu;
     if (device_open(&gpu, "cuda") != OK) SKIP("%s", status_message());
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
-        char *name = must_format("model_%s.h5", variants[v]);
-        Fixture f = fixture_open(name);
-        Packed *batch = fixture_batch(&f, -1);
+        Packed *batch;
+        Fixture f = open_variant(v, &batch);
         if (dtype == BF16)
             expect_same_noise(gpu, variants[v], f.dir, batch, mode, method);
         else
             expect_same_step(gpu, variants[v], f.dir, batch, dtype, mode, method, tolerance);
         free(batch);
-        free(name);
     }
 }
 
@@ -113,9 +120,8 @@ CASE(gpu, a_step_whose_layers_wait_in_the_hosts_memory_has_the_same_bits) {
     Device *gpu;
     if (device_open(&gpu, "cuda") != OK) SKIP("%s", status_message());
     for (size_t v = 0; v < sizeof variants / sizeof *variants; v++) {
-        char *name = must_format("model_%s.h5", variants[v]);
-        Fixture f = fixture_open(name);
-        Packed *batch = fixture_batch(&f, -1);
+        Packed *batch;
+        Fixture f = open_variant(v, &batch);
         Outcome a = step_on(gpu, f.dir, batch, BF16, STACK_RECOMPUTE, small_full),
                 b = step_on(gpu, f.dir, batch, BF16, STACK_OFFLOAD, small_full);
         EXPECT(!memcmp(a.grads, b.grads, (size_t)a.count * sizeof *a.grads), "%s: gradients",
@@ -125,7 +131,6 @@ CASE(gpu, a_step_whose_layers_wait_in_the_hosts_memory_has_the_same_bits) {
         outcome_free(&a);
         outcome_free(&b);
         free(batch);
-        free(name);
     }
 }
 
