@@ -1,6 +1,6 @@
 /* main.c - picks the command; prints its error once; ends with its exit status. */
 #include "cli/command.h"
-#include "train/comm.h"
+#include "kernels/comm.h"
 
 #include <signal.h>
 #include <stdio.h>

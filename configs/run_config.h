@@ -98,6 +98,7 @@ typedef struct RunConfig {
     int64_t sequences, accumulate;
     int64_t shard;  /* of several ranks: 0 nothing is shared out, 1 the optimizer's states are,
                      * 2 gradients too */
+    int64_t context; /* ranks that share the rows of a micro-batch; 1: each has its own */
     double timeout; /* seconds that a rank waits for another; 0: for ever */
     double clip;    /* 0: none */
     int64_t steps;  /* 0: by epochs */

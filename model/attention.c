@@ -57,10 +57,10 @@ void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Te
     norm_forward(&a->q_norm, s->q, s->q_rstd, s->q_raw, tensor_absent());
     rope_forward(s->q, s->q, cos, sin);
     if (c->owns_kv) {
-        bool paged = tensor_present(rows->sequence);
+        bool paged = tensor_present(rows->sequence), apart = paged || p->context;
         size_t mark = arena_mark(p->scratch);
-        Tensor k = paged ? arena_like(p->scratch, s->k_raw) : slot->k;
-        Tensor v = paged ? arena_like(p->scratch, s->v_raw) : slot->v;
+        Tensor k = apart ? arena_like(p->scratch, s->k_raw) : slot->k;
+        Tensor v = apart ? arena_like(p->scratch, s->v_raw) : slot->v;
         linear_forward(&a->k_proj, flat(s->k_raw), x, p);
         if (!c->v_from_k) linear_forward(&a->v_proj, flat(s->v_raw), x, p);
         norm_forward(&a->k_norm, k, s->k_rstd, s->k_raw, tensor_absent());
@@ -69,6 +69,9 @@ void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Te
         if (paged) {
             store_rows(slot->k, k, rows->place[c->kind]);
             store_rows(slot->v, v, rows->place[c->kind]);
+        } else if (p->context) {
+            context_gather(p->context, c->kind, slot->k, k, p->scratch);
+            context_gather(p->context, c->kind, slot->v, v, p->scratch);
         }
         arena_release(p->scratch, mark);
     }
@@ -76,6 +79,14 @@ void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Te
                       rows->first[c->kind], rows->last[c->kind], rows->sequence,
                       rows->pages[c->kind]);
     linear_forward(&a->o_proj, y, flat(s->out), p);
+}
+
+/* f32, of the shape of `like`: the slot's gradient of the keys that are rows here. */
+static Tensor own_gradient(Pass *p, AttentionKind kind, Tensor dslot, Tensor like) {
+    if (!p->context) return dslot;
+    Tensor own = arena_tensor(p->scratch, F32, like.ndim, like.shape);
+    context_return(p->context, kind, own, dslot, p->scratch);
+    return own;
 }
 
 void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tensor dx, Write write,
@@ -96,9 +107,11 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
                        rows->index[c->kind], rows->first[c->kind], rows->last[c->kind], partial);
     if (c->owns_kv) {
         Tensor dk = arena_like(p->scratch, s->k_raw), dv = arena_like(p->scratch, s->v_raw);
-        rope_backward(dk, slot->dk, cos, sin);
+        Tensor dk_sum = own_gradient(p, c->kind, slot->dk, dk),
+               dv_sum = own_gradient(p, c->kind, slot->dv, dv);
+        rope_backward(dk, dk_sum, cos, sin);
         norm_backward(&a->k_norm, dk, SET, dk, s->k_raw, s->k_rstd);
-        scale_copy(dv, SET, slot->dv, 1.0f);
+        scale_copy(dv, SET, dv_sum, 1.0f);
         if (c->v_from_k) { /* both paths end in the raw K */
             norm_backward(&a->v_norm, dk, ADD, dv, s->v_raw, s->v_rstd);
         } else {

@@ -20,6 +20,7 @@ typedef struct Gemma {
     Device *device;
     FakeQuant fake;   /* linears that train through rounding point here */
     LayerWatch watch; /* done NULL: nobody */
+    const Comm *context; /* ranks that share the rows of each batch; NULL: none do */
     ParamList params;
     LinearList linears;
     Param *embed_tokens;           /* (V, D), also the head */

@@ -69,14 +69,25 @@ static void count_load(const Moe *m, const MoeSaved *s, Pass *p) {
     dot_columns(sums, s->probs, tensor_absent());
 }
 
+void expert_load_clear(ExpertLoad *load) {
+    load->rows = 0;
+    memset(load->counts, 0, sizeof load->counts);
+    memset(load->probs, 0, sizeof load->probs);
+}
+
+void expert_load_sum(ExpertLoad *load, const Comm *comm) {
+    load->rows = comm_sum_count(comm, load->rows);
+    comm_sum_doubles(comm, load->counts, EXPERTS_MAX);
+    comm_sum_doubles(comm, load->probs, EXPERTS_MAX);
+}
+
 void expert_load_collect(ExpertLoad *load, const Pass *p, int64_t N) {
     int64_t L = p->load_counts.shape[0], E = p->load_counts.shape[1];
     int32_t counts[L * E];
     float probs[L * E];
     tensor_read(counts, p->load_counts);
     tensor_read(probs, p->load_probs);
-    memset(load->counts, 0, sizeof load->counts);
-    memset(load->probs, 0, sizeof load->probs);
+    expert_load_clear(load);
     for (int64_t i = 0; i < L * E; i++) {
         load->counts[i % E] += counts[i];
         load->probs[i % E] += probs[i];

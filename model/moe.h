@@ -48,6 +48,11 @@ typedef struct ExpertLoad {
 /* Sums what a forward pass of N rows left in the pass's tensors. */
 void expert_load_collect(ExpertLoad *load, const Pass *p, int64_t N);
 
+void expert_load_clear(ExpertLoad *load); /* but for by_layer */
+
+/* Makes it that of the rows of all ranks, but for by_layer. */
+void expert_load_sum(ExpertLoad *load, const Comm *comm);
+
 /* The balancing loss of a pass: E * sum_e f_e P_e, f_e the assignments to e and P_e its mean
  * probability per pooled row (top_k when balanced). */
 double expert_load_loss(const ExpertLoad *load, int64_t num_experts);

@@ -6,8 +6,7 @@
 #ifndef PASS_H
 #define PASS_H
 
-#include "configs/model_config.h"
-#include "kernels/arena.h"
+#include "model/context.h"
 
 /* What a pass through layers leaves behind. */
 typedef enum StackMode {
@@ -48,6 +47,7 @@ typedef struct KvSlot {
 typedef struct Pass {
     const Rows *rows;
     KvSlot *slots; /* one for each layer; valid where the layer owns K and V */
+    const ContextPart *context; /* whose rows these are a part of; NULL: all there are */
     Arena *scratch;
     bool training;
     bool int8;    /* packed weights meet activations in 8 bits: running a model, not training it */

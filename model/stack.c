@@ -70,6 +70,7 @@ static void reserve_inputs(Stack *s, Arena *arena) {
         memcpy(s->some.pages, s->all.pages, sizeof s->all.pages);
         s->some.source = ARENA_TENSOR(arena, I32, s->kept);
     }
+    if (s->context) context_reserve(s->context, arena);
     staging_end(&s->inputs);
 }
 
@@ -93,7 +94,8 @@ static void reserve_slots(Stack *s, Arena *arena) {
         const BlockConfig *c = &g->blocks[l].config;
         if (!c->owns_kv) continue;
         KvSlot *slot = &s->slots[l];
-        int64_t shape[] = {s->N, c->num_key_value_heads, c->head_dim};
+        int64_t keys = s->context ? s->context->kinds[c->kind].keys : s->N,
+                shape[] = {keys, c->num_key_value_heads, c->head_dim};
         /* Only slots that later layers read, or the backward pass needs, are their layer's own. */
         bool own = c->kv_is_shared || keep;
         if (own || !tensor_present(lent_k[c->kind])) {
@@ -140,6 +142,7 @@ void stack_place(Stack *s, Arena *arena) {
     int L = (int)c->num_hidden_layers;
     int64_t D = c->hidden_size;
     s->boundary = s->kept < s->N ? model_config_kv_layers(c) : L;
+    s->pass.context = s->context;
     reserve_inputs(s, arena);
     rows_reserve_angles(&s->all, arena, c);
     if (s->kept < s->N)

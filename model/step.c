@@ -4,6 +4,7 @@
 #include "kernels/embedding.h"
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
+#include "kernels/random.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -114,12 +115,16 @@ static void backward(Step *t) {
     arena_release(p->scratch, mark);
 }
 
+/* `context`: of the ranks that share the rows, or NULL. */
 static void step_open(Step *t, Gemma *g, const StepOptions *options, int64_t N, int64_t kept,
-                      Arena *scratch) {
+                      ContextPart *context, Arena *scratch) {
     CHECK(!options->logits || options->mode == STACK_SCORE, "logits of a step that trains");
     *t = (Step){.options = options};
     stack_open(&t->stack, g, options->mode, N, options->shortcut ? kept : N, NULL, scratch);
+    t->stack.context = context;
     t->stack.pass.key = options->key;
+    if (context && context->comm->rank)
+        t->stack.pass.key = random_key(options->key, (uint64_t)context->comm->rank);
 }
 
 /* How the experts fared, and what the balancing loss makes of it: aux_scale * E * f_e / rows for
@@ -129,7 +134,12 @@ static void balance(Step *t) {
     Pass *p = &t->stack.pass;
     if (!load || !p->load_counts.data) return;
     int64_t E = t->stack.g->config.num_experts;
-    expert_load_collect(load, p, t->stack.N);
+    const ContextPart *context = t->stack.context;
+    if (!context || context->rows[0] >= 0)
+        expert_load_collect(load, p, t->stack.N);
+    else
+        expert_load_clear(load);
+    if (context) expert_load_sum(load, context->comm);
     if (!tensor_present(p->balance)) return;
     float slope[EXPERTS_MAX];
     double rows = (double)load->rows;
@@ -146,11 +156,29 @@ static void run(Step *t) {
     if (stack_trains(&t->stack)) backward(t);
 }
 
+/* Rows of the longest picture. */
+static int64_t longest_medium(const StepOptions *o) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < o->largest_count; i++)
+        if (o->largest[i].count > longest) longest = o->largest[i].count;
+    return longest;
+}
+
+int64_t step_own_rows(const Gemma *g, int64_t N, const StepOptions *options) {
+    ContextPart x;
+    if (!g->context) return N;
+    context_measure(&x, g->context, &g->config, N, longest_medium(options));
+    return x.N;
+}
+
 void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
                   size_t *activations, size_t *scratch) {
     Arena place = arena_measure(), temporary = arena_measure();
     Step t;
-    step_open(&t, g, options, N, kept, &temporary);
+    ContextPart x;
+    if (g->context)
+        context_measure(&x, g->context, &g->config, N, longest_medium(options));
+    step_open(&t, g, options, g->context ? x.N : N, kept, g->context ? &x : NULL, &temporary);
     t.stack.media = options->largest;
     t.stack.media_count = options->largest_count;
     step_place(&t, &place);
@@ -166,8 +194,9 @@ void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
 void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations,
                size_t *scratch) {
     float blend = g->fake.blend;
+    int64_t rows = step_own_rows(g, N, options);
     *activations = *scratch = 0;
-    for (int64_t kept = N; kept >= N - 1 && kept > 0; kept--)
+    for (int64_t kept = rows; kept >= rows - 1 && kept > 0; kept--)
         for (int on = 0; on <= (g->fake.scheme != SCHEME_NONE); on++) {
             size_t a, t;
             g->fake.blend = (float)on;
@@ -184,7 +213,7 @@ Status step_init(StepMemory *m, Gemma *g, int64_t N, const StepOptions *options)
     step_plan(g, N, options, &activations, &scratch);
     if (options->mode == STACK_OFFLOAD)
         TRY(offload_init(&m->offload, g->device, (int)g->config.num_hidden_layers,
-                         stack_offload_bytes(g, N)));
+                         stack_offload_bytes(g, step_own_rows(g, N, options))));
     TRY(arena_init(&m->activations, g->device, activations, "the activations"));
     return arena_init(&m->scratch, g->device, scratch, "temporaries");
 }
@@ -195,25 +224,38 @@ void step_free(StepMemory *m) {
     if (m->offload.device) offload_free(&m->offload);
 }
 
-/* What every row sees, from its segment, its window and its span. */
-static void fill_rows(Stack *s, const Batch *batch) {
-    int64_t W = s->g->config.sliding_window, span = 0;
-    bool all = s->g->config.use_bidirectional_attention == BIDIRECTIONAL_ALL;
+/* What every row of a batch sees, from its segment, its window and its span. */
+static void see(const ModelConfig *c, const Batch *batch, AttentionKind kind, int32_t *first,
+                int32_t *last) {
+    int64_t W = c->sliding_window, span = 0;
+    bool all = c->use_bidirectional_attention == BIDIRECTIONAL_ALL;
     const int32_t *ends = batch->span_ends;
+    for (int64_t n = 0; n < batch->N; n++) {
+        int64_t low = batch->starts[n], high = n;
+        bool inside = ends && ends[n] >= 0;
+        if (!inside || !n || ends[n - 1] != ends[n]) span = n; /* where its span begins */
+        if (kind == SLIDING && n - W + 1 > low) low = n - W + 1;
+        if (inside && (all || kind == SLIDING)) high = ends[n];
+        if (inside && all && span < low) low = span;
+        first[n] = (int32_t)low;
+        last[n] = (int32_t)high;
+    }
+}
+
+/* The rows' intervals, of those here and of those that go on. */
+static void fill_rows(Stack *s, const Batch *batch) {
     for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
         int32_t *index = staged(&s->inputs, s->all.index[kind]),
                 *first = staged(&s->inputs, s->all.first[kind]),
                 *last = staged(&s->inputs, s->all.last[kind]);
-        for (int64_t n = 0; n < s->N; n++) {
-            int64_t low = batch->starts[n], high = n;
-            bool inside = ends && ends[n] >= 0;
-            if (!inside || !n || ends[n - 1] != ends[n]) span = n; /* where its span begins */
-            if (kind == SLIDING && n - W + 1 > low) low = n - W + 1;
-            if (inside && (all || kind == SLIDING)) high = ends[n];
-            if (inside && all && span < low) low = span;
-            index[n] = (int32_t)n;
-            first[n] = (int32_t)low;
-            last[n] = (int32_t)high;
+        if (s->context) {
+            const ContextKeys *keys = &s->context->kinds[kind];
+            memcpy(index, keys->index, (size_t)s->N * sizeof *index);
+            memcpy(first, keys->first, (size_t)s->N * sizeof *first);
+            memcpy(last, keys->last, (size_t)s->N * sizeof *last);
+        } else {
+            for (int64_t n = 0; n < s->N; n++) index[n] = (int32_t)n;
+            see(&s->g->config, batch, (AttentionKind)kind, first, last);
         }
         if (s->kept == s->N) continue;
         const int32_t *source = staged(&s->inputs, s->some.source);
@@ -226,6 +268,54 @@ static void fill_rows(Stack *s, const Batch *batch) {
             some_last[m] = last[source[m]];
         }
     }
+}
+
+/* This rank's rows of a batch that several share. */
+typedef struct Part {
+    ContextPart context;
+    Batch batch; /* without starts and spans */
+    int32_t *ids, *positions, *targets;
+    float *weights;
+    MediaItem *media;
+} Part;
+
+static void part_open(Part *p, const Gemma *g, const Batch *all) {
+    size_t N = (size_t)all->N;
+    bool *cuttable = must_malloc(N + 1);
+    int32_t *first = must_malloc((N + 1) * sizeof *first), *last = must_malloc((N + 1) * sizeof *last);
+    memset(cuttable, 1, N + 1);
+    for (int64_t i = 0; i < all->media_count; i++)
+        memset(cuttable + all->media[i].first + 1, 0, (size_t)all->media[i].count - 1);
+    *p = (Part){0};
+    context_open(&p->context, g->context, all->N, cuttable);
+    for (int kind = 0; kind < ATTENTION_KINDS; kind++) {
+        see(&g->config, all, (AttentionKind)kind, first, last);
+        context_see(&p->context, (AttentionKind)kind, first, last);
+    }
+    free(cuttable), free(first), free(last);
+    int64_t n = p->context.N;
+    p->ids = must_malloc((size_t)n * sizeof *p->ids);
+    p->positions = must_malloc((size_t)n * sizeof *p->positions);
+    p->targets = must_malloc((size_t)n * sizeof *p->targets);
+    p->weights = must_malloc((size_t)n * sizeof *p->weights);
+    p->media = must_malloc(((size_t)all->media_count + 1) * sizeof *p->media);
+    p->batch = (Batch){n, p->ids, p->positions, NULL, NULL, p->targets, p->weights, p->media, 0};
+    for (int64_t i = 0, medium = 0; i < n; i++) {
+        int32_t row = p->context.rows[i];
+        p->ids[i] = row < 0 ? (int32_t)g->config.pad_token_id : all->ids[row];
+        p->positions[i] = row < 0 ? 0 : all->positions[row];
+        p->targets[i] = row < 0 ? -1 : all->targets[row];
+        p->weights[i] = row < 0 ? 0 : all->weights ? all->weights[row] : 1.0f;
+        while (medium < all->media_count && all->media[medium].first < row) medium++;
+        if (medium == all->media_count || all->media[medium].first != row) continue;
+        p->media[p->batch.media_count] = all->media[medium];
+        p->media[p->batch.media_count++].first = i;
+    }
+}
+
+static void part_close(Part *p) {
+    context_close(&p->context);
+    free(p->ids), free(p->positions), free(p->targets), free(p->weights), free(p->media);
 }
 
 /* Slots have the padding's rows of both tables, as in the reference. */
@@ -245,8 +335,9 @@ static void spread(float *values, int64_t N, const int32_t *source, int64_t coun
     }
 }
 
-double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options,
-                float *nll) {
+/* Runs rows that are all there are, or this rank's part of them. */
+static double run_rows(Gemma *g, StepMemory *m, const Batch *batch, ContextPart *context,
+                       const StepOptions *options, float *nll) {
     Step t;
     Stack *s = &t.stack;
     int64_t N = batch->N, kept = 0;
@@ -254,7 +345,7 @@ double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *
     /* Products of a few rows take another path than large ones: never fewer than 8 go on, so that a
      * row's bits do not depend on how many others have a target. */
     int64_t least = N < 8 ? N : 8, extra = kept < least ? least - kept : 0;
-    step_open(&t, g, options, N, kept + extra, &m->scratch);
+    step_open(&t, g, options, N, kept + extra, context, &m->scratch);
     if (m->offload.device) s->offload = &m->offload;
     m->activations.used = m->scratch.used = 0;
     step_place(&t, &m->activations);
@@ -276,6 +367,7 @@ double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *
     s->media = batch->media;
     s->media_count = batch->media_count;
     clear_slots(s, g);
+    if (context) context_fill(context, &s->inputs);
     staging_send(&s->inputs);
     tensor_write(t.targets, targets);
     tensor_write(t.weights, weights);
@@ -287,5 +379,20 @@ double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *
     free(targets);
     free(weights);
     stack_close(s);
+    return total;
+}
+
+double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options,
+                float *nll) {
+    if (!g->context) return run_rows(g, m, batch, NULL, options, nll);
+    Part part;
+    part_open(&part, g, batch);
+    float *mine = must_malloc((size_t)part.batch.N * sizeof *mine);
+    double total = run_rows(g, m, &part.batch, &part.context, options, mine);
+    memset(nll, 0, (size_t)batch->N * sizeof *nll);
+    for (int64_t i = 0; i < part.batch.N; i++)
+        if (part.context.rows[i] >= 0) nll[part.context.rows[i]] = mine[i];
+    free(mine);
+    part_close(&part);
     return total;
 }

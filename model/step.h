@@ -46,9 +46,12 @@ typedef struct StepMemory {
     Offload offload; /* with STACK_OFFLOAD */
 } StepMemory;
 
-/* Bytes a batch of N rows with `kept` targets takes: the same code, measuring. */
+/* Bytes a batch of N rows takes, `kept` of this rank's with targets: the same code, measuring. */
 void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
                   size_t *activations, size_t *scratch);
+
+/* The most rows of a batch of N that this rank has: all, unless g->context shares them. */
+int64_t step_own_rows(const Gemma *g, int64_t N, const StepOptions *options);
 
 /* The most that batches of up to N rows take: with every row scored, and with some left out. */
 void step_plan(Gemma *g, int64_t N, const StepOptions *options, size_t *activations,
@@ -60,7 +63,8 @@ void step_free(StepMemory *m);
 
 /* Runs the batch. nll (N): the negative log-likelihood of each target, 0 where there is none.
  * Gradients of trainable parameters are added to, unless the mode is STACK_SCORE. Returns the sum
- * of nll * weight (of nll without weights). */
+ * of nll * weight (of nll without weights). Where ranks share the rows (g->context) all of them call
+ * it with the whole batch, and each has the nll, the sum and the gradients of its own. */
 double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options,
                 float *nll);
 

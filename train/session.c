@@ -35,6 +35,7 @@ static Status declare(Session *s, Device *device, bool media) {
     adapter_spec_free(&s->spec);
     gemma_free(&s->g);
     gemma_declare(&s->g, &s->checkpoint.config, !strcmp(c->dtype, "bf16") ? BF16 : F32, device);
+    if (comm_is_many(&s->context)) s->g.context = &s->context;
     if (media) gemma_declare_media(&s->g);
     TRY(adapt(&s->g, c, &s->spec));
     checkpoint_formats(&s->checkpoint, &s->g);
@@ -160,7 +161,7 @@ Status session_plan(Session *s, size_t available) {
         if (takes_mode(s, p->mode)) break;
     }
     if (p->mode == STACK_OFFLOAD)
-        p->host = stack_offload_bytes(&s->g, p->rows) * (size_t)s->g.config.num_hidden_layers;
+        p->host = stack_offload_bytes(&s->g, step_own_rows(&s->g, p->rows, &s->options)) * (size_t)s->g.config.num_hidden_layers;
     plan_tower_cache(s);
     return OK;
 }
@@ -187,14 +188,27 @@ static Status check_ranks(Session *s) {
     if (train->count) data = random_key(data, (uint64_t)train->begins[train->count]);
     TRY(comm_agree(comm, "dataset", data));
     TRY(comm_agree(comm, "kind of device", (uint64_t)s->g.device->kind));
-    if (c->accumulate < comm->size)
+    if (c->accumulate < s->data_ranks)
         FAIL(ERR_CONFIG,
              "batch.accumulate is %" PRId64 ", expected at least %d: ranks share a step's "
              "micro-batches",
-             c->accumulate, comm->size);
+             c->accumulate, s->data_ranks);
     if (c->optimizer.no_masters || c->optimizer.fused)
         FAIL(ERR_CONFIG, "optimizer.%s: expected masters f32 and fused false with several ranks",
              c->optimizer.fused ? "fused" : "masters");
+    return OK;
+}
+
+/* Ranks that share rows follow each other. */
+static Status make_groups(Session *s) {
+    int64_t size = s->comm.size, context = s->config.context;
+    if (size % context || (context > 1 && size == 1))
+        FAIL(ERR_CONFIG,
+             "parallel.context is %" PRId64 ", expected a divisor of the number of ranks, %" PRId64,
+             context, size);
+    comm_group(&s->context, &s->comm, (int)context, false);
+    s->data_rank = s->comm.rank / (int)context;
+    s->data_ranks = (int)(size / context);
     return OK;
 }
 
@@ -205,6 +219,7 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     const RunConfig *c = &s->config;
     Device *device;
     Status status = OK;
+    TRY_DONE(make_groups(s));
     TRY_DONE(open_device(s, &device));
     TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
     TRY_DONE(tokenizer_load(&s->tokenizer, c->model));
@@ -226,7 +241,7 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     if (towers && !s->store.media_count) TRY_DONE(declare(s, device, false));
     LoaderConfig loader = {c->sequences,          c->accumulate,   c->data.max_length, c->seed,
                            c->data.shuffle,       c->data.packing, c->steps,           c->epochs,
-                           &s->checkpoint.config, s->comm.rank,    s->comm.size};
+                           &s->checkpoint.config, s->data_rank,    s->data_ranks};
     TRY_DONE(loader_open(&s->loader, &s->store, &loader));
     const char *shortcut = getenv("LAPIDARY_SHORTCUT"); /* 0: for measuring what it saves */
     s->options = (StepOptions){.shortcut = !shortcut || strcmp(shortcut, "0"),
@@ -263,6 +278,7 @@ void session_close(Session *s) {
     tokenizer_free(s->tokenizer);
     checkpoint_close(&s->checkpoint);
     run_config_free(&s->config);
+    comm_close(&s->context);
     *s = (Session){0};
 }
 

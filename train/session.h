@@ -7,7 +7,7 @@
 #include "formats/adapter.h"
 #include "formats/checkpoint.h"
 #include "optim/optimizer.h"
-#include "train/comm.h"
+#include "kernels/comm.h"
 
 /* What the run will take, byte for byte, before any of it is taken. */
 typedef struct MemoryPlan {
@@ -24,6 +24,9 @@ typedef struct MemoryPlan {
 typedef struct Session {
     RunConfig config;
     Comm comm;
+    Comm context; /* the ranks with which this one shares the rows of micro-batches */
+    int data_rank, data_ranks; /* which of the groups of such ranks it is in, and how many there are:
+                                * they take micro-batches turn by turn */
     Checkpoint checkpoint;
     Tokenizer *tokenizer;
     RowReader reader;

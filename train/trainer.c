@@ -169,9 +169,9 @@ Status evaluate(Session *s, StepMemory *memory, double *loss) {
     while (sample < s->store.eval.count) {
         TRY_DONE(loader_eval_batch(&s->store, true, &sample, capacity, &s->g.config, &batch));
         batch.batch.weights = NULL;
-        if (comm_is_many(&s->comm) && turn++ % s->comm.size != s->comm.rank) continue;
+        if (turn++ % s->data_ranks != s->data_rank) continue;
         total += step_run(&s->g, memory, &batch.batch, &options, nll);
-        trained += batch.trained;
+        if (!s->context.rank) trained += batch.trained;
     }
     total = comm_sum(&s->comm, total);
     trained = comm_sum_count(&s->comm, trained);
@@ -392,9 +392,10 @@ static Status one_step(Trainer *t, Metrics *m) {
     MicroBatch *batches;
     int64_t count, trained, tokens = 0;
     TRY(loader_next(s->loader, &batches, &count, &trained));
-    int64_t all = loader_step_batches(s->loader), ranks = s->comm.size;
-    trained = comm_sum_count(&s->comm, trained);
-    if (ranks > 1) micro_batches_weigh(batches, count, trained);
+    int64_t all = loader_step_batches(s->loader), ranks = s->data_ranks;
+    bool counts = !s->context.rank; /* what all that share rows have alike */
+    trained = comm_sum_count(&s->comm, counts ? trained : 0);
+    if (comm_is_many(&s->comm)) micro_batches_weigh(batches, count, trained);
     double lr = schedule_rate(&s->config, t->state.step, t->steps), loss = 0, aux = 0;
     Fused fused = {.s = s, .lr = lr};
     if (s->config.optimizer.fused) {
@@ -411,10 +412,11 @@ static Status one_step(Trainer *t, Metrics *m) {
     s->g.fake.blend = adapt_blend(&s->config, t->state.step);
     for (int64_t i = 0; i < count; i++) {
         s->options.key = random_key(random_key((uint64_t)s->config.seed, (uint64_t)t->state.step),
-                                    (uint64_t)(i * ranks + s->comm.rank));
+                                    (uint64_t)(i * ranks + s->data_rank));
         s->options.load = t->load;
         s->options.aux_scale = (float)(s->config.aux_loss / (double)all);
         loss += step_run(&s->g, &s->memory, &batches[i].batch, &s->options, t->nll);
+        if (!counts) continue;
         if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)all;
         tokens += batches[i].batch.N;
     }

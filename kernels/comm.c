@@ -1,5 +1,5 @@
 /* comm.c - ranks over MPI. */
-#include "train/comm.h"
+#include "kernels/comm.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -46,6 +46,15 @@ static double seconds_now(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
+static MPI_Comm handle_of(const Comm *c) {
+    return MPI_Comm_f2c((MPI_Fint)c->handle);
+}
+
+/* The number in the run of rank r. */
+static int in_run(const Comm *c, int r) {
+    return c->first + r * c->stride;
+}
+
 /* Later ranks give the first time to say it alone. */
 static double patience(const Comm *c, int times) {
     return times * c->timeout + (c->rank ? 3 + c->rank : 0);
@@ -53,12 +62,12 @@ static double patience(const Comm *c, int times) {
 
 static _Noreturn void end_run(const Comm *c, int missing) {
     char who[32] = "a rank";
-    if (missing >= 0) snprintf(who, sizeof who, "rank %d", missing);
+    if (missing >= 0) snprintf(who, sizeof who, "rank %d", in_run(c, missing));
     fprintf(
         stderr,
         "lapidary: %s has not answered rank %d for %.0f s (parallel.timeout): the run ends; the "
         "newest save is whole\n",
-        who, c->rank, c->timeout);
+        who, in_run(c, c->rank), c->timeout);
     MPI_Abort(MPI_COMM_WORLD, 1);
     abort();
 }
@@ -84,22 +93,24 @@ static void wait_for(const Comm *c, int count, MPI_Request *requests, const int 
 
 /* Messages under way, and whose they are. */
 typedef struct Mail {
+    MPI_Comm among;
     MPI_Request *requests;
     int *from, count;
 } Mail;
 
 static Mail mail_open(const Comm *c) {
     size_t n = 2 * (size_t)c->size;
-    return (Mail){must_malloc(n * sizeof(MPI_Request)), must_malloc(n * sizeof(int)), 0};
+    return (Mail){handle_of(c), must_malloc(n * sizeof(MPI_Request)), must_malloc(n * sizeof(int)),
+                  0};
 }
 
 static void mail_send(Mail *m, int to, const void *bytes, int64_t count) {
-    MPI_Isend(bytes, (int)count, MPI_BYTE, to, 0, MPI_COMM_WORLD, &m->requests[m->count]);
+    MPI_Isend(bytes, (int)count, MPI_BYTE, to, 0, m->among, &m->requests[m->count]);
     m->from[m->count++] = -1;
 }
 
 static void mail_receive(Mail *m, int from, void *bytes, int64_t count) {
-    MPI_Irecv(bytes, (int)count, MPI_BYTE, from, 0, MPI_COMM_WORLD, &m->requests[m->count]);
+    MPI_Irecv(bytes, (int)count, MPI_BYTE, from, 0, m->among, &m->requests[m->count]);
     m->from[m->count++] = from;
 }
 
@@ -116,21 +127,39 @@ static void mail_close(Mail *m) {
 
 Status comm_open(Comm *c) {
     int given;
-    *c = (Comm){.size = 1};
+    *c = (Comm){.size = 1, .whole = true};
     if (started_together() == 1) return OK;
     MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given);
     MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &c->size);
     c->local = local_rank(c->rank);
+    c->stride = 1;
+    c->handle = (int)MPI_Comm_c2f(MPI_COMM_WORLD);
     return OK;
+}
+
+void comm_group(Comm *group, const Comm *c, int size, bool apart) {
+    *group = (Comm){.size = 1, .timeout = c->timeout, .local = c->local};
+    if (!comm_is_many(c) || size == 1) return;
+    CHECK(c->size % size == 0, "groups of %d among %d ranks", size, c->size);
+    int groups = c->size / size, which = apart ? c->rank % groups : c->rank / size;
+    MPI_Comm among;
+    MPI_Comm_split(handle_of(c), which, c->rank, &among);
+    group->rank = apart ? c->rank / groups : c->rank % size;
+    group->size = size;
+    group->first = in_run(c, apart ? which : which * size);
+    group->stride = c->stride * (apart ? groups : 1);
+    group->handle = (int)MPI_Comm_c2f(among);
 }
 
 void comm_close(Comm *c) {
     int open;
-    if (c->size) {
-        MPI_Initialized(&open);
-        if (open) MPI_Finalize();
-    }
+    MPI_Initialized(&open);
+    MPI_Comm among = comm_is_many(c) && open ? handle_of(c) : MPI_COMM_WORLD;
+    if (among != MPI_COMM_WORLD)
+        MPI_Comm_free(&among);
+    else if (c->whole && open)
+        MPI_Finalize();
     *c = (Comm){0};
 }
 
@@ -138,7 +167,7 @@ void comm_barrier(const Comm *c) {
     MPI_Request request;
     int from = -1;
     if (!comm_is_many(c)) return;
-    MPI_Ibarrier(MPI_COMM_WORLD, &request);
+    MPI_Ibarrier(handle_of(c), &request);
     wait_for(c, 1, &request, &from, 6);
 }
 
@@ -147,7 +176,7 @@ static void broadcast_from(const Comm *c, int root, void *bytes, size_t count) {
     for (size_t done = 0; done < count; done += MESSAGE) {
         size_t n = count - done < MESSAGE ? count - done : MESSAGE;
         MPI_Request request;
-        MPI_Ibcast((char *)bytes + done, (int)n, MPI_BYTE, root, MPI_COMM_WORLD, &request);
+        MPI_Ibcast((char *)bytes + done, (int)n, MPI_BYTE, root, handle_of(c), &request);
         wait_for(c, 1, &request, &from, 1);
     }
 }
@@ -171,12 +200,14 @@ static void *gather_all(const Comm *c, const void *mine, int bytes) {
     return all;
 }
 
-double comm_sum(const Comm *c, double x) {
-    if (!comm_is_many(c)) return x;
-    double *all = gather_all(c, &x, sizeof x), sum = 0;
-    for (int r = 0; r < c->size; r++) sum += all[r];
+void comm_sum_doubles(const Comm *c, double *x, int64_t count) {
+    if (!comm_is_many(c)) return;
+    double *all = gather_all(c, x, (int)(count * (int64_t)sizeof *x));
+    for (int64_t i = 0; i < count; i++) {
+        x[i] = 0;
+        for (int r = 0; r < c->size; r++) x[i] += all[r * count + i];
+    }
     free(all);
-    return sum;
 }
 
 int64_t comm_sum_count(const Comm *c, int64_t x) {
@@ -226,9 +257,42 @@ static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
     free(got);
 }
 
-static void all_gather(const Comm *c, float *x, const int64_t *bounds) {
+static void all_gather(const Comm *c, char *x, size_t size, const int64_t *bounds) {
     for (int r = 0; r < c->size; r++)
-        broadcast_from(c, r, x + bounds[r], (size_t)(bounds[r + 1] - bounds[r]) * sizeof *x);
+        broadcast_from(c, r, x + (size_t)bounds[r] * size,
+                       (size_t)(bounds[r + 1] - bounds[r]) * size);
+}
+
+/* Bytes `done` on of what goes to, or comes from, a rank, at most a message of them. */
+static int64_t message(int64_t rows, size_t row, size_t done) {
+    size_t all = (size_t)rows * row, left = all > done ? all - done : 0;
+    return (int64_t)(left < MESSAGE ? left : MESSAGE);
+}
+
+static void all_to_all(const Comm *c, char *to, const int64_t *gets, const char *from,
+                       const int64_t *sends, size_t row) {
+    Mail mail = mail_open(c);
+    size_t longest = 0;
+    for (int r = 0; r < c->size; r++) {
+        int64_t most = gets[r] > sends[r] ? gets[r] : sends[r];
+        if ((size_t)most * row > longest) longest = (size_t)most * row;
+    }
+    for (size_t done = 0; done < longest; done += MESSAGE) {
+        char *in = to;
+        const char *out = from;
+        for (int r = 0; r < c->size; r++) {
+            int64_t get = message(gets[r], row, done), send = message(sends[r], row, done);
+            if (r == c->rank)
+                memcpy(in + done, out + done, (size_t)get);
+            else if (get)
+                mail_receive(&mail, r, in + done, get);
+            if (r != c->rank && send) mail_send(&mail, r, out + done, send);
+            in += (size_t)gets[r] * row;
+            out += (size_t)sends[r] * row;
+        }
+        mail_wait(c, &mail);
+    }
+    mail_close(&mail);
 }
 
 Status comm_agree(const Comm *c, const char *what, uint64_t value) {
@@ -252,23 +316,26 @@ void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t coun
     for (size_t done = 0; done < count; done += MESSAGE) {
         size_t n = count - done < MESSAGE ? count - done : MESSAGE;
         if (c->rank == root)
-            MPI_Send((const char *)from + done, (int)n, MPI_BYTE, 0, 1, MPI_COMM_WORLD);
+            MPI_Send((const char *)from + done, (int)n, MPI_BYTE, 0, 1, handle_of(c));
         else if (c->rank == 0)
-            MPI_Recv((char *)to + done, (int)n, MPI_BYTE, root, 1, MPI_COMM_WORLD,
-                     MPI_STATUS_IGNORE);
+            MPI_Recv((char *)to + done, (int)n, MPI_BYTE, root, 1, handle_of(c), MPI_STATUS_IGNORE);
     }
 }
 
 #else
 
 Status comm_open(Comm *c) {
-    *c = (Comm){.size = 1};
+    *c = (Comm){.size = 1, .whole = true};
     if (started_together() > 1)
         FAIL(ERR_CONFIG, "started as one of several ranks, and this build has no MPI: install it "
                          "(libopenmpi-dev) and build again");
     return OK;
 }
 
+void comm_group(Comm *group, const Comm *c, int size, bool apart) {
+    (void)c, (void)size, (void)apart;
+    *group = (Comm){.size = 1};
+}
 void comm_close(Comm *c) {
     *c = (Comm){0};
 }
@@ -278,9 +345,8 @@ void comm_barrier(const Comm *c) {
 void comm_broadcast(const Comm *c, void *bytes, size_t count) {
     (void)c, (void)bytes, (void)count;
 }
-double comm_sum(const Comm *c, double x) {
-    (void)c;
-    return x;
+void comm_sum_doubles(const Comm *c, double *x, int64_t count) {
+    (void)c, (void)x, (void)count;
 }
 int64_t comm_sum_count(const Comm *c, int64_t x) {
     (void)c;
@@ -297,8 +363,12 @@ Status comm_agree(const Comm *c, const char *what, uint64_t value) {
 static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
     (void)c, (void)x, (void)bounds;
 }
-static void all_gather(const Comm *c, float *x, const int64_t *bounds) {
-    (void)c, (void)x, (void)bounds;
+static void all_gather(const Comm *c, char *x, size_t size, const int64_t *bounds) {
+    (void)c, (void)x, (void)size, (void)bounds;
+}
+static void all_to_all(const Comm *c, char *to, const int64_t *gets, const char *from,
+                       const int64_t *sends, size_t row) {
+    (void)c, (void)to, (void)gets, (void)from, (void)sends, (void)row;
 }
 void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t count) {
     (void)c, (void)root;
@@ -307,33 +377,55 @@ void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t coun
 
 #endif
 
-/* The tensor's numbers in the host's memory: itself, or a copy. */
-static float *hosted(Tensor t) {
-    CHECK(t.dtype == F32, "ranks exchange %s", tensor_text(t));
+double comm_sum(const Comm *c, double x) {
+    comm_sum_doubles(c, &x, 1);
+    return x;
+}
+
+/* The tensor's bytes in the host's memory: itself, or a copy. */
+static void *hosted(Tensor t, bool read) {
     if (t.device->kind == DEVICE_CPU) return t.data;
-    float *host = must_malloc(tensor_bytes(t));
-    tensor_read(host, t);
+    void *host = must_malloc(tensor_bytes(t));
+    if (read) tensor_read(host, t);
     return host;
 }
 
-static void give_back(Tensor t, float *host) {
+static void give_back(Tensor t, void *host, bool written) {
     if (host == t.data) return;
-    tensor_write(t, host);
+    if (written) tensor_write(t, host);
     free(host);
 }
 
 void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds) {
     if (!comm_is_many(c)) return;
-    float *x = hosted(t);
+    CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
+    float *x = hosted(t, true);
     reduce_scatter(c, x, bounds);
-    give_back(t, x);
+    give_back(t, x, true);
 }
 
 void comm_all_gather(const Comm *c, Tensor t, const int64_t *bounds) {
     if (!comm_is_many(c)) return;
-    float *x = hosted(t);
-    all_gather(c, x, bounds);
-    give_back(t, x);
+    void *x = hosted(t, true);
+    all_gather(c, x, dtype_size(t.dtype), bounds);
+    give_back(t, x, true);
+}
+
+void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
+                     const int64_t *sends) {
+    int64_t get = 0, send = 0;
+    if (!to.data) return; /* only measured */
+    for (int r = 0; r < c->size; r++) get += gets[r], send += sends[r];
+    to = tensor_slice(to, 0, get);
+    from = tensor_slice(from, 0, send);
+    if (!comm_is_many(c)) {
+        tensor_copy(to, from);
+        return;
+    }
+    void *x = hosted(from, true), *y = hosted(to, false);
+    all_to_all(c, y, gets, x, sends, tensor_bytes(tensor_slice(to, 0, 1)));
+    give_back(from, x, false);
+    give_back(to, y, true);
 }
 
 /* Equal parts of `count`. */
@@ -347,13 +439,14 @@ void comm_sum_floats(const Comm *c, float *x, int64_t count) {
     if (!comm_is_many(c)) return;
     int64_t *bounds = equal_parts(c, count);
     reduce_scatter(c, x, bounds);
-    all_gather(c, x, bounds);
+    all_gather(c, (char *)x, sizeof *x, bounds);
     free(bounds);
 }
 
 void comm_all_reduce(const Comm *c, Tensor t) {
     if (!comm_is_many(c)) return;
-    float *x = hosted(t);
+    CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
+    float *x = hosted(t, true);
     comm_sum_floats(c, x, tensor_count(t));
-    give_back(t, x);
+    give_back(t, x, true);
 }

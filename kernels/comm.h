@@ -16,6 +16,9 @@ typedef struct Comm {
     int rank, size; /* size 0: not opened, one process */
     double timeout; /* seconds; 0: none */
     int local;      /* which of its host's ranks it is */
+    bool whole;     /* all ranks of the run; else a group of them */
+    int first, stride; /* rank r of a group is rank first + r * stride of the run */
+    int handle;        /* MPI's, as its Fortran side numbers it */
 } Comm;
 
 static inline bool comm_is_many(const Comm *c) {
@@ -28,6 +31,12 @@ bool comm_was_started(void);
 /* Joins the ranks that mpirun or a scheduler started. ERR_CONFIG: it started several, and this
  * build has no MPI. */
 Status comm_open(Comm *c);
+
+/* The group of this rank among groups of `size` of c's: those that follow each other, or (apart) one
+ * out of each such run of c->size / size ranks. `size` divides c's. */
+void comm_group(Comm *group, const Comm *c, int size, bool apart);
+
+/* Leaves a group, or all of MPI. */
 void comm_close(Comm *c);
 
 void comm_barrier(const Comm *c);
@@ -37,6 +46,7 @@ void comm_broadcast(const Comm *c, void *bytes, size_t count);
 
 /* The sum over all ranks, and the largest. */
 double comm_sum(const Comm *c, double x);
+void comm_sum_doubles(const Comm *c, double *x, int64_t count);
 int64_t comm_sum_count(const Comm *c, int64_t x);
 int comm_most(const Comm *c, int x);
 void comm_sum_floats(const Comm *c, float *x, int64_t count);
@@ -48,11 +58,16 @@ Status comm_agree(const Comm *c, const char *what, uint64_t value);
  * left as it is. */
 void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds);
 
-/* Every part becomes what its rank has. */
+/* Every part becomes what its rank has. Any dtype that is not packed. */
 void comm_all_gather(const Comm *c, Tensor t, const int64_t *bounds);
 
 /* Both, over the whole of t: every rank has the sum. */
 void comm_all_reduce(const Comm *c, Tensor t);
+
+/* sends[r] rows of `from`, behind each other, to each rank r, and gets[r] rows from it into `to`,
+ * which have the same bytes.   to (at least all of gets, ...), from (at least all of sends, ...) */
+void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
+                     const int64_t *sends);
 
 /* Rank `root`'s bytes to rank 0, at `to`; others do nothing. */
 void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t count);
