@@ -108,7 +108,7 @@ typedef struct Lean {
 static void update_layer(void *context, int layer) {
     Lean *l = context;
     optimizer_update(l->o, &l->g->params, layer, 1e-5, 1.0);
-    if (layer >= 0) fill(l->g->params.layer_grads, 0.0f);
+    if (layer >= 0) fill(l->g->params.space.layer_grads, 0.0f);
 }
 
 /* The fastest of a few steps, after one that makes plans. */
@@ -127,7 +127,7 @@ static void time_steps(Gemma *g, StepMemory *memory, Optimizer *o, const StepOpt
             optimizer_step(o, &g->params, 1e-5, 1.0);
         }
         float one;
-        tensor_read(&one, tensor_slice(g->params.grads, 0, 1)); /* all of it is done */
+        tensor_read(&one, tensor_slice(g->params.space.grads, 0, 1)); /* all of it is done */
         if (i && omp_get_wtime() - start < *seconds) *seconds = omp_get_wtime() - start;
     }
 }
@@ -141,7 +141,7 @@ typedef struct Plan {
 static Plan plan_of(Gemma *g, int64_t tokens, StackMode mode, const OptimizerConfig *adam) {
     StepOptions options = {.mode = mode, .shortcut = true};
     Plan p = {.params = params_bytes(&g->params)};
-    p.states = optimizer_measure(adam, p.params.trained);
+    p.states = optimizer_measure(adam, p.params.own);
     step_plan(g, tokens, &options, &p.activations, &p.temporaries);
     p.total = p.params.values + p.params.masters + p.params.gradients + p.states + p.activations +
               p.temporaries;
@@ -177,7 +177,7 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
     double seconds, loss;
     Status status = OK;
     TRY_DONE(method_of(&config, b));
-    g->params.no_masters = g->params.one_layer = b->lean;
+    g->params.space.no_masters = g->params.space.one_layer = b->lean;
     TRY_DONE(adapt(g, &config, &spec));
     if (b->plan) {
         print_plans(g, b, &adam);

@@ -25,7 +25,7 @@ static double more_logits(const Gemma *g) {
 
 /* Bytes that a rank sends in a step: sums of gradients to their ranks, at level 2 in each turn of
  * micro-batches, and the updated values (or, at level 0, the sums) to all. */
-static double sent_bytes(const Session *s, int64_t ranks) {
+static double sent_bytes(Session *s, int64_t ranks) {
     double values = 4.0 * (double)params_bytes(&s->g.params).trained,
            away = (double)(ranks - 1) / (double)ranks;
     int64_t turns = s->config.shard == 2 ? (s->config.accumulate + ranks - 1) / ranks : 1;

@@ -63,6 +63,8 @@ typedef struct BlockConfig {
     int64_t hidden_size, num_attention_heads, num_key_value_heads, head_dim, intermediate_size;
     int64_t per_layer_input; /* width, 0: none */
     int64_t num_experts, top_k_experts, moe_intermediate_size;
+    int64_t expert_ranks, expert_rows; /* ranks that have the experts between them, 0: each has all;
+                                        * and the most rows that one of them has in a pass */
     bool owns_kv;      /* computes K and V, else reads those of kv_layer */
     bool v_from_k;     /* V is the raw output of k_proj */
     int kv_layer;      /* the layer whose K and V are used; itself when owns_kv */

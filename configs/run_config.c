@@ -393,16 +393,17 @@ static Status read_run(RunConfig *c, Node *root) {
         TRY(get_count(map, "accumulate", 1, &c->accumulate));
     }
     c->shard = 1;
-    c->context = 1;
+    c->context = c->experts = 1;
     c->timeout = 600;
     TRY(get_map(root, "parallel", &map));
     if (map) {
         double shard = 1;
-        TRY(get_range(map, "shard", 0, 2, &shard));
-        if (shard != 0 && shard != 1 && shard != 2)
-            FAIL(ERR_CONFIG, "parallel.shard is %g, expected 0, 1 or 2", shard);
+        TRY(get_range(map, "shard", 0, 3, &shard));
+        if (shard != (int)shard)
+            FAIL(ERR_CONFIG, "parallel.shard is %g, expected 0, 1, 2 or 3", shard);
         c->shard = (int64_t)shard;
         TRY(get_count(map, "context", 1, &c->context));
+        TRY(get_count(map, "experts", 1, &c->experts));
         TRY(get_range(map, "timeout", 0, 1e9, &c->timeout));
     }
     c->clip = 1.0;
@@ -674,8 +675,9 @@ char *run_config_text(const RunConfig *c) {
         c->schedule.warmup, c->schedule.min_lr);
     put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\n", c->sequences,
         c->accumulate);
-    put(&o, "parallel: {shard: %" PRId64 ", context: %" PRId64 ", timeout: %.17g}\nclip: %.17g\n",
-        c->shard, c->context, c->timeout,
+    put(&o, "parallel: {shard: %" PRId64 ", context: %" PRId64 ", experts: %" PRId64
+        ", timeout: %.17g}\nclip: %.17g\n",
+        c->shard, c->context, c->experts, c->timeout,
         c->clip);
     put_count_or_null(&o, "steps", c->steps);
     put(&o, "epochs: %.17g\nmoe: {aux_loss: %.17g, train_router: %s}\nrecompute: \"%s\"\n",

@@ -204,12 +204,15 @@ Status adapter_init(Gemma *g, uint64_t seed) {
         Tensor A = l->lora->A->value, host;
         uint64_t key = random_key_name(seed, l->lora->A->name);
         float bound = 1.0f / sqrtf((float)l->in);
+        int64_t before = l->lora->A->group * l->lora->rank * l->in; /* what other ranks have */
         TRY(tensor_stage(&host, A));
         for (int64_t i = 0; i < tensor_count(A); i++)
-            ((float *)host.data)[i] = (2.0f * random_uniform(key, (uint64_t)i) - 1.0f) * bound;
+            ((float *)host.data)[i] =
+                (2.0f * random_uniform(key, (uint64_t)(before + i)) - 1.0f) * bound;
         tensor_unstage(A, host, false);
         fill(l->lora->B->value, 0.0f);
         if (!l->lora->magnitude) continue;
+        space_need(&g->params.space, l->weight->layer, -1);
         Arena rows;
         TRY(arena_init(&rows, g->device, (size_t)(NORM_ROWS * l->in) * sizeof(float),
                        "a few rows"));

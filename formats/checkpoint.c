@@ -273,6 +273,17 @@ static Status fill_param(const StoredTensor *t, Param *p) {
     return status;
 }
 
+/* The groups of experts of it that p has here. */
+static StoredTensor stored_groups(const StoredTensor *t, const Param *p) {
+    StoredTensor some = *t;
+    if (!p->groups) return some;
+    size_t group = t->size / (size_t)p->groups;
+    some.bytes = t->bytes + (size_t)p->group * group;
+    some.size = (size_t)p->value.shape[0] * group;
+    some.shape[0] = p->value.shape[0];
+    return some;
+}
+
 /* The same of a weight in parts, made whole first. */
 static Status fill_from_parts(const StoredTensor *t, Param *p) {
     StoredTensor whole = *t;
@@ -280,7 +291,8 @@ static Status fill_from_parts(const StoredTensor *t, Param *p) {
     if (!blocks) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", t->file, p->name);
     Status status = parts_read(t, blocks);
     whole.bytes = blocks;
-    if (status == OK) status = fill_param(&whole, p);
+    StoredTensor here = stored_groups(&whole, p);
+    if (status == OK) status = fill_param(&here, p);
     free(blocks);
     return status;
 }
@@ -293,8 +305,9 @@ static Status load_param(const StoredTensor *t, Param *p, Device *device) {
         return OK;
     }
     if (t->parts) return fill_from_parts(t, p);
-    TRY(fill_param(t, p));
-    stored_tensor_release(t);
+    StoredTensor here = stored_groups(t, p);
+    TRY(fill_param(&here, p));
+    stored_tensor_release(&here);
     return OK;
 }
 
@@ -308,8 +321,8 @@ Status checkpoint_load(const Checkpoint *c, Gemma *g) {
                  "%s: tensor '%s' is missing; this checkpoint reads no pictures or sound", c->dir,
                  p->name);
         TRY(load_param(t->stored, p, g->device));
+        param_adopt(&g->params, p);
     }
-    params_adopt(&g->params);
     gemma_loaded(g);
     return OK;
 }

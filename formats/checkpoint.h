@@ -62,7 +62,10 @@ void checkpoint_release(const Checkpoint *c, const Param *p);
  * the linears as compressed-tensors does, each expert's as a module of its own:
  *   SCHEME_INT4  pack-quantized, w4a16: eight 4-bit codes to an int32, a bf16 scale for each 32
  *   SCHEME_INT8  int-quantized: 8-bit codes, a bf16 scale a row; activations in 8 bits a token */
-Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, QuantScheme scheme,
+Status checkpoint_save(const Checkpoint *source, Gemma *g, DType dtype, QuantScheme scheme,
                        const char *dir);
+
+/* What the other ranks call while rank 0 saves a model of which they have parts, with SCHEME_NONE. */
+Status checkpoint_save_along(const Checkpoint *source, Gemma *g);
 
 #endif

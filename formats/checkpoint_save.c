@@ -22,16 +22,16 @@ typedef enum Piece { DENSE, SHAPE, CODES, SCALES } Piece;
 
 typedef struct Item {
     const StoredTensor *stored; /* carried through; or */
-    const Param *p;             /* rows first .. first + rows - 1 of this one */
+    Param *p;                   /* rows first .. first + rows - 1 of this one */
     Piece piece;
     int64_t first, rows, cols;
-    int64_t shape[2]; /* of the piece */
+    int64_t shape[4]; /* of the piece */
     char name[PARAM_NAME_MAX + 32];
 } Item;
 
 typedef struct Saving {
     const Checkpoint *source;
-    const Gemma *g;
+    Gemma *g;
     DType dtype;
     QuantScheme scheme;
     Item *items;
@@ -43,7 +43,7 @@ typedef struct Saving {
 
 /* ---- what goes into the folder ---- */
 
-static Item *add_item(Saving *s, const Param *p, Piece piece, const char *name) {
+static Item *add_item(Saving *s, Param *p, Piece piece, const char *name) {
     if (s->count == s->capacity) {
         s->capacity = 2 * s->capacity + 1024;
         s->items = must_realloc(s->items, (size_t)s->capacity * sizeof *s->items);
@@ -55,14 +55,17 @@ static Item *add_item(Saving *s, const Param *p, Piece piece, const char *name) 
     return item;
 }
 
-static void add_dense(Saving *s, const Param *p) {
+static void add_dense(Saving *s, Param *p) {
     Item *item = add_item(s, p, DENSE, p->name);
-    item->cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
-    item->rows = item->cols ? tensor_count(p->value) / item->cols : 0;
+    Tensor whole = p->value;
+    if (p->groups) whole.shape[0] = p->groups;
+    memcpy(item->shape, whole.shape, sizeof item->shape);
+    item->cols = whole.ndim > 1 ? tensor_cols(whole) : tensor_count(whole);
+    item->rows = item->cols ? tensor_count(whole) / item->cols : 0;
 }
 
 /* The piece of `rows` rows from `first` on: of the module `name`. */
-static void add_piece(Saving *s, const Param *p, Piece piece, const char *name, int64_t first,
+static void add_piece(Saving *s, Param *p, Piece piece, const char *name, int64_t first,
                       int64_t rows) {
     bool int4 = s->scheme == SCHEME_INT4;
     const char *suffix = piece == SHAPE    ? "weight_shape"
@@ -84,14 +87,14 @@ static void add_piece(Saving *s, const Param *p, Piece piece, const char *name, 
 }
 
 /* The shape of a module, or its codes and, right behind them, their scales. */
-static void add_module(Saving *s, const Param *p, bool shape, const char *name, int64_t first,
+static void add_module(Saving *s, Param *p, bool shape, const char *name, int64_t first,
                        int64_t rows) {
     add_piece(s, p, shape ? SHAPE : CODES, name, first, rows);
     if (!shape) add_piece(s, p, SCALES, name, first, rows);
 }
 
 /* The modules of a matrix: itself, or of every expert its own. */
-static void add_modules(Saving *s, const Param *p, bool shape) {
+static void add_modules(Saving *s, Param *p, bool shape) {
     char name[PARAM_NAME_MAX + 32];
     size_t base = (size_t)(strrchr(p->name, '.') - p->name); /* leaves .weight or the fused name */
     if (p->value.ndim == 2) {
@@ -120,7 +123,7 @@ static Status list_items(Saving *s) {
     enum { SHAPES, MODULES, REST };
     for (int pass = s->scheme == SCHEME_INT4 ? SHAPES : MODULES; pass <= REST; pass++)
         for (int i = 0; i < s->g->params.count; i++) {
-            const Param *p = s->g->params.items[i];
+            Param *p = s->g->params.items[i];
             if (p->adapter || in_codes(s, p) != (pass != REST)) continue;
             if (pass == REST)
                 add_dense(s, p);
@@ -145,7 +148,7 @@ static ShardItem describe(const Saving *s, const Item *item) {
     const Param *p = item->p;
     const StoredTensor *t = item->stored;
     if (t) return (ShardItem){item->name, t->dtype_text, t->ndim, t->shape, t->size, item};
-    size_t count = (size_t)(item->rows * item->shape[1]);
+    size_t count = (size_t)(item->rows * item->shape[1]); /* of codes or scales */
     switch (item->piece) {
     case SHAPE:
         return (ShardItem){item->name, "I64", 1, item->shape, 16, item};
@@ -159,8 +162,8 @@ static ShardItem describe(const Saving *s, const Item *item) {
         return (ShardItem){item->name,
                            dtype_text(s->dtype),
                            p->value.ndim,
-                           p->value.shape,
-                           (size_t)tensor_count(p->value) * dtype_size(s->dtype),
+                           item->shape,
+                           (size_t)(item->rows * item->cols) * dtype_size(s->dtype),
                            item};
     }
 }
@@ -315,7 +318,9 @@ static Status write_item(SafetensorsWriter *w, const ShardItem *shard, void *con
         return safetensors_write(w, shape, sizeof shape);
     }
     if (item->piece == SCALES) return safetensors_write(w, s->scales, shard->size);
+    TRY(param_fetch(&s->g->params, item->p));
     status = item->piece == DENSE ? write_dense(s, w, item) : write_codes(s, w, item);
+    param_release(item->p);
     checkpoint_release(s->source, item->p);
     return status;
 }
@@ -377,7 +382,19 @@ done:
     return status;
 }
 
-Status checkpoint_save(const Checkpoint *source, const Gemma *g, DType dtype, QuantScheme scheme,
+Status checkpoint_save_along(const Checkpoint *source, Gemma *g) {
+    Saving s = {.source = source, .g = g, .dtype = g->dtype, .scheme = SCHEME_NONE};
+    Status status = list_items(&s);
+    for (int i = 0; i < s.count && status == OK; i++) {
+        if (!s.items[i].p) continue;
+        status = param_fetch(&g->params, s.items[i].p);
+        param_release(s.items[i].p);
+    }
+    free(s.items);
+    return status;
+}
+
+Status checkpoint_save(const Checkpoint *source, Gemma *g, DType dtype, QuantScheme scheme,
                        const char *dir) {
     Saving s = {.source = source, .g = g, .dtype = dtype, .scheme = scheme};
     char *temporary = NULL;

@@ -162,7 +162,7 @@ static int list_entries(const Gemma *g, Entry *entries) {
         Param *parts[] = {l->lora->A, l->lora->B, l->lora->magnitude};
         static const char *const suffixes[] = {"lora_A.weight", "lora_B.weight",
                                                "lora_magnitude_vector"};
-        int64_t E = l->groups, R = l->lora->rank;
+        int64_t E = linear_all_groups(l), R = l->lora->rank;
         int64_t shapes[3][2] = {{E * R, l->in}, {l->out, E * R}, {l->out, 0}};
         for (int i = 0; i < 3; i++) {
             if (!parts[i]) continue;
@@ -212,17 +212,25 @@ static Status read_entry(const Entry *e, const Safetensors *file) {
              file->path, e->key, e->shape[0], e->shape[1]);
     Tensor value = e->param->value;
     if (e->param->trainable) value = e->param->master;
-    if (e->experts == 1) return stored_tensor_read(t, value);
-    Tensor host, theirs = value;
-    theirs.device = device_cpu();
-    theirs.data = must_malloc(tensor_bytes(value));
-    Status status = stored_tensor_read(t, theirs);
+    if (e->experts == 1 && !e->param->groups) return stored_tensor_read(t, value);
+    Tensor host, all = value; /* groups of all ranks */
+    if (e->param->groups) all.shape[0] = e->param->groups;
+    all.device = device_cpu();
+    all.data = must_malloc(tensor_bytes(all));
+    float *ours = must_malloc(tensor_bytes(all));
+    Status status = stored_tensor_read(t, all);
     if (status == OK) status = tensor_stage(&host, value);
     if (status == OK) {
-        reorder(host.data, theirs.data, e, false);
+        if (e->experts > 1)
+            reorder(ours, all.data, e, false);
+        else
+            memcpy(ours, all.data, tensor_bytes(all));
+        int64_t before = e->param->group * (tensor_count(value) / value.shape[0]);
+        memcpy(host.data, ours + before, tensor_bytes(value));
         tensor_unstage(value, host, false);
     }
-    free(theirs.data);
+    free(ours);
+    free(all.data);
     return status;
 }
 

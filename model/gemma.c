@@ -43,6 +43,21 @@ void gemma_declare_media(Gemma *g) {
     media_declare(&g->media, &g->params, &g->linears, &g->config);
 }
 
+Status gemma_share_experts(Gemma *g, const Comm *ranks) {
+    int64_t E = g->config.num_experts, n = E / ranks->size;
+    if (E % ranks->size || n < 2)
+        FAIL(ERR_CONFIG,
+             "parallel.experts is %d, expected a divisor of the model's %lld experts that leaves two "
+             "or more to each rank",
+             ranks->size, (long long)E);
+    g->experts = ranks;
+    for (Linear *l = g->linears.first; l; l = l->next)
+        if (l->groups > 1) linear_take_groups(l, ranks->rank * n, n);
+    for (int l = 0; l < g->config.num_hidden_layers; l++)
+        g->blocks[l].config.expert_ranks = ranks->size;
+    return OK;
+}
+
 void gemma_free(Gemma *g) {
     for (Linear *l = g->linears.first; l; l = l->next) {
         for (Lora *lora = l->lora, *next; lora; lora = next) {
@@ -85,7 +100,11 @@ Linear *gemma_owner(const Gemma *g, const Param *weight) {
 }
 
 void gemma_refresh(Gemma *g, Arena *scratch) {
-    for (Linear *l = g->linears.first; l; l = l->next) linear_refresh(l, scratch);
+    for (Linear *l = g->linears.first; l; l = l->next) {
+        bool reads = l->lora && l->lora->magnitude && scratch->base;
+        if (reads) space_need(&g->params.space, l->weight->layer, -1);
+        linear_refresh(l, scratch);
+    }
 }
 
 bool gemma_trains_embedding(const Gemma *g) {

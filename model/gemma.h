@@ -21,6 +21,7 @@ typedef struct Gemma {
     FakeQuant fake;   /* linears that train through rounding point here */
     LayerWatch watch; /* done NULL: nobody */
     const Comm *context; /* ranks that share the rows of each batch; NULL: none do */
+    const Comm *experts; /* ranks that have the experts between them; NULL: each has all */
     ParamList params;
     LinearList linears;
     Param *embed_tokens;           /* (V, D), also the head */
@@ -36,6 +37,10 @@ typedef struct Gemma {
 /* Declares every parameter; nothing is taken yet. */
 void gemma_declare(Gemma *g, const ModelConfig *config, DType dtype, Device *device);
 void gemma_free(Gemma *g);
+
+/* Leaves this rank its part of the experts; once adapters are declared, before anything is placed.
+ * ERR_CONFIG: they cannot be dealt out so. */
+Status gemma_share_experts(Gemma *g, const Comm *ranks);
 
 /* Declares the towers and projections that config has, after gemma_declare. */
 void gemma_declare_media(Gemma *g);

@@ -55,6 +55,19 @@ void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, cons
     list_append(list, l);
 }
 
+void linear_take_groups(Linear *l, int64_t first, int64_t n) {
+    Param *params[] = {l->weight, l->lora ? l->lora->A : NULL, l->lora ? l->lora->B : NULL,
+                       l->factors};
+    for (size_t i = 0; i < sizeof params / sizeof *params; i++) {
+        Param *p = params[i];
+        if (!p) continue;
+        p->group = first;
+        p->groups = l->groups;
+        p->value.shape[0] = p->grad.shape[0] = n;
+    }
+    l->groups = n;
+}
+
 /* x as the adapter sees it: dropped out while training. */
 static Tensor adapter_input(const Lora *lora, Tensor x, Pass *p) {
     if (!p->training || lora->dropout == 0) return x;

@@ -29,7 +29,7 @@ typedef struct Lora {
 } Lora;
 
 typedef struct Linear {
-    int64_t in, out, groups;   /* groups: experts; 1 for a dense layer */
+    int64_t in, out, groups;   /* groups: experts, those of this rank; 1 for a dense layer */
     Param *weight;             /* (out, in) or (groups, out, in) */
     Lora *lora;                /* NULL: no adapter */
     const FakeQuant *fake;     /* NULL: weights are used as they are */
@@ -68,6 +68,15 @@ void linear_declare_grouped(Linear *l, ParamList *params, LinearList *list, cons
 typedef struct RowGroups {
     Tensor offsets, counts;
 } RowGroups;
+
+/* Leaves groups `first` .. first + n - 1 here, other ranks having the rest; once everything that
+ * hangs on it is declared, before it is placed. */
+void linear_take_groups(Linear *l, int64_t first, int64_t n);
+
+/* Groups of all ranks. */
+static inline int64_t linear_all_groups(const Linear *l) {
+    return l->weight->groups ? l->weight->groups : l->groups;
+}
 
 /* Declares l->factors under the linear's name, trainable; they start as 1. */
 void linear_learn_scales(Linear *l, ParamList *params);

@@ -5,7 +5,7 @@
 /* The rows where the model is. */
 static void merge(const Gemma *g, const Param *p, int64_t first, Tensor to) {
     const Linear *l = gemma_owner(g, p);
-    Tensor source = p->trainable ? p->master : p->value;
+    Tensor source = param_source(p);
     int64_t count = tensor_rows(to), cols = tensor_cols(to);
     if (!l || !l->lora) {
         Tensor rows = RESHAPE(source, tensor_count(source) / cols, cols);
@@ -22,7 +22,7 @@ static void merge(const Gemma *g, const Param *p, int64_t first, Tensor to) {
 void merged_rows(const Gemma *g, const Param *p, int64_t first, int64_t count, float *out) {
     int64_t cols = p->value.ndim > 1 ? tensor_cols(p->value) : tensor_count(p->value);
     Tensor to = TENSOR(out, F32, count, cols);
-    to.device = p->trainable ? p->master.device : p->value.device;
+    to.device = param_source(p).device;
     if (to.device->kind == DEVICE_CPU) {
         merge(g, p, first, to);
         return;

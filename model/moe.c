@@ -4,9 +4,10 @@
  *   share = the A largest of p, renormalised;  y = sum share * per_expert_scale * expert(h)
  *   expert(h) = (gelu(gate) * up) down^T, gate and up the two halves of gate_up_proj
  *
- * Rows are sorted by expert so that each expert is one product. The balancing loss is the Switch
- * form (Fedus et al. 2021) with all layers pooled, as the Mixtral recipe has it: E * sum_e f_e P_e,
- * f constant in the backward pass. */
+ * Rows are sorted by expert so that each expert is one product. Where ranks have the experts between
+ * them, each expert's rows go to the rank that has it, and their results come back. The balancing
+ * loss is the Switch form (Fedus et al. 2021) with all layers pooled, as the Mixtral recipe has it:
+ * E * sum_e f_e P_e, f constant in the backward pass. */
 #include "model/moe.h"
 #include "kernels/activation.h"
 #include "kernels/elementwise.h"
@@ -14,6 +15,7 @@
 #include "kernels/routing.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 void moe_declare(Moe *m, ParamList *params, LinearList *list, const BlockConfig *c) {
@@ -42,8 +44,17 @@ void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
     s->offsets = ARENA_TENSOR(arena, I32, E + 1);
     s->counts = ARENA_TENSOR(arena, I32, E);
     s->source = ARENA_TENSOR(arena, I32, M);
-    s->gate_up = ARENA_TENSOR(arena, dtype, M, 2 * c->moe_intermediate_size);
     s->out = ARENA_TENSOR(arena, dtype, M, D);
+    if (c->expert_ranks) { /* all rows of all ranks may choose experts that are here */
+        int64_t R = c->expert_ranks, here = E / R;
+        M = R * routing_rows(c->expert_rows, A, E);
+        s->came = ARENA_TENSOR(arena, I32, R, here);
+        s->groups = ARENA_TENSOR(arena, I32, here + 1);
+        s->counts_here = ARENA_TENSOR(arena, I32, here);
+        s->order = ARENA_TENSOR(arena, I32, M);
+        s->back = ARENA_TENSOR(arena, I32, M);
+    }
+    s->gate_up = ARENA_TENSOR(arena, dtype, M, 2 * c->moe_intermediate_size);
 }
 
 /* r = normed * scale * D^-1/2, in the two roundings of the reference. */
@@ -57,7 +68,98 @@ static Tensor router_input(const Moe *m, const MoeSaved *s, Pass *p) {
 }
 
 static RowGroups groups_of(const MoeSaved *s) {
+    if (tensor_present(s->came)) return (RowGroups){s->groups, s->counts_here};
     return (RowGroups){s->offsets, s->counts};
+}
+
+/* ---- rows on their way to experts that other ranks have ---- */
+
+/* How many rows go to each rank and come from it; R <= EXPERTS_MAX. */
+typedef struct Travel {
+    int64_t sends[EXPERTS_MAX], gets[EXPERTS_MAX], came; /* came: of all; while measuring the most */
+} Travel;
+
+/* Rows to each rank, from where the groups of all experts begin. */
+static void count_sends(Travel *t, const MoeSaved *s, int64_t R, int64_t here, int32_t *groups) {
+    tensor_read(groups, s->offsets);
+    for (int64_t r = 0; r < R; r++) t->sends[r] = groups[(r + 1) * here] - groups[r * here];
+}
+
+/* What comes, of the (R, E) counts: its sums, and its order by experts. */
+static void count_gets(Travel *t, const int32_t *came, int64_t R, int64_t here) {
+    t->came = 0;
+    for (int64_t r = 0; r < R; r++) {
+        t->gets[r] = 0;
+        for (int64_t e = 0; e < here; e++) t->gets[r] += came[r * here + e];
+        t->came += t->gets[r];
+    }
+}
+
+/* Tells the other ranks how many rows come for each of their experts, and sorts what comes here. */
+static Travel begin_travel(MoeSaved *s, const Comm *c) {
+    int64_t R = c->size, here = s->came.shape[1], E = R * here, n = 0, ones[EXPERTS_MAX];
+    Travel t = {.came = tensor_rows(s->gate_up)};
+    int32_t groups[E + 1], counts[E], came[E], begin[here + 1], most[here];
+    if (!s->came.data) return t; /* only measured */
+    count_sends(&t, s, R, here, groups);
+    for (int64_t e = 0; e < E; e++) counts[e] = groups[e + 1] - groups[e];
+    for (int64_t r = 0; r < R; r++) ones[r] = 1;
+    comm_all_to_all(c, TENSOR(came, I32, R, here), ones, TENSOR(counts, I32, R, here), ones);
+    count_gets(&t, came, R, here);
+    CHECK(t.came <= tensor_rows(s->gate_up), "%lld rows for the experts here", (long long)t.came);
+    int32_t *order = must_malloc((size_t)(t.came + 1) * sizeof *order),
+            *back = must_malloc((size_t)(t.came + 1) * sizeof *back);
+    for (int64_t e = 0; e < here; e++) {
+        begin[e] = (int32_t)n;
+        for (int64_t r = 0, from = 0; r < R; from += t.gets[r++]) {
+            int64_t at = from;
+            for (int64_t before = 0; before < e; before++) at += came[r * here + before];
+            for (int32_t i = 0; i < came[r * here + e]; i++, n++) {
+                order[n] = (int32_t)(at + i);
+                back[at + i] = (int32_t)n;
+            }
+        }
+        most[e] = (int32_t)n - begin[e];
+    }
+    begin[here] = (int32_t)n;
+    tensor_write(s->came, came);
+    tensor_write(s->groups, begin);
+    tensor_write(s->counts_here, most);
+    tensor_write(tensor_slice(s->order, 0, n), order);
+    tensor_write(tensor_slice(s->back, 0, n), back);
+    free(order);
+    free(back);
+    return t;
+}
+
+/* The same rows again. */
+static Travel repeat_travel(const MoeSaved *s, const Comm *c) {
+    int64_t R = c->size, here = s->came.shape[1];
+    Travel t = {.came = tensor_rows(s->gate_up)};
+    int32_t groups[R * here + 1], came[R * here];
+    if (!s->came.data) return t;
+    count_sends(&t, s, R, here, groups);
+    tensor_read(came, s->came);
+    count_gets(&t, came, R, here);
+    return t;
+}
+
+/* rows (T, D) by experts here, of everyone's sorted (M, D). */
+static void to_experts(const MoeSaved *s, const Travel *t, Tensor rows, Tensor sorted, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor came = arena_like(p->scratch, rows);
+    comm_all_to_all(p->experts, came, t->gets, sorted, t->sends);
+    if (t->came) gather_rows(rows, came, tensor_slice(s->order, 0, t->came));
+    arena_release(p->scratch, mark);
+}
+
+/* The way back. */
+static void from_experts(const MoeSaved *s, const Travel *t, Tensor sorted, Tensor rows, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor back = arena_like(p->scratch, rows);
+    if (t->came) gather_rows(back, rows, tensor_slice(s->back, 0, t->came));
+    comm_all_to_all(p->experts, sorted, t->sends, back, t->gets);
+    arena_release(p->scratch, mark);
 }
 
 /* What each expert got, for who asked (Pass.load_counts). */
@@ -104,10 +206,57 @@ double expert_load_loss(const ExpertLoad *load, int64_t num_experts) {
     return (double)num_experts * sum;
 }
 
+/* out (M, D) = each row of sorted (M, D) through its expert, wherever that is. */
+static void experts_forward(const Moe *m, MoeSaved *s, Tensor out, Tensor sorted, Pass *p) {
+    Travel t = {.came = tensor_rows(sorted)};
+    Tensor rows = sorted, results = out;
+    if (p->experts) {
+        t = begin_travel(s, p->experts);
+        rows = ARENA_TENSOR(p->scratch, sorted.dtype, t.came, tensor_cols(sorted));
+        results = arena_like(p->scratch, rows);
+        to_experts(s, &t, rows, sorted, p);
+    }
+    Tensor hidden =
+        ARENA_TENSOR(p->scratch, sorted.dtype, t.came, m->config.moe_intermediate_size);
+    Tensor gate_up = tensor_slice(s->gate_up, 0, t.came);
+    if (t.came) {
+        linear_forward_grouped(&m->gate_up_proj, gate_up, rows, groups_of(s), p);
+        gelu_mul_joined_forward(hidden, gate_up);
+        linear_forward_grouped(&m->down_proj, results, hidden, groups_of(s), p);
+    }
+    if (p->experts) from_experts(s, &t, out, results, p);
+}
+
+/* dsorted (M, D) from dout (M, D) and sorted (M, D). */
+static void experts_backward(const Moe *m, const MoeSaved *s, Tensor dsorted, Tensor dout,
+                             Tensor sorted, Pass *p) {
+    Travel t = {.came = tensor_rows(sorted)};
+    Tensor rows = sorted, drows = dsorted, dresults = dout;
+    if (p->experts) {
+        t = repeat_travel(s, p->experts);
+        rows = ARENA_TENSOR(p->scratch, sorted.dtype, t.came, tensor_cols(sorted));
+        drows = arena_like(p->scratch, rows);
+        dresults = arena_like(p->scratch, rows);
+        to_experts(s, &t, rows, sorted, p);
+        to_experts(s, &t, dresults, dout, p);
+    }
+    Tensor hidden = ARENA_TENSOR(p->scratch, sorted.dtype, t.came,
+                                 m->config.moe_intermediate_size),
+           dhidden = arena_like(p->scratch, hidden), gate_up = tensor_slice(s->gate_up, 0, t.came),
+           dgate_up = arena_like(p->scratch, gate_up);
+    if (t.came) {
+        gelu_mul_joined_forward(hidden, gate_up);
+        linear_backward_grouped(&m->down_proj, dhidden, SET, dresults, hidden, groups_of(s), p);
+        gelu_mul_joined_backward(dgate_up, dhidden, gate_up);
+        linear_backward_grouped(&m->gate_up_proj, drows, SET, dgate_up, rows, groups_of(s), p);
+    }
+    if (p->experts) from_experts(s, &t, dsorted, drows, p);
+}
+
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(h), E = m->config.num_experts;
-    int64_t F = m->config.moe_intermediate_size, D = m->config.hidden_size;
+    int64_t D = m->config.hidden_size;
     rmsnorm_forward(s->normed, s->router_rstd, x, tensor_absent(), tensor_absent(), m->config.eps);
     Tensor r = router_input(m, s, p), logits = ARENA_TENSOR(p->scratch, h.dtype, N, E);
     linear_forward(&m->router_proj, logits, r, p);
@@ -115,13 +264,9 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
     routing_sort(s->offsets, s->counts, s->slot, s->source, s->experts);
     count_load(m, s, p);
 
-    int64_t M = tensor_rows(s->gate_up);
-    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D);
-    Tensor hidden = ARENA_TENSOR(p->scratch, h.dtype, M, F);
+    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, tensor_rows(s->out), D);
     gather_rows(sorted, h, s->source);
-    linear_forward_grouped(&m->gate_up_proj, s->gate_up, sorted, groups_of(s), p);
-    gelu_mul_joined_forward(hidden, s->gate_up);
-    linear_forward_grouped(&m->down_proj, s->out, hidden, groups_of(s), p);
+    experts_forward(m, s, s->out, sorted, p);
     combine_forward(y, s->out, s->slot, s->share, s->experts, m->per_expert_scale->value);
     arena_release(p->scratch, mark);
 }
@@ -129,22 +274,15 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
 void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
                   Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    int64_t N = tensor_rows(h), E = m->config.num_experts, M = tensor_rows(s->gate_up);
-    int64_t F = m->config.moe_intermediate_size, D = m->config.hidden_size;
+    int64_t N = tensor_rows(h), E = m->config.num_experts, D = m->config.hidden_size;
     Tensor dout = arena_like(p->scratch, s->out), dshare = arena_like(p->scratch, s->share);
     combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->share,
                      s->experts, m->per_expert_scale->value);
 
-    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, M, D),
+    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, tensor_rows(s->out), D),
            dsorted = arena_like(p->scratch, sorted);
-    Tensor hidden = ARENA_TENSOR(p->scratch, h.dtype, M, F),
-           dhidden = arena_like(p->scratch, hidden);
-    Tensor dgate_up = arena_like(p->scratch, s->gate_up);
     gather_rows(sorted, h, s->source);
-    gelu_mul_joined_forward(hidden, s->gate_up);
-    linear_backward_grouped(&m->down_proj, dhidden, SET, dout, hidden, groups_of(s), p);
-    gelu_mul_joined_backward(dgate_up, dhidden, s->gate_up);
-    linear_backward_grouped(&m->gate_up_proj, dsorted, SET, dgate_up, sorted, groups_of(s), p);
+    experts_backward(m, s, dsorted, dout, sorted, p);
     fill(dh, 0.0f);
     gather_add_rows(dh, dsorted, s->slot);
 

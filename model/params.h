@@ -1,22 +1,22 @@
 /* params.h - the registry of parameters, under the checkpoint's names.
  *
- * Layers declare parameters by shape; nothing is taken until params_place, which puts frozen values
- * in one arena in the working dtype and every trainable parameter in one flat f32 space (values, or
- * master copies when the working value is bf16; gradients beside it in the same order). Loading,
- * saving, counting, decay and adapter targets are loops over this list. */
+ * Layers declare parameters by shape; nothing is taken until params_place (space.h), which puts
+ * frozen values in one arena in the working dtype and every trainable parameter in one flat f32 space
+ * (values, or master copies when the working value is bf16; gradients beside it in the same order).
+ * Loading, saving, counting, decay and adapter targets are loops over this list. */
 #ifndef PARAMS_H
 #define PARAMS_H
 
-#include "kernels/arena.h"
+#include "model/space.h"
 
 #define PARAM_NAME_MAX 160
 
-typedef struct Param {
+struct Param {
     char name[PARAM_NAME_MAX]; /* as in the checkpoint */
     Tensor value;  /* working dtype; f32 for adapters and for everything under dtype f32 */
     Tensor grad;   /* f32, same shape; absent: frozen */
     Tensor master; /* what the optimizer updates: a f32 copy; the value itself when that is f32, or
-                    * when there are no masters */
+                    * when there are no masters; absent where only a share of it is here */
     bool trainable;
     bool decay;     /* weight decay applies */
     bool adapter;   /* part of an adapter, not of the checkpoint; always f32 */
@@ -25,24 +25,21 @@ typedef struct Param {
     bool tower;     /* of what reads pictures and sound: never packed, trained only when named */
     int layer;      /* of the text model that it is part of; -1: none */
     int64_t offset; /* of its states in the flat space, when trainable */
-} Param;
+    int64_t group, groups; /* of experts that several ranks have between them: value is groups
+                            * `group` and on of so many; groups 0: it is all there is */
+    Tensor here[2]; /* value and master, while param_fetch has others in their place */
+};
 
-typedef struct ParamList {
+struct ParamList {
     Param **items;
     int count, capacity;
     char path[PARAM_NAME_MAX]; /* prefix of names being declared */
     bool tower;                /* what is declared now is a tower's */
     DType dtype;               /* of working values */
-    Arena values;              /* frozen values and bf16 working values */
     Tensor **derived;          /* made from values, never stored (params_add_derived) */
     int derived_count;
-    bool no_masters;    /* trainable bf16 values are updated as they are */
-    bool one_layer;     /* there is room for the gradients of one layer, all take turns */
-    Tensor space;       /* f32: trainable values or masters; absent: there are none */
-    Tensor grads;       /* f32: the gradients */
-    Tensor layer_grads; /* the part of them that layers share; absent unless one_layer */
-    Arena trained;
-} ParamList;
+    Space space;
+};
 
 void params_init(ParamList *params, DType dtype, const char *prefix);
 void params_free(ParamList *params);
@@ -64,6 +61,12 @@ Param *params_add_adapter(ParamList *params, const char *module, const char *nam
 /* A f32 tensor that is computed from values: placed beside them, in no file. Its shape is set. */
 void params_add_derived(ParamList *params, Tensor *t);
 
+/* The most exact value of it that is here: the master of what is trained in bf16, if all of that is.
+ */
+static inline Tensor param_source(const Param *p) {
+    return p->trainable && tensor_present(p->master) ? p->master : p->value;
+}
+
 /* The parameter of that full name; NULL when there is none. */
 Param *params_find(const ParamList *params, const char *name);
 
@@ -73,25 +76,5 @@ bool param_takes_blocks(const Param *p);
 
 /* Values that a trainable parameter takes of the flat space: whole blocks of 8-bit states. */
 int64_t param_span(const Param *p);
-
-/* Bytes that params_place will take. */
-typedef struct ParamBytes {
-    size_t values;    /* frozen and bf16 working values */
-    size_t masters;   /* trainable f32 values and masters */
-    size_t gradients; /* of everything trainable, or of what one layer at a time needs */
-    int64_t trained;  /* trainable values, padded as their states are */
-} ParamBytes;
-ParamBytes params_bytes(const ParamList *params);
-
-/* Takes memory for everything declared. With `gradients` false trainable parameters get no
- * gradient. */
-Status params_place(ParamList *params, Device *device, bool gradients);
-
-/* master -> value of a trainable parameter whose working dtype is not f32; run after an update. */
-void param_publish(Param *p);
-void params_publish(ParamList *params);
-
-/* value -> master, once after loading. */
-void params_adopt(ParamList *params);
 
 #endif

@@ -15,6 +15,7 @@ void stack_open(Stack *s, Gemma *g, StackMode mode, int64_t N, int64_t kept, con
     s->saved = must_calloc(L, sizeof *s->saved);
     s->residual = must_calloc(L + 1, sizeof *s->residual);
     s->pass = (Pass){.slots = s->slots,
+                     .experts = g->experts,
                      .scratch = scratch,
                      .training = mode != STACK_SCORE,
                      .int8 = g->int8 && mode == STACK_SCORE};
@@ -256,6 +257,7 @@ void stack_layers(Stack *s) {
         if (l == s->boundary && s->kept < s->N)
             gather_rows(s->kept_input, s->residual[l], s->some.source);
         stack_enter(s, l);
+        if (p->scratch->base) space_need(&g->params.space, l, l + 1 < L ? l + 1 : -1);
         block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l),
                       stack_per_layer(s, l), p);
         arena_release(p->scratch, mark);

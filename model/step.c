@@ -84,6 +84,7 @@ static void backward(Step *t) {
         Tensor per_layer = stack_per_layer(s, l), dmine = tensor_absent(), dslice = tensor_absent();
         stack_enter(s, l);
         stack_fetch(s, l);
+        if (p->scratch->base) space_need(&g->params.space, l, l - 1);
         if (to_per_layer) {
             dslice = tensor_at(dper_layer, l);
             dmine = l < s->boundary ? dslice : arena_like(p->scratch, per_layer);

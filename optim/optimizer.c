@@ -1,10 +1,9 @@
-/* optimizer.c - AdamW and SGD as loops over parameters in the flat space. */
+/* optimizer.c - AdamW and SGD as loops over the runs of the flat space. */
 #include "optim/optimizer.h"
 #include "kernels/elementwise.h"
 #include "kernels/random.h"
 #include "kernels/update.h"
 
-#include <limits.h>
 #include <math.h>
 
 static int moments(const OptimizerConfig *config) {
@@ -17,39 +16,18 @@ static Tensor states(Arena *arena, const OptimizerConfig *config, int64_t n, int
     return ARENA_TENSOR(arena, dtype, n / DYNAMIC_BLOCK, DYNAMIC_BLOCK);
 }
 
-/* The block that share `part` of `parts` begins with. */
-static int64_t share_begin(int64_t n, int part, int parts) {
-    return n / DYNAMIC_BLOCK * part / parts;
-}
-
-void optimizer_shares(int64_t *bounds, int64_t n, int parts) {
-    for (int i = 0; i <= parts; i++) bounds[i] = share_begin(n, i, parts) * DYNAMIC_BLOCK;
-}
-
-/* The blocks of n values that are this optimizer's. */
-static void own_blocks(const OptimizerConfig *c, int64_t n, int64_t *begin, int64_t *end) {
-    int parts = c->parts > 1 ? c->parts : 1, part = parts > 1 ? c->part : 0;
-    *begin = share_begin(n, part, parts);
-    *end = share_begin(n, part + 1, parts);
-}
-
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n) {
     Arena measure = arena_measure();
-    int64_t begin, end;
-    own_blocks(config, n, &begin, &end);
-    for (int i = 0; i < moments(config); i++)
-        states(&measure, config, (end - begin) * DYNAMIC_BLOCK, i);
-    if (config->own_grads) ARENA_TENSOR(&measure, F32, (end - begin) * DYNAMIC_BLOCK);
+    for (int i = 0; i < moments(config); i++) states(&measure, config, n, i);
+    if (config->own_grads) ARENA_TENSOR(&measure, F32, n);
     return measure.peak;
 }
 
-Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
+Status optimizer_init(Optimizer *o, const OptimizerConfig *config, ParamList *params,
                       Device *device) {
     *o = (Optimizer){.config = *config};
-    int64_t n = params_bytes(params).trained;
+    int64_t n = params_bytes(params).own;
     TRY(arena_init(&o->arena, device, optimizer_measure(config, n), "the optimizer's states"));
-    own_blocks(config, n, &o->begin, &o->end);
-    n = (o->end - o->begin) * DYNAMIC_BLOCK;
     if (moments(config) > 0) o->m = states(&o->arena, config, n, 0);
     if (moments(config) > 1) o->v = states(&o->arena, config, n, 1);
     if (config->own_grads) o->grads = ARENA_TENSOR(&o->arena, F32, n);
@@ -61,67 +39,58 @@ void optimizer_free(Optimizer *o) {
     *o = (Optimizer){0};
 }
 
-/* Whether q's values, gradients and states lie right behind p's and are updated alike. Values of 16
- * bits round by chances of their own, so each such parameter is by itself. */
-static bool follows(const Param *p, const Param *q) {
-    size_t bytes = tensor_bytes(p->master);
-    return q->trainable && q->decay == p->decay && p->master.dtype == F32 &&
-           q->master.dtype == F32 && tensor_count(p->value) % DYNAMIC_BLOCK == 0 &&
-           q->offset == p->offset + tensor_count(p->value) &&
-           (char *)q->master.data == (char *)p->master.data + bytes &&
-           (char *)q->grad.data == (char *)p->grad.data + bytes;
+/* Whether q is updated with p: values of 16 bits round by chances of their own, so each such
+ * parameter is by itself. */
+static bool goes_with(const ParamRun *r, const Param *p, const Param *q) {
+    return q->trainable && q->decay == p->decay && r->place >= 0 &&
+           tensor_count(p->value) % DYNAMIC_BLOCK == 0;
 }
 
-/* Values first .. first + n - 1 of a tensor. */
-static Tensor values_of(Tensor t, int64_t first, int64_t n) {
-    Tensor part = tensor_make((char *)t.data + (size_t)first * dtype_size(t.dtype), t.dtype, 1, &n);
-    part.device = t.device;
-    return part;
+Tensor optimizer_gradients(const Optimizer *o, const ParamRun *r, int64_t first, int64_t end) {
+    int64_t to = r->share - r->own;
+    return tensor_slice(o->grads, to + first, end - first);
 }
 
-/* One update of the `count` parameters from `first` on, n values one behind the other: of what is
- * this optimizer's share of them. */
-static void update(Optimizer *o, Param *const *first, int count, int64_t n, double lr,
-                   double scale) {
+/* One update of what is here of places first .. end - 1 of a run, p's and those that go with it. */
+static void update(Optimizer *o, const Space *s, const ParamRun *r, const Param *p, int64_t first,
+                   int64_t end, double lr, double scale) {
     const OptimizerConfig *c = &o->config;
-    const Param *p = *first;
-    int64_t block = p->offset / DYNAMIC_BLOCK, blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK,
-            from = block > o->begin ? block : o->begin,
-            to = block + blocks < o->end ? block + blocks : o->end;
-    if (from >= to) return;
-    int64_t skip = (from - block) * DYNAMIC_BLOCK, end = (to - block) * DYNAMIC_BLOCK;
-    if (end > n) end = n;
-    CHECK(c->parts <= 1 || p->master.dtype == F32, "a share of %s", tensor_text(p->master));
-    Tensor value = values_of(p->master, skip, end - skip),
-           grad = c->own_grads ? values_of(o->grads, (from - o->begin) * DYNAMIC_BLOCK, end - skip)
-                               : values_of(p->grad, skip, end - skip);
+    if (first < r->own) first = r->own;
+    if (end > r->own_end) end = r->own_end;
+    if (first >= end) return;
+    int64_t row = (r->share + first - r->own) / DYNAMIC_BLOCK,
+            rows = (end - first + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
+    Tensor value = r->place >= 0 ? run_values(s, r, first, end)
+                                 : RESHAPE(p->master, tensor_count(p->master)),
+           grad = c->own_grads ? optimizer_gradients(o, r, first, end) : run_grads(s, r, first, end),
+           m = tensor_slice(o->m, row, rows), v = tensor_slice(o->v, row, rows);
     uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
-    Tensor m = tensor_slice(o->m, from - o->begin, to - from),
-           v = tensor_slice(o->v, from - o->begin, to - from);
     float decay = p->decay ? (float)c->weight_decay : 0.0f;
     if (c->name == OPTIMIZER_ADAMW)
         adamw_update(value, grad, m, v, (float)scale, (float)lr, (float)c->beta1, (float)c->beta2,
                      (float)c->eps, decay, o->t, key);
     else
         sgd_update(value, grad, m, (float)scale, (float)lr, (float)c->momentum, decay, o->t, key);
-    for (int i = 0; i < count && c->parts <= 1; i++) param_publish(first[i]);
 }
 
-#define ALL_LAYERS INT_MIN
-
-/* Those of a layer, as few updates as may be. */
-static void update_those(Optimizer *o, ParamList *params, int layer, double lr, double scale) {
-    for (int i = 0, next; i < params->count; i = next) {
-        Param *const *first = &params->items[i];
+/* What is here of a run, in as few updates as may be. */
+static void update_run(Optimizer *o, ParamList *params, const ParamRun *r, double lr,
+                       double scale) {
+    for (int i = r->first, next; i <= r->last; i = next) {
+        const Param *p = params->items[i], *last = p;
         next = i + 1;
-        if (!(*first)->trainable || (layer != ALL_LAYERS && (*first)->layer != layer)) continue;
-        int64_t n = tensor_count((*first)->value);
-        for (; next < params->count && follows(params->items[next - 1], params->items[next]) &&
-               (layer == ALL_LAYERS || params->items[next]->layer == layer);
-             next++)
-            n += tensor_count(params->items[next]->value);
-        update(o, first, next - i, n, lr, scale);
+        if (!p->trainable) continue;
+        for (; next <= r->last; next++) {
+            const Param *q = params->items[next];
+            if (!q->trainable) continue;
+            if (!goes_with(r, last, q)) break;
+            last = q;
+        }
+        update(o, &params->space, r, p, p->offset, last->offset + tensor_count(last->value), lr,
+               scale);
     }
+    for (int i = r->first; i <= r->last && !params->space.level; i++)
+        param_publish(params->items[i]);
 }
 
 void optimizer_begin(Optimizer *o) {
@@ -129,48 +98,29 @@ void optimizer_begin(Optimizer *o) {
 }
 
 void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale) {
-    update_those(o, params, layer, lr, scale);
+    for (int i = 0; i < params->space.count; i++)
+        if (params->space.runs[i].layer == layer)
+            update_run(o, params, &params->space.runs[i], lr, scale);
 }
 
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
     optimizer_begin(o);
-    update_those(o, params, ALL_LAYERS, lr, scale);
+    for (int i = 0; i < params->space.count; i++)
+        update_run(o, params, &params->space.runs[i], lr, scale);
 }
 
-/* Whether q's gradients, and its place in the space, come right behind p's. */
-static bool lies_behind(const Param *p, const Param *q) {
-    int64_t span = param_span(p);
-    return q->trainable && q->layer == p->layer && q->offset == p->offset + span &&
-           (float *)q->grad.data == (float *)p->grad.data + span;
-}
-
-void optimizer_take_gradients(Optimizer *o, const ParamList *params, int layer,
-                              ReduceFunction *reduce, void *context) {
-    for (int i = 0, next; i < params->count; i = next) {
-        const Param *p = params->items[i];
-        next = i + 1;
-        if (!p->trainable || p->layer != layer) continue;
-        while (next < params->count && lies_behind(params->items[next - 1], params->items[next]))
-            next++;
-        const Param *last = params->items[next - 1];
-        int64_t begin = p->offset, end = last->offset + param_span(last),
-                low = o->begin * DYNAMIC_BLOCK, high = o->end * DYNAMIC_BLOCK;
-        Tensor run = values_of(p->grad, 0, end - begin);
-        reduce(context, run, begin);
-        if (low < begin) low = begin;
-        if (high > end) high = end;
-        if (low < high)
-            scale_copy(values_of(o->grads, low - o->begin * DYNAMIC_BLOCK, high - low), ADD,
-                       values_of(run, low - begin, high - low), 1.0f);
-    }
+void optimizer_take_gradients(Optimizer *o, const ParamRun *r, Tensor grads) {
+    if (r->own < r->own_end)
+        scale_copy(optimizer_gradients(o, r, r->own, r->own_end), ADD,
+                   tensor_slice(grads, r->own - r->begin, r->own_end - r->own), 1.0f);
 }
 
 double gradients_norm(const ParamList *params) {
     double sum;
-    sum_of_squares(&sum, params->grads);
+    sum_of_squares(&sum, params->space.grads);
     return sqrt(sum);
 }
 
 void gradients_zero(ParamList *params) {
-    fill(params->grads, 0.0f);
+    fill(params->space.grads, 0.0f);
 }

@@ -11,48 +11,37 @@ typedef struct OptimizerConfig {
     double lr, beta1, beta2, eps, weight_decay, momentum;
     uint64_t seed;    /* of the rounding of values that have no master */
     bool states_8bit; /* moments in DYNAMIC8 and DYNAMIC8_UNSIGNED, else f32 */
-    int part, parts;  /* which of several equal shares of the space is updated here, and has its
-                       * states here; parts 0: all of it */
-    bool own_grads;   /* the share's gradients are the optimizer's, in Optimizer.grads */
+    bool own_grads;   /* gradients of what is updated here are the optimizer's, in Optimizer.grads */
 } OptimizerConfig;
 
 typedef struct Optimizer {
     OptimizerConfig config;
     Arena arena;
-    Tensor m,
-        v; /* (end - begin, 256) over the space; SGD has only m, and that only with momentum */
-    Tensor grads;       /* f32, of the share; absent: those of the parameters */
-    int64_t begin, end; /* blocks of 256 values that are updated here */
-    int64_t t;          /* updates made */
+    Tensor m, v;  /* (own values / 256, 256) of the shares of all runs; SGD has only m, and that only
+                   * with momentum */
+    Tensor grads; /* f32, of the same; absent: those of the parameters */
+    int64_t t;    /* updates made */
 } Optimizer;
 
-/* Where the shares of n values begin, in values: bounds[0 .. parts]. */
-void optimizer_shares(int64_t *bounds, int64_t n, int parts);
-
-/* Bytes of state for n trainable values, padding included (ParamBytes.trained), or for the share.
- */
+/* Bytes of state for n values, whole blocks (ParamBytes.own). */
 size_t optimizer_measure(const OptimizerConfig *config, int64_t n);
-Status optimizer_init(Optimizer *o, const OptimizerConfig *config, const ParamList *params,
+Status optimizer_init(Optimizer *o, const OptimizerConfig *config, ParamList *params,
                       Device *device);
 void optimizer_free(Optimizer *o);
 
-/* One update at rate `lr`, every gradient multiplied by `scale` first; then publishes bf16 values,
- * unless it is of a share, which the caller joins with the others and publishes. A share is of f32
- * values or masters. */
+/* One update of this rank's shares at rate `lr`, every gradient multiplied by `scale` first; then
+ * publishes bf16 values, unless there are ranks that have other shares (space_join). */
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
 
-/* The same in parts: optimizer_begin, then each layer's parameters, and those of none (-1), once.
- */
+/* The same in parts: optimizer_begin, then each layer's parameters, and those of none (-1), once. */
 void optimizer_begin(Optimizer *o);
 void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale);
 
-/* Adds the share's part of a layer's gradients (-1: of what is in none), as they are in the
- * parameters, to own ones. `reduce` is given each run of them that lies together, n values from
- * `grads` on, and where in the space that run begins; it makes the share's part the sum of all
- * ranks'. */
-typedef void ReduceFunction(void *context, Tensor grads, int64_t first);
-void optimizer_take_gradients(Optimizer *o, const ParamList *params, int layer,
-                              ReduceFunction *reduce, void *context);
+/* Own gradients of places first .. end - 1 of the flat space, within a run's share. */
+Tensor optimizer_gradients(const Optimizer *o, const ParamRun *run, int64_t first, int64_t end);
+
+/* Adds this rank's share of a run's gradients to own ones. */
+void optimizer_take_gradients(Optimizer *o, const ParamRun *run, Tensor grads);
 
 /* The norm of all gradients together, in f64. */
 double gradients_norm(const ParamList *params);

@@ -9,6 +9,54 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define PIECE 4 /* numbers that describe one */
+
+/* A piece of a parameter that a file has: `count` elements from `first` of its whole value on, which
+ * begin at `at` in the file's values and states. */
+typedef struct Piece {
+    int64_t param, first, count, at;
+} Piece;
+
+/* Those of this rank's shares. Caller frees. */
+static Piece *own_pieces(const ParamList *params, int *count) {
+    const Space *s = &params->space;
+    Piece *pieces = must_malloc((size_t)(params->count + 1) * sizeof *pieces);
+    *count = 0;
+    for (int i = 0; i < s->count; i++) {
+        const ParamRun *r = &s->runs[i];
+        for (int k = r->first; k <= r->last; k++) {
+            const Param *p = params->items[k];
+            if (!p->trainable) continue;
+            int64_t n = tensor_count(p->value), begin = p->offset, end = p->offset + n;
+            if (begin < r->own) begin = r->own;
+            if (end > r->own_end) end = r->own_end;
+            if (begin >= end) continue;
+            int64_t before = p->groups ? p->group * (n / p->value.shape[0]) : 0;
+            pieces[(*count)++] =
+                (Piece){k, before + begin - p->offset, end - begin, r->share + begin - r->own};
+        }
+    }
+    return pieces;
+}
+
+/* Whether this rank is the one that writes its shares: of those that have all, the first does. */
+static bool writes(const Space *s, const ParamRun *r) {
+    return s->level || !run_ranks(s, r) || !run_ranks(s, r)->rank;
+}
+
+/* Bytes of the host between a share's values and where the space has them. */
+static void each_share(const Space *s, float *host, bool reads) {
+    for (int i = 0; i < s->count; i++) {
+        const ParamRun *r = &s->runs[i];
+        if (r->place < 0 || r->own == r->own_end) continue;
+        Tensor values = run_values(s, r, r->own, r->own_end);
+        if (reads)
+            tensor_read(host + r->share, values);
+        else
+            tensor_write(values, host + r->share);
+    }
+}
+
 /* As f32, or as the bytes of packed states and bf16 values. */
 static hid_t stored_type(Tensor t, int64_t *count) {
     bool bytes = t.dtype != F32;
@@ -34,9 +82,9 @@ static Status each_plain_value(H5File *f, const ParamList *params,
     for (int i = 0; i < params->count; i++) {
         char name[32];
         const Param *p = params->items[i];
-        if (!p->trainable || p->master.dtype == F32) continue;
+        if (!p->trainable || !params->space.no_masters || p->value.dtype == F32) continue;
         snprintf(name, sizeof name, "value_%d", i);
-        TRY(each(f, name, p->master));
+        TRY(each(f, name, p->value));
     }
     return OK;
 }
@@ -45,11 +93,64 @@ static double bits(const Optimizer *o) {
     return o->config.states_8bit ? 8 : 32;
 }
 
-Status run_state_save(const RunState *state, const ParamList *params, const Optimizer *optimizer,
-                      const char *path) {
+/* Trained values of the run, whatever the ranks. */
+static double trained_values(const ParamList *params) {
+    double sum = 0;
+    for (int i = 0; i < params->count; i++) {
+        const Param *p = params->items[i];
+        double times = p->groups ? (double)p->groups / (double)p->value.shape[0] : 1;
+        if (p->trainable) sum += times * (double)tensor_count(p->value);
+    }
+    return sum;
+}
+
+static Status write_shares(H5File *f, ParamList *params, const Optimizer *optimizer) {
+    const Space *s = &params->space;
+    int count, kept = 0;
+    Piece *pieces = own_pieces(params, &count);
+    for (int i = 0, r = 0; i < count; i++) {
+        while (pieces[i].param > s->runs[r].last) r++;
+        if (writes(s, &s->runs[r])) pieces[kept++] = pieces[i];
+    }
+    Status status = h5_write(f, "pieces", H5T_NATIVE_INT64, PIECE * kept, 0, false, pieces);
+    free(pieces);
+    TRY(status);
+    int64_t n = params_bytes(params).own;
+    float *host = must_calloc((size_t)n + 1, sizeof *host);
+    each_share(s, host, true);
+    status = h5_write(f, "values", H5T_NATIVE_FLOAT, n, 0, false, host);
+    free(host);
+    TRY(status);
+    TRY(each_plain_value(f, params, write_tensor));
+    TRY(write_tensor(f, "m", optimizer->m));
+    return write_tensor(f, "v", optimizer->v);
+}
+
+/* The file of a rank: the first one's says how many there are. */
+static char *part_path(const char *folder, int rank) {
+    return rank ? must_format("%s/state-%d.h5", folder, rank) : path_join(folder, "state.h5");
+}
+
+static int own_rank(const ParamList *params) {
+    return params->space.ranks ? params->space.ranks->rank : 0;
+}
+
+/* How many ranks write a file: those that have a share of their own. */
+static int file_count(const Space *s) {
+    if (!s->ranks) return 1;
+    return s->level ? s->ranks->size : s->experts ? s->experts->size : 1;
+}
+
+Status run_state_save(const RunState *state, ParamList *params, const Optimizer *optimizer,
+                      const char *folder) {
+    int rank = own_rank(params), files = file_count(&params->space);
+    if (rank >= files) return OK;
     H5File f = {0};
+    char *path = part_path(folder, rank);
     Status status = OK;
     TRY_DONE(h5_create(&f, path));
+    TRY_DONE(h5_write_number(&f, "/", "files", files));
+    TRY_DONE(h5_write_number(&f, "/", "trained_values", trained_values(params)));
     TRY_DONE(h5_write_number(&f, "/", "step", (double)state->step));
     TRY_DONE(h5_write_number(&f, "/", "skipped", (double)state->skipped));
     TRY_DONE(h5_write_number(&f, "/", "best_eval", state->best_eval));
@@ -58,39 +159,114 @@ Status run_state_save(const RunState *state, const ParamList *params, const Opti
     TRY_DONE(h5_write_number(&f, "/", "optimizer_updates", (double)optimizer->t));
     TRY_DONE(h5_write_number(&f, "/", "optimizer_bits", bits(optimizer)));
     TRY_DONE(h5_write(&f, "norms", H5T_NATIVE_FLOAT, NORM_HISTORY, 0, false, state->norms));
-    TRY_DONE(write_tensor(&f, "values", params->space));
-    TRY_DONE(each_plain_value(&f, params, write_tensor));
-    TRY_DONE(write_tensor(&f, "m", optimizer->m));
-    TRY_DONE(write_tensor(&f, "v", optimizer->v));
+    TRY_DONE(write_shares(&f, params, optimizer));
     status = h5_commit(&f);
 done:
     h5_close(&f);
-    return status;
-}
-
-static int64_t rows_of(Tensor t) {
-    return t.ndim ? t.shape[0] : 1;
-}
-
-/* The rows from `first` on that t has, of `all` in the file. */
-static Status read_rows(H5File *f, const char *name, Tensor t, int64_t first, int64_t all) {
-    int64_t count, own, rows = rows_of(t);
-    if (!tensor_present(t) || !rows) return OK;
-    hid_t type = stored_type(t, &own);
-    int64_t expected = own / rows * all;
-    TRY(h5_count(f, name, &count));
-    if (count != expected)
-        FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run has %" PRId64, f->path, name,
-             count, expected);
-    Tensor host;
-    TRY(tensor_stage(&host, t));
-    Status status = h5_read(f, name, type, own / rows * first, own, host.data);
-    tensor_unstage(t, host, status != OK);
+    free(path);
     return status;
 }
 
 static Status read_tensor(H5File *f, const char *name, Tensor t) {
-    return read_rows(f, name, t, 0, rows_of(t));
+    int64_t count, own;
+    hid_t type = stored_type(t, &own);
+    TRY(h5_count(f, name, &count));
+    if (count != own)
+        FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run has %" PRId64, f->path, name,
+             count, own);
+    Tensor host;
+    TRY(tensor_stage(&host, t));
+    Status status = h5_read(f, name, type, 0, own, host.data);
+    tensor_unstage(t, host, status != OK);
+    return status;
+}
+
+/* What is filled from all files: this rank's shares, in the host's memory. */
+typedef struct Shares {
+    Piece *pieces;
+    int count;
+    float *values;
+    Tensor m, v;
+    int64_t found; /* elements */
+} Shares;
+
+/* The states of elements from `at` on of a file to those from `to` on. */
+static Status read_states(H5File *f, const char *name, Tensor host, int64_t to, int64_t at,
+                          int64_t n) {
+    if (!tensor_present(host)) return OK;
+    if (host.dtype == F32)
+        return h5_read(f, name, H5T_NATIVE_FLOAT, at, n, (float *)host.data + to);
+    if (to % DYNAMIC_BLOCK || at % DYNAMIC_BLOCK)
+        FAIL(ERR_CONFIG,
+             "%s: states of 8 bits are in blocks of %d values that other ranks cut elsewhere: resume "
+             "with the parallel.experts that the run had",
+             f->path, DYNAMIC_BLOCK);
+    int64_t bytes = dtype_block(host.dtype).bytes,
+            blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
+    return h5_read(f, name, H5T_NATIVE_UCHAR, at / DYNAMIC_BLOCK * bytes, blocks * bytes,
+                   (char *)host.data + to / DYNAMIC_BLOCK * bytes);
+}
+
+/* What a file's piece has of one of ours. */
+static Status read_overlap(H5File *f, Shares *s, const Piece *own, const Piece *theirs) {
+    int64_t first = own->first, end = own->first + own->count;
+    if (first < theirs->first) first = theirs->first;
+    if (end > theirs->first + theirs->count) end = theirs->first + theirs->count;
+    if (own->param != theirs->param || first >= end) return OK;
+    int64_t to = own->at + first - own->first, at = theirs->at + first - theirs->first,
+            n = end - first;
+    TRY(h5_read(f, "values", H5T_NATIVE_FLOAT, at, n, s->values + to));
+    TRY(read_states(f, "m", s->m, to, at, n));
+    TRY(read_states(f, "v", s->v, to, at, n));
+    s->found += n;
+    return OK;
+}
+
+static Status read_shares(H5File *f, Shares *s) {
+    int64_t n;
+    TRY(h5_count(f, "pieces", &n));
+    Piece *pieces = must_malloc((size_t)(n + PIECE) * sizeof(int64_t));
+    Status status = OK;
+    TRY_DONE(h5_read(f, "pieces", H5T_NATIVE_INT64, 0, n, pieces));
+    for (int64_t i = 0; i < n / PIECE; i++)
+        for (int k = 0; k < s->count; k++)
+            if (s->pieces[k].param == pieces[i].param)
+                TRY_DONE(read_overlap(f, s, &s->pieces[k], &pieces[i]));
+done:
+    free(pieces);
+    return status;
+}
+
+/* Values and states of this rank's shares from the first file, which is open, and the others. */
+static Status load_shares(H5File *first, const char *folder, int files, ParamList *params,
+                          Optimizer *optimizer) {
+    Shares s = {0};
+    Status status = OK;
+    int64_t all = 0;
+    s.values = must_calloc((size_t)params_bytes(params).own + 1, sizeof *s.values);
+    s.pieces = own_pieces(params, &s.count);
+    for (int i = 0; i < s.count; i++) all += s.pieces[i].count;
+    if (tensor_present(optimizer->m)) TRY_DONE(tensor_stage(&s.m, optimizer->m));
+    if (tensor_present(optimizer->v)) TRY_DONE(tensor_stage(&s.v, optimizer->v));
+    for (int r = 0; r < files; r++) {
+        H5File f = {0};
+        char *path = part_path(folder, r);
+        if (r) status = h5_open(&f, path);
+        if (status == OK) status = read_shares(r ? &f : first, &s);
+        h5_close(&f);
+        free(path);
+        if (status != OK) goto done;
+    }
+    if (s.found != all)
+        FAIL_DONE(ERR_FORMAT, "%s: its files hold %" PRId64 " of the %" PRId64 " values wanted here",
+                  folder, s.found, all);
+    each_share(&params->space, s.values, false);
+done:
+    if (tensor_present(s.m)) tensor_unstage(optimizer->m, s.m, status != OK);
+    if (tensor_present(s.v)) tensor_unstage(optimizer->v, s.v, status != OK);
+    free(s.values);
+    free(s.pieces);
+    return status;
 }
 
 static Status read_integer(H5File *f, const char *name, int64_t *out) {
@@ -101,12 +277,16 @@ static Status read_integer(H5File *f, const char *name, int64_t *out) {
     return OK;
 }
 
-Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, const char *path) {
+Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer,
+                      const char *folder) {
     H5File f = {0};
-    double stored_bits = 0;
+    char *path = part_path(folder, 0);
+    double stored_bits = 0, stored_values = 0;
+    int64_t files = 0;
     Status status = OK;
     TRY_DONE(h5_open(&f, path));
     TRY_DONE(read_integer(&f, "step", &state->step));
+    TRY_DONE(read_integer(&f, "files", &files));
     TRY_DONE(read_integer(&f, "skipped", &state->skipped));
     TRY_DONE(read_integer(&f, "evals_without_gain", &state->evals_without_gain));
     TRY_DONE(read_integer(&f, "norm_count", &state->norm_count));
@@ -117,16 +297,19 @@ Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, 
                   "%s: the optimizer's states have %g bits, but optimizer.states asks for %g: "
                   "resume with what the run began with",
                   path, stored_bits, bits(optimizer));
+    TRY_DONE(h5_read_number(&f, "/", "trained_values", &stored_values));
+    if (stored_values != trained_values(params))
+        FAIL_DONE(ERR_FORMAT, "%s: holds %.0f trained values, this run has %.0f", path,
+                  stored_values, trained_values(params));
     TRY_DONE(h5_read_number(&f, "/", "best_eval", &state->best_eval));
     TRY_DONE(h5_read(&f, "norms", H5T_NATIVE_FLOAT, 0, NORM_HISTORY, state->norms));
-    TRY_DONE(read_tensor(&f, "values", params->space));
     TRY_DONE(each_plain_value(&f, params, read_tensor));
-    int64_t blocks = params_bytes(params).trained / DYNAMIC_BLOCK;
-    TRY_DONE(read_rows(&f, "m", optimizer->m, optimizer->begin, blocks));
-    TRY_DONE(read_rows(&f, "v", optimizer->v, optimizer->begin, blocks));
+    TRY_DONE(load_shares(&f, folder, (int)files, params, optimizer));
     params_publish(params);
+    space_join(params);
 done:
     h5_close(&f);
+    free(path);
     return status;
 }
 

@@ -29,6 +29,20 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
     return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
 }
 
+/* Leaves this rank its part of the experts. */
+static Status share_experts(Session *s) {
+    const RunConfig *c = &s->config;
+    if (!s->g.config.num_experts)
+        FAIL(ERR_CONFIG, "parallel.experts is %" PRId64 ", and %s has no experts", c->experts,
+             c->model);
+    if (c->quant.learned_scale && method_rounds(c->method))
+        FAIL(ERR_CONFIG, "quant.learned_scale: expected false with parallel.experts");
+    if (c->method == METHOD_QLORA && c->quant.format == QUANT_NF4 && c->quant.nested)
+        FAIL(ERR_CONFIG, "quant.double: expected false with parallel.experts: one mean is of the "
+                         "scales of all experts");
+    return gemma_share_experts(&s->g, &s->experts);
+}
+
 /* Declares the model as the method wants it. */
 static Status declare(Session *s, Device *device, bool media) {
     const RunConfig *c = &s->config;
@@ -38,6 +52,7 @@ static Status declare(Session *s, Device *device, bool media) {
     if (comm_is_many(&s->context)) s->g.context = &s->context;
     if (media) gemma_declare_media(&s->g);
     TRY(adapt(&s->g, c, &s->spec));
+    if (c->experts > 1) TRY(share_experts(s));
     checkpoint_formats(&s->checkpoint, &s->g);
     return OK;
 }
@@ -134,11 +149,15 @@ Status session_plan(Session *s, size_t available) {
                            s->config.optimizer.momentum,
                            (uint64_t)s->config.seed,
                            s->config.optimizer.states_8bit,
-                           s->comm.rank,
-                           s->config.shard ? s->comm.size : 1,
                            shares_gradients(s)};
-    s->g.params.no_masters = s->config.optimizer.no_masters;
-    s->g.params.one_layer = s->config.optimizer.fused || shares_gradients(s);
+    Space *space = &s->g.params.space;
+    space->level = comm_is_many(&s->comm) ? (int)s->config.shard : 0;
+    space->ranks = comm_is_many(&s->comm) ? &s->comm : NULL;
+    space->experts = s->g.experts;
+    space->replicas = s->g.experts ? &s->replicas : NULL;
+    space->whole_trained = method_has_adapter(s->config.method);
+    space->no_masters = s->config.optimizer.no_masters;
+    space->one_layer = s->config.optimizer.fused || shares_gradients(s);
     ParamBytes bytes = params_bytes(&s->g.params);
     p->weights = bytes.values;
     p->masters = bytes.masters;
@@ -150,9 +169,12 @@ Status session_plan(Session *s, size_t available) {
         p->experts += tensor_bytes(q->value);
         p->expert_bits = 8.0 * (double)tensor_bytes(q->value) / (double)tensor_count(q->value);
     }
-    p->optimizer = optimizer_measure(o, bytes.trained);
+    p->optimizer = optimizer_measure(o, bytes.own);
     p->rows = loader_capacity(s->loader);
     if (!s->store.train.count) FAIL(ERR_FORMAT, "%s: holds no training sample", s->store.file.path);
+    int64_t longest = p->rows > s->config.data.max_length ? p->rows : s->config.data.max_length;
+    for (int l = 0; l < s->g.config.num_hidden_layers; l++)
+        s->g.blocks[l].config.expert_rows = step_own_rows(&s->g, longest, &s->options);
     size_t base = p->weights + p->masters + p->gradients + p->optimizer;
     for (int mode = STACK_KEEP; mode <= STACK_OFFLOAD; mode++) {
         s->options.mode = p->mode = (StackMode)mode;
@@ -199,14 +221,20 @@ static Status check_ranks(Session *s) {
     return OK;
 }
 
-/* Ranks that share rows follow each other. */
+/* Ranks that share rows, or have the experts between them, follow each other. */
 static Status make_groups(Session *s) {
     int64_t size = s->comm.size, context = s->config.context;
     if (size % context || (context > 1 && size == 1))
         FAIL(ERR_CONFIG,
              "parallel.context is %" PRId64 ", expected a divisor of the number of ranks, %" PRId64,
              context, size);
+    if (size % s->config.experts || (s->config.experts > 1 && size == 1))
+        FAIL(ERR_CONFIG,
+             "parallel.experts is %" PRId64 ", expected a divisor of the number of ranks, %" PRId64,
+             s->config.experts, size);
     comm_group(&s->context, &s->comm, (int)context, false);
+    comm_group(&s->experts, &s->comm, (int)s->config.experts, false);
+    comm_group(&s->replicas, &s->comm, (int)(size / s->config.experts), true);
     s->data_rank = s->comm.rank / (int)context;
     s->data_ranks = (int)(size / context);
     return OK;
@@ -279,6 +307,8 @@ void session_close(Session *s) {
     checkpoint_close(&s->checkpoint);
     run_config_free(&s->config);
     comm_close(&s->context);
+    comm_close(&s->experts);
+    comm_close(&s->replicas);
     *s = (Session){0};
 }
 

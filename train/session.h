@@ -25,6 +25,7 @@ typedef struct Session {
     RunConfig config;
     Comm comm;
     Comm context; /* the ranks with which this one shares the rows of micro-batches */
+    Comm experts, replicas; /* those that have the experts between them, and that have the same ones */
     int data_rank, data_ranks; /* which of the groups of such ranks it is in, and how many there are:
                                 * they take micro-batches turn by turn */
     Checkpoint checkpoint;

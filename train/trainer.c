@@ -53,10 +53,26 @@ static bool speaks(const Trainer *t) {
 
 /* ---- saving ---- */
 
+/* An adapter of experts that ranks have between them is brought together for a while. */
+static Status fetch_adapter(Trainer *t) {
+    ParamList *params = &t->s.g.params;
+    for (int i = 0; i < params->count; i++)
+        if (params->items[i]->trainable) TRY(param_fetch(params, params->items[i]));
+    return OK;
+}
+
+/* All ranks call it. */
 static Status save_weights(Trainer *t, const char *path) {
-    const Session *s = &t->s;
-    if (method_has_adapter(s->config.method)) return peft_save(&s->g, &s->spec, path);
-    return checkpoint_save(&s->checkpoint, &s->g, s->g.dtype, SCHEME_NONE, path);
+    Session *s = &t->s;
+    Status status = OK;
+    if (!method_has_adapter(s->config.method))
+        return speaks(t) ? checkpoint_save(&s->checkpoint, &s->g, s->g.dtype, SCHEME_NONE, path)
+                         : checkpoint_save_along(&s->checkpoint, &s->g);
+    TRY_DONE(fetch_adapter(t));
+    if (speaks(t)) status = peft_save(&s->g, &s->spec, path);
+done:
+    for (int i = 0; i < s->g.params.count; i++) param_release(s->g.params.items[i]);
+    return status;
 }
 
 static const char *weights_name(const Trainer *t) {
@@ -88,71 +104,65 @@ static void prune(const Trainer *t) {
     free(path);
 }
 
-/* The states of all shares: `all` on rank 0, in the host's memory, has what one process would. */
-static Status collect_states(const Trainer *t, Optimizer *all) {
-    const Optimizer *o = &t->s.optimizer;
-    OptimizerConfig whole = o->config;
-    int64_t bounds[t->comm.size + 1], row[] = {1, DYNAMIC_BLOCK};
-    whole.parts = 0;
-    whole.own_grads = false;
-    if (speaks(t)) TRY(optimizer_init(all, &whole, &t->s.g.params, device_cpu()));
-    all->t = o->t;
-    optimizer_shares(bounds, params_bytes(&t->s.g.params).trained, t->comm.size);
-    Tensor mine[] = {o->m, o->v}, to[] = {all->m, all->v};
-    for (int i = 0; i < 2; i++) {
-        if (!tensor_present(mine[i])) continue;
-        size_t bytes = tensor_bytes(tensor_make(NULL, mine[i].dtype, 2, row));
-        Tensor host;
-        TRY(tensor_stage(&host, mine[i]));
-        tensor_read(host.data, mine[i]);
-        for (int r = 0; r < t->comm.size; r++) {
-            size_t first = (size_t)(bounds[r] / DYNAMIC_BLOCK) * bytes,
-                   end = (size_t)(bounds[r + 1] / DYNAMIC_BLOCK) * bytes;
-            comm_fetch(&t->comm, r, speaks(t) ? (char *)to[i].data + first : NULL, host.data,
-                       end - first);
-        }
-        tensor_unstage(mine[i], host, true);
-    }
-    return OK;
+/* That no rank failed; one that did not says which did. */
+static Status all_are_well(const Trainer *t, Status status) {
+    int failed = comm_most(&t->comm, status == OK ? 0 : t->comm.rank + 1);
+    if (status != OK || !failed) return status;
+    FAIL(ERR_IO, "step %" PRId64 " is not saved: rank %d could not write its part", t->state.step,
+         failed - 1);
 }
 
-static Status write_save(Trainer *t, const Optimizer *states) {
+/* A folder of a temporary name on the first rank, into which every rank writes its part. */
+static Status save(Trainer *t) {
     char *final = must_format("%s/checkpoints/step-%" PRId64, t->output, t->state.step),
-         *temporary = NULL;
-    char *newest = path_join(t->output, weights_name(t)), *inner = NULL, *state = NULL;
+         *newest = path_join(t->output, weights_name(t)), *begun = NULL, *inner = NULL;
+    char temporary[4096] = "";
     Status status = OK;
-    TRY_DONE(folder_begin(&temporary, final));
+    if (speaks(t)) {
+        TRY_DONE(folder_begin(&begun, final));
+        CHECK(strlen(begun) < sizeof temporary, "name too long: %s", begun);
+        strcpy(temporary, begun);
+    }
+    comm_broadcast(&t->comm, temporary, sizeof temporary);
+    status = run_state_save(&t->state, &t->s.g.params, &t->s.optimizer, temporary);
+    TRY_DONE(all_are_well(t, status));
     inner = path_join(temporary, weights_name(t));
-    state = path_join(temporary, "state.h5");
     TRY_DONE(save_weights(t, inner));
-    TRY_DONE(run_state_save(&t->state, &t->s.g.params, states, state));
-    status = folder_commit(temporary, final);
-    temporary = NULL;
-    if (status != OK) goto done;
+    if (speaks(t)) {
+        status = folder_commit(begun, final);
+        begun = NULL;
+        if (status != OK) goto done;
+    }
     TRY_DONE(save_weights(t, newest));
-    prune(t);
+    if (speaks(t)) prune(t);
+    comm_barrier(&t->comm);
 done:
-    folder_abandon(temporary);
+    folder_abandon(begun);
     free(final);
     free(newest);
     free(inner);
-    free(state);
-    return status;
-}
-
-static Status save(Trainer *t) {
-    Optimizer all = {0};
-    bool shared = t->s.optimizer.config.parts > 1;
-    Status status = OK;
-    if (shared) TRY_DONE(collect_states(t, &all));
-    if (speaks(t)) TRY_DONE(write_save(t, shared ? &all : &t->s.optimizer));
-    comm_barrier(&t->comm);
-done:
-    optimizer_free(&all);
     return status;
 }
 
 /* ---- evaluation ---- */
+
+/* Whether ranks wait for each other within passes, so that all must make as many. */
+static bool passes_meet(const Session *s) {
+    return comm_is_many(&s->comm) &&
+           (s->config.shard >= 2 || s->g.experts || comm_is_many(&s->context));
+}
+
+/* A pass of one row that gives nothing, where passes of all ranks meet and this one has no
+ * micro-batch left. */
+static void run_idle(Session *s, StepMemory *memory, StepOptions options) {
+    int32_t id = (int32_t)s->g.config.pad_token_id, zero = 0, none = -1;
+    float weight = 0, nll;
+    Batch idle = {.N = 1, .ids = &id, .positions = &zero, .starts = &zero, .targets = &none,
+                  .weights = &weight};
+    if (!passes_meet(s)) return;
+    options.load = NULL;
+    step_run(&s->g, memory, &idle, &options, &nll);
+}
 
 Status evaluate(Session *s, StepMemory *memory, double *loss) {
     StepOptions options = {.mode = STACK_SCORE,
@@ -173,6 +183,7 @@ Status evaluate(Session *s, StepMemory *memory, double *loss) {
         total += step_run(&s->g, memory, &batch.batch, &options, nll);
         if (!s->context.rank) trained += batch.trained;
     }
+    if (turn % s->data_ranks && s->data_rank >= turn % s->data_ranks) run_idle(s, memory, options);
     total = comm_sum(&s->comm, total);
     trained = comm_sum_count(&s->comm, trained);
     *loss = trained ? total / (double)trained : NAN;
@@ -191,7 +202,7 @@ static Status evaluate_and_keep(Trainer *t, double *loss) {
     }
     t->state.best_eval = *loss;
     t->state.evals_without_gain = 0;
-    if (!t->s.config.save_best || !speaks(t)) return OK;
+    if (!t->s.config.save_best) return OK;
     char *path = path_join(t->output, "best");
     Status status = save_weights(t, path);
     free(path);
@@ -230,26 +241,42 @@ static bool is_spike(const RunState *state, double norm) {
     return norm > SPIKE * sorted[count / 2];
 }
 
-/* The parameter whose gradient is worst: not finite, or the largest. */
-static const char *worst_parameter(const ParamList *params) {
-    const char *worst = "none";
-    double most = -1;
-    for (int i = 0; i < params->count; i++) {
-        const Param *p = params->items[i];
-        double sum;
-        if (!p->trainable) continue;
+/* The sum of squares of what is here of a parameter's gradient, of all ranks': shares, where they
+ * have been summed. */
+static double own_squares(const Session *s, const ParamRun *r, const Param *p) {
+    const Optimizer *o = &s->optimizer;
+    int64_t first = p->offset, end = first + tensor_count(p->value);
+    double sum = 0;
+    if (!comm_is_many(&s->comm)) {
         sum_of_squares(&sum, p->grad);
-        if (!isfinite(sum)) return p->name;
-        if (sum > most) most = sum, worst = p->name;
+        return sum;
     }
-    return worst;
+    if (first < r->own) first = r->own;
+    if (end > r->own_end) end = r->own_end;
+    if (first < end)
+        sum_of_squares(&sum, o->config.own_grads ? optimizer_gradients(o, r, first, end)
+                                                 : run_grads(&s->g.params.space, r, first, end));
+    return sum;
 }
 
-/* Every share of the flat space from its rank. */
-static void all_gather_shares(const Trainer *t, Tensor space) {
-    int64_t bounds[t->comm.size + 1];
-    optimizer_shares(bounds, tensor_count(space), t->comm.size);
-    comm_all_gather(&t->comm, space, bounds);
+/* The parameter whose gradient is worst: not finite, or the largest. All ranks call it. */
+static const char *worst_parameter(const Session *s) {
+    const ParamList *params = &s->g.params;
+    const char *worst = "none";
+    double most = -1, *sums = must_calloc((size_t)params->count + 1, sizeof *sums);
+    for (int i = 0; i < params->space.count; i++)
+        for (int k = params->space.runs[i].first; k <= params->space.runs[i].last; k++)
+            if (params->items[k]->trainable)
+                sums[k] = own_squares(s, &params->space.runs[i], params->items[k]);
+    comm_sum_doubles(&s->comm, sums, params->count);
+    for (int i = 0; i < params->count; i++) {
+        if (!params->items[i]->trainable || sums[i] <= most) continue;
+        most = sums[i], worst = params->items[i]->name;
+    }
+    for (int i = params->count - 1; i >= 0; i--)
+        if (!isfinite(sums[i])) worst = params->items[i]->name;
+    free(sums);
+    return worst;
 }
 
 static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t count, double loss,
@@ -265,10 +292,7 @@ static Status report_bad_step(Trainer *t, const MicroBatch *batches, int64_t cou
         }
     if (listed > 8) text_addf(&rows, " and %d more", listed - 8);
     const char *what = isfinite(norm) && isfinite(loss) ? "gradient spike" : "not finite";
-    const char *where = "a parameter of another rank's share";
-    if (s->optimizer.config.parts > 1 && !s->optimizer.config.own_grads)
-        all_gather_shares(t, s->g.params.grads);
-    if (!s->optimizer.config.own_grads) where = worst_parameter(&s->g.params);
+    const char *where = worst_parameter(s);
     progress_clear(&t->progress);
     Status status = OK;
     if (s->config.stop_on_bad_step)
@@ -294,63 +318,68 @@ static void update_layer(void *context, int layer) {
     double squares;
     gemma_finish_layer(&f->s->g, layer);
     Tensor grads =
-        layer >= 0 ? params->layer_grads
-                   : tensor_slice(params->grads, 0,
-                                  tensor_count(params->grads) - tensor_count(params->layer_grads));
+        layer >= 0 ? params->space.layer_grads
+                   : tensor_slice(params->space.grads, 0,
+                                  tensor_count(params->space.grads) -
+                                      tensor_count(params->space.layer_grads));
     sum_of_squares(&squares, grads);
     f->squares += squares;
     optimizer_update(&f->s->optimizer, params, layer, f->lr, 1.0);
     fill(grads, 0.0f);
 }
 
-/* A run of gradients that begins at value `first` of the space: every rank has the sum of what its
- * share has of it. */
-static void reduce_run(void *context, Tensor grads, int64_t first) {
-    const Trainer *t = context;
-    int64_t bounds[t->comm.size + 1], n = tensor_count(grads);
-    optimizer_shares(bounds, params_bytes(&t->s.g.params).trained, t->comm.size);
-    for (int r = 0; r <= t->comm.size; r++) {
-        bounds[r] -= first;
-        if (bounds[r] < 0) bounds[r] = 0;
-        if (bounds[r] > n) bounds[r] = n;
-    }
-    comm_reduce_scatter(&t->comm, grads, bounds);
-}
-
 /* A layer's gradients of this micro-batch go to the ranks whose shares they are. */
 static void share_layer(void *context, int layer) {
     Trainer *t = context;
-    ParamList *params = &t->s.g.params;
+    Space *s = &t->s.g.params.space;
     gemma_finish_layer(&t->s.g, layer);
-    optimizer_take_gradients(&t->s.optimizer, params, layer, reduce_run, t);
-    if (layer >= 0) fill(params->layer_grads, 0.0f);
+    for (int i = 0; i < s->count; i++) {
+        const ParamRun *r = &s->runs[i];
+        int64_t bounds[run_ranks(s, r)->size + 1];
+        if (r->layer != layer) continue;
+        Tensor grads = run_grads(s, r, r->begin, r->end);
+        run_bounds(s, r, bounds);
+        comm_reduce_scatter(run_ranks(s, r), grads, bounds);
+        optimizer_take_gradients(&t->s.optimizer, r, grads);
+    }
+    if (layer >= 0) fill(s->layer_grads, 0.0f);
 }
 
-/* Gradients of all ranks: each rank has the sum of its share, or of everything where that is
+/* Gradients of all ranks: each rank has the sum of its shares, or of everything where that is
  * updated everywhere, or is to be masked first. The norm of all of them, the same on every rank. */
 static double sum_gradients(Trainer *t) {
     Session *s = &t->s;
-    Tensor grads = s->g.params.grads;
-    double squares;
+    Space *space = &s->g.params.space;
+    double squares = 0, part;
     if (!comm_is_many(&t->comm)) {
         gemma_finish_gradients(&s->g);
         return gradients_norm(&s->g.params);
     }
-    int64_t bounds[t->comm.size + 1], first, n;
     if (s->optimizer.config.own_grads) {
         share_layer(t, -1);
         sum_of_squares(&squares, s->optimizer.grads);
         return sqrt(comm_sum(&t->comm, squares));
     }
-    optimizer_shares(bounds, tensor_count(grads), t->comm.size);
-    if (s->optimizer.config.parts > 1 && !fake_quant_on(&s->g.fake))
-        comm_reduce_scatter(&t->comm, grads, bounds);
-    else
-        comm_all_reduce(&t->comm, grads);
+    bool all = !space->level || fake_quant_on(&s->g.fake);
+    for (int i = 0; i < space->count; i++) {
+        const ParamRun *r = &space->runs[i];
+        int64_t bounds[run_ranks(space, r)->size + 1];
+        Tensor grads = run_grads(space, r, r->begin, r->end);
+        run_bounds(space, r, bounds);
+        comm_reduce_scatter(run_ranks(space, r), grads, bounds);
+        if (all) comm_all_gather(run_ranks(space, r), grads, bounds);
+    }
     gemma_finish_gradients(&s->g);
-    first = bounds[t->comm.rank];
-    n = bounds[t->comm.rank + 1] - first;
-    sum_of_squares(&squares, tensor_slice(grads, first, n));
+    for (int i = 0; i < space->count; i++) { /* each rank a part, whoever updates it */
+        const ParamRun *r = &space->runs[i];
+        int64_t bounds[run_ranks(space, r)->size + 1];
+        int mine = run_ranks(space, r)->rank;
+        run_bounds(space, r, bounds);
+        if (bounds[mine] == bounds[mine + 1]) continue;
+        sum_of_squares(&part,
+                       run_grads(space, r, r->begin + bounds[mine], r->begin + bounds[mine + 1]));
+        squares += part;
+    }
     return sqrt(comm_sum(&t->comm, squares));
 }
 
@@ -369,10 +398,7 @@ static Status update_all(Trainer *t, const MicroBatch *batches, int64_t count, d
     t->state.norms[t->state.norm_count++ % NORM_HISTORY] = (float)norm;
     if (s->config.clip > 0 && norm > s->config.clip) scale = s->config.clip / (norm + 1e-6);
     optimizer_step(&s->optimizer, &s->g.params, lr, scale);
-    if (s->optimizer.config.parts > 1) {
-        all_gather_shares(t, s->g.params.space);
-        params_publish(&s->g.params);
-    }
+    space_join(&s->g.params);
     return OK;
 }
 
@@ -420,9 +446,7 @@ static Status one_step(Trainer *t, Metrics *m) {
         if (t->load) aux += expert_load_loss(t->load, s->g.config.num_experts) / (double)all;
         tokens += batches[i].batch.N;
     }
-    /* Ranks that have no micro-batch in the step's last turn meet the others all the same. */
-    if (s->optimizer.config.own_grads && count * ranks < all)
-        for (int l = (int)s->g.config.num_hidden_layers - 1; l >= 0; l--) share_layer(t, l);
+    if (count * ranks < all) run_idle(s, &s->memory, s->options);
     loss = comm_sum(&s->comm, loss);
     aux = comm_sum(&s->comm, aux);
     tokens = comm_sum_count(&s->comm, tokens);
@@ -584,7 +608,7 @@ static Status start(Trainer *t, RunConfig *config, bool resume) {
     TRY(session_place(s));
     t->state.best_eval = INFINITY;
     if (step) {
-        char *path = must_format("%s/checkpoints/step-%" PRId64 "/state.h5", t->output, step);
+        char *path = must_format("%s/checkpoints/step-%" PRId64, t->output, step);
         status = run_state_load(&t->state, &s->g.params, &s->optimizer, path);
         free(path);
         TRY(status);

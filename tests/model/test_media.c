@@ -233,7 +233,7 @@ CASE(media, projections_train_on_what_towers_made_before) {
     for (size_t k = 0; k < KINDS; k++) {
         Run r;
         run_start(&r, kinds[k], STACK_KEEP, false, &spec);
-        Tensor grads = r.g.params.grads;
+        Tensor grads = r.g.params.space.grads;
         float *first = small_values(grads);
         size_t bytes = tensor_bytes(grads);
         for (int i = 0; i < r.g.params.count; i++)

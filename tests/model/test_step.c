@@ -259,9 +259,9 @@ static float *gradients_of(const char *dir, DType dtype, bool full, const Adapte
     }
     r.options.shortcut = shortcut;
     step_run(&r.g, &r.memory, &p->batch, &r.options, p->nll);
-    *count = tensor_count(r.g.params.grads);
+    *count = tensor_count(r.g.params.space.grads);
     float *copy = must_malloc((size_t)*count * sizeof *copy);
-    memcpy(copy, r.g.params.grads.data, (size_t)*count * sizeof *copy);
+    memcpy(copy, r.g.params.space.grads.data, (size_t)*count * sizeof *copy);
     run_close(&r);
     return copy;
 }
@@ -342,7 +342,7 @@ CASE(invariant, packed_equals_separate_and_accumulated_equals_one_batch) {
                 EXPECT_CLOSE(one->nll[n], both->nll[at], 2e-5 * (1 + fabs(both->nll[at])));
             free(one);
         }
-        EXPECT(relative_error(r.g.params.grads.data, packed, count) < 1e-5, "%s", kinds[k]);
+        EXPECT(relative_error(r.g.params.space.grads.data, packed, count) < 1e-5, "%s", kinds[k]);
         run_close(&r);
         free(packed), free(both);
     }
@@ -398,9 +398,9 @@ static void merge_like_unmerged(const char *kind, const char *variant) {
     EXPECT_OK(peft_load_spec(&exact, dir));
     run_open(&second, f.dir, F32, false, &exact, STACK_SCORE);
     EXPECT_OK(peft_load(&second.g, dir));
-    EXPECT(tensor_count(second.g.params.space) == tensor_count(r.g.params.space));
+    EXPECT(tensor_count(second.g.params.space.values) == tensor_count(r.g.params.space.values));
     EXPECT(
-        !memcmp(second.g.params.space.data, r.g.params.space.data, tensor_bytes(r.g.params.space)),
+        !memcmp(second.g.params.space.values.data, r.g.params.space.values.data, tensor_bytes(r.g.params.space.values)),
         "%s %s", kind, variant);
     run_close(&second);
     run_close(&r);

@@ -37,11 +37,11 @@ static Outcome step_on(Device *device, const char *path, const Packed *batch, DT
         small_run(&m);
     gemma_finish_gradients(&m.g);
     if (!batch) memcpy(out.nll, m.nll, sizeof m.nll);
-    out.count = tensor_count(m.g.params.space);
-    out.grads = small_values(m.g.params.grads);
+    out.count = tensor_count(m.g.params.space.values);
+    out.grads = small_values(m.g.params.space.grads);
     EXPECT_OK(optimizer_init(&o, &config, &m.g.params, m.g.device));
     optimizer_step(&o, &m.g.params, 1e-2, 1.0);
-    out.values = small_values(m.g.params.space);
+    out.values = small_values(m.g.params.space.values);
     optimizer_free(&o);
     small_unload(&m);
     return out;

@@ -38,7 +38,7 @@ static void give_values(ParamList *params, LinearList *list) {
             *(float *)l->bounds[i]->value.data = i % 2 ? 1.125f : -1.25f;
         linear_loaded(l);
     }
-    fill(params->grads, 0.0f);
+    fill(params->space.grads, 0.0f);
     free(sorted);
 }
 
@@ -196,7 +196,7 @@ CASE(towers, vision_is_the_same_whatever_is_kept) {
     EXPECT(!memcmp(kept.out.data, again.out.data, tensor_bytes(kept.out)), "recomputed differs");
     EXPECT(!memcmp(kept.out.data, only.out.data, tensor_bytes(kept.out)), "forward alone differs");
     EXPECT(
-        !memcmp(kept.params.grads.data, again.params.grads.data, tensor_bytes(kept.params.grads)),
+        !memcmp(kept.params.space.grads.data, again.params.space.grads.data, tensor_bytes(kept.params.space.grads)),
         "gradients differ");
     vision_stop(&kept), vision_stop(&again), vision_stop(&only);
 }
@@ -307,7 +307,7 @@ CASE(towers, audio_is_the_same_whatever_is_kept) {
     EXPECT(!memcmp(kept.out.data, again.out.data, tensor_bytes(kept.out)), "recomputed differs");
     EXPECT(!memcmp(kept.out.data, only.out.data, tensor_bytes(kept.out)), "forward alone differs");
     EXPECT(
-        !memcmp(kept.params.grads.data, again.params.grads.data, tensor_bytes(kept.params.grads)),
+        !memcmp(kept.params.space.grads.data, again.params.space.grads.data, tensor_bytes(kept.params.space.grads)),
         "gradients differ");
     audio_stop(&kept), audio_stop(&again), audio_stop(&only);
 }
