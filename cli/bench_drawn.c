@@ -108,7 +108,7 @@ typedef struct Lean {
 static void update_layer(void *context, int layer) {
     Lean *l = context;
     optimizer_update(l->o, &l->g->params, layer, 1e-5, 1.0);
-    if (layer >= 0) fill(l->g->params.space.layer_grads, 0.0f);
+    if (layer >= 0) fill(l->g->params.space.layer_grads[0], 0.0f);
 }
 
 /* The fastest of a few steps, after one that makes plans. */

@@ -36,9 +36,8 @@ static double sent_bytes(Session *s, int64_t ranks) {
 static Status plan_level(Session *s, int64_t ranks, int shard, double bytes, bool gpu, bool shows,
                          bool *fits) {
     double more = gpu ? more_logits(&s->g) : 0;
-    s->comm.size = (int)ranks;
     s->config.shard = shard;
-    TRY(session_plan(s, bytes > more ? (size_t)(bytes - more) : 0));
+    TRY(session_suppose(s, (int)ranks, bytes > more ? (size_t)(bytes - more) : 0));
     const MemoryPlan *p = &s->plan;
     double total = (double)p->total + more;
     *fits = total <= bytes;

@@ -404,6 +404,7 @@ static Status read_run(RunConfig *c, Node *root) {
         c->shard = (int64_t)shard;
         TRY(get_count(map, "context", 1, &c->context));
         TRY(get_count(map, "experts", 1, &c->experts));
+        TRY(get_count(map, "within", 1, &c->within));
         TRY(get_range(map, "timeout", 0, 1e9, &c->timeout));
     }
     c->clip = 1.0;
@@ -675,9 +676,10 @@ char *run_config_text(const RunConfig *c) {
         c->schedule.warmup, c->schedule.min_lr);
     put(&o, "batch: {sequences: %" PRId64 ", accumulate: %" PRId64 "}\n", c->sequences,
         c->accumulate);
-    put(&o, "parallel: {shard: %" PRId64 ", context: %" PRId64 ", experts: %" PRId64
-        ", timeout: %.17g}\nclip: %.17g\n",
-        c->shard, c->context, c->experts, c->timeout,
+    put(&o, "parallel: {shard: %" PRId64 ", context: %" PRId64 ", experts: %" PRId64 ", within: ",
+        c->shard, c->context, c->experts);
+    put(&o, c->within ? "%" PRId64 : "null", c->within);
+    put(&o, ", timeout: %.17g}\nclip: %.17g\n", c->timeout,
         c->clip);
     put_count_or_null(&o, "steps", c->steps);
     put(&o, "epochs: %.17g\nmoe: {aux_loss: %.17g, train_router: %s}\nrecompute: \"%s\"\n",

@@ -2,6 +2,8 @@
 #include "kernels/comm.h"
 
 #include <inttypes.h>
+#include <omp.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +16,11 @@
 /* Elements that all ranks together send one at a time, and bytes of one message. */
 #define PIECES  ((int64_t)1 << 22)
 #define MESSAGE ((size_t)1 << 26)
+
+/* Whether there is nobody to exchange anything with. */
+static bool is_alone(const Comm *c) {
+    return !comm_is_many(c) || c->supposed;
+}
 
 /* How many processes were started together, by what the launchers leave in the environment. */
 static int started_together(void) {
@@ -129,7 +136,8 @@ Status comm_open(Comm *c) {
     int given;
     *c = (Comm){.size = 1, .whole = true};
     if (started_together() == 1) return OK;
-    MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given);
+    MPI_Init_thread(NULL, NULL, MPI_THREAD_MULTIPLE, &given);
+    c->threads = given == MPI_THREAD_MULTIPLE;
     MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
     MPI_Comm_size(MPI_COMM_WORLD, &c->size);
     c->local = local_rank(c->rank);
@@ -143,8 +151,9 @@ void comm_group(Comm *group, const Comm *c, int size, bool apart) {
     if (!comm_is_many(c) || size == 1) return;
     CHECK(c->size % size == 0, "groups of %d among %d ranks", size, c->size);
     int groups = c->size / size, which = apart ? c->rank % groups : c->rank / size;
-    MPI_Comm among;
-    MPI_Comm_split(handle_of(c), which, c->rank, &among);
+    MPI_Comm among = MPI_COMM_NULL;
+    group->supposed = c->supposed;
+    if (!c->supposed) MPI_Comm_split(handle_of(c), which, c->rank, &among);
     group->rank = apart ? c->rank / groups : c->rank % size;
     group->size = size;
     group->first = in_run(c, apart ? which : which * size);
@@ -152,10 +161,19 @@ void comm_group(Comm *group, const Comm *c, int size, bool apart) {
     group->handle = (int)MPI_Comm_c2f(among);
 }
 
+void comm_again(Comm *again, const Comm *c) {
+    MPI_Comm among;
+    *again = *c;
+    if (is_alone(c)) return;
+    MPI_Comm_dup(handle_of(c), &among);
+    again->whole = false;
+    again->handle = (int)MPI_Comm_c2f(among);
+}
+
 void comm_close(Comm *c) {
     int open;
     MPI_Initialized(&open);
-    MPI_Comm among = comm_is_many(c) && open ? handle_of(c) : MPI_COMM_WORLD;
+    MPI_Comm among = !is_alone(c) && open ? handle_of(c) : MPI_COMM_WORLD;
     if (among != MPI_COMM_WORLD)
         MPI_Comm_free(&among);
     else if (c->whole && open)
@@ -166,23 +184,20 @@ void comm_close(Comm *c) {
 void comm_barrier(const Comm *c) {
     MPI_Request request;
     int from = -1;
-    if (!comm_is_many(c)) return;
+    if (is_alone(c)) return;
     MPI_Ibarrier(handle_of(c), &request);
     wait_for(c, 1, &request, &from, 6);
 }
 
-static void broadcast_from(const Comm *c, int root, void *bytes, size_t count) {
-    int from = c->rank == root ? -1 : root;
+void comm_broadcast(const Comm *c, void *bytes, size_t count) {
+    int from = c->rank ? 0 : -1;
+    if (is_alone(c)) return;
     for (size_t done = 0; done < count; done += MESSAGE) {
         size_t n = count - done < MESSAGE ? count - done : MESSAGE;
         MPI_Request request;
-        MPI_Ibcast((char *)bytes + done, (int)n, MPI_BYTE, root, handle_of(c), &request);
+        MPI_Ibcast((char *)bytes + done, (int)n, MPI_BYTE, 0, handle_of(c), &request);
         wait_for(c, 1, &request, &from, 1);
     }
-}
-
-void comm_broadcast(const Comm *c, void *bytes, size_t count) {
-    if (comm_is_many(c)) broadcast_from(c, 0, bytes, count);
 }
 
 /* `bytes` of each rank one behind the other, for all. Caller frees. */
@@ -201,7 +216,7 @@ static void *gather_all(const Comm *c, const void *mine, int bytes) {
 }
 
 void comm_sum_doubles(const Comm *c, double *x, int64_t count) {
-    if (!comm_is_many(c)) return;
+    if (is_alone(c)) return;
     double *all = gather_all(c, x, (int)(count * (int64_t)sizeof *x));
     for (int64_t i = 0; i < count; i++) {
         x[i] = 0;
@@ -211,7 +226,7 @@ void comm_sum_doubles(const Comm *c, double *x, int64_t count) {
 }
 
 int64_t comm_sum_count(const Comm *c, int64_t x) {
-    if (!comm_is_many(c)) return x;
+    if (is_alone(c)) return x;
     int64_t *all = gather_all(c, &x, sizeof x), sum = 0;
     for (int r = 0; r < c->size; r++) sum += all[r];
     free(all);
@@ -219,7 +234,7 @@ int64_t comm_sum_count(const Comm *c, int64_t x) {
 }
 
 int comm_most(const Comm *c, int x) {
-    if (!comm_is_many(c)) return x;
+    if (is_alone(c)) return x;
     int *all = gather_all(c, &x, sizeof x), most = x;
     for (int r = 0; r < c->size; r++)
         if (all[r] > most) most = all[r];
@@ -258,9 +273,26 @@ static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
 }
 
 static void all_gather(const Comm *c, char *x, size_t size, const int64_t *bounds) {
+    int64_t longest = 0, piece = 4 * PIECES / c->size / (int64_t)size;
+    Mail mail = mail_open(c);
     for (int r = 0; r < c->size; r++)
-        broadcast_from(c, r, x + (size_t)bounds[r] * size,
-                       (size_t)(bounds[r + 1] - bounds[r]) * size);
+        if (bounds[r + 1] - bounds[r] > longest) longest = bounds[r + 1] - bounds[r];
+    for (int64_t done = 0; done < longest; done += piece) {
+        for (int r = 0; r < c->size; r++) {
+            int64_t n[] = {bounds[r + 1] - bounds[r] - done,
+                           bounds[c->rank + 1] - bounds[c->rank] - done};
+            for (int i = 0; i < 2; i++)
+                if (n[i] > piece) n[i] = piece;
+            if (r == c->rank) continue;
+            if (n[0] > 0)
+                mail_receive(&mail, r, x + (size_t)(bounds[r] + done) * size, n[0] * (int64_t)size);
+            if (n[1] > 0)
+                mail_send(&mail, r, x + (size_t)(bounds[c->rank] + done) * size,
+                          n[1] * (int64_t)size);
+        }
+        mail_wait(c, &mail);
+    }
+    mail_close(&mail);
 }
 
 /* Bytes `done` on of what goes to, or comes from, a rank, at most a message of them. */
@@ -296,7 +328,7 @@ static void all_to_all(const Comm *c, char *to, const int64_t *gets, const char 
 }
 
 Status comm_agree(const Comm *c, const char *what, uint64_t value) {
-    if (!comm_is_many(c)) return OK;
+    if (is_alone(c)) return OK;
     uint64_t *all = gather_all(c, &value, sizeof value);
     int other = 0;
     for (int r = c->size - 1; r > 0; r--)
@@ -333,8 +365,11 @@ Status comm_open(Comm *c) {
 }
 
 void comm_group(Comm *group, const Comm *c, int size, bool apart) {
-    (void)c, (void)size, (void)apart;
-    *group = (Comm){.size = 1};
+    (void)apart;
+    *group = (Comm){.size = size, .supposed = c->supposed};
+}
+void comm_again(Comm *again, const Comm *c) {
+    *again = *c;
 }
 void comm_close(Comm *c) {
     *c = (Comm){0};
@@ -397,7 +432,7 @@ static void give_back(Tensor t, void *host, bool written) {
 }
 
 void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds) {
-    if (!comm_is_many(c)) return;
+    if (is_alone(c)) return;
     CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
     float *x = hosted(t, true);
     reduce_scatter(c, x, bounds);
@@ -405,7 +440,7 @@ void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds) {
 }
 
 void comm_all_gather(const Comm *c, Tensor t, const int64_t *bounds) {
-    if (!comm_is_many(c)) return;
+    if (is_alone(c)) return;
     void *x = hosted(t, true);
     all_gather(c, x, dtype_size(t.dtype), bounds);
     give_back(t, x, true);
@@ -418,7 +453,7 @@ void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
     for (int r = 0; r < c->size; r++) get += gets[r], send += sends[r];
     to = tensor_slice(to, 0, get);
     from = tensor_slice(from, 0, send);
-    if (!comm_is_many(c)) {
+    if (is_alone(c)) {
         tensor_copy(to, from);
         return;
     }
@@ -436,7 +471,7 @@ static int64_t *equal_parts(const Comm *c, int64_t count) {
 }
 
 void comm_sum_floats(const Comm *c, float *x, int64_t count) {
-    if (!comm_is_many(c)) return;
+    if (is_alone(c)) return;
     int64_t *bounds = equal_parts(c, count);
     reduce_scatter(c, x, bounds);
     all_gather(c, (char *)x, sizeof *x, bounds);
@@ -444,9 +479,83 @@ void comm_sum_floats(const Comm *c, float *x, int64_t count) {
 }
 
 void comm_all_reduce(const Comm *c, Tensor t) {
-    if (!comm_is_many(c)) return;
+    if (is_alone(c)) return;
     CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
     float *x = hosted(t, true);
     comm_sum_floats(c, x, tensor_count(t));
     give_back(t, x, true);
+}
+
+/* ---- beside ---- */
+
+#define JOBS 8 /* begun and not done, at most */
+
+typedef struct Job {
+    CommWork *work;
+    void *context;
+    int number;
+} Job;
+
+struct CommBeside {
+    pthread_t thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    Job jobs[JOBS];
+    int64_t begun, done;
+    bool stop;
+};
+
+static void *work_beside(void *context) {
+    CommBeside *b = context;
+    omp_set_num_threads(1);
+    pthread_mutex_lock(&b->mutex);
+    for (;;) {
+        while (b->done == b->begun && !b->stop) pthread_cond_wait(&b->changed, &b->mutex);
+        if (b->done == b->begun) break;
+        Job job = b->jobs[b->done % JOBS];
+        pthread_mutex_unlock(&b->mutex);
+        job.work(job.context, job.number);
+        pthread_mutex_lock(&b->mutex);
+        b->done++;
+        pthread_cond_broadcast(&b->changed);
+    }
+    pthread_mutex_unlock(&b->mutex);
+    return NULL;
+}
+
+CommBeside *comm_beside_open(void) {
+    CommBeside *b = must_calloc(1, sizeof *b);
+    pthread_mutex_init(&b->mutex, NULL);
+    pthread_cond_init(&b->changed, NULL);
+    CHECK(!pthread_create(&b->thread, NULL, work_beside, b), "no thread for what goes beside");
+    return b;
+}
+
+void comm_beside_close(CommBeside *b) {
+    if (!b) return;
+    pthread_mutex_lock(&b->mutex);
+    b->stop = true;
+    pthread_cond_broadcast(&b->changed);
+    pthread_mutex_unlock(&b->mutex);
+    pthread_join(b->thread, NULL);
+    free(b);
+}
+
+void comm_beside_begin(CommBeside *b, CommWork *work, void *context, int number) {
+    if (!b) {
+        work(context, number);
+        return;
+    }
+    pthread_mutex_lock(&b->mutex);
+    while (b->begun - b->done == JOBS) pthread_cond_wait(&b->changed, &b->mutex);
+    b->jobs[b->begun++ % JOBS] = (Job){work, context, number};
+    pthread_cond_broadcast(&b->changed);
+    pthread_mutex_unlock(&b->mutex);
+}
+
+void comm_beside_wait(CommBeside *b) {
+    if (!b) return;
+    pthread_mutex_lock(&b->mutex);
+    while (b->done < b->begun) pthread_cond_wait(&b->changed, &b->mutex);
+    pthread_mutex_unlock(&b->mutex);
 }

@@ -19,6 +19,8 @@ typedef struct Comm {
     bool whole;     /* all ranks of the run; else a group of them */
     int first, stride; /* rank r of a group is rank first + r * stride of the run */
     int handle;        /* MPI's, as its Fortran side numbers it */
+    bool threads;      /* several threads may call at once, each with a group of its own */
+    bool supposed;     /* for plans: there are no others, and nothing is exchanged */
 } Comm;
 
 static inline bool comm_is_many(const Comm *c) {
@@ -35,6 +37,9 @@ Status comm_open(Comm *c);
 /* The group of this rank among groups of `size` of c's: those that follow each other, or (apart) one
  * out of each such run of c->size / size ranks. `size` divides c's. */
 void comm_group(Comm *group, const Comm *c, int size, bool apart);
+
+/* The same ranks again, for another thread's calls. */
+void comm_again(Comm *again, const Comm *c);
 
 /* Leaves a group, or all of MPI. */
 void comm_close(Comm *c);
@@ -71,5 +76,19 @@ void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
 
 /* Rank `root`'s bytes to rank 0, at `to`; others do nothing. */
 void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t count);
+
+/* A thread that makes calls beside the caller's, in the order in which they were begun: all ranks
+ * begin the same. Kernels that it runs have one processor. */
+typedef struct CommBeside CommBeside;
+typedef void CommWork(void *context, int number);
+
+CommBeside *comm_beside_open(void);
+void comm_beside_close(CommBeside *b); /* once all is done; accepts NULL */
+
+/* Has work(context, number) called soon; with b NULL, before it returns. */
+void comm_beside_begin(CommBeside *b, CommWork *work, void *context, int number);
+
+/* Until everything that was begun is done. */
+void comm_beside_wait(CommBeside *b);
 
 #endif

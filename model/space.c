@@ -44,25 +44,30 @@ static bool has_master(const ParamList *params, const Param *p) {
     return p->trainable && (p->value.dtype == F32 || !params->space.no_masters);
 }
 
-static const Comm *group_of(const Space *s, bool experts) {
-    return experts && s->replicas ? s->replicas : s->ranks;
+static const Comm *sharers_of(const RankGroups *ranks, bool experts) {
+    return experts ? &ranks->replicas : &ranks->sharers;
 }
 
-const Comm *run_ranks(const Space *s, const ParamRun *run) {
-    return group_of(s, run->experts);
+const Comm *run_sharers(const RankGroups *ranks, const ParamRun *run) {
+    return sharers_of(ranks, run->experts);
 }
 
 /* Into how many shares, and which of them is here. */
 static int shares(const Space *s, bool experts, int *mine) {
-    const Comm *c = group_of(s, experts);
-    *mine = s->level && c ? c->rank : 0;
-    return s->level && c ? c->size : 1;
+    const Comm *c = s->level ? sharers_of(s->ranks, experts) : NULL;
+    *mine = c ? c->rank : 0;
+    return c ? c->size : 1;
 }
 
-void run_bounds(const Space *s, const ParamRun *run, int64_t *bounds) {
+void run_bounds(const RankGroups *ranks, const ParamRun *run, int64_t *bounds) {
     int64_t blocks = (run->end - run->begin) / DYNAMIC_BLOCK;
-    int parts = run_ranks(s, run) ? run_ranks(s, run)->size : 1;
+    int parts = run_sharers(ranks, run)->size;
     for (int r = 0; r <= parts; r++) bounds[r] = blocks * r / parts * DYNAMIC_BLOCK;
+}
+
+/* The groups whose calls go with exchanging layers. */
+static const RankGroups *layer_groups(const Space *s) {
+    return s->overlaps ? s->beside_ranks : s->ranks;
 }
 
 /* Bytes of a layer's frozen values up to share r of `parts`. */
@@ -160,8 +165,11 @@ static void grad_rooms(Space *s, Rooms *rooms) {
         *at += r->end - r->begin;
         if (shares) rooms->layer_grads = larger(rooms->layer_grads, *at);
     }
-    for (int i = 0; i < s->count && s->one_layer; i++)
-        if (s->runs[i].layer >= 0) s->runs[i].grads += rooms->grads;
+    for (int i = 0; i < s->count && s->one_layer; i++) {
+        ParamRun *r = &s->runs[i];
+        if (r->layer >= 0) r->grads += rooms->grads;
+        if (r->layer >= 0 && s->overlaps && r->layer % 2) r->grads += rooms->layer_grads;
+    }
 }
 
 static Rooms make_rooms(ParamList *params) {
@@ -202,13 +210,17 @@ static size_t working_bytes(const ParamList *params, const Rooms *rooms) {
     return (size_t)bytes;
 }
 
+static int64_t all_grads(const Space *s, const Rooms *rooms) {
+    return rooms->grads + (s->overlaps ? 2 : 1) * rooms->layer_grads;
+}
+
 ParamBytes params_bytes(ParamList *params) {
     Rooms rooms = make_rooms(params);
     const Space *s = &params->space;
     const ParamRun *last = s->count ? &s->runs[s->count - 1] : NULL;
     return (ParamBytes){.values = working_bytes(params, &rooms),
                         .masters = (size_t)rooms.values * 4,
-                        .gradients = (size_t)(rooms.grads + rooms.layer_grads) * 4,
+                        .gradients = (size_t)all_grads(s, &rooms) * 4,
                         .trained = last ? last->end : 0,
                         .own = last ? last->share + last->own_end - last->own : 0};
 }
@@ -266,15 +278,16 @@ static void place_frozen(ParamList *params) {
 Status params_place(ParamList *params, Device *device, bool gradients) {
     Space *s = &params->space;
     Rooms rooms = make_rooms(params);
-    int64_t n = rooms.grads + rooms.layer_grads;
+    int64_t n = all_grads(s, &rooms);
     TRY(arena_init(&s->working_arena, device, working_bytes(params, &rooms), "the weights"));
     TRY(arena_init(&s->trained_arena, device,
                    (size_t)(rooms.values + (gradients ? n : 0)) * sizeof(float),
                    "the trained parameters"));
     if (rooms.values) s->values = ARENA_TENSOR(&s->trained_arena, F32, rooms.values);
     if (gradients) s->grads = ARENA_TENSOR(&s->trained_arena, F32, n);
-    if (gradients && s->one_layer)
-        s->layer_grads = tensor_slice(s->grads, rooms.grads, rooms.layer_grads);
+    for (int i = 0; i < 2 && gradients && s->one_layer; i++)
+        s->layer_grads[i] = tensor_slice(
+            s->grads, rooms.grads + (s->overlaps ? i : 0) * rooms.layer_grads, rooms.layer_grads);
     if (rooms.working) s->working = ARENA_TENSOR(&s->working_arena, params->dtype, rooms.working);
     if (rooms.kept) s->kept = ARENA_TENSOR(&s->working_arena, U8, rooms.kept);
     for (int i = 0; i < 2; i++) {
@@ -370,11 +383,11 @@ void params_adopt(ParamList *params) {
 }
 
 /* Every rank's share of a run into the values that passes read. */
-static void gather_run(const Space *s, const ParamRun *r) {
-    const Comm *c = run_ranks(s, r);
+static void gather_run(const Space *s, const ParamRun *r, const RankGroups *ranks) {
+    const Comm *c = run_sharers(ranks, r);
     int64_t bounds[c->size + 1];
     Tensor values = working_values(s, r);
-    run_bounds(s, r, bounds);
+    run_bounds(ranks, r, bounds);
     if (r->own < r->own_end)
         scale_copy(elements(values, r->own - r->begin, r->own_end - r->begin), SET,
                    run_values(s, r, r->own, r->own_end), 1.0f);
@@ -383,27 +396,40 @@ static void gather_run(const Space *s, const ParamRun *r) {
 
 void space_join(ParamList *params) {
     Space *s = &params->space;
-    if (!s->level || !s->ranks) return;
+    if (!s->level) return;
     for (int i = 0; i < s->count; i++) {
         const ParamRun *r = &s->runs[i];
         if (r->gathered) {
+            comm_beside_wait(s->beside);
             s->held[0] = s->held[1] = -1;
         } else if (!r->whole) {
-            gather_run(s, r);
+            gather_run(s, r, s->ranks);
         } else {
-            int64_t bounds[run_ranks(s, r)->size + 1];
-            run_bounds(s, r, bounds);
-            comm_all_gather(run_ranks(s, r), run_values(s, r, r->begin, r->end), bounds);
+            const Comm *c = run_sharers(s->ranks, r);
+            int64_t bounds[c->size + 1];
+            run_bounds(s->ranks, r, bounds);
+            comm_all_gather(c, run_values(s, r, r->begin, r->end), bounds);
             for (int p = r->first; p <= r->last; p++) param_publish(params->items[p]);
         }
     }
+}
+
+void run_sum(const RankGroups *ranks, const ParamRun *run, Tensor grads, bool whole) {
+    const Comm *c = run_sharers(ranks, run);
+    int64_t bounds[c->size + 1];
+    run_bounds(ranks, run, bounds);
+    comm_reduce_scatter(c, grads, bounds);
+    int64_t first = bounds[c->rank], end = bounds[c->rank + 1];
+    if (!run->experts && first < end)
+        comm_all_reduce(&ranks->across, tensor_slice(grads, first, end - first));
+    if (whole) comm_all_gather(c, grads, bounds);
 }
 
 /* ---- layers that come and go ---- */
 
 static void gather_frozen(const Space *s, int layer, bool experts) {
     const FrozenShare *f = &s->frozen[layer][experts];
-    const Comm *c = group_of(s, experts);
+    const Comm *c = sharers_of(layer_groups(s), experts);
     int64_t bounds[c->size + 1];
     if (!f->bytes) return;
     for (int r = 0; r <= c->size; r++) bounds[r] = frozen_bound(f, r, c->size);
@@ -414,40 +440,49 @@ static void gather_frozen(const Space *s, int layer, bool experts) {
     comm_all_gather(c, all, bounds);
 }
 
-static void gather_layer(Space *s, int layer) {
-    if (s->held[layer % 2] == layer) return;
+static void gather_layer(void *context, int layer) {
+    const Space *s = context;
     gather_frozen(s, layer, false);
     gather_frozen(s, layer, true);
     for (int i = 0; i < s->count; i++)
-        if (s->runs[i].layer == layer && s->runs[i].gathered) gather_run(s, &s->runs[i]);
+        if (s->runs[i].layer == layer && s->runs[i].gathered)
+            gather_run(s, &s->runs[i], layer_groups(s));
+}
+
+static void begin_gathering(Space *s, int layer) {
+    if (layer < 0 || s->held[layer % 2] == layer) return;
     s->held[layer % 2] = layer;
+    comm_beside_begin(s->beside, gather_layer, s, layer);
 }
 
 void space_need(Space *s, int layer, int next) {
-    (void)next;
-    if (s->level < 3 || !s->ranks || layer < 0) return;
-    gather_layer(s, layer);
+    if (s->level < 3 || layer < 0) return;
+    begin_gathering(s, layer);
+    comm_beside_wait(s->beside);
+    if (s->overlaps) begin_gathering(s, next);
 }
 
 /* Groups of experts from the ranks that have them. */
 static Status fetch_groups(const Space *s, Param *p) {
     Tensor source = param_source(p);
     size_t bytes = tensor_bytes(source);
-    bool first = !s->experts->first; /* of the groups that have all, the one with rank 0 */
+    const Comm *experts = &s->ranks->experts;
+    bool first = !experts->first, /* of the groups that have all, the one with rank 0 */
+        gets = !s->ranks->all.rank;
     Tensor host, whole = source;
     whole.device = device_cpu();
     whole.shape[0] = p->groups;
     TRY(tensor_stage(&host, source));
     tensor_read(host.data, source);
-    if (!s->ranks->rank) {
-        whole.data = malloc(bytes * (size_t)s->experts->size);
+    if (gets) {
+        whole.data = malloc(bytes * (size_t)experts->size);
         if (!whole.data) FAIL(ERR_IO, "no memory for all of %s", p->name);
     }
-    for (int r = 0; r < s->experts->size && first; r++)
-        comm_fetch(s->experts, r, whole.data ? (char *)whole.data + (size_t)r * bytes : NULL,
+    for (int r = 0; r < experts->size && first; r++)
+        comm_fetch(experts, r, whole.data ? (char *)whole.data + (size_t)r * bytes : NULL,
                    host.data, bytes);
     tensor_unstage(source, host, true);
-    if (s->ranks->rank) return OK;
+    if (!gets) return OK;
     p->here[0] = p->value;
     p->here[1] = p->master;
     p->value = p->master = whole;

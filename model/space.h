@@ -39,11 +39,22 @@ typedef struct FrozenShare {
     int64_t kept;         /* where Space.kept has this rank's share */
 } FrozenShare;
 
+/* Which ranks share out what among them. */
+typedef struct RankGroups {
+    Comm all;
+    Comm sharers;  /* what all ranks have alike */
+    Comm across;   /* those that have the same shares of it */
+    Comm replicas; /* experts: those that have the same ones */
+    Comm experts;  /* those that have all experts between them; one: each has all */
+} RankGroups;
+
 typedef struct Space {
-    int level;             /* 0: every rank has everything */
-    const Comm *ranks;     /* NULL: one */
-    const Comm *replicas;  /* those that have the same experts; NULL: all */
-    const Comm *experts;   /* those that have all experts between them; NULL: each has all */
+    int level;               /* 0: every rank has everything */
+    const RankGroups *ranks; /* NULL: one */
+    bool overlaps;           /* layers are exchanged beside the passes, by `beside`, with groups of
+                              * its own */
+    CommBeside *beside;
+    const RankGroups *beside_ranks;
     bool whole_trained;    /* what is trained stays on every rank, but for states and gradients */
     bool one_layer;        /* there is room for the gradients of one layer, all take turns */
     bool no_masters;       /* trainable bf16 values are updated as they are */
@@ -52,7 +63,8 @@ typedef struct Space {
     Tensor values;  /* f32: trained values, or masters of bf16 ones */
     Tensor working; /* bf16: the values of those */
     Tensor grads;   /* f32 */
-    Tensor layer_grads; /* the part of them that layers share; absent unless one_layer */
+    Tensor layer_grads[2]; /* the parts of them that layers share, even ones and odd ones, which
+                            * differ where they are exchanged beside; absent unless one_layer */
     Tensor kept;        /* U8: shares of frozen values */
     Tensor buffers[2];  /* U8: the gathered values of even layers, and of odd ones */
     int held[2];        /* which layer's they are; -1: none's */
@@ -76,10 +88,14 @@ Status params_place(ParamList *params, Device *device, bool gradients);
 
 void space_free(Space *s);
 
-/* The ranks that have a run, and its bounds: rank r's share is bounds[r] .. bounds[r + 1], counted
- * from its beginning. */
-const Comm *run_ranks(const Space *s, const ParamRun *run);
-void run_bounds(const Space *s, const ParamRun *run, int64_t *bounds);
+/* The ranks that a run is shared out among, and its bounds: rank r's share is bounds[r] ..
+ * bounds[r + 1], counted from its beginning. */
+const Comm *run_sharers(const RankGroups *ranks, const ParamRun *run);
+void run_bounds(const RankGroups *ranks, const ParamRun *run, int64_t *bounds);
+
+/* Gradients of all of a run: each rank's share becomes the sum of all ranks'; with `whole`, all of
+ * them. */
+void run_sum(const RankGroups *ranks, const ParamRun *run, Tensor grads, bool whole);
 
 /* Parts first .. end - 1 of a run, in places of the flat space: of its gradients, and of its values
  * or masters, which must be here. */
@@ -97,8 +113,8 @@ void params_adopt(ParamList *params);
 /* After every rank has updated its shares: each has all values again. */
 void space_join(ParamList *params);
 
-/* A layer's values are there from here on; those of `next` (-1: none) are wanted after it. All ranks
- * call it alike. */
+/* A layer's values are there from here on; those of `next` (-1: none) are wanted after it and come
+ * meanwhile. All ranks call it alike. */
 void space_need(Space *s, int layer, int next);
 
 /* All of p's value on rank 0, of whichever ranks have parts of it, until param_release. All ranks

@@ -39,9 +39,11 @@ static Piece *own_pieces(const ParamList *params, int *count) {
     return pieces;
 }
 
-/* Whether this rank is the one that writes its shares: of those that have all, the first does. */
+/* Whether this rank is the one that writes its share: of those that have the same, the first does. */
 static bool writes(const Space *s, const ParamRun *r) {
-    return s->level || !run_ranks(s, r) || !run_ranks(s, r)->rank;
+    if (!s->ranks) return true;
+    if (!s->level) return !run_sharers(s->ranks, r)->rank;
+    return r->experts || !s->ranks->across.rank;
 }
 
 /* Bytes of the host between a share's values and where the space has them. */
@@ -132,13 +134,14 @@ static char *part_path(const char *folder, int rank) {
 }
 
 static int own_rank(const ParamList *params) {
-    return params->space.ranks ? params->space.ranks->rank : 0;
+    return params->space.ranks ? params->space.ranks->all.rank : 0;
 }
 
-/* How many ranks write a file: those that have a share of their own. */
+/* How many ranks, the first ones, have shares to write. */
 static int file_count(const Space *s) {
     if (!s->ranks) return 1;
-    return s->level ? s->ranks->size : s->experts ? s->experts->size : 1;
+    int experts = s->ranks->experts.size, sharers = s->ranks->sharers.size;
+    return !s->level ? experts : experts > 1 ? s->ranks->all.size : sharers;
 }
 
 Status run_state_save(const RunState *state, ParamList *params, const Optimizer *optimizer,

@@ -29,6 +29,13 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
     return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
 }
 
+/* Whether layers are exchanged while others are computed. Work of a GPU is given to it by one thread.
+ */
+static bool exchanges_beside(const Session *s) {
+    return comm_is_many(&s->comm) && s->comm.threads && s->config.shard >= 2 &&
+           s->g.device->kind == DEVICE_CPU;
+}
+
 /* Leaves this rank its part of the experts. */
 static Status share_experts(Session *s) {
     const RunConfig *c = &s->config;
@@ -40,7 +47,7 @@ static Status share_experts(Session *s) {
     if (c->method == METHOD_QLORA && c->quant.format == QUANT_NF4 && c->quant.nested)
         FAIL(ERR_CONFIG, "quant.double: expected false with parallel.experts: one mean is of the "
                          "scales of all experts");
-    return gemma_share_experts(&s->g, &s->experts);
+    return gemma_share_experts(&s->g, &s->ranks.experts);
 }
 
 /* Declares the model as the method wants it. */
@@ -124,6 +131,7 @@ static bool shares_gradients(const Session *s) {
 static bool takes_mode(const Session *s, StackMode mode) {
     bool gpu = s->g.device->kind == DEVICE_CUDA,
          last = mode == (gpu ? STACK_OFFLOAD : STACK_RECOMPUTE);
+    if (mode < s->least_mode) return false;
     switch (s->config.recompute) {
     case RECOMPUTE_ON:
         return mode == STACK_RECOMPUTE;
@@ -152,9 +160,10 @@ Status session_plan(Session *s, size_t available) {
                            shares_gradients(s)};
     Space *space = &s->g.params.space;
     space->level = comm_is_many(&s->comm) ? (int)s->config.shard : 0;
-    space->ranks = comm_is_many(&s->comm) ? &s->comm : NULL;
-    space->experts = s->g.experts;
-    space->replicas = s->g.experts ? &s->replicas : NULL;
+    space->ranks = comm_is_many(&s->comm) ? &s->ranks : NULL;
+    space->overlaps = exchanges_beside(s);
+    space->beside = space->overlaps ? s->beside : NULL;
+    space->beside_ranks = &s->beside_ranks;
     space->whole_trained = method_has_adapter(s->config.method);
     space->no_masters = s->config.optimizer.no_masters;
     space->one_layer = s->config.optimizer.fused || shares_gradients(s);
@@ -188,6 +197,12 @@ Status session_plan(Session *s, size_t available) {
     return OK;
 }
 
+/* All ranks keep as little as the one with the least memory. */
+static Status agree_on_mode(Session *s) {
+    s->least_mode = (StackMode)comm_most(&s->comm, (int)s->plan.mode);
+    return s->least_mode == s->plan.mode ? OK : session_plan(s, s->plan.available);
+}
+
 /* Of several ranks on a host each takes a GPU of its own, unless the run file names one. */
 static Status open_device(const Session *s, Device **device) {
     const char *name = s->config.device;
@@ -215,29 +230,63 @@ static Status check_ranks(Session *s) {
              "batch.accumulate is %" PRId64 ", expected at least %d: ranks share a step's "
              "micro-batches",
              c->accumulate, s->data_ranks);
+    if (c->eval_tasks.names.count && (c->shard > 2 || c->experts > 1))
+        FAIL(ERR_CONFIG, "eval_tasks: expected none with parallel.%s: rank 0 has not all of the model",
+             c->shard > 2 ? "shard 3" : "experts");
     if (c->optimizer.no_masters || c->optimizer.fused)
         FAIL(ERR_CONFIG, "optimizer.%s: expected masters f32 and fused false with several ranks",
              c->optimizer.fused ? "fused" : "masters");
     return OK;
 }
 
-/* Ranks that share rows, or have the experts between them, follow each other. */
-static Status make_groups(Session *s) {
-    int64_t size = s->comm.size, context = s->config.context;
-    if (size % context || (context > 1 && size == 1))
+static Status check_divides(const char *key, int64_t value, int64_t ranks) {
+    if (ranks % value)
         FAIL(ERR_CONFIG,
-             "parallel.context is %" PRId64 ", expected a divisor of the number of ranks, %" PRId64,
-             context, size);
-    if (size % s->config.experts || (s->config.experts > 1 && size == 1))
-        FAIL(ERR_CONFIG,
-             "parallel.experts is %" PRId64 ", expected a divisor of the number of ranks, %" PRId64,
-             s->config.experts, size);
-    comm_group(&s->context, &s->comm, (int)context, false);
-    comm_group(&s->experts, &s->comm, (int)s->config.experts, false);
-    comm_group(&s->replicas, &s->comm, (int)(size / s->config.experts), true);
-    s->data_rank = s->comm.rank / (int)context;
-    s->data_ranks = (int)(size / context);
+             "parallel.%s is %" PRId64 ", expected a divisor of the number of ranks, %" PRId64, key,
+             value, ranks);
     return OK;
+}
+
+/* Ranks that share rows, shares, or experts follow each other. */
+static Status make_groups(Session *s) {
+    const RunConfig *c = &s->config;
+    RankGroups *g = &s->ranks, *b = &s->beside_ranks;
+    int64_t size = s->comm.size, within = c->within ? c->within : size;
+    TRY(check_divides("context", c->context, size));
+    TRY(check_divides("experts", c->experts, size));
+    TRY(check_divides("within", within, size));
+    comm_group(&s->context, &s->comm, (int)c->context, false);
+    g->all = s->comm;
+    comm_group(&g->sharers, &s->comm, (int)within, false);
+    comm_group(&g->across, &s->comm, (int)(size / within), true);
+    comm_group(&g->replicas, &s->comm, (int)(size / c->experts), true);
+    comm_group(&g->experts, &s->comm, (int)c->experts, false);
+    comm_again(&b->all, &g->all);
+    comm_again(&b->sharers, &g->sharers);
+    comm_again(&b->across, &g->across);
+    comm_again(&b->replicas, &g->replicas);
+    s->data_rank = s->comm.rank / (int)c->context;
+    s->data_ranks = (int)(size / c->context);
+    return OK;
+}
+
+static void leave_groups(Session *s) {
+    Comm *groups[] = {&s->context,
+                      &s->ranks.sharers,
+                      &s->ranks.across,
+                      &s->ranks.replicas,
+                      &s->ranks.experts,
+                      &s->beside_ranks.all,
+                      &s->beside_ranks.sharers,
+                      &s->beside_ranks.across,
+                      &s->beside_ranks.replicas};
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) comm_close(groups[i]);
+}
+
+Status session_suppose(Session *s, int ranks, size_t available) {
+    s->comm = (Comm){.size = ranks, .supposed = ranks > 1, .threads = true};
+    TRY(make_groups(s));
+    return session_plan(s, available);
 }
 
 Status session_open(Session *s, RunConfig *config, const Comm *comm, const char *store_path,
@@ -248,6 +297,8 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     Device *device;
     Status status = OK;
     TRY_DONE(make_groups(s));
+    if (comm_is_many(&s->comm) && !s->comm.supposed && s->comm.threads)
+        s->beside = comm_beside_open();
     TRY_DONE(open_device(s, &device));
     TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
     TRY_DONE(tokenizer_load(&s->tokenizer, c->model));
@@ -276,6 +327,7 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
                                .aux_scale = (float)c->aux_loss};
     find_largest(s);
     TRY_DONE(session_plan(s, device_available(s->g.device)));
+    TRY_DONE(agree_on_mode(s));
 done:
     if (status != OK) session_close(s);
     return status;
@@ -297,6 +349,7 @@ Status session_place(Session *s) {
 }
 
 void session_close(Session *s) {
+    comm_beside_close(s->beside);
     loader_close(s->loader);
     store_close(&s->store);
     step_free(&s->memory);
@@ -306,9 +359,7 @@ void session_close(Session *s) {
     tokenizer_free(s->tokenizer);
     checkpoint_close(&s->checkpoint);
     run_config_free(&s->config);
-    comm_close(&s->context);
-    comm_close(&s->experts);
-    comm_close(&s->replicas);
+    leave_groups(s);
     *s = (Session){0};
 }
 

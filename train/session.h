@@ -25,7 +25,8 @@ typedef struct Session {
     RunConfig config;
     Comm comm;
     Comm context; /* the ranks with which this one shares the rows of micro-batches */
-    Comm experts, replicas; /* those that have the experts between them, and that have the same ones */
+    RankGroups ranks, beside_ranks; /* the latter for Space.beside */
+    CommBeside *beside;
     int data_rank, data_ranks; /* which of the groups of such ranks it is in, and how many there are:
                                 * they take micro-batches turn by turn */
     Checkpoint checkpoint;
@@ -35,6 +36,7 @@ typedef struct Session {
     AdapterSpec spec;
     Gemma g;
     MemoryPlan plan;
+    StackMode least_mode; /* that some rank needs */
     StepOptions options;
     MediaItem largest[2];
     StepMemory memory;
@@ -51,6 +53,9 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
 /* Fills s->plan for a rank that has so many bytes, with activations kept, recomputed, or waiting
  * elsewhere, as the run file says or as they fit. For s->comm.size ranks at s->config.shard. */
 Status session_plan(Session *s, size_t available);
+
+/* The same for so many ranks of which this is one, that are not there: for plans. */
+Status session_suppose(Session *s, int ranks, size_t available);
 
 /* Takes the memory, loads the weights, starts the optimizer. ERR_IO when the plan does not fit. */
 Status session_place(Session *s);

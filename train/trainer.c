@@ -268,7 +268,7 @@ static const char *worst_parameter(const Session *s) {
         for (int k = params->space.runs[i].first; k <= params->space.runs[i].last; k++)
             if (params->items[k]->trainable)
                 sums[k] = own_squares(s, &params->space.runs[i], params->items[k]);
-    comm_sum_doubles(&s->comm, sums, params->count);
+    comm_sum_doubles(&s->comm, sums, params->count); /* of copies, a multiple */
     for (int i = 0; i < params->count; i++) {
         if (!params->items[i]->trainable || sums[i] <= most) continue;
         most = sums[i], worst = params->items[i]->name;
@@ -318,10 +318,10 @@ static void update_layer(void *context, int layer) {
     double squares;
     gemma_finish_layer(&f->s->g, layer);
     Tensor grads =
-        layer >= 0 ? params->space.layer_grads
+        layer >= 0 ? params->space.layer_grads[0]
                    : tensor_slice(params->space.grads, 0,
                                   tensor_count(params->space.grads) -
-                                      tensor_count(params->space.layer_grads));
+                                      tensor_count(params->space.layer_grads[0]));
     sum_of_squares(&squares, grads);
     f->squares += squares;
     optimizer_update(&f->s->optimizer, params, layer, f->lr, 1.0);
@@ -329,58 +329,69 @@ static void update_layer(void *context, int layer) {
 }
 
 /* A layer's gradients of this micro-batch go to the ranks whose shares they are. */
+static void send_gradients(void *context, int layer) {
+    Trainer *t = context;
+    Space *s = &t->s.g.params.space;
+    for (int i = 0; i < s->count; i++) {
+        const ParamRun *r = &s->runs[i];
+        Tensor grads = run_grads(s, r, r->begin, r->end);
+        if (r->layer != layer) continue;
+        run_sum(s->overlaps ? s->beside_ranks : s->ranks, r, grads, false);
+        optimizer_take_gradients(&t->s.optimizer, r, grads);
+    }
+    if (layer >= 0) fill(s->layer_grads[layer % 2], 0.0f);
+}
+
+/* The layer's gradients are whole: they are on their way while the layer below is made. The one
+ * after that writes where those of the layer above were. */
 static void share_layer(void *context, int layer) {
     Trainer *t = context;
     Space *s = &t->s.g.params.space;
     gemma_finish_layer(&t->s.g, layer);
-    for (int i = 0; i < s->count; i++) {
-        const ParamRun *r = &s->runs[i];
-        int64_t bounds[run_ranks(s, r)->size + 1];
-        if (r->layer != layer) continue;
-        Tensor grads = run_grads(s, r, r->begin, r->end);
-        run_bounds(s, r, bounds);
-        comm_reduce_scatter(run_ranks(s, r), grads, bounds);
-        optimizer_take_gradients(&t->s.optimizer, r, grads);
+    comm_beside_wait(s->beside);
+    comm_beside_begin(s->beside, send_gradients, t, layer);
+}
+
+/* The norm of all summed gradients, the same on every rank: each adds a part, whoever updates it. */
+static double norm_of_ranks(Session *s) {
+    const Space *space = &s->g.params.space;
+    double dense = 0, experts = 0, part;
+    for (int i = 0; i < space->count; i++) {
+        const ParamRun *r = &space->runs[i];
+        int64_t bounds[run_sharers(space->ranks, r)->size + 1];
+        int mine = run_sharers(space->ranks, r)->rank;
+        run_bounds(space->ranks, r, bounds);
+        int64_t first = r->begin + bounds[mine], end = r->begin + bounds[mine + 1];
+        if (first == end) continue;
+        sum_of_squares(&part, s->optimizer.config.own_grads
+                                  ? optimizer_gradients(&s->optimizer, r, first, end)
+                                  : run_grads(space, r, first, end));
+        *(r->experts ? &experts : &dense) += part;
     }
-    if (layer >= 0) fill(s->layer_grads, 0.0f);
+    return sqrt(comm_sum(&space->ranks->sharers, dense) + comm_sum(&s->comm, experts));
 }
 
 /* Gradients of all ranks: each rank has the sum of its shares, or of everything where that is
- * updated everywhere, or is to be masked first. The norm of all of them, the same on every rank. */
+ * updated everywhere, or is to be masked first. Their norm. */
 static double sum_gradients(Trainer *t) {
     Session *s = &t->s;
     Space *space = &s->g.params.space;
-    double squares = 0, part;
     if (!comm_is_many(&t->comm)) {
         gemma_finish_gradients(&s->g);
         return gradients_norm(&s->g.params);
     }
     if (s->optimizer.config.own_grads) {
         share_layer(t, -1);
-        sum_of_squares(&squares, s->optimizer.grads);
-        return sqrt(comm_sum(&t->comm, squares));
+        comm_beside_wait(space->beside);
+        return norm_of_ranks(s);
     }
-    bool all = !space->level || fake_quant_on(&s->g.fake);
+    bool whole = !space->level || fake_quant_on(&s->g.fake);
     for (int i = 0; i < space->count; i++) {
         const ParamRun *r = &space->runs[i];
-        int64_t bounds[run_ranks(space, r)->size + 1];
-        Tensor grads = run_grads(space, r, r->begin, r->end);
-        run_bounds(space, r, bounds);
-        comm_reduce_scatter(run_ranks(space, r), grads, bounds);
-        if (all) comm_all_gather(run_ranks(space, r), grads, bounds);
+        run_sum(space->ranks, r, run_grads(space, r, r->begin, r->end), whole);
     }
     gemma_finish_gradients(&s->g);
-    for (int i = 0; i < space->count; i++) { /* each rank a part, whoever updates it */
-        const ParamRun *r = &space->runs[i];
-        int64_t bounds[run_ranks(space, r)->size + 1];
-        int mine = run_ranks(space, r)->rank;
-        run_bounds(space, r, bounds);
-        if (bounds[mine] == bounds[mine + 1]) continue;
-        sum_of_squares(&part,
-                       run_grads(space, r, r->begin + bounds[mine], r->begin + bounds[mine + 1]));
-        squares += part;
-    }
-    return sqrt(comm_sum(&t->comm, squares));
+    return norm_of_ranks(s);
 }
 
 /* The update of a step whose gradients are all there: the norm, clipping, or leaving it out. */
@@ -656,6 +667,10 @@ Status train_run(RunConfig *config, bool resume, AskFunction *ask) {
                 " skipped; weights in %s/%s, curve in %s/report.svg\n",
                 t.state.step, t.state.skipped, t.output, weights_name(&t), t.output);
 done:
+    if (status != OK && status != ERR_STOPPED && comm_is_many(&t.comm)) {
+        status_prefix(status, "rank %d", t.comm.rank);
+        return status; /* other ranks may be waiting, a thread be at work: the process ends so */
+    }
     metrics_close(&t.log);
     step_free(&t.eval_memory);
     if (t.load) free(t.load->by_layer);
@@ -663,9 +678,6 @@ done:
     free(t.nll);
     session_close(&t.s);
     run_config_free(config);
-    if (status != OK && status != ERR_STOPPED && comm_is_many(&t.comm))
-        status_prefix(status, "rank %d", t.comm.rank);
-    else
-        comm_close(&t.comm);
+    comm_close(&t.comm);
     return status;
 }
