@@ -151,13 +151,14 @@ void comm_group(Comm *group, const Comm *c, int size, bool apart) {
     if (!comm_is_many(c) || size == 1) return;
     CHECK(c->size % size == 0, "groups of %d among %d ranks", size, c->size);
     int groups = c->size / size, which = apart ? c->rank % groups : c->rank / size;
-    MPI_Comm among = MPI_COMM_NULL;
+    MPI_Comm among;
     group->supposed = c->supposed;
-    if (!c->supposed) MPI_Comm_split(handle_of(c), which, c->rank, &among);
     group->rank = apart ? c->rank / groups : c->rank % size;
     group->size = size;
     group->first = in_run(c, apart ? which : which * size);
     group->stride = c->stride * (apart ? groups : 1);
+    if (c->supposed) return;
+    MPI_Comm_split(handle_of(c), which, c->rank, &among);
     group->handle = (int)MPI_Comm_c2f(among);
 }
 

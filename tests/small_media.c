@@ -1,5 +1,6 @@
 /* small_media.c - a PPM and a WAV, byte by byte. */
 #include "tests/small_media.h"
+#include "data/text.h"
 #include "formats/file.h"
 
 #include <math.h>
@@ -49,4 +50,29 @@ void small_tone(double hertz) {
     char *path = small_path("tone.wav");
     EXPECT_OK(file_write(path, wav, sizeof wav));
     free(path);
+}
+
+void small_media_rows(void) {
+    Text rows = {0};
+    for (int i = 0; i < SMALL_PICTURES; i++) {
+        small_picture(i);
+        text_addf(&rows,
+                  "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\", "
+                  "\"path\": \"stone%d.ppm\"}, {\"type\": \"text\", \"text\": \"Which?\"}]}, "
+                  "{\"role\": \"assistant\", \"content\": \"%s\"}]}\n",
+                  i, small_names[i]);
+    }
+    small_tone(440);
+    text_adds(&rows, "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"audio\", "
+                     "\"path\": \"tone.wav\"}]}, {\"role\": \"assistant\", \"content\": "
+                     "\"a tone\"}]}\n");
+    text_adds(&rows,
+              "{\"messages\": [{\"role\": \"user\", \"content\": \"Look.\"}, {\"role\": "
+              "\"assistant\", \"content\": \"\", \"tool_calls\": [{\"id\": \"c\", \"type\": "
+              "\"function\", \"function\": {\"name\": \"look\", \"arguments\": {}}}]}, {\"role\": "
+              "\"tool\", \"tool_call_id\": \"c\", \"content\": [{\"type\": \"text\", \"text\": "
+              "\"Here.\"}, {\"type\": \"image\", \"path\": \"stone0.ppm\"}]}, {\"role\": "
+              "\"assistant\", \"content\": \"It is red.\"}]}\n");
+    small_write("rows.jsonl", rows.bytes);
+    text_free(&rows);
 }

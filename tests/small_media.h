@@ -19,4 +19,7 @@ void small_picture(int which);
 /* tone.wav: half a second of one tone, 16 bits, 16 kHz. */
 void small_tone(double hertz);
 
+/* rows.jsonl, with what its rows name: pictures, a tone, and a picture that a tool shows. */
+void small_media_rows(void);
+
 #endif

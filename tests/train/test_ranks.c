@@ -4,6 +4,7 @@
 #include "formats/sha256.h"
 #include "tests/fixture.h"
 #include "tests/program.h"
+#include "tests/small_media.h"
 #include "train/metrics.h"
 
 #include <math.h>
@@ -58,7 +59,7 @@ static void expect_near(const char *one, const char *other) {
          *b = must_format("%s/%s/metrics.csv", test_folder(), other);
     EXPECT_OK(metrics_read(&x, &m, a));
     EXPECT_OK(metrics_read(&y, &n, b));
-    EXPECT(m == n && m >= 3, "%d and %d steps", (int)m, (int)n);
+    EXPECT(m == n && m >= 2, "%d and %d steps", (int)m, (int)n);
     for (int i = 0; i < m; i++) {
         double error = fabs(x[i].loss - y[i].loss) / fabs(x[i].loss);
         EXPECT(error <= (i ? 1e-5 : 1e-6), "%s: loss %d is off by %.1e", other, i + 1, error);
@@ -79,43 +80,98 @@ static void expect_same_bits(const char *a, const char *b) {
     free(x), free(y);
 }
 
-/* One process, and from `least` to `most` ranks. */
-static void compare_numbers(const char *name, int least, int most, const char *more) {
+/* One process alone, in folder `name`. */
+static void run_alone(const char *name, const char *more) {
     const char *f = test_folder();
-    char *one = must_format("%s1", name);
-    for (int n = 1; n <= most; n = n == 1 ? least : n + 1) {
-        take_ranks(n);
-        EXPECT_RUN(0, "train %s/run.yaml output=%s/%s%d %s", f, f, name, n, more);
-        char *other = must_format("%s%d", name, n);
-        if (n > 1) expect_near(one, other);
-        free(other);
-    }
-    free(one);
+    take_ranks(1);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/%s %s", f, f, name, more);
 }
 
-CASE(ranks, full_training_has_the_losses_of_one_process) {
+/* The same run on so many ranks, which share it as `parallel` says; the folder's name. */
+static const char *compare(const char *one, int ranks, const char *more, const char *parallel) {
+    static char other[64];
     const char *f = test_folder();
+    static int count;
+    snprintf(other, sizeof other, "%s-%d", one, ++count);
+    take_ranks(ranks);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/%s %s %s", f, f, other, more, parallel);
+    expect_near(one, other);
+    return other;
+}
+
+static char *model_file(const char *run) {
+    return must_format("%s/model/model.safetensors", run);
+}
+
+#define FULL "method=full optimizer.lr=3e-5"
+
+CASE(ranks, full_training_has_the_losses_of_one_process) {
     prepare("tiny");
-    compare_numbers("full", 2, 4, "method=full optimizer.lr=3e-5");
+    run_alone("full", FULL);
+    compare("full", 2, FULL, "");
+    compare("full", 4, FULL, "");
+    char *one = model_file(compare("full", 3, FULL, "")),
+         *again = model_file(compare("full", 3, FULL, "")),
+         *whole = model_file(compare("full", 3, FULL, "parallel.shard=0"));
+    expect_same_bits(one, again);
+    expect_same_bits(one, whole);
+    free(one), free(again), free(whole);
+}
+
+/* Gradients and values shared out too; and within pairs of ranks only. */
+CASE(ranks, levels_have_the_losses_of_one_process) {
+    prepare("tiny");
+    run_alone("full", FULL);
+    char *gradients = model_file(compare("full", 3, FULL, "parallel.shard=2")),
+         *values = model_file(compare("full", 3, FULL, "parallel.shard=3 recompute=on"));
+    expect_same_bits(gradients, values);
+    compare("full", 4, FULL, "parallel.shard=3 parallel.within=2");
+    free(gradients), free(values);
+    run_alone("half", FULL " dtype=bf16 steps=6");
     take_ranks(3);
-    EXPECT_RUN(0, "train %s/run.yaml output=%s/again method=full optimizer.lr=3e-5", f, f);
-    expect_same_bits("full3/model/model.safetensors", "again/model/model.safetensors");
-    EXPECT_RUN(0,
-               "train %s/run.yaml output=%s/whole method=full optimizer.lr=3e-5 parallel.shard=0",
-               f, f);
-    expect_same_bits("full3/model/model.safetensors", "whole/model/model.safetensors");
-    compare_numbers("two", 3, 3, "method=full optimizer.lr=3e-5 parallel.shard=2");
+    const char *f = test_folder();
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/half3 " FULL " dtype=bf16 steps=6 parallel.shard=3", f,
+               f);
+    Metrics *a, *b;
+    int64_t n, m;
+    char *x = must_format("%s/half/metrics.csv", f), *y = must_format("%s/half3/metrics.csv", f);
+    EXPECT_OK(metrics_read(&a, &n, x));
+    EXPECT_OK(metrics_read(&b, &m, y));
+    EXPECT(n == 6 && m == 6);
+    for (int i = 0; i < 6; i++)
+        EXPECT(fabs(a[i].loss - b[i].loss) < 2e-4 * a[i].loss, "loss %d: %g, %g", i + 1, a[i].loss,
+               b[i].loss);
+    free(a), free(b), free(x), free(y);
 }
 
 CASE(ranks, adapters_have_the_losses_of_one_process) {
     prepare("tiny");
-    compare_numbers("lora", 2, 2, "method=lora lora.rank=4 lora.dropout=0.1");
-    compare_numbers("qlora", 4, 4,
-                    "parallel.shard=2 method=qlora lora.rank=4 optimizer.states=8bit");
-    compare_numbers("qat", 3, 3, "parallel.shard=2 method=qat");
+    run_alone("lora", "method=lora lora.rank=4 lora.dropout=0.1");
+    compare("lora", 2, "method=lora lora.rank=4 lora.dropout=0.1", "");
+    run_alone("dora", "method=lora lora.rank=4 lora.dora=true steps=10");
+    compare("dora", 3, "method=lora lora.rank=4 lora.dora=true steps=10", "parallel.shard=3");
+    run_alone("qlora", "method=qlora lora.rank=4 optimizer.states=8bit");
+    compare("qlora", 4, "method=qlora lora.rank=4 optimizer.states=8bit", "parallel.shard=2");
+    compare("qlora", 2, "method=qlora lora.rank=4 optimizer.states=8bit", "parallel.shard=3");
+    run_alone("qat", "method=qat");
+    compare("qat", 3, "method=qat", "parallel.shard=2");
 }
 
-CASE(ranks, experts_have_the_losses_of_one_process) {
+/* The rows of a micro-batch over ranks: in windows of 6 keys and without, more rows than a rank has,
+ * and fewer rows than ranks. */
+CASE(ranks, shared_rows_have_the_losses_of_one_process) {
+    prepare("tiny");
+    const char *lora = "method=lora lora.rank=4 data.max_length=512 batch.accumulate=2 steps=6";
+    run_alone("long", lora);
+    compare("long", 4, lora, "parallel.context=4");
+    run_alone("full", FULL);
+    compare("full", 4, FULL, "parallel.context=2 parallel.shard=2");
+    run_alone("apart", FULL " data.packing=false data.max_length=256 steps=3");
+    compare("apart", 4, FULL " data.packing=false data.max_length=256 steps=3", "parallel.context=4");
+}
+
+/* A model with experts, small enough for the small tokenizer. */
+static void prepare_experts(void) {
     Fixture fixture = fixture_open("model_26b-a4b.h5");
     char *path = path_join(fixture.dir, "config.json"), *text, *vocab;
     size_t size;
@@ -125,18 +181,68 @@ CASE(ranks, experts_have_the_losses_of_one_process) {
     EXPECT_OK(file_write(path, text, size));
     prepare(path);
     free(path), free(text);
-    compare_numbers("moe", 3, 4,
-                    "method=lora lora.rank=4 lora.experts=true moe.train_router=true "
-                    "moe.aux_loss=0.01");
 }
 
-/* On the emulator each rank has a GPU; sums go through the host's memory. */
+#define EXPERTS                                                                                    \
+    "method=lora lora.rank=4 lora.experts=true moe.train_router=true moe.aux_loss=0.01"
+
+CASE(ranks, experts_have_the_losses_of_one_process) {
+    prepare_experts();
+    run_alone("moe", EXPERTS);
+    compare("moe", 3, EXPERTS, "");
+    compare("moe", 4, EXPERTS, "parallel.experts=4");
+    compare("moe", 2, EXPERTS, "parallel.experts=2 parallel.shard=0");
+    compare("moe", 4, EXPERTS, "parallel.context=4");
+}
+
+/* Experts, rows and values over four ranks; then their run goes on with three, with one, and that
+ * one's with two that have the experts between them. */
+CASE(ranks, experts_rows_and_values_at_once_and_a_run_that_changes_ranks) {
+    const char *f = test_folder(), *full = FULL " moe.aux_loss=0.01 save.keep=2 ";
+    prepare_experts();
+    run_alone("moe", full);
+    char *first = must_format("%ssteps=10 schedule.name=constant", full),
+         *second = must_format("%ssteps=20 schedule.name=constant", full),
+         *third = must_format("%ssteps=30 schedule.name=constant", full);
+    take_ranks(1);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/one %s", f, f, third);
+    take_ranks(4);
+    EXPECT_RUN(0,
+               "train %s/run.yaml output=%s/parts %s parallel.experts=2 parallel.context=2 "
+               "parallel.shard=3",
+               f, f, first);
+    take_ranks(3);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/parts %s --resume parallel.shard=2", f, f, second);
+    take_ranks(2);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/parts %s --resume parallel.experts=2", f, f, third);
+    expect_near("one", "parts");
+    free(first), free(second), free(third);
+}
+
+/* Pictures, a tone, and a picture that a tool shows: micro-batches over ranks, and their rows. */
+CASE(ranks, media_have_the_losses_of_one_process) {
+    const char *f = test_folder();
+    prepare("tiny --media");
+    small_media_rows();
+    char *media = must_format("data.train=%s/rows.jsonl data.eval=null data.max_length=256 "
+                              "data.image_tokens=70 steps=6 method=lora lora.rank=4 "
+                              "lora.train_also=[embedding_projection]",
+                              f);
+    run_alone("media", media);
+    compare("media", 3, media, "parallel.shard=2");
+    compare("media", 2, media, "parallel.context=2");
+    free(media);
+}
+
+/* On the emulator each rank has a GPU; what they exchange goes through the host's memory. */
 CASE(ranks, gpus_have_the_losses_of_one) {
-    prepare("tiny");
+    prepare_experts();
+    const char *few = EXPERTS " steps=2 batch.accumulate=2 data.max_length=24 data.eval=1e-9 "
+                              "--device cuda:0";
     alone = must_format("%s", getenv("LAPIDARY_GPU_PROGRAM"));
-    compare_numbers("gpu", 2, 2,
-                    "method=lora lora.rank=4 steps=3 batch.accumulate=2 data.max_length=24 "
-                    "data.eval=1e-9 --device cuda:0");
+    run_alone("gpu", few);
+    compare("gpu", 2, few, "parallel.shard=1");
+    compare("gpu", 2, few, "parallel.experts=2 parallel.context=2 parallel.shard=3");
 }
 
 /* Starts two ranks in folder `name`, their output in NAME.txt, and once there is a save sends the
@@ -259,7 +365,7 @@ CASE(ranks, the_plan_is_what_a_rank_takes) {
     const char *f = test_folder();
     prepare("tiny");
     take_ranks(1);
-    for (int shard = 0; shard <= 2; shard++) {
+    for (int shard = 0; shard <= 3; shard++) {
         char *level = must_format("\"shard\": %d,", shard);
         take_ranks(1);
         EXPECT_RUN(0, "plan %s/run.yaml --gpus 4 method=full", f);
@@ -295,7 +401,7 @@ CASE(ranks, ranks_that_do_not_fit_together_are_refused) {
     setenv("LAPIDARY_PROGRAM", pair, 1);
     EXPECT_EXIT(1, "rank 1 has another run file than rank 0", "train %s/run.yaml seed=8", f);
     take_ranks(1);
-    EXPECT_EXIT(1, "shard is 5, expected 0 to 2", "train %s/run.yaml output=%s/no parallel.shard=5",
+    EXPECT_EXIT(1, "shard is 5, expected 0 to 3", "train %s/run.yaml output=%s/no parallel.shard=5",
                 f, f);
     free(pair);
 }

@@ -10,32 +10,11 @@
 
 #include <math.h>
 
-/* A model with small towers, and rows: pictures, a tone, and a picture that a tool shows. */
+/* A model with small towers, and rows. */
 static void prepare(void) {
-    Text rows = {0};
     EXPECT_RUN(0, "init tiny %s/model --media --tokenizer demo/tokenizer --dtype f32 --layers 2",
                test_folder());
-    for (int i = 0; i < SMALL_PICTURES; i++) {
-        small_picture(i);
-        text_addf(&rows,
-                  "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"image\", "
-                  "\"path\": \"stone%d.ppm\"}, {\"type\": \"text\", \"text\": \"Which?\"}]}, "
-                  "{\"role\": \"assistant\", \"content\": \"%s\"}]}\n",
-                  i, small_names[i]);
-    }
-    small_tone(440);
-    text_adds(&rows, "{\"messages\": [{\"role\": \"user\", \"content\": [{\"type\": \"audio\", "
-                     "\"path\": \"tone.wav\"}]}, {\"role\": \"assistant\", \"content\": "
-                     "\"a tone\"}]}\n");
-    text_adds(&rows,
-              "{\"messages\": [{\"role\": \"user\", \"content\": \"Look.\"}, {\"role\": "
-              "\"assistant\", \"content\": \"\", \"tool_calls\": [{\"id\": \"c\", \"type\": "
-              "\"function\", \"function\": {\"name\": \"look\", \"arguments\": {}}}]}, {\"role\": "
-              "\"tool\", \"tool_call_id\": \"c\", \"content\": [{\"type\": \"text\", \"text\": "
-              "\"Here.\"}, {\"type\": \"image\", \"path\": \"stone0.ppm\"}]}, {\"role\": "
-              "\"assistant\", \"content\": \"It is red.\"}]}\n");
-    small_write("rows.jsonl", rows.bytes);
-    text_free(&rows);
+    small_media_rows();
 }
 
 static void write_run(const char *name, const char *more) {
