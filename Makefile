@@ -126,9 +126,9 @@ RUNNER       := $(BUILD)/tests/run
 # Without a GPU its kernels run on the host, under an emulator; the device `cuda` is that one then, in
 # the runner and in a program of its own. Fronts come before the library's, which know no GPU.
 ifeq ($(CUDA)$(SANITIZE),0)
-SIMT_FLAGS   := -std=c++17 -O2 -g -I. -Itests/simt -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers -fno-strict-aliasing
+SIMT_FLAGS   := $(if $(MPI),$(shell pkg-config --cflags $(MPI)) -DHAVE_MPI) -std=c++17 -O2 -g -I. -Itests/simt -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers -fno-strict-aliasing
 SIMT         := $(patsubst %.c,$(BUILD)/simt/%.o,$(wildcard kernels/*.c)) \
-                $(patsubst %.cu,$(BUILD)/simt/%.o,$(filter-out kernels/cuda/blaslt.cu,$(CUDA_SOURCES))) \
+                $(patsubst %.cu,$(BUILD)/simt/%.o,$(filter-out kernels/cuda/blaslt.cu kernels/cuda/nccl.cu,$(CUDA_SOURCES))) \
                 $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard tests/simt/*.cpp))
 SIMT_PROGRAM := $(BUILD)/lapidary-simt
 SIMT_LIBS    := -lstdc++

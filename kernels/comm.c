@@ -1,5 +1,6 @@
 /* comm.c - ranks over MPI. */
 #include "kernels/comm.h"
+#include "kernels/elementwise.h"
 
 #include <inttypes.h>
 #include <omp.h>
@@ -35,6 +36,12 @@ static int started_together(void) {
 bool comm_was_started(void) {
     return started_together() > 1;
 }
+
+/* A group of GPUs, and memory for what comes from them to be summed. */
+struct CommGpus {
+    Device *device;
+    void *group, *scratch;
+};
 
 #ifdef HAVE_MPI
 
@@ -101,33 +108,49 @@ static void wait_for(const Comm *c, int count, MPI_Request *requests, const int 
 /* Messages under way, and whose they are. */
 typedef struct Mail {
     MPI_Comm among;
+    Device *gpu; /* whose memory they are in; NULL: the host's */
+    DeviceMessage *messages;
     MPI_Request *requests;
     int *from, count;
 } Mail;
 
-static Mail mail_open(const Comm *c) {
+static Mail mail_open(const Comm *c, Device *device) {
     size_t n = 2 * (size_t)c->size;
-    return (Mail){handle_of(c), must_malloc(n * sizeof(MPI_Request)), must_malloc(n * sizeof(int)),
+    return (Mail){handle_of(c),
+                  device->kind == DEVICE_CUDA ? device : NULL,
+                  must_malloc(n * sizeof(DeviceMessage)),
+                  must_malloc(n * sizeof(MPI_Request)),
+                  must_malloc(n * sizeof(int)),
                   0};
 }
 
 static void mail_send(Mail *m, int to, const void *bytes, int64_t count) {
-    MPI_Isend(bytes, (int)count, MPI_BYTE, to, 0, m->among, &m->requests[m->count]);
+    if (m->gpu)
+        m->messages[m->count] = (DeviceMessage){to, NULL, bytes, (size_t)count};
+    else
+        MPI_Isend(bytes, (int)count, MPI_BYTE, to, 0, m->among, &m->requests[m->count]);
     m->from[m->count++] = -1;
 }
 
 static void mail_receive(Mail *m, int from, void *bytes, int64_t count) {
-    MPI_Irecv(bytes, (int)count, MPI_BYTE, from, 0, m->among, &m->requests[m->count]);
+    if (m->gpu)
+        m->messages[m->count] = (DeviceMessage){from, bytes, NULL, (size_t)count};
+    else
+        MPI_Irecv(bytes, (int)count, MPI_BYTE, from, 0, m->among, &m->requests[m->count]);
     m->from[m->count++] = from;
 }
 
-/* Until all of it is there, or has left. */
+/* Until all of it is there, or has left: of a GPU's memory, before its work that follows. */
 static void mail_wait(const Comm *c, Mail *m) {
-    wait_for(c, m->count, m->requests, m->from, 1);
+    if (m->gpu)
+        device_exchange(m->gpu, c->gpus->group, m->messages, m->count);
+    else
+        wait_for(c, m->count, m->requests, m->from, 1);
     m->count = 0;
 }
 
 static void mail_close(Mail *m) {
+    free(m->messages);
     free(m->requests);
     free(m->from);
 }
@@ -168,11 +191,28 @@ void comm_again(Comm *again, const Comm *c) {
     if (is_alone(c)) return;
     MPI_Comm_dup(handle_of(c), &among);
     again->whole = false;
+    again->gpus = NULL;
     again->handle = (int)MPI_Comm_c2f(among);
+}
+
+void comm_join_gpus(Comm *c, Device *device) {
+    char id[DEVICE_ID_BYTES + 1] = {0}; /* and whether there is one */
+    if (is_alone(c) || device->kind != DEVICE_CUDA) return;
+    if (!c->rank) id[DEVICE_ID_BYTES] = device_new_group(device, id);
+    comm_broadcast(c, id, sizeof id);
+    if (!id[DEVICE_ID_BYTES]) return;
+    c->gpus = must_calloc(1, sizeof *c->gpus);
+    c->gpus->device = device;
+    c->gpus->group = device_join_group(device, id, c->rank, c->size);
 }
 
 void comm_close(Comm *c) {
     int open;
+    if (c->gpus) {
+        device_leave_group(c->gpus->group);
+        device_release(c->gpus->device, c->gpus->scratch, PIECES * sizeof(float));
+        free(c->gpus);
+    }
     MPI_Initialized(&open);
     MPI_Comm among = !is_alone(c) && open ? handle_of(c) : MPI_COMM_WORLD;
     if (among != MPI_COMM_WORLD)
@@ -204,7 +244,7 @@ void comm_broadcast(const Comm *c, void *bytes, size_t count) {
 /* `bytes` of each rank one behind the other, for all. Caller frees. */
 static void *gather_all(const Comm *c, const void *mine, int bytes) {
     char *all = must_malloc((size_t)c->size * (size_t)bytes);
-    Mail mail = mail_open(c);
+    Mail mail = mail_open(c, device_cpu());
     memcpy(all + c->rank * bytes, mine, (size_t)bytes);
     for (int r = 0; r < c->size; r++) {
         if (r == c->rank) continue;
@@ -243,11 +283,39 @@ int comm_most(const Comm *c, int x) {
     return most;
 }
 
+/* own (n) = what all ranks have for it, in their order; got (ranks, piece) has the others'. */
+static void sum_in_order(const Comm *c, Tensor own, Tensor got) {
+    int64_t n = tensor_count(own), piece = tensor_cols(got);
+    float *to = own.data, *from = got.data;
+    if (own.device->kind == DEVICE_CUDA) {
+        tensor_copy(tensor_slice(tensor_at(got, c->rank), 0, n), own);
+        for (int r = 0; r < c->size; r++)
+            scale_copy(own, r ? ADD : SET, tensor_slice(tensor_at(got, r), 0, n), 1.0f);
+        return;
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+        float sum = 0;
+        for (int r = 0; r < c->size; r++) sum += r == c->rank ? to[i] : from[r * piece + i];
+        to[i] = sum;
+    }
+}
+
+/* Memory for PIECES floats; the caller frees the host's. */
+static void *scratch_of(const Comm *c, Device *device) {
+    if (device->kind == DEVICE_CPU) return must_malloc(PIECES * sizeof(float));
+    void **scratch = &c->gpus->scratch;
+    if (!*scratch) *scratch = device_allocate(device, PIECES * sizeof(float));
+    if (!*scratch) give_up("the GPU is out of memory for what ranks exchange");
+    return *scratch;
+}
+
 /* Rank r's part of x, of bounds[r] .. bounds[r + 1], in the pieces in which all send at a time. */
-static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
+static void reduce_scatter(const Comm *c, Tensor x, const int64_t *bounds) {
     int64_t longest = 0, piece = PIECES / c->size;
-    float *got = must_malloc((size_t)(c->size * piece) * sizeof *got);
-    Mail mail = mail_open(c);
+    Tensor got = TENSOR(scratch_of(c, x.device), F32, c->size, piece);
+    got.device = x.device;
+    Mail mail = mail_open(c, x.device);
     for (int r = 0; r < c->size; r++)
         if (bounds[r + 1] - bounds[r] > longest) longest = bounds[r + 1] - bounds[r];
     for (int64_t done = 0; done < longest; done += piece) {
@@ -256,26 +324,24 @@ static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
             int64_t left = bounds[r + 1] - bounds[r] - done, n = left < piece ? left : piece;
             if (r == c->rank) mine = n;
             if (r == c->rank || n <= 0) continue;
-            mail_send(&mail, r, x + bounds[r] + done, n * (int64_t)sizeof *x);
+            mail_send(&mail, r, (float *)x.data + bounds[r] + done, n * (int64_t)sizeof(float));
         }
         for (int r = 0; r < c->size && mine > 0; r++)
-            if (r != c->rank) mail_receive(&mail, r, got + r * piece, mine * (int64_t)sizeof *x);
+            if (r != c->rank)
+                mail_receive(&mail, r, (float *)got.data + r * piece,
+                             mine * (int64_t)sizeof(float));
         mail_wait(c, &mail);
-        float *own = x + bounds[c->rank] + done;
-#pragma omp parallel for schedule(static)
-        for (int64_t i = 0; i < mine; i++) {
-            float sum = 0;
-            for (int r = 0; r < c->size; r++) sum += r == c->rank ? own[i] : got[r * piece + i];
-            own[i] = sum;
-        }
+        if (mine > 0) sum_in_order(c, tensor_slice(x, bounds[c->rank] + done, mine), got);
     }
     mail_close(&mail);
-    free(got);
+    if (x.device->kind == DEVICE_CPU) free(got.data);
 }
 
-static void all_gather(const Comm *c, char *x, size_t size, const int64_t *bounds) {
+static void all_gather(const Comm *c, Tensor t, const int64_t *bounds) {
+    char *x = t.data;
+    size_t size = dtype_size(t.dtype);
     int64_t longest = 0, piece = 4 * PIECES / c->size / (int64_t)size;
-    Mail mail = mail_open(c);
+    Mail mail = mail_open(c, t.device);
     for (int r = 0; r < c->size; r++)
         if (bounds[r + 1] - bounds[r] > longest) longest = bounds[r + 1] - bounds[r];
     for (int64_t done = 0; done < longest; done += piece) {
@@ -302,9 +368,11 @@ static int64_t message(int64_t rows, size_t row, size_t done) {
     return (int64_t)(left < MESSAGE ? left : MESSAGE);
 }
 
-static void all_to_all(const Comm *c, char *to, const int64_t *gets, const char *from,
+static void all_to_all(const Comm *c, Tensor all_to, const int64_t *gets, Tensor all_from,
                        const int64_t *sends, size_t row) {
-    Mail mail = mail_open(c);
+    Mail mail = mail_open(c, all_to.device);
+    char *to = all_to.data;
+    const char *from = all_from.data;
     size_t longest = 0;
     for (int r = 0; r < c->size; r++) {
         int64_t most = gets[r] > sends[r] ? gets[r] : sends[r];
@@ -316,7 +384,7 @@ static void all_to_all(const Comm *c, char *to, const int64_t *gets, const char 
         for (int r = 0; r < c->size; r++) {
             int64_t get = message(gets[r], row, done), send = message(sends[r], row, done);
             if (r == c->rank)
-                memcpy(in + done, out + done, (size_t)get);
+                device_copy(all_to.device, in + done, all_from.device, out + done, (size_t)get);
             else if (get)
                 mail_receive(&mail, r, in + done, get);
             if (r != c->rank && send) mail_send(&mail, r, out + done, send);
@@ -396,13 +464,16 @@ Status comm_agree(const Comm *c, const char *what, uint64_t value) {
     (void)c, (void)what, (void)value;
     return OK;
 }
-static void reduce_scatter(const Comm *c, float *x, const int64_t *bounds) {
+void comm_join_gpus(Comm *c, Device *device) {
+    (void)c, (void)device;
+}
+static void reduce_scatter(const Comm *c, Tensor x, const int64_t *bounds) {
     (void)c, (void)x, (void)bounds;
 }
-static void all_gather(const Comm *c, char *x, size_t size, const int64_t *bounds) {
-    (void)c, (void)x, (void)size, (void)bounds;
+static void all_gather(const Comm *c, Tensor t, const int64_t *bounds) {
+    (void)c, (void)t, (void)bounds;
 }
-static void all_to_all(const Comm *c, char *to, const int64_t *gets, const char *from,
+static void all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
                        const int64_t *sends, size_t row) {
     (void)c, (void)to, (void)gets, (void)from, (void)sends, (void)row;
 }
@@ -418,33 +489,35 @@ double comm_sum(const Comm *c, double x) {
     return x;
 }
 
-/* The tensor's bytes in the host's memory: itself, or a copy. */
-static void *hosted(Tensor t, bool read) {
-    if (t.device->kind == DEVICE_CPU) return t.data;
-    void *host = must_malloc(tensor_bytes(t));
-    if (read) tensor_read(host, t);
+/* The tensor, or where it cannot be exchanged where it is a copy in the host's memory. */
+static Tensor exchangeable(const Comm *c, Tensor t, bool read) {
+    if (t.device->kind == DEVICE_CPU || c->gpus) return t;
+    Tensor host = t;
+    host.device = device_cpu();
+    host.data = must_malloc(tensor_bytes(t));
+    if (read) tensor_read(host.data, t);
     return host;
 }
 
-static void give_back(Tensor t, void *host, bool written) {
-    if (host == t.data) return;
-    if (written) tensor_write(t, host);
-    free(host);
+static void exchanged(Tensor t, Tensor host, bool written) {
+    if (host.data == t.data) return;
+    if (written) tensor_write(t, host.data);
+    free(host.data);
 }
 
 void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds) {
     if (is_alone(c)) return;
     CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
-    float *x = hosted(t, true);
+    Tensor x = exchangeable(c, t, true);
     reduce_scatter(c, x, bounds);
-    give_back(t, x, true);
+    exchanged(t, x, true);
 }
 
 void comm_all_gather(const Comm *c, Tensor t, const int64_t *bounds) {
     if (is_alone(c)) return;
-    void *x = hosted(t, true);
-    all_gather(c, x, dtype_size(t.dtype), bounds);
-    give_back(t, x, true);
+    Tensor x = exchangeable(c, t, true);
+    all_gather(c, x, bounds);
+    exchanged(t, x, true);
 }
 
 void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
@@ -458,10 +531,10 @@ void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
         tensor_copy(to, from);
         return;
     }
-    void *x = hosted(from, true), *y = hosted(to, false);
+    Tensor x = exchangeable(c, from, true), y = exchangeable(c, to, false);
     all_to_all(c, y, gets, x, sends, tensor_bytes(tensor_slice(to, 0, 1)));
-    give_back(from, x, false);
-    give_back(to, y, true);
+    exchanged(from, x, false);
+    exchanged(to, y, true);
 }
 
 /* Equal parts of `count`. */
@@ -471,20 +544,23 @@ static int64_t *equal_parts(const Comm *c, int64_t count) {
     return bounds;
 }
 
-void comm_sum_floats(const Comm *c, float *x, int64_t count) {
-    if (is_alone(c)) return;
-    int64_t *bounds = equal_parts(c, count);
-    reduce_scatter(c, x, bounds);
-    all_gather(c, (char *)x, sizeof *x, bounds);
+static void sum_everywhere(const Comm *c, Tensor t) {
+    int64_t *bounds = equal_parts(c, tensor_count(t));
+    reduce_scatter(c, t, bounds);
+    all_gather(c, t, bounds);
     free(bounds);
+}
+
+void comm_sum_floats(const Comm *c, float *x, int64_t count) {
+    if (!is_alone(c)) sum_everywhere(c, TENSOR(x, F32, count));
 }
 
 void comm_all_reduce(const Comm *c, Tensor t) {
     if (is_alone(c)) return;
     CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
-    float *x = hosted(t, true);
-    comm_sum_floats(c, x, tensor_count(t));
-    give_back(t, x, true);
+    Tensor x = exchangeable(c, t, true);
+    sum_everywhere(c, RESHAPE(x, tensor_count(x)));
+    exchanged(t, x, true);
 }
 
 /* ---- beside ---- */
@@ -498,6 +574,7 @@ typedef struct Job {
 } Job;
 
 struct CommBeside {
+    Device *gpu; /* whose work it is; NULL: a thread's */
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -524,8 +601,12 @@ static void *work_beside(void *context) {
     return NULL;
 }
 
-CommBeside *comm_beside_open(void) {
+CommBeside *comm_beside_open(Device *device) {
     CommBeside *b = must_calloc(1, sizeof *b);
+    if (device->kind == DEVICE_CUDA) {
+        b->gpu = device;
+        return b;
+    }
     pthread_mutex_init(&b->mutex, NULL);
     pthread_cond_init(&b->changed, NULL);
     CHECK(!pthread_create(&b->thread, NULL, work_beside, b), "no thread for what goes beside");
@@ -533,18 +614,21 @@ CommBeside *comm_beside_open(void) {
 }
 
 void comm_beside_close(CommBeside *b) {
-    if (!b) return;
-    pthread_mutex_lock(&b->mutex);
-    b->stop = true;
-    pthread_cond_broadcast(&b->changed);
-    pthread_mutex_unlock(&b->mutex);
-    pthread_join(b->thread, NULL);
+    if (b && !b->gpu) {
+        pthread_mutex_lock(&b->mutex);
+        b->stop = true;
+        pthread_cond_broadcast(&b->changed);
+        pthread_mutex_unlock(&b->mutex);
+        pthread_join(b->thread, NULL);
+    }
     free(b);
 }
 
 void comm_beside_begin(CommBeside *b, CommWork *work, void *context, int number) {
-    if (!b) {
+    if (!b || b->gpu) {
+        if (b) device_enter_beside(b->gpu);
         work(context, number);
+        if (b) device_leave_beside(b->gpu);
         return;
     }
     pthread_mutex_lock(&b->mutex);
@@ -556,6 +640,10 @@ void comm_beside_begin(CommBeside *b, CommWork *work, void *context, int number)
 
 void comm_beside_wait(CommBeside *b) {
     if (!b) return;
+    if (b->gpu) {
+        device_join_beside(b->gpu);
+        return;
+    }
     pthread_mutex_lock(&b->mutex);
     while (b->done < b->begun) pthread_cond_wait(&b->changed, &b->mutex);
     pthread_mutex_unlock(&b->mutex);

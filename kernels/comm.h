@@ -3,24 +3,27 @@
  *
  * Everything is called by all ranks, in the same order. Sums are made in the order of the ranks by
  * the rank they belong to, so that every rank has the same bits and a run repeats. Alone, a process
- * is rank 0 of 1 and nothing here does anything. Tensors on a GPU go through the host's memory.
- * When a rank ends otherwise than by comm_close, mpirun ends the others. When one does not answer
- * for `timeout`, whoever waits for it says which and ends the run; barriers wait six times as long,
- * comm_fetch for ever. */
+ * is rank 0 of 1 and nothing here does anything. Tensors on GPUs go from one to the other through
+ * NCCL where it is there (comm_join_gpus), in order with the kernels, else through the host's
+ * memory. When a rank ends otherwise than by comm_close, mpirun ends the others. When one does not
+ * answer for `timeout`, whoever waits for it says which and ends the run; barriers wait six times
+ * as long, comm_fetch for ever. */
 #ifndef COMM_H
 #define COMM_H
 
 #include "kernels/tensor.h"
 
 typedef struct Comm {
-    int rank, size; /* size 0: not opened, one process */
-    double timeout; /* seconds; 0: none */
-    int local;      /* which of its host's ranks it is */
-    bool whole;     /* all ranks of the run; else a group of them */
-    int first, stride; /* rank r of a group is rank first + r * stride of the run */
-    int handle;        /* MPI's, as its Fortran side numbers it */
-    bool threads;      /* several threads may call at once, each with a group of its own */
-    bool supposed;     /* for plans: there are no others, and nothing is exchanged */
+    int rank, size;        /* size 0: not opened, one process */
+    double timeout;        /* seconds; 0: none */
+    int local;             /* which of its host's ranks it is */
+    bool whole;            /* all ranks of the run; else a group of them */
+    int first, stride;     /* rank r of a group is rank first + r * stride of the run */
+    int handle;            /* MPI's, as its Fortran side numbers it */
+    bool threads;          /* several threads may call at once, each with a group of its own */
+    struct CommGpus *gpus; /* the same ranks' GPUs, which exchange data directly; NULL: through the
+                            * host */
+    bool supposed;         /* for plans: there are no others, and nothing is exchanged */
 } Comm;
 
 static inline bool comm_is_many(const Comm *c) {
@@ -34,12 +37,16 @@ bool comm_was_started(void);
  * build has no MPI. */
 Status comm_open(Comm *c);
 
-/* The group of this rank among groups of `size` of c's: those that follow each other, or (apart) one
- * out of each such run of c->size / size ranks. `size` divides c's. */
+/* The group of this rank among groups of `size` of c's: those that follow each other, or (apart)
+ * one out of each such run of c->size / size ranks. `size` divides c's. */
 void comm_group(Comm *group, const Comm *c, int size, bool apart);
 
 /* The same ranks again, for another thread's calls. */
 void comm_again(Comm *again, const Comm *c);
+
+/* From here on tensors of this device go directly to the other ranks', if NCCL is found. All ranks
+ * of the run call it alike. */
+void comm_join_gpus(Comm *c, Device *device);
 
 /* Leaves a group, or all of MPI. */
 void comm_close(Comm *c);
@@ -77,12 +84,13 @@ void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
 /* Rank `root`'s bytes to rank 0, at `to`; others do nothing. */
 void comm_fetch(const Comm *c, int root, void *to, const void *from, size_t count);
 
-/* A thread that makes calls beside the caller's, in the order in which they were begun: all ranks
- * begin the same. Kernels that it runs have one processor. */
+/* Makes calls beside the caller's, in the order in which they were begun: all ranks begin the same.
+ * On the CPU a thread makes them, and kernels that it runs have one processor; on a GPU they are in
+ * a stream of their own. */
 typedef struct CommBeside CommBeside;
 typedef void CommWork(void *context, int number);
 
-CommBeside *comm_beside_open(void);
+CommBeside *comm_beside_open(Device *device);
 void comm_beside_close(CommBeside *b); /* once all is done; accepts NULL */
 
 /* Has work(context, number) called soon; with b NULL, before it returns. */

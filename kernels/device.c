@@ -2,6 +2,7 @@
 #include "kernels/device.h"
 #ifdef LAPIDARY_CUDA
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/nccl.h"
 #endif
 
 #include <stdio.h>
@@ -206,6 +207,43 @@ void device_copy_beside(Device *device, int number, void *to, const void *from, 
 void device_wait_beside(Device *device, int number) {
     ON_GPU(device, cuda_wait_beside(device, number));
     (void)number;
+}
+
+void device_enter_beside(Device *device) {
+    ON_GPU(device, cuda_enter_beside(device));
+}
+
+void device_leave_beside(Device *device) {
+    ON_GPU(device, cuda_leave_beside(device));
+}
+
+void device_join_beside(Device *device) {
+    ON_GPU(device, cuda_join_beside(device));
+}
+
+bool device_new_group(Device *device, void *id) {
+    ON_GPU(device, nccl_new_id(id));
+    (void)id;
+    return false;
+}
+
+void *device_join_group(Device *device, const void *id, int rank, int size) {
+    ON_GPU(device, nccl_join(device, id, rank, size));
+    (void)id, (void)rank, (void)size;
+    return NULL;
+}
+
+void device_leave_group(void *group) {
+#ifdef LAPIDARY_CUDA
+    nccl_leave(group);
+#else
+    (void)group;
+#endif
+}
+
+void device_exchange(Device *device, void *group, const DeviceMessage *messages, int count) {
+    ON_GPU(device, nccl_exchange(device, group, messages, count));
+    (void)group, (void)messages, (void)count;
 }
 
 size_t device_held(Device *device) {

@@ -68,6 +68,28 @@ void device_host_release(Device *device, void *memory, size_t bytes);
 void device_copy_beside(Device *device, int number, void *to, const void *from, size_t bytes);
 void device_wait_beside(Device *device, int number);
 
+/* What device_enter_beside and device_leave_beside have between them runs after the calls before
+ * and beside those that follow; calls after device_join_beside come after it. */
+void device_enter_beside(Device *device);
+void device_leave_beside(Device *device);
+void device_join_beside(Device *device);
+
+/* GPUs of several processes that exchange data directly. A group has a name, which one of them
+ * makes (false: it cannot) and all join with at once. */
+#define DEVICE_ID_BYTES 128
+bool device_new_group(Device *device, void *id);
+void *device_join_group(Device *device, const void *id, int rank, int size);
+void device_leave_group(void *group);
+
+/* Bytes to a rank of a group, or from it. */
+typedef struct DeviceMessage {
+    int peer;
+    void *to;         /* NULL: they are sent */
+    const void *from; /* NULL: they are received */
+    size_t bytes;
+} DeviceMessage;
+void device_exchange(Device *device, void *group, const DeviceMessage *messages, int count);
+
 /* Work that comes again, as a token's pass does. device_replay gives the calls of kernels that were
  * kept under `key` to the device at once and says so; when it returns false the caller makes them,
  * then calls device_recorded. Calls under one key must be the same in all but what memory holds.

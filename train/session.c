@@ -29,11 +29,11 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
     return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
 }
 
-/* Whether layers are exchanged while others are computed. Work of a GPU is given to it by one thread.
- */
+/* Whether layers are exchanged while others are computed. */
 static bool exchanges_beside(const Session *s) {
-    return comm_is_many(&s->comm) && s->comm.threads && s->config.shard >= 2 &&
-           s->g.device->kind == DEVICE_CPU;
+    bool can = s->g.device->kind == DEVICE_CPU ? s->comm.threads
+                                               : s->beside_ranks.all.gpus || s->comm.supposed;
+    return comm_is_many(&s->comm) && s->config.shard >= 2 && can;
 }
 
 /* Leaves this rank its part of the experts. */
@@ -192,7 +192,8 @@ Status session_plan(Session *s, size_t available) {
         if (takes_mode(s, p->mode)) break;
     }
     if (p->mode == STACK_OFFLOAD)
-        p->host = stack_offload_bytes(&s->g, step_own_rows(&s->g, p->rows, &s->options)) * (size_t)s->g.config.num_hidden_layers;
+        p->host = stack_offload_bytes(&s->g, step_own_rows(&s->g, p->rows, &s->options)) *
+                  (size_t)s->g.config.num_hidden_layers;
     plan_tower_cache(s);
     return OK;
 }
@@ -231,7 +232,8 @@ static Status check_ranks(Session *s) {
              "micro-batches",
              c->accumulate, s->data_ranks);
     if (c->eval_tasks.names.count && (c->shard > 2 || c->experts > 1))
-        FAIL(ERR_CONFIG, "eval_tasks: expected none with parallel.%s: rank 0 has not all of the model",
+        FAIL(ERR_CONFIG,
+             "eval_tasks: expected none with parallel.%s: rank 0 has not all of the model",
              c->shard > 2 ? "shard 3" : "experts");
     if (c->optimizer.no_masters || c->optimizer.fused)
         FAIL(ERR_CONFIG, "optimizer.%s: expected masters f32 and fused false with several ranks",
@@ -270,6 +272,15 @@ static Status make_groups(Session *s) {
     return OK;
 }
 
+/* Lets the groups' GPUs exchange data directly, and layers go beside the passes. */
+static void join_gpus(Session *s, Device *device) {
+    RankGroups *g = &s->ranks, *b = &s->beside_ranks;
+    Comm *groups[] = {&s->context, &g->all, &g->sharers, &g->across, &g->replicas,
+                      &g->experts, &b->all, &b->sharers, &b->across, &b->replicas};
+    for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) comm_join_gpus(groups[i], device);
+    if (device->kind == DEVICE_CUDA || s->comm.threads) s->beside = comm_beside_open(device);
+}
+
 static void leave_groups(Session *s) {
     Comm *groups[] = {&s->context,
                       &s->ranks.sharers,
@@ -297,9 +308,8 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     Device *device;
     Status status = OK;
     TRY_DONE(make_groups(s));
-    if (comm_is_many(&s->comm) && !s->comm.supposed && s->comm.threads)
-        s->beside = comm_beside_open();
     TRY_DONE(open_device(s, &device));
+    if (comm_is_many(&s->comm) && !s->comm.supposed) join_gpus(s, device);
     TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
     TRY_DONE(tokenizer_load(&s->tokenizer, c->model));
     if (tokenizer_size(s->tokenizer) > s->checkpoint.config.vocab_size)

@@ -157,7 +157,11 @@ static bool passes_meet(const Session *s) {
 static void run_idle(Session *s, StepMemory *memory, StepOptions options) {
     int32_t id = (int32_t)s->g.config.pad_token_id, zero = 0, none = -1;
     float weight = 0, nll;
-    Batch idle = {.N = 1, .ids = &id, .positions = &zero, .starts = &zero, .targets = &none,
+    Batch idle = {.N = 1,
+                  .ids = &id,
+                  .positions = &zero,
+                  .starts = &zero,
+                  .targets = &none,
                   .weights = &weight};
     if (!passes_meet(s)) return;
     options.load = NULL;
@@ -317,11 +321,10 @@ static void update_layer(void *context, int layer) {
     ParamList *params = &f->s->g.params;
     double squares;
     gemma_finish_layer(&f->s->g, layer);
-    Tensor grads =
-        layer >= 0 ? params->space.layer_grads[0]
-                   : tensor_slice(params->space.grads, 0,
-                                  tensor_count(params->space.grads) -
-                                      tensor_count(params->space.layer_grads[0]));
+    Tensor grads = layer >= 0 ? params->space.layer_grads[0]
+                              : tensor_slice(params->space.grads, 0,
+                                             tensor_count(params->space.grads) -
+                                                 tensor_count(params->space.layer_grads[0]));
     sum_of_squares(&squares, grads);
     f->squares += squares;
     optimizer_update(&f->s->optimizer, params, layer, f->lr, 1.0);
@@ -352,7 +355,8 @@ static void share_layer(void *context, int layer) {
     comm_beside_begin(s->beside, send_gradients, t, layer);
 }
 
-/* The norm of all summed gradients, the same on every rank: each adds a part, whoever updates it. */
+/* The norm of all summed gradients, the same on every rank: each adds a part, whoever updates it.
+ */
 static double norm_of_ranks(Session *s) {
     const Space *space = &s->g.params.space;
     double dense = 0, experts = 0, part;
@@ -588,6 +592,19 @@ static void report_data(const Store *store) {
             store->eval.count);
 }
 
+/* Who shares what. */
+static void report_ranks(const Session *s) {
+    if (!comm_is_many(&s->comm)) return;
+    fprintf(stderr, "%d ranks: micro-batches in %d turns, level %" PRId64 " among %d", s->comm.size,
+            s->data_ranks, s->config.shard, s->ranks.sharers.size);
+    if (s->context.size > 1) fprintf(stderr, ", rows among %d", s->context.size);
+    if (s->ranks.experts.size > 1) fprintf(stderr, ", experts among %d", s->ranks.experts.size);
+    if (s->g.device->kind == DEVICE_CUDA)
+        fprintf(stderr, "; between GPUs %s",
+                s->ranks.all.gpus ? "directly, by NCCL" : "through the host: there is no NCCL");
+    fprintf(stderr, "\n");
+}
+
 /* That all ranks run this program with this run file. */
 static Status compare_ranks(const Comm *comm, const RunConfig *config) {
     char hash[65];
@@ -614,6 +631,7 @@ static Status start(Trainer *t, RunConfig *config, bool resume) {
     t->output = s->config.output;
     if (speaks(t)) {
         report_data(&s->store);
+        report_ranks(s);
         memory_plan_print(&s->plan);
     }
     TRY(session_place(s));

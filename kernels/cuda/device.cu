@@ -45,6 +45,7 @@ struct Gpu {
     cudaStream_t stream;
     cudaStream_t beside; /* for copies beside kernels; NULL until it is needed */
     cudaEvent_t asked;   /* what the newest of them waits for */
+    cudaEvent_t left;    /* the end of what cuda_enter_beside began */
     cudaEvent_t copied[OFFLOAD_MOST];
     Pinned staging, chunk[2];
     Graph graphs[GRAPHS_MAX], *recording;
@@ -268,6 +269,7 @@ void cuda_host_release(Device *device, void *memory) {
 static void open_beside(Gpu *g) {
     cuda_check(cudaStreamCreateWithFlags(&g->beside, cudaStreamNonBlocking), "opening a stream");
     cuda_check(cudaEventCreateWithFlags(&g->asked, cudaEventDisableTiming), "making an event");
+    cuda_check(cudaEventCreateWithFlags(&g->left, cudaEventDisableTiming), "making an event");
     for (int i = 0; i < OFFLOAD_MOST; i++)
         cuda_check(cudaEventCreateWithFlags(&g->copied[i], cudaEventDisableTiming),
                    "making an event");
@@ -289,6 +291,35 @@ void cuda_wait_beside(Device *device, int number) {
     if (g->beside)
         cuda_check(cudaStreamWaitEvent(cuda_stream(device), g->copied[number], 0),
                    "waiting for a copy");
+}
+
+/* ---- kernels beside kernels ---- */
+
+static void swap_streams(Gpu *g) {
+    cudaStream_t stream = g->stream;
+    g->stream = g->beside;
+    g->beside = stream;
+}
+
+void cuda_enter_beside(Device *device) {
+    Gpu *g = gpu_of(device);
+    cudaStream_t stream = cuda_stream(device);
+    if (!g->beside) open_beside(g);
+    cuda_check(cudaEventRecord(g->asked, stream), "noting where work begins");
+    cuda_check(cudaStreamWaitEvent(g->beside, g->asked, 0), "ordering work");
+    swap_streams(g);
+}
+
+void cuda_leave_beside(Device *device) {
+    Gpu *g = gpu_of(device);
+    cuda_check(cudaEventRecord(g->left, cuda_stream(device)), "noting where work ends");
+    swap_streams(g);
+}
+
+void cuda_join_beside(Device *device) {
+    Gpu *g = gpu_of(device);
+    if (g->beside)
+        cuda_check(cudaStreamWaitEvent(cuda_stream(device), g->left, 0), "waiting for work");
 }
 
 /* ---- graphs ---- */

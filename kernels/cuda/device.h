@@ -22,6 +22,9 @@ void *cuda_host_memory(Device *device, size_t bytes);
 void cuda_host_release(Device *device, void *memory);
 void cuda_copy_beside(Device *device, int number, void *to, const void *from, size_t bytes);
 void cuda_wait_beside(Device *device, int number);
+void cuda_enter_beside(Device *device);
+void cuda_leave_beside(Device *device);
+void cuda_join_beside(Device *device);
 bool cuda_replay(Device *device, uint64_t key);
 void cuda_recorded(Device *device);
 

@@ -130,8 +130,8 @@ CASE(ranks, levels_have_the_losses_of_one_process) {
     run_alone("half", FULL " dtype=bf16 steps=6");
     take_ranks(3);
     const char *f = test_folder();
-    EXPECT_RUN(0, "train %s/run.yaml output=%s/half3 " FULL " dtype=bf16 steps=6 parallel.shard=3", f,
-               f);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/half3 " FULL " dtype=bf16 steps=6 parallel.shard=3",
+               f, f);
     Metrics *a, *b;
     int64_t n, m;
     char *x = must_format("%s/half/metrics.csv", f), *y = must_format("%s/half3/metrics.csv", f);
@@ -157,8 +157,8 @@ CASE(ranks, adapters_have_the_losses_of_one_process) {
     compare("qat", 3, "method=qat", "parallel.shard=2");
 }
 
-/* The rows of a micro-batch over ranks: in windows of 6 keys and without, more rows than a rank has,
- * and fewer rows than ranks. */
+/* The rows of a micro-batch over ranks: in windows of 6 keys and without, more rows than a rank
+ * has, and fewer rows than ranks. */
 CASE(ranks, shared_rows_have_the_losses_of_one_process) {
     prepare("tiny");
     const char *lora = "method=lora lora.rank=4 data.max_length=512 batch.accumulate=2 steps=6";
@@ -167,7 +167,8 @@ CASE(ranks, shared_rows_have_the_losses_of_one_process) {
     run_alone("full", FULL);
     compare("full", 4, FULL, "parallel.context=2 parallel.shard=2");
     run_alone("apart", FULL " data.packing=false data.max_length=256 steps=3");
-    compare("apart", 4, FULL " data.packing=false data.max_length=256 steps=3", "parallel.context=4");
+    compare("apart", 4, FULL " data.packing=false data.max_length=256 steps=3",
+            "parallel.context=4");
 }
 
 /* A model with experts, small enough for the small tokenizer. */
@@ -183,8 +184,7 @@ static void prepare_experts(void) {
     free(path), free(text);
 }
 
-#define EXPERTS                                                                                    \
-    "method=lora lora.rank=4 lora.experts=true moe.train_router=true moe.aux_loss=0.01"
+#define EXPERTS "method=lora lora.rank=4 lora.experts=true moe.train_router=true moe.aux_loss=0.01"
 
 CASE(ranks, experts_have_the_losses_of_one_process) {
     prepare_experts();
@@ -234,7 +234,7 @@ CASE(ranks, media_have_the_losses_of_one_process) {
     free(media);
 }
 
-/* On the emulator each rank has a GPU; what they exchange goes through the host's memory. */
+/* On the emulator each rank has a GPU, and MPI's messages stand for NCCL's. */
 CASE(ranks, gpus_have_the_losses_of_one) {
     prepare_experts();
     const char *few = EXPERTS " steps=2 batch.accumulate=2 data.max_length=24 data.eval=1e-9 "
@@ -242,6 +242,7 @@ CASE(ranks, gpus_have_the_losses_of_one) {
     alone = must_format("%s", getenv("LAPIDARY_GPU_PROGRAM"));
     run_alone("gpu", few);
     compare("gpu", 2, few, "parallel.shard=1");
+    EXPECT(strstr(program_err, "between GPUs directly, by NCCL"), "%s", program_err);
     compare("gpu", 2, few, "parallel.experts=2 parallel.context=2 parallel.shard=3");
 }
 
