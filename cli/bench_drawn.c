@@ -5,6 +5,7 @@
 #include "kernels/attention.h"
 #include "kernels/elementwise.h"
 #include "kernels/random.h"
+#include "model/cost.h"
 #include "model/step.h"
 #include "optim/optimizer.h"
 #include "train/adapt.h"
@@ -67,24 +68,6 @@ double bench_bytes_a_token(const Gemma *g) {
         bytes += size;
     }
     return bytes;
-}
-
-/* Multiplications and additions a token takes forward: twice the weights it meets, of the experts
- * those chosen, and attention over the keys that a token sees on average. */
-static double forward_flops(const Gemma *g, double tokens) {
-    const ModelConfig *c = &g->config;
-    double flops = 2.0 * (double)(c->vocab_size * c->hidden_size);
-    for (const Linear *l = g->linears.first; l; l = l->next) {
-        double used = l->groups > 1 ? (double)c->top_k_experts : 1.0;
-        flops += 2.0 * used * (double)(l->in * l->out);
-    }
-    for (int l = 0; l < c->num_hidden_layers; l++) {
-        const BlockConfig *k = &g->blocks[l].config;
-        double window = (double)c->sliding_window, keys = tokens / 2;
-        if (k->kind == SLIDING && keys > window) keys = window;
-        flops += 4.0 * keys * (double)(k->num_attention_heads * k->head_dim);
-    }
-    return flops;
 }
 
 /* ---- training ---- */
@@ -212,7 +195,7 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
                    .weights = weights};
     time_steps(g, &memory, &o, &options, &batch, weights + N, &seconds, &loss);
     /* Forward, and back to the inputs; to the weights as well where they are trained. */
-    double flops = forward_flops(g, (double)N) * (double)N * (strcmp(b->train, "full") ? 2 : 3);
+    double flops = gemma_forward_flops(g, (double)N) * (double)N * (strcmp(b->train, "full") ? 2 : 3);
     printf("{\"preset\": \"%s\", \"train\": \"%s\", \"tokens\": %" PRId64
            ", \"recompute\": %s, \"offload\": %s, \"tokens_per_s\": %.1f, \"model_tflops\": %.2f, "
            "\"device_gb\": "

@@ -1,21 +1,32 @@
-/* plan.c - lapidary plan: what each rank of a run takes, before anything runs. */
+/* plan.c - lapidary plan: what each rank of a run takes and how fast it will be, before anything
+ * runs. */
 #include "cli/command.h"
 #include "formats/file.h"
-#include "train/session.h"
+#include "train/forecast.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #define RANKS_MOST 1024
+#define LEVELS     4
 
-/* What a GPU has, less what CUDA, cuBLASLt and panels of weights take beside the plan. */
-static const struct {
-    const char *name;
-    double bytes;
-} gpus[] = {{"h100", 84.5e9}, {"h200", 150.0e9}, {"a100", 84.5e9}, {"b200", 191.0e9}};
+/* GPUs of one host, unless --nodes says otherwise. */
+#define HOST_GPUS 8
+
+/* What CUDA, cuBLASLt and panels of weights take of a GPU beside the plan. */
 #define GPU_BESIDE 0.6e9
+
+/* For whom plans are made. */
+typedef struct Machine {
+    Speeds speeds;
+    double bytes;  /* of one rank's memory */
+    double beside; /* of them that the process takes beside the plan */
+    int64_t nodes; /* 0: as many as there are */
+    bool gpu;      /* another machine's, whose logits come in more rows */
+} Machine;
 
 /* Logits that a GPU has at a time beyond the CPU's: f32 and their gradients. */
 static double more_logits(const Gemma *g) {
@@ -23,90 +34,134 @@ static double more_logits(const Gemma *g) {
            (4.0 + (double)dtype_size(g->dtype));
 }
 
-/* Bytes that a rank sends in a step: sums of gradients to their ranks, at level 2 in each turn of
- * micro-batches, and the updated values (or, at level 0, the sums) to all. */
-static double sent_bytes(Session *s, int64_t ranks) {
-    double values = 4.0 * (double)params_bytes(&s->g.params).trained,
-           away = (double)(ranks - 1) / (double)ranks;
-    int64_t turns = s->config.shard == 2 ? (s->config.accumulate + ranks - 1) / ranks : 1;
-    return values * away * (double)(turns + 1);
+/* Ranks of one host. */
+static int host_ranks(const Machine *m, int64_t ranks) {
+    if (m->nodes) return (int)((ranks + m->nodes - 1) / m->nodes);
+    return m->gpu && ranks > HOST_GPUS ? HOST_GPUS : (int)ranks;
 }
 
 /* One line for so many ranks at a level; whether it fits. */
-static Status plan_level(Session *s, int64_t ranks, int shard, double bytes, bool gpu, bool shows,
+static Status plan_level(Session *s, const Machine *m, int64_t ranks, int shard, bool shows,
                          bool *fits) {
-    double more = gpu ? more_logits(&s->g) : 0;
+    double more = m->beside + (m->gpu ? more_logits(&s->g) : 0);
+    int host = host_ranks(m, ranks);
     s->config.shard = shard;
-    TRY(session_suppose(s, (int)ranks, bytes > more ? (size_t)(bytes - more) : 0));
+    TRY(session_suppose(s, (int)ranks, m->bytes > more ? (size_t)(m->bytes - more) : 0));
     const MemoryPlan *p = &s->plan;
     double total = (double)p->total + more;
-    *fits = total <= bytes;
+    *fits = total <= m->bytes;
     if (!shows && !*fits) return OK;
-    printf("{\"ranks\": %" PRId64 ", \"shard\": %d, \"recompute\": %s, \"weights_gb\": %.2f, "
-           "\"trained_gb\": %.2f, \"gradients_gb\": %.2f, \"states_gb\": %.2f, \"activations_gb\": "
-           "%.2f, \"temporaries_gb\": %.2f, \"total_gb\": %.2f, \"fits\": %s, \"sent_gb\": %.3f}\n",
-           ranks, shard, p->mode == STACK_KEEP ? "false" : "true", (double)p->weights / 1e9,
-           (double)p->masters / 1e9, (double)p->gradients / 1e9, (double)p->optimizer / 1e9,
-           (double)p->activations / 1e9, ((double)p->scratch + more) / 1e9, total / 1e9,
-           *fits ? "true" : "false", sent_bytes(s, ranks) / 1e9);
+    Forecast f = forecast_run(s, &m->speeds, host);
+    printf(
+        "{\"ranks\": %" PRId64 ", \"nodes\": %" PRId64 ", \"shard\": %d, \"recompute\": %s, "
+        "\"weights_gb\": %.2f, \"trained_gb\": %.2f, \"gradients_gb\": %.2f, \"states_gb\": "
+        "%.2f, \"activations_gb\": %.2f, \"temporaries_gb\": %.2f, \"process_gb\": %.2f, "
+        "\"total_gb\": %.2f, \"fits\": %s, \"sent_gb\": %.3f, \"sent_far_gb\": %.3f, \"step_s\": "
+        "%.4g, \"tokens_per_s\": %.4g}\n",
+        ranks, (ranks + host - 1) / host, shard, p->mode == STACK_KEEP ? "false" : "true",
+        (double)p->weights / 1e9, (double)p->masters / 1e9, (double)p->gradients / 1e9,
+        (double)p->optimizer / 1e9, (double)p->activations / 1e9,
+        ((double)p->scratch + more - m->beside) / 1e9, m->beside / 1e9, total / 1e9,
+        *fits ? "true" : "false", (f.near + f.far) / 1e9, f.far / 1e9, f.step, f.tokens_per_s);
     return OK;
+}
+
+/* Whether so many ranks can share the run as it says. */
+static bool can_share(const RunConfig *c, int64_t ranks) {
+    return ranks % c->context == 0 && ranks % c->experts == 0 &&
+           (!c->within || ranks % c->within == 0);
 }
 
 /* Every level for `ranks`; or, where that is 0, the first level that fits for one rank, two, ...,
  * as many as have a micro-batch. */
-static Status plan_ranks(Session *s, int64_t ranks, double bytes, bool gpu) {
-    int64_t most = s->config.accumulate < RANKS_MOST ? s->config.accumulate : RANKS_MOST;
+static Status plan_ranks(Session *s, const Machine *m, int64_t ranks) {
+    int64_t most = s->config.accumulate * s->config.context;
     bool fits = false;
+    if (most > RANKS_MOST) most = RANKS_MOST;
     if (ranks > most)
         FAIL(ERR_CONFIG,
              "%" PRId64 " ranks: batch.accumulate is %" PRId64
              ", expected at least as many: ranks share a step's micro-batches",
              ranks, s->config.accumulate);
-    for (int shard = 0; ranks && shard <= 2; shard++)
-        TRY(plan_level(s, ranks, shard, bytes, gpu, true, &fits));
+    for (int shard = 0; ranks && shard < LEVELS; shard++)
+        TRY(plan_level(s, m, ranks, shard, true, &fits));
     for (int64_t n = 1; !ranks && n <= most; n *= 2) {
-        fits = false;
-        for (int shard = 0; !fits && shard <= 2; shard++)
-            TRY(plan_level(s, n, shard, bytes, gpu, shard == 2, &fits));
+        fits = !can_share(&s->config, n);
+        for (int shard = 0; !fits && shard < LEVELS; shard++)
+            TRY(plan_level(s, m, n, shard, shard == LEVELS - 1, &fits));
     }
     return OK;
 }
 
+/* The ranks that plan together, or as few as the run file's groups allow. */
+static Status open_ranks(Comm *comm, const RunConfig *c) {
+    TRY(comm_open(comm));
+    if (comm_is_many(comm)) return OK;
+    comm->size = (int)(c->context * c->experts * (c->within ? c->within : 1));
+    comm->supposed = comm->threads = true;
+    return OK;
+}
+
+/* The GPU named, or this machine as it is now. */
+static Status find_machine(Machine *m, const Session *s, const char *name) {
+    if (name) {
+        m->gpu = true;
+        m->speeds = *speeds_of(name);
+        m->bytes = m->speeds.memory_bytes - GPU_BESIDE;
+        return OK;
+    }
+    m->bytes = (double)s->plan.available;
+    if (s->g.device->kind == DEVICE_CPU) m->beside = (double)process_resident();
+    return speeds_measure(&m->speeds, s);
+}
+
 Status command_plan(int argc, char **argv) {
     int64_t ranks = 0;
+    Machine machine = {0};
     const char *name = NULL;
     RunOptions run = {0};
-    Option options[] = {{"--gpus", OPTION_INT, &ranks,
-                         "N  ranks: all levels of sharing for them; default: the first "
-                         "level that fits for 1, 2, 4, ... ranks"},
-                        {"--gpu", OPTION_TEXT, &name,
-                         "a100|h100|h200|b200  whose memory is to suffice; default: "
-                         "this machine's"},
-                        RUN_OPTIONS(run),
-                        {NULL, OPTION_FLAG, NULL, NULL}};
-    Arguments a = {.usage = "plan RUN.yaml [--gpus N] [--gpu NAME] [key.path=value ...]",
-                   .about =
-                       "Memory of each rank and what it sends in a step, before anything runs.",
+    Option options[] = {
+        {"--gpus", OPTION_INT, &ranks,
+         "N  ranks: all levels of sharing for them; default: the first level that fits for 1, 2, "
+         "4, ... ranks"},
+        {"--nodes", OPTION_INT, &machine.nodes, "M  hosts that they are on (8 GPUs on each)"},
+        {"--gpu", OPTION_TEXT, &name,
+         "a100|h100|h200|b200  whose memory is to suffice and whose speed counts; default: this "
+         "machine's, timed now"},
+        RUN_OPTIONS(run),
+        {NULL, OPTION_FLAG, NULL, NULL}};
+    Arguments a = {.usage =
+                       "plan RUN.yaml [--gpus N] [--nodes M] [--gpu NAME] [key.path=value ...]",
+                   .about = "Memory of each rank, what it sends in a step, and how fast steps will "
+                            "be, before\nanything runs. Under mpirun this machine's ranks and "
+                            "links are timed together.",
                    .options = options,
                    .least = 1,
                    .most = -1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
-    double bytes = 0;
-    for (size_t i = 0; name && i < sizeof gpus / sizeof *gpus; i++)
-        if (!strcmp(name, gpus[i].name)) bytes = gpus[i].bytes - GPU_BESIDE;
-    if (name && bytes == 0) FAIL(ERR_USAGE, "--gpu %s: expected a100, h100, h200 or b200", name);
+    if (name && !speeds_of(name))
+        FAIL(ERR_USAGE, "--gpu %s: expected a100, h100, h200 or b200", name);
     if (ranks < 0) FAIL(ERR_USAGE, "--gpus %" PRId64 ": expected 1 or more", ranks);
+    if (machine.nodes < 0)
+        FAIL(ERR_USAGE, "--nodes %" PRId64 ": expected 1 or more", machine.nodes);
     RunConfig config;
     Session s;
+    Comm comm;
     TRY(run_arguments_load(&config, &a, &run));
+    Status status = open_ranks(&comm, &config);
     char *store = must_format("/tmp/lapidary-plan-%d.h5", (int)getpid());
-    Status status = session_open(&s, &config, NULL, store, NULL);
+    if (status == OK) status = session_open(&s, &config, &comm, store, NULL);
     run_config_free(&config);
     if (status == OK) {
-        status = plan_ranks(&s, ranks, name ? bytes : (double)s.plan.available, name != NULL);
+        int rank = comm.rank;
+        status = find_machine(&machine, &s, name);
+        if (status == OK && !rank)
+            status = plan_ranks(
+                &s, &machine, comm_is_many(&comm) && !comm.supposed && !ranks ? comm.size : ranks);
         session_close(&s);
     }
+    comm_close(&comm);
     tree_remove(store);
     free(store);
     return status;

@@ -152,20 +152,20 @@ Status h5_write(H5File *f, const char *name, hid_t type, int64_t rows, int64_t c
 
 #define APPEND_CHUNK ((hsize_t)1 << 20)
 
-static hid_t make_bytes(H5File *f, const char *name) {
+static hid_t make_growing(H5File *f, const char *name, hid_t type) {
     hsize_t none = 0, most = H5S_UNLIMITED, chunk = APPEND_CHUNK;
     hid_t space = H5Screate_simple(1, &none, &most), plist = H5Pcreate(H5P_DATASET_CREATE);
     H5Pset_chunk(plist, 1, &chunk);
-    hid_t set = H5Dcreate2(f->id, name, H5T_NATIVE_UINT8, space, H5P_DEFAULT, plist, H5P_DEFAULT);
+    hid_t set = H5Dcreate2(f->id, name, type, space, H5P_DEFAULT, plist, H5P_DEFAULT);
     H5Pclose(plist);
     H5Sclose(space);
     return set;
 }
 
-Status h5_append(H5File *f, const char *name, const uint8_t *bytes, int64_t count) {
+Status h5_append(H5File *f, const char *name, hid_t type, const void *data, int64_t count) {
     lock();
     bool there = H5Lexists(f->id, name, H5P_DEFAULT) > 0;
-    hid_t set = there ? H5Dopen2(f->id, name, H5P_DEFAULT) : make_bytes(f, name);
+    hid_t set = there ? H5Dopen2(f->id, name, H5P_DEFAULT) : make_growing(f, name, type);
     hid_t old = set >= 0 ? H5Dget_space(set) : -1;
     hsize_t first = old >= 0 ? (hsize_t)H5Sget_simple_extent_npoints(old) : 0,
             size = (hsize_t)count, end = first + size;
@@ -173,7 +173,7 @@ Status h5_append(H5File *f, const char *name, const uint8_t *bytes, int64_t coun
     if (good && count) {
         hid_t space = H5Dget_space(set), memory = H5Screate_simple(1, &size, NULL);
         H5Sselect_hyperslab(space, H5S_SELECT_SET, &first, NULL, &size, NULL);
-        good = H5Dwrite(set, H5T_NATIVE_UINT8, memory, space, H5P_DEFAULT, bytes) >= 0;
+        good = H5Dwrite(set, type, memory, space, H5P_DEFAULT, data) >= 0;
         H5Sclose(memory);
         H5Sclose(space);
     }

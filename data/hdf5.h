@@ -29,8 +29,8 @@ void h5_close(H5File *f); /* also abandons what was not committed; accepts a zer
 Status h5_write(H5File *f, const char *name, hid_t type, int64_t rows, int64_t cols, bool packed,
                 const void *data);
 
-/* Adds bytes to the end of a dataset of bytes, which the first call makes. */
-Status h5_append(H5File *f, const char *name, const uint8_t *bytes, int64_t count);
+/* Adds elements to the end of a dataset, which the first call makes. */
+Status h5_append(H5File *f, const char *name, hid_t type, const void *data, int64_t count);
 
 /* Whether there is a dataset of that name, in a group or in none. */
 bool h5_has(H5File *f, const char *name);

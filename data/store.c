@@ -86,7 +86,7 @@ static int64_t bank_item(Builder *b, const MediaItem *item, const Original *orig
                       .offset = bank->bytes};
     const void *bytes = bytes_of(bank, &m, item, original);
     if (!bank->count) b->status = h5_group(&b->out, "media");
-    if (bytes && b->status == OK) b->status = h5_append(&b->out, "media/bytes", bytes, m.bytes);
+    if (bytes && b->status == OK) b->status = h5_append(&b->out, "media/bytes", H5T_NATIVE_UINT8, bytes, m.bytes);
     bank->bytes += bytes ? m.bytes : 0;
     bank->keys[bank->count] = item->key;
     bank->items[bank->count] = m;

@@ -210,6 +210,24 @@ done:
     return status;
 }
 
+Status checkpoint_describe(Checkpoint *c, const char *dir) {
+    char *config = path_join(dir, "config.json"),
+         *index = path_join(dir, "model.safetensors.index.json"),
+         *one = path_join(dir, "model.safetensors"), *bytes = NULL;
+    size_t size;
+    Status status = OK;
+    if (gguf_is_file(dir) || file_exists(index) || file_exists(one)) {
+        status = checkpoint_open(c, dir);
+        goto done;
+    }
+    *c = (Checkpoint){.dir = must_strdup(dir)};
+    TRY_DONE(file_read(&bytes, &size, config, CONFIG_MAX));
+    TRY_DONE(model_config_parse(&c->config, bytes, size, config));
+done:
+    free(config), free(index), free(one), free(bytes);
+    return status;
+}
+
 void checkpoint_close(Checkpoint *c) {
     for (int i = 0; i < c->file_count; i++) safetensors_close(&c->files[i]);
     for (int i = 0; c->renamed && i < c->gguf.count; i++) free(c->renamed[i].name);

@@ -41,6 +41,9 @@ typedef struct Checkpoint {
 Status checkpoint_open(Checkpoint *c, const char *dir);
 void checkpoint_close(Checkpoint *c);
 
+/* The same, or where the folder has no weights yet its config alone: for plans. */
+Status checkpoint_describe(Checkpoint *c, const char *dir);
+
 /* Gives frozen parameters of a model that is not placed yet the dtype they will have in memory:
  * packed weights stay packed, in the order products read them; vectors stored in f32 stay f32. */
 void checkpoint_formats(const Checkpoint *c, Gemma *g);

@@ -9,18 +9,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PIECE 4 /* numbers that describe one */
+#define PIECE 5 /* numbers that describe one */
 
-/* A piece of a parameter that a file has: `count` elements from `first` of its whole value on, which
- * begin at `at` in the file's values and states. */
+/* A piece of a parameter that a file has: `count` elements from `first` of its whole value on,
+ * which begin at `at` in the file's states and at `value` in its values. */
 typedef struct Piece {
-    int64_t param, first, count, at;
+    int64_t param, first, count, at, value;
 } Piece;
 
 /* Those of this rank's shares. Caller frees. */
 static Piece *own_pieces(const ParamList *params, int *count) {
     const Space *s = &params->space;
     Piece *pieces = must_malloc((size_t)(params->count + 1) * sizeof *pieces);
+    int64_t values = 0;
     *count = 0;
     for (int i = 0; i < s->count; i++) {
         const ParamRun *r = &s->runs[i];
@@ -32,49 +33,63 @@ static Piece *own_pieces(const ParamList *params, int *count) {
             if (end > r->own_end) end = r->own_end;
             if (begin >= end) continue;
             int64_t before = p->groups ? p->group * (n / p->value.shape[0]) : 0;
-            pieces[(*count)++] =
-                (Piece){k, before + begin - p->offset, end - begin, r->share + begin - r->own};
+            pieces[(*count)++] = (Piece){k, before + begin - p->offset, end - begin,
+                                         r->share + begin - r->own, values + begin - r->own};
         }
+        if (r->place >= 0) values += r->own_end - r->own;
     }
     return pieces;
 }
 
-/* Whether this rank is the one that writes its share: of those that have the same, the first does. */
+/* Whether this rank is the one that writes its share: of those that have the same, the first does.
+ */
 static bool writes(const Space *s, const ParamRun *r) {
     if (!s->ranks) return true;
     if (!s->level) return !run_sharers(s->ranks, r)->rank;
     return r->experts || !s->ranks->across.rank;
 }
 
-/* Bytes of the host between a share's values and where the space has them. */
-static void each_share(const Space *s, float *host, bool reads) {
-    for (int i = 0; i < s->count; i++) {
-        const ParamRun *r = &s->runs[i];
-        if (r->place < 0 || r->own == r->own_end) continue;
-        Tensor values = run_values(s, r, r->own, r->own_end);
-        if (reads)
-            tensor_read(host + r->share, values);
-        else
-            tensor_write(values, host + r->share);
-    }
+/* Elements, or bytes of packed states, that go between file and memory at a time. */
+#define AT_ONCE ((int64_t)1 << 22)
+
+/* f32, or the bytes of packed states and bf16 values, as one line. */
+static Tensor stored_line(Tensor t) {
+    int64_t n = t.dtype == F32 ? tensor_count(t) : (int64_t)tensor_bytes(t);
+    Tensor line = tensor_make(t.data, t.dtype == F32 ? F32 : U8, 1, &n);
+    line.device = t.device;
+    return line;
 }
 
-/* As f32, or as the bytes of packed states and bf16 values. */
-static hid_t stored_type(Tensor t, int64_t *count) {
-    bool bytes = t.dtype != F32;
-    *count = bytes ? (int64_t)tensor_bytes(t) : tensor_count(t);
-    return bytes ? H5T_NATIVE_UCHAR : H5T_NATIVE_FLOAT;
+static hid_t stored_type(Tensor line) {
+    return line.dtype == F32 ? H5T_NATIVE_FLOAT : H5T_NATIVE_UCHAR;
 }
 
-static Status write_tensor(H5File *f, const char *name, Tensor t) {
-    int64_t count;
+/* Adds all of a tensor to the end of a dataset. */
+static Status append(H5File *f, const char *name, Tensor t) {
     if (!tensor_present(t)) return OK;
-    hid_t type = stored_type(t, &count);
-    Tensor host;
-    TRY(tensor_stage(&host, t));
-    tensor_read(host.data, t);
-    Status status = h5_write(f, name, type, count, 0, false, host.data);
-    tensor_unstage(t, host, true);
+    Tensor line = stored_line(t);
+    void *host = must_malloc((size_t)AT_ONCE * dtype_size(line.dtype));
+    Status status = OK;
+    for (int64_t at = 0, n; at < tensor_count(line) && status == OK; at += n) {
+        n = tensor_count(line) - at < AT_ONCE ? tensor_count(line) - at : AT_ONCE;
+        const void *bytes = tensor_host(tensor_slice(line, at, n), host);
+        status = h5_append(f, name, stored_type(line), bytes, n);
+    }
+    free(host);
+    return status;
+}
+
+/* Elements `first` and on of a dataset to all of a tensor. */
+static Status read_into(H5File *f, const char *name, int64_t first, Tensor t) {
+    Tensor line = stored_line(t);
+    void *host = must_malloc((size_t)AT_ONCE * dtype_size(line.dtype));
+    Status status = OK;
+    for (int64_t at = 0, n; at < tensor_count(line) && status == OK; at += n) {
+        n = tensor_count(line) - at < AT_ONCE ? tensor_count(line) - at : AT_ONCE;
+        status = h5_read(f, name, stored_type(line), first + at, n, host);
+        if (status == OK) tensor_write(tensor_slice(line, at, n), host);
+    }
+    free(host);
     return status;
 }
 
@@ -117,15 +132,14 @@ static Status write_shares(H5File *f, ParamList *params, const Optimizer *optimi
     Status status = h5_write(f, "pieces", H5T_NATIVE_INT64, PIECE * kept, 0, false, pieces);
     free(pieces);
     TRY(status);
-    int64_t n = params_bytes(params).own;
-    float *host = must_calloc((size_t)n + 1, sizeof *host);
-    each_share(s, host, true);
-    status = h5_write(f, "values", H5T_NATIVE_FLOAT, n, 0, false, host);
-    free(host);
-    TRY(status);
-    TRY(each_plain_value(f, params, write_tensor));
-    TRY(write_tensor(f, "m", optimizer->m));
-    return write_tensor(f, "v", optimizer->v);
+    for (int i = 0; i < s->count; i++) {
+        const ParamRun *r = &s->runs[i];
+        if (r->place >= 0 && r->own < r->own_end)
+            TRY(append(f, "values", run_values(s, r, r->own, r->own_end)));
+    }
+    TRY(each_plain_value(f, params, append));
+    TRY(append(f, "m", optimizer->m));
+    return append(f, "v", optimizer->v);
 }
 
 /* The file of a rank: the first one's says how many there are. */
@@ -170,44 +184,45 @@ done:
     return status;
 }
 
-static Status read_tensor(H5File *f, const char *name, Tensor t) {
-    int64_t count, own;
-    hid_t type = stored_type(t, &own);
+static Status read_all(H5File *f, const char *name, Tensor t) {
+    int64_t count, own = tensor_count(stored_line(t));
     TRY(h5_count(f, name, &count));
     if (count != own)
         FAIL(ERR_FORMAT, "%s: '%s' holds %" PRId64 " values, this run has %" PRId64, f->path, name,
              count, own);
-    Tensor host;
-    TRY(tensor_stage(&host, t));
-    Status status = h5_read(f, name, type, 0, own, host.data);
-    tensor_unstage(t, host, status != OK);
-    return status;
+    return read_into(f, name, 0, t);
 }
 
-/* What is filled from all files: this rank's shares, in the host's memory. */
+/* What is filled from all files. */
 typedef struct Shares {
-    Piece *pieces;
+    ParamList *params;
+    Optimizer *optimizer;
+    Piece *pieces; /* of this rank */
     int count;
-    float *values;
-    Tensor m, v;
     int64_t found; /* elements */
 } Shares;
 
 /* The states of elements from `at` on of a file to those from `to` on. */
-static Status read_states(H5File *f, const char *name, Tensor host, int64_t to, int64_t at,
+static Status read_states(H5File *f, const char *name, Tensor states, int64_t to, int64_t at,
                           int64_t n) {
-    if (!tensor_present(host)) return OK;
-    if (host.dtype == F32)
-        return h5_read(f, name, H5T_NATIVE_FLOAT, at, n, (float *)host.data + to);
+    if (!tensor_present(states)) return OK;
+    if (states.dtype == F32)
+        return read_into(f, name, at, tensor_slice(stored_line(states), to, n));
     if (to % DYNAMIC_BLOCK || at % DYNAMIC_BLOCK)
         FAIL(ERR_CONFIG,
-             "%s: states of 8 bits are in blocks of %d values that other ranks cut elsewhere: resume "
+             "%s: states of 8 bits are in blocks of %d values that other ranks cut elsewhere: "
+             "resume "
              "with the parallel.experts that the run had",
              f->path, DYNAMIC_BLOCK);
-    int64_t bytes = dtype_block(host.dtype).bytes,
-            blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
-    return h5_read(f, name, H5T_NATIVE_UCHAR, at / DYNAMIC_BLOCK * bytes, blocks * bytes,
-                   (char *)host.data + to / DYNAMIC_BLOCK * bytes);
+    int64_t blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
+    return read_into(f, name, at / DYNAMIC_BLOCK * dtype_block(states.dtype).bytes,
+                     tensor_slice(states, to / DYNAMIC_BLOCK, blocks));
+}
+
+static const ParamRun *run_of_share(const Space *s, int64_t at) {
+    int i = 0;
+    while (at >= s->runs[i].share + s->runs[i].own_end - s->runs[i].own) i++;
+    return &s->runs[i];
 }
 
 /* What a file's piece has of one of ours. */
@@ -218,9 +233,14 @@ static Status read_overlap(H5File *f, Shares *s, const Piece *own, const Piece *
     if (own->param != theirs->param || first >= end) return OK;
     int64_t to = own->at + first - own->first, at = theirs->at + first - theirs->first,
             n = end - first;
-    TRY(h5_read(f, "values", H5T_NATIVE_FLOAT, at, n, s->values + to));
-    TRY(read_states(f, "m", s->m, to, at, n));
-    TRY(read_states(f, "v", s->v, to, at, n));
+    const Space *space = &s->params->space;
+    const ParamRun *r = run_of_share(space, to);
+    int64_t place = r->own + to - r->share;
+    if (r->place >= 0)
+        TRY(read_into(f, "values", theirs->value + first - theirs->first,
+                      run_values(space, r, place, place + n)));
+    TRY(read_states(f, "m", s->optimizer->m, to, at, n));
+    TRY(read_states(f, "v", s->optimizer->v, to, at, n));
     s->found += n;
     return OK;
 }
@@ -243,14 +263,11 @@ done:
 /* Values and states of this rank's shares from the first file, which is open, and the others. */
 static Status load_shares(H5File *first, const char *folder, int files, ParamList *params,
                           Optimizer *optimizer) {
-    Shares s = {0};
+    Shares s = {.params = params, .optimizer = optimizer};
     Status status = OK;
     int64_t all = 0;
-    s.values = must_calloc((size_t)params_bytes(params).own + 1, sizeof *s.values);
     s.pieces = own_pieces(params, &s.count);
     for (int i = 0; i < s.count; i++) all += s.pieces[i].count;
-    if (tensor_present(optimizer->m)) TRY_DONE(tensor_stage(&s.m, optimizer->m));
-    if (tensor_present(optimizer->v)) TRY_DONE(tensor_stage(&s.v, optimizer->v));
     for (int r = 0; r < files; r++) {
         H5File f = {0};
         char *path = part_path(folder, r);
@@ -261,13 +278,10 @@ static Status load_shares(H5File *first, const char *folder, int files, ParamLis
         if (status != OK) goto done;
     }
     if (s.found != all)
-        FAIL_DONE(ERR_FORMAT, "%s: its files hold %" PRId64 " of the %" PRId64 " values wanted here",
-                  folder, s.found, all);
-    each_share(&params->space, s.values, false);
+        FAIL_DONE(ERR_FORMAT,
+                  "%s: its files hold %" PRId64 " of the %" PRId64 " values wanted here", folder,
+                  s.found, all);
 done:
-    if (tensor_present(s.m)) tensor_unstage(optimizer->m, s.m, status != OK);
-    if (tensor_present(s.v)) tensor_unstage(optimizer->v, s.v, status != OK);
-    free(s.values);
     free(s.pieces);
     return status;
 }
@@ -306,7 +320,7 @@ Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer,
                   stored_values, trained_values(params));
     TRY_DONE(h5_read_number(&f, "/", "best_eval", &state->best_eval));
     TRY_DONE(h5_read(&f, "norms", H5T_NATIVE_FLOAT, 0, NORM_HISTORY, state->norms));
-    TRY_DONE(each_plain_value(&f, params, read_tensor));
+    TRY_DONE(each_plain_value(&f, params, read_all));
     TRY_DONE(load_shares(&f, folder, (int)files, params, optimizer));
     params_publish(params);
     space_join(params);

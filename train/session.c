@@ -295,7 +295,8 @@ static void leave_groups(Session *s) {
 }
 
 Status session_suppose(Session *s, int ranks, size_t available) {
-    s->comm = (Comm){.size = ranks, .supposed = ranks > 1, .threads = true};
+    leave_groups(s);
+    s->comm = (Comm){.size = ranks, .supposed = true, .threads = true};
     TRY(make_groups(s));
     return session_plan(s, available);
 }
@@ -310,7 +311,10 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     TRY_DONE(make_groups(s));
     TRY_DONE(open_device(s, &device));
     if (comm_is_many(&s->comm) && !s->comm.supposed) join_gpus(s, device);
-    TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
+    if (s->comm.supposed)
+        TRY_DONE(checkpoint_describe(&s->checkpoint, c->model));
+    else
+        TRY_DONE(checkpoint_open(&s->checkpoint, c->model));
     TRY_DONE(tokenizer_load(&s->tokenizer, c->model));
     if (tokenizer_size(s->tokenizer) > s->checkpoint.config.vocab_size)
         FAIL_DONE(ERR_FORMAT, "%s: the tokenizer has %" PRId64 " tokens, the model %" PRId64,
