@@ -46,10 +46,21 @@ done:
     return status;
 }
 
+/* Ranks that MPI has started ask the questions turn by turn. */
 static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, const char *device,
                         const char *dtype, const char *format) {
     Results results = {0};
     Model m;
+    Comm comm;
+    Device *own;
+    char name[32];
+    TRY(comm_open(&comm));
+    if (comm_is_many(&comm)) {
+        TRY(comm_open_device(&comm, &own, device));
+        snprintf(name, sizeof name, own->kind == DEVICE_CUDA ? "cuda:%d" : "cpu", own->index);
+        device = name;
+        o->ranks = &comm;
+    }
     EvalNeeds needs = eval_needs(o);
     TRY(model_open(&m, model, adapter, device, dtype, WEIGHTS_LOADED,
                    needs.media ? WITH_MEDIA : WITHOUT_MEDIA));
@@ -58,9 +69,13 @@ static Status run_tasks(EvalOptions *o, const char *model, const char *adapter, 
     file_stop_on_signals();
     if (status == OK)
         status = eval_run(&results, &(Examinee){model, adapter, &m.g, m.tokenizer}, o);
-    if (status == OK) results_print(&results, stdout);
+    if (status == OK && !comm.rank) results_print(&results, stdout);
     results_free(&results);
     model_close(&m);
+    if (status == OK || status == ERR_STOPPED)
+        comm_close(&comm);
+    else if (comm_is_many(&comm))
+        status_prefix(status, "rank %d", comm.rank);
     return status;
 }
 

@@ -93,17 +93,16 @@ static Status plan_ranks(Session *s, const Machine *m, int64_t ranks) {
     return OK;
 }
 
-/* The ranks that plan together, or as few as the run file's groups allow. */
-static Status open_ranks(Comm *comm, const RunConfig *c) {
-    TRY(comm_open(comm));
-    if (comm_is_many(comm)) return OK;
-    comm->size = (int)(c->context * c->experts * (c->within ? c->within : 1));
-    comm->supposed = comm->threads = true;
-    return OK;
+/* As many ranks as plan together, or as few as the run file's groups allow. */
+static Comm suppose_ranks(const Comm *comm, const RunConfig *c) {
+    int64_t least = c->context * c->experts * (c->within ? c->within : 1);
+    return (Comm){.size = comm_is_many(comm) ? comm->size : (int)least,
+                  .supposed = true,
+                  .threads = true};
 }
 
 /* The GPU named, or this machine as it is now. */
-static Status find_machine(Machine *m, const Session *s, const char *name) {
+static Status find_machine(Machine *m, const Session *s, const Comm *comm, const char *name) {
     if (name) {
         m->gpu = true;
         m->speeds = *speeds_of(name);
@@ -112,7 +111,7 @@ static Status find_machine(Machine *m, const Session *s, const char *name) {
     }
     m->bytes = (double)s->plan.available;
     if (s->g.device->kind == DEVICE_CPU) m->beside = (double)process_resident();
-    return speeds_measure(&m->speeds, s);
+    return speeds_measure(&m->speeds, s, comm);
 }
 
 Status command_plan(int argc, char **argv) {
@@ -149,16 +148,15 @@ Status command_plan(int argc, char **argv) {
     Session s;
     Comm comm;
     TRY(run_arguments_load(&config, &a, &run));
-    Status status = open_ranks(&comm, &config);
+    TRY(comm_open(&comm));
+    Comm supposed = suppose_ranks(&comm, &config);
     char *store = must_format("/tmp/lapidary-plan-%d.h5", (int)getpid());
-    if (status == OK) status = session_open(&s, &config, &comm, store, NULL);
+    Status status = session_open(&s, &config, &supposed, store, NULL);
     run_config_free(&config);
     if (status == OK) {
-        int rank = comm.rank;
-        status = find_machine(&machine, &s, name);
-        if (status == OK && !rank)
-            status = plan_ranks(
-                &s, &machine, comm_is_many(&comm) && !comm.supposed && !ranks ? comm.size : ranks);
+        status = find_machine(&machine, &s, &comm, name);
+        if (!ranks && comm_is_many(&comm)) ranks = comm.size;
+        if (status == OK && !comm.rank) status = plan_ranks(&s, &machine, ranks);
         session_close(&s);
     }
     comm_close(&comm);

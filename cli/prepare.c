@@ -21,17 +21,25 @@ static Status read_model_config(ModelConfig *config, bool *found, const char *mo
     return status;
 }
 
+/* All ranks make the dataset together; the first says what became of it. */
 static Status prepare(const DataConfig *data, const char *model, int64_t seed, const char *out) {
+    Comm comm;
     Tokenizer *tokenizer;
     RowReader reader;
     Store store;
     ModelConfig config;
     bool found;
+    TRY(comm_open(&comm));
     TRY(read_model_config(&config, &found, model));
     TRY(tokenizer_load(&tokenizer, model));
     Status status = row_reader_init(&reader, data, tokenizer, model);
     if (found) reader.reading.config = &config;
-    if (status == OK) status = store_build(out, &reader, data, seed, progress_rows);
+    if (status == OK) status = store_build(out, &reader, data, seed, &comm, comm.rank ? NULL : progress_rows);
+    if (status == OK && comm.rank) {
+        tokenizer_free(tokenizer);
+        comm_close(&comm);
+        return OK;
+    }
     if (status == OK) status = store_open(&store, out, &reader, data, seed);
     if (status == OK) {
         const StoreCounts *n = &store.counts;
@@ -43,6 +51,7 @@ static Status prepare(const DataConfig *data, const char *model, int64_t seed, c
         store_close(&store);
     }
     tokenizer_free(tokenizer);
+    if (status == OK) comm_close(&comm);
     return status;
 }
 

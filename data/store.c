@@ -1,207 +1,14 @@
-/* store.c - building, checking and reading stores. */
-#include "data/store.h"
+/* store.c - checking and reading stores. */
+#include "data/store_layout.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
-#include "kernels/random.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define STORE_VERSION 2
-
-/* A set being filled. */
-typedef struct Growing {
-    int32_t *tokens;
-    uint8_t *mask;
-    int64_t count, capacity;
-    int64_t *begins;
-    int32_t *sources;
-    int64_t samples, sample_capacity, trained;
-    int64_t *slots; /* (slot_count, 2) */
-    int64_t slot_count, slot_capacity;
-} Growing;
-
-/* Media so far, found by their key. */
-typedef struct Bank {
-    StoredMedium *items;
-    uint64_t *keys;
-    int64_t count, capacity, bytes;
-    int64_t *table; /* (size) item + 1 by key, 0: free; size a power of two, at most half full */
-    int64_t size;
-} Bank;
-
-typedef struct Builder {
-    Growing train, eval, *to;
-    StoreCounts counts;
-    int32_t file, line;
-    Bank bank;
-    H5File out;
-    Status status; /* of writing media */
-} Builder;
-
-static int64_t bank_place(const Bank *b, uint64_t key) {
-    int64_t at = (int64_t)(key & (uint64_t)(b->size - 1));
-    while (b->table[at] && b->keys[b->table[at] - 1] != key) at = (at + 1) & (b->size - 1);
-    return at;
-}
-
-static void bank_grow(Bank *b) {
-    b->capacity = b->capacity ? 2 * b->capacity : 256;
-    b->size = 2 * b->capacity;
-    b->items = must_realloc(b->items, (size_t)b->capacity * sizeof *b->items);
-    b->keys = must_realloc(b->keys, (size_t)b->capacity * sizeof *b->keys);
-    free(b->table);
-    b->table = must_calloc((size_t)b->size, sizeof *b->table);
-    for (int64_t i = 0; i < b->count; i++) b->table[bank_place(b, b->keys[i])] = i + 1;
-}
-
-/* Where the bytes of an item go: as the model reads it, or its file, once for all of its frames. */
-static const void *bytes_of(const Bank *bank, StoredMedium *m, const MediaItem *item,
-                            const Original *original) {
-    if (!original->bytes) {
-        m->bytes = item->height ? 3 * item->height * item->width
-                                : item->frames * item->feature_width * (int64_t)sizeof(float);
-        return item->height ? (const void *)item->pixels : item->features;
-    }
-    m->bytes = (int64_t)original->size;
-    m->part = original->part;
-    m->parts = original->parts;
-    m->kind = original->kind;
-    if (!m->part) return original->bytes;
-    m->offset = bank->items[bank->count - 1].offset; /* the frame before was as new as this one */
-    return NULL;
-}
-
-/* The number of a medium's content, which is written when it is new. */
-static int64_t bank_item(Builder *b, const MediaItem *item, const Original *original) {
-    Bank *bank = &b->bank;
-    if (bank->count == bank->capacity) bank_grow(bank);
-    int64_t at = bank_place(bank, item->key);
-    if (bank->table[at]) return bank->table[at] - 1;
-    StoredMedium m = {.height = item->height,
-                      .width = item->width,
-                      .frames = item->frames,
-                      .tokens = item->count,
-                      .offset = bank->bytes};
-    const void *bytes = bytes_of(bank, &m, item, original);
-    if (!bank->count) b->status = h5_group(&b->out, "media");
-    if (bytes && b->status == OK) b->status = h5_append(&b->out, "media/bytes", H5T_NATIVE_UINT8, bytes, m.bytes);
-    bank->bytes += bytes ? m.bytes : 0;
-    bank->keys[bank->count] = item->key;
-    bank->items[bank->count] = m;
-    bank->table[at] = ++bank->count;
-    return bank->count - 1;
-}
-
-static void add_slot(Growing *g, int64_t token, int64_t item) {
-    if (g->slot_count == g->slot_capacity) {
-        g->slot_capacity = g->slot_capacity ? 2 * g->slot_capacity : 256;
-        g->slots = must_realloc(g->slots, (size_t)g->slot_capacity * 2 * sizeof *g->slots);
-    }
-    g->slots[2 * g->slot_count] = token;
-    g->slots[2 * g->slot_count++ + 1] = item;
-}
-
-static void add_sample(void *context, const Sample *sample) {
-    Builder *b = context;
-    Growing *g = b->to;
-    while (g->count + sample->count > g->capacity) {
-        g->capacity = g->capacity ? 2 * g->capacity : 65536;
-        g->tokens = must_realloc(g->tokens, (size_t)g->capacity * sizeof *g->tokens);
-        g->mask = must_realloc(g->mask, (size_t)g->capacity);
-    }
-    if (g->samples == g->sample_capacity) {
-        g->sample_capacity = g->sample_capacity ? 2 * g->sample_capacity : 1024;
-        g->begins = must_realloc(g->begins, (size_t)(g->sample_capacity + 1) * sizeof *g->begins);
-        g->sources = must_realloc(g->sources, (size_t)g->sample_capacity * 2 * sizeof *g->sources);
-    }
-    memcpy(g->tokens + g->count, sample->ids, (size_t)sample->count * sizeof *g->tokens);
-    memcpy(g->mask + g->count, sample->mask, (size_t)sample->count);
-    g->begins[g->samples] = g->count;
-    for (int64_t i = 0; i < sample->media_count; i++) {
-        Original original = media_original(sample->originals, i);
-        add_slot(g, g->count + sample->media[i].first, bank_item(b, &sample->media[i], &original));
-    }
-    g->sources[2 * g->samples] = b->file;
-    g->sources[2 * g->samples + 1] = b->line;
-    g->samples++;
-    g->count += sample->count;
-    g->begins[g->samples] = g->count;
-    for (int64_t i = 1; i < sample->count; i++) g->trained += sample->mask[i];
-    b->counts.cut += sample->cut;
-}
-
-static void growing_free(Growing *g) {
-    free(g->tokens);
-    free(g->mask);
-    free(g->begins);
-    free(g->sources);
-    free(g->slots);
-}
-
-static Status convert_line(Builder *b, RowReader *reader, const char *line, size_t size,
-                           Growing *to) {
-    json_t *row = NULL;
-    b->to = to;
-    Status status = utf8_valid(line, size) ? json_read(&row, line, size, "row")
-                                           : status_fail(ERR_FORMAT, "is not UTF-8");
-    if (status == OK) status = row_convert(reader, row, add_sample, b);
-    json_decref(row);
-    return status == OK ? b->status : status;
-}
-
-/* A mapped file would be quicker to start, but a file that shrinks under us would crash: read by
- * lines. */
-static Status read_file(Builder *b, RowReader *reader, const DataConfig *config, const char *path,
-                        bool eval, int64_t seed, StoreProgress *progress) {
-    FILE *file = fopen(path, "rb");
-    if (!file) FAIL(ERR_IO, "%s: cannot be opened", path);
-    fseeko(file, 0, SEEK_END);
-    double total = (double)ftello(file);
-    rewind(file);
-    char *line = NULL, *folder = path_folder(path);
-    size_t space = 0;
-    int64_t rows = 0, bad = 0;
-    reader->reading.folder = folder;
-    Status status = OK;
-    b->line = 0;
-    for (ssize_t size; (size = getline(&line, &space, file)) >= 0;) {
-        b->line++;
-        size_t start = b->line == 1 && size >= 3 && !memcmp(line, "\xef\xbb\xbf", 3)
-                           ? 3
-                           : 0; /* a byte order mark */
-        Slice text = slice_strip((Slice){line + start, (size_t)size - start});
-        if (!text.size) continue;
-        rows++;
-        bool held_out =
-            eval || (config->eval_share > 0 &&
-                     random_uniform_double(random_key((uint64_t)seed, (uint64_t)b->file),
-                                           (uint64_t)b->line) < config->eval_share);
-        status = convert_line(b, reader, text.bytes, text.size, held_out ? &b->eval : &b->train);
-        if (status == ERR_CONFIG || b->status != OK) break; /* not the row's fault */
-        if (status != OK && !config->skip_bad) {
-            status_prefix(status, "%s:%d", path, b->line);
-            break;
-        }
-        if (status != OK && bad++ < 5) note("skipped %s:%d: %s", path, b->line, status_message());
-        status = OK;
-        if (progress && rows % 256 == 0)
-            progress(path, rows, total > 0 ? (double)ftello(file) / total : 1);
-    }
-    if (status == OK && ferror(file)) status = status_fail(ERR_IO, "%s: cannot be read", path);
-    if (status == OK && progress) progress(path, rows, 1);
-    b->counts.rows += (double)rows;
-    b->counts.bad += (double)bad;
-    reader->reading.folder = NULL;
-    free(folder);
-    free(line);
-    fclose(file);
-    return status;
-}
-
 /* Everything that changes what rows become, as text: equal texts make equal samples. */
-static char *settings_text(const DataConfig *c, int64_t seed) {
+char *store_settings(const DataConfig *c, int64_t seed) {
     Text text = {0};
     text_addf(&text,
               "max_length=%" PRId64
@@ -221,93 +28,14 @@ static char *settings_text(const DataConfig *c, int64_t seed) {
     return text.bytes;
 }
 
-static Status write_set(H5File *f, const char *name, const Growing *g) {
-    char path[64];
-#define NAMED(part) (snprintf(path, sizeof path, "%s/" part, name), path)
-    int64_t zero = 0;
-    TRY(h5_group(f, name));
-    TRY(h5_write(f, NAMED("tokens"), H5T_NATIVE_INT32, g->count, 0, true, g->tokens));
-    TRY(h5_write(f, NAMED("mask"), H5T_NATIVE_UINT8, g->count, 0, true, g->mask));
-    TRY(h5_write(f, NAMED("begins"), H5T_NATIVE_INT64, g->samples + 1, 0, true,
-                 g->samples ? g->begins : &zero));
-    TRY(h5_write(f, NAMED("sources"), H5T_NATIVE_INT32, g->samples, 2, true, g->sources));
-    if (!g->slot_count) return OK;
-    return h5_write(f, NAMED("slots"), H5T_NATIVE_INT64, g->slot_count, 2, true, g->slots);
-}
-
-static const char *source_at(const DataConfig *c, int i) {
+const char *store_source_at(const DataConfig *c, int i) {
     return i < c->train.count ? c->train.items[i] : c->eval.items[i - c->train.count];
 }
 
-/* All but the media's bytes, which are there. */
-static Status write_store(Builder *b, const RowReader *reader, const DataConfig *config,
-                          int64_t seed) {
-    static const char *const names[] = {"rows", "samples", "cut",    "dropped",
-                                        "bad",  "tokens",  "trained"};
-    const double *counts = &b->counts.rows;
-    H5File *f = &b->out;
-    Status status = OK;
-    char *settings = settings_text(config, seed);
-    TRY_DONE(h5_write_number(f, "/", "lapidary_store", STORE_VERSION));
-    TRY_DONE(h5_write_text(f, "/", "tokenizer_sha256", tokenizer_hash(reader->tokenizer)));
-    TRY_DONE(h5_write_text(f, "/", "template",
-                           reader->has_format ? chat_format_name(reader->format) : "none"));
-    TRY_DONE(h5_write_text(f, "/", "settings", settings));
-    for (int i = 0; i < 7; i++) TRY_DONE(h5_write_number(f, "/", names[i], counts[i]));
-    int sources = config->train.count + config->eval.count;
-    TRY_DONE(h5_write_number(f, "/", "source_count", sources));
-    for (int i = 0; i < sources; i++) {
-        char hash[65], name[64];
-        TRY_DONE(sha256_file(hash, source_at(config, i)));
-        snprintf(name, sizeof name, "source_%d_path", i);
-        TRY_DONE(h5_write_text(f, "/", name, source_at(config, i)));
-        snprintf(name, sizeof name, "source_%d_sha256", i);
-        TRY_DONE(h5_write_text(f, "/", name, hash));
-    }
-    TRY_DONE(write_set(f, "train", &b->train));
-    TRY_DONE(write_set(f, "eval", &b->eval));
-    if (b->bank.count)
-        TRY_DONE(h5_write(f, "media/items", H5T_NATIVE_INT64, b->bank.count,
-                          sizeof(StoredMedium) / sizeof(int64_t), true, b->bank.items));
-    status = h5_commit(f);
-done:
-    free(settings);
-    return status;
-}
+/* Within a set. */
+#define NAMED(part) (snprintf(path, sizeof path, "%s/" part, name), path)
 
-Status store_build(const char *path, RowReader *reader, const DataConfig *config, int64_t seed,
-                   StoreProgress *progress) {
-    Builder b = {0};
-    Status status = OK;
-    TRY_DONE(h5_create(&b.out, path));
-    for (int i = 0; i < config->train.count + config->eval.count; i++) {
-        b.file = i;
-        TRY_DONE(read_file(&b, reader, config, source_at(config, i), i >= config->train.count, seed,
-                           progress));
-    }
-    b.counts.samples = (double)(b.train.samples + b.eval.samples);
-    b.counts.dropped = (double)reader->dropped;
-    b.counts.tokens = (double)(b.train.count + b.eval.count);
-    b.counts.trained = (double)(b.train.trained + b.eval.trained);
-    if (!b.train.samples)
-        FAIL_DONE(
-            ERR_FORMAT,
-            "%s: no row gave a training sample (%.0f rows, %.0f dropped as longer than %" PRId64
-            " tokens or without a trained token, %.0f bad)",
-            config->train.items[0], b.counts.rows, b.counts.dropped, config->max_length,
-            b.counts.bad);
-    TRY_DONE(write_store(&b, reader, config, seed));
-done:
-    h5_close(&b.out);
-    free(b.bank.items);
-    free(b.bank.keys);
-    free(b.bank.table);
-    growing_free(&b.train);
-    growing_free(&b.eval);
-    return status;
-}
-
-static Status read_set(H5File *f, const char *name, SampleSet *set) {
+Status store_read_set(H5File *f, const char *name, SampleSet *set) {
     char path[64];
     int64_t tokens, masks, begins, sources;
     TRY(h5_count(f, NAMED("tokens"), &tokens));
@@ -438,7 +166,7 @@ done:
 }
 
 static Status check_settings(Store *s, const DataConfig *config, int64_t seed) {
-    char *text = NULL, *settings = settings_text(config, seed);
+    char *text = NULL, *settings = store_settings(config, seed);
     Status status = h5_read_text(&s->file, "/", "settings", &text);
     if (status == OK && strcmp(text, settings))
         status = status_fail(ERR_FORMAT, "%s: is stale: made with other data settings (%s; now %s)",
@@ -469,8 +197,8 @@ Status store_open(Store *s, const char *path, RowReader *reader, const DataConfi
         snprintf(name, sizeof name, "source_%d_path", s->source_count);
         TRY_DONE(h5_read_text(&s->file, "/", name, &s->source_paths[s->source_count]));
     }
-    TRY_DONE(read_set(&s->file, "train", &s->train));
-    TRY_DONE(read_set(&s->file, "eval", &s->eval));
+    TRY_DONE(store_read_set(&s->file, "train", &s->train));
+    TRY_DONE(store_read_set(&s->file, "eval", &s->eval));
     TRY_DONE(read_media(s));
     TRY_DONE(read_slots(s, "train", &s->train));
     TRY_DONE(read_slots(s, "eval", &s->eval));
@@ -489,15 +217,17 @@ const char *store_source(const Store *s, bool eval, int64_t sample, int *line) {
     return source[0] >= 0 && source[0] < s->source_count ? s->source_paths[source[0]] : "?";
 }
 
+void store_free_set(SampleSet *set) {
+    free(set->begins);
+    free(set->trained);
+    free(set->sources);
+    free(set->slots);
+    free(set->slot_begins);
+}
+
 void store_close(Store *s) {
-    SampleSet *sets[] = {&s->train, &s->eval};
-    for (int i = 0; i < 2; i++) {
-        free(sets[i]->begins);
-        free(sets[i]->trained);
-        free(sets[i]->sources);
-        free(sets[i]->slots);
-        free(sets[i]->slot_begins);
-    }
+    store_free_set(&s->train);
+    store_free_set(&s->eval);
     free(s->media);
     for (int i = 0; i < s->source_count; i++) free(s->source_paths[i]);
     free(s->source_paths);

@@ -4,6 +4,7 @@
 
 #include "data/hdf5.h"
 #include "data/rows.h"
+#include "kernels/comm.h"
 
 typedef struct SampleSet {
     int64_t count;    /* samples */
@@ -43,10 +44,12 @@ typedef struct Store {
 
 /* Tokenises JSONL files into a new store. eval files go to the eval set, or the share of rows that
  * config->eval_share picks by a hash of seed and row. A bad row is an error naming file, line and
- * reason unless config->skip_bad. progress may be NULL. */
+ * reason unless config->skip_bad. progress may be NULL. Of several ranks, which all call it, each
+ * tokenises some of the rows into PATH.part-N, and the first makes of these what one process would;
+ * comm NULL: one. */
 typedef void StoreProgress(const char *path, int64_t rows, double share);
 Status store_build(const char *path, RowReader *reader, const DataConfig *config, int64_t seed,
-                   StoreProgress *progress);
+                   const Comm *comm, StoreProgress *progress);
 
 /* Opens a store and checks that it is whole. With `reader` also that it was made with this
  * tokenizer, these settings and sources that have not changed: otherwise it is stale, an error

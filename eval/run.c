@@ -404,6 +404,19 @@ static void keep(Item *item, int64_t number, const json_t *value) {
         json_array_set(item->answers, (size_t)number, (json_t *)value);
 }
 
+static bool is_alone(const Run *r) {
+    return !r->o->ranks || !comm_is_many(r->o->ranks);
+}
+
+static int own_rank(const Run *r) {
+    return r->o->ranks ? r->o->ranks->rank : 0;
+}
+
+/* Whether this rank asks it. */
+static bool is_mine(const Run *r, const Item *item) {
+    return is_alone(r) || (item - r->items) % r->o->ranks->size == r->o->ranks->rank;
+}
+
 static bool have(const Item *item, int64_t number) {
     return !json_is_null(json_array_get(item->answers, (size_t)number));
 }
@@ -478,7 +491,7 @@ static Status load_log(Run *r, const char *path) {
 
 static void show_progress(Run *r, bool last) {
     double t = now();
-    if (r->o->quiet || (!last && t - r->shown < (isatty(2) ? 0.2 : 5))) return;
+    if (r->o->quiet || own_rank(r) || (!last && t - r->shown < (isatty(2) ? 0.2 : 5))) return;
     r->shown = t;
     double rate = (double)r->answered / (t - r->began + 1e-9);
     double left = rate > 0 ? (double)(r->total - r->answered) / rate : 0;
@@ -534,7 +547,7 @@ static Status ask_all(Run *r) {
     while (status == OK) {
         while (open < window && next < r->item_count) {
             Item *item = &r->items[next];
-            if (number >= item->jobs || (item->together && number > 0)) {
+            if (!is_mine(r, item) || number >= item->jobs || (item->together && number > 0)) {
                 next++, number = 0;
             } else if (have(item, number)) {
                 number++;
@@ -569,12 +582,35 @@ done:
 
 /* ---- all of it ---- */
 
-static Status open_log(Run *r, json_t *settings) {
-    char *path = must_format("%s/responses.jsonl", r->o->out);
+static char *log_path(const Run *r, int rank) {
+    return rank ? must_format("%s/responses-%d.jsonl", r->o->out, rank)
+                : must_format("%s/responses.jsonl", r->o->out);
+}
+
+/* What all ranks have left, of this run or of earlier ones. */
+static Status load_logs(Run *r) {
+    bool there = true;
     Status status = OK;
+    for (int rank = 0; there && status == OK; rank++) {
+        char *path = log_path(r, rank);
+        there = !rank || file_exists(path);
+        if (there) status = load_log(r, path);
+        free(path);
+    }
+    return status;
+}
+
+/* The first rank mends what was cut short before the others read it. */
+static Status open_log(Run *r, json_t *settings) {
+    int rank = own_rank(r);
+    char *path = log_path(r, rank);
+    Status status = OK;
+    if (rank) comm_barrier(r->o->ranks);
     TRY_DONE(folder_make(r->o->out));
     TRY_DONE(settings_check(r, settings));
-    TRY_DONE(load_log(r, path));
+    TRY_DONE(load_logs(r));
+    if (!is_alone(r) && !rank) comm_barrier(r->o->ranks);
+    if (!is_alone(r)) comm_barrier(r->o->ranks); /* nobody writes before all have read */
     if (!(r->log = fopen(path, "ab"))) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
 done:
     free(path);
@@ -583,6 +619,9 @@ done:
 
 static Status check_options(const Run *r) {
     const EvalOptions *o = r->o;
+    if (!is_alone(r) && !o->out)
+        FAIL(ERR_USAGE, "--out is missing: %d ranks bring their answers together there",
+             o->ranks->size);
     if (!(o->limit >= 0)) FAIL(ERR_USAGE, "--limit is %g, expected more than 0", o->limit);
     if (o->prompt.shots < -1)
         FAIL(ERR_USAGE, "--shots is %" PRId64 ", expected 0 or more", o->prompt.shots);
@@ -650,15 +689,20 @@ Status eval_run(Results *results, const Examinee *m, const EvalOptions *o) {
     TRY_DONE(list_items(&r));
     for (int64_t i = 0; i < r.item_count; i++) {
         TRY_DONE(count_jobs(&r, &r.items[i]));
-        r.total += r.items[i].together ? 1 : r.items[i].jobs;
+        if (is_mine(&r, &r.items[i])) r.total += r.items[i].together ? 1 : r.items[i].jobs;
     }
     settings = settings_of(&r);
     if (o->out) TRY_DONE(open_log(&r, settings));
     for (int64_t i = 0; i < r.item_count; i++)
         for (int64_t k = 0; k < (r.items[i].together ? 1 : r.items[i].jobs); k++)
-            r.answered += have(&r.items[i], k);
+            r.answered += is_mine(&r, &r.items[i]) && have(&r.items[i], k);
     TRY_DONE(ask_all(&r));
     show_progress(&r, true);
+    if (!is_alone(&r)) {
+        comm_barrier(o->ranks); /* all answers are there */
+        if (own_rank(&r)) goto done;
+        TRY_DONE(load_logs(&r));
+    }
     if (r.cut)
         note("%" PRId64 " prompts lost their beginning: the model has %" PRId64 " positions", r.cut,
              m->g->config.max_position_embeddings);

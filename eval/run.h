@@ -1,7 +1,8 @@
 /* run.h - asking a model all questions of some tasks, and scoring what it says.
  *
  * Every answer is written to OUT/responses.jsonl the moment it is there, so a run that was stopped
- * goes on where it was. In the end OUT holds results.json, samples_TASK.jsonl and report.html. */
+ * goes on where it was; of several ranks each writes a file of its own, responses-N.jsonl. In the end
+ * OUT holds results.json, samples_TASK.jsonl and report.html. */
 #ifndef RUN_EVAL_H
 #define RUN_EVAL_H
 
@@ -9,6 +10,7 @@
 #include "eval/prompt.h"
 #include "eval/results.h"
 #include "infer/engine.h"
+#include "kernels/comm.h"
 
 typedef struct EvalOptions {
     const char *tasks; /* names, with commas between */
@@ -27,6 +29,7 @@ typedef struct EvalOptions {
     int64_t bootstrap;      /* iterations */
     bool run_code;          /* consent to run generated programs, in a sandbox */
     bool quiet;             /* no progress line */
+    const Comm *ranks;      /* that ask the questions turn by turn, and meet in `out`; NULL: one */
     bool (*stopping)(void); /* whether a signal came */
 } EvalOptions;
 
@@ -47,7 +50,8 @@ typedef struct EvalNeeds {
 } EvalNeeds;
 EvalNeeds eval_needs(const EvalOptions *o);
 
-/* Runs the tasks on an open model. ERR_STOPPED where o->stopping says so. */
+/* Runs the tasks on an open model. ERR_STOPPED where o->stopping says so. Of several ranks the first
+ * has the results. */
 Status eval_run(Results *r, const Examinee *m, const EvalOptions *o);
 
 #endif

@@ -563,6 +563,16 @@ void comm_all_reduce(const Comm *c, Tensor t) {
     exchanged(t, x, true);
 }
 
+Status comm_open_device(const Comm *c, Device **device, const char *name) {
+    char own[32];
+    snprintf(own, sizeof own, "cuda:%d", c->local);
+    if (comm_is_many(c) && !strcmp(name, "cuda")) return device_open(device, own);
+    TRY(device_open(device, name));
+    if (comm_is_many(c) && !strcmp(name, "auto") && (*device)->kind == DEVICE_CUDA)
+        return device_open(device, own);
+    return OK;
+}
+
 /* ---- beside ---- */
 
 #define JOBS 8 /* begun and not done, at most */

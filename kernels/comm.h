@@ -51,6 +51,10 @@ void comm_join_gpus(Comm *c, Device *device);
 /* Leaves a group, or all of MPI. */
 void comm_close(Comm *c);
 
+/* The device of that name; of several ranks on a host each takes a GPU of its own, unless one is
+ * named. */
+Status comm_open_device(const Comm *c, Device **device, const char *name);
+
 void comm_barrier(const Comm *c);
 
 /* From rank 0 to all. */

@@ -138,8 +138,7 @@ done:
 #define COPY (16 << 20) /* elements */
 
 /* A gate, and parts of `COPY` elements to all ranks, as they are and as sums. */
-static Status time_memory(Speeds *v, const Session *s) {
-    const Comm *c = &s->comm;
+static Status time_memory(Speeds *v, const Session *s, const Comm *c) {
     Arena memory;
     TRY(arena_init(&memory, s->g.device, 2 * COPY * sizeof(float), "a copy to time"));
     Tensor a = ARENA_TENSOR(&memory, F32, COPY), b = ARENA_TENSOR(&memory, F32, COPY);
@@ -155,7 +154,7 @@ static Status time_memory(Speeds *v, const Session *s) {
     v->summing = 0.5;
     int64_t *bounds = must_calloc((size_t)c->size + 1, sizeof *bounds);
     for (int r = 0; r <= c->size; r++) bounds[r] = (int64_t)COPY / c->size * r;
-    for (int i = 0; i < 3 && comm_is_many(c) && !c->supposed; i++) {
+    for (int i = 0; i < 3 && comm_is_many(c); i++) {
         comm_barrier(c);
         double begin = omp_get_wtime();
         comm_all_gather(c, a, bounds);
@@ -176,13 +175,13 @@ static Status time_memory(Speeds *v, const Session *s) {
     return OK;
 }
 
-Status speeds_measure(Speeds *speeds, const Session *s) {
+Status speeds_measure(Speeds *speeds, const Session *s, const Comm *comm) {
     *speeds = (Speeds){.name = "this machine", .overlaps = s->g.device->kind == DEVICE_CUDA};
-    comm_barrier(&s->comm);
+    comm_barrier(comm);
     TRY(time_products(&speeds->products, s, false));
     TRY(time_products(&speeds->grouped, s, true));
     TRY(time_attention(&speeds->attention, s));
-    return time_memory(speeds, s);
+    return time_memory(speeds, s, comm);
 }
 
 /* ---- forecasting ---- */

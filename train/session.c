@@ -14,8 +14,10 @@ static bool is_store(const char *path) {
     return n > 3 && !strcmp(path + n - 3, ".h5");
 }
 
+/* Ranks make a store together; whether there is one already the first of them sees. */
 static Status open_data(Session *s, const char *store_path, StoreProgress *progress) {
     DataConfig *c = &s->config.data;
+    bool there = file_exists(store_path);
     if (is_store(c->train.items[0])) {
         if (c->train.count > 1 || c->eval.count)
             FAIL(ERR_CONFIG, "data.train: one .h5 file holds train and eval rows, expected no "
@@ -23,9 +25,9 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
         TRY(store_open(&s->store, c->train.items[0], NULL, c, s->config.seed));
         return store_check_origin(&s->store, s->tokenizer);
     }
-    if (file_exists(store_path))
-        return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
-    TRY(store_build(store_path, &s->reader, c, s->config.seed, progress));
+    comm_broadcast(&s->comm, &there, sizeof there);
+    if (!there)
+        TRY(store_build(store_path, &s->reader, c, s->config.seed, &s->comm, progress));
     return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
 }
 
@@ -204,18 +206,6 @@ static Status agree_on_mode(Session *s) {
     return s->least_mode == s->plan.mode ? OK : session_plan(s, s->plan.available);
 }
 
-/* Of several ranks on a host each takes a GPU of its own, unless the run file names one. */
-static Status open_device(const Session *s, Device **device) {
-    const char *name = s->config.device;
-    char own[32];
-    snprintf(own, sizeof own, "cuda:%d", s->comm.local);
-    if (comm_is_many(&s->comm) && !strcmp(name, "cuda")) return device_open(device, own);
-    TRY(device_open(device, name));
-    if (comm_is_many(&s->comm) && !strcmp(name, "auto") && (*device)->kind == DEVICE_CUDA)
-        return device_open(device, own);
-    return OK;
-}
-
 /* What all ranks must have in common. */
 static Status check_ranks(Session *s) {
     const Comm *comm = &s->comm;
@@ -309,7 +299,7 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     Device *device;
     Status status = OK;
     TRY_DONE(make_groups(s));
-    TRY_DONE(open_device(s, &device));
+    TRY_DONE(comm_open_device(&s->comm, &device, c->device));
     if (comm_is_many(&s->comm) && !s->comm.supposed) join_gpus(s, device);
     if (s->comm.supposed)
         TRY_DONE(checkpoint_describe(&s->checkpoint, c->model));
@@ -322,10 +312,8 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     TRY_DONE(row_reader_init(&s->reader, &s->config.data, s->tokenizer, c->model));
     bool towers = checkpoint_has_towers(&s->checkpoint);
     if (towers) s->reader.reading.config = &s->checkpoint.config;
-    TRY_DONE(declare(s, device, towers));     /* what is wrong is said before the data is read */
-    if (s->comm.rank) comm_barrier(&s->comm); /* until the first rank has the store */
+    TRY_DONE(declare(s, device, towers)); /* what is wrong is said before the data is read */
     TRY_DONE(open_data(s, store_path, progress));
-    if (!s->comm.rank) comm_barrier(&s->comm);
     TRY_DONE(check_ranks(s));
     if (s->store.media_count && !towers)
         FAIL_DONE(ERR_CONFIG, "%s: holds media, and %s has no towers", s->store.file.path,

@@ -37,6 +37,7 @@ typedef struct Trainer {
     MetricsLog log;
     StepMemory eval_memory;
     ExpertLoad *load;
+    double taken[EXPERTS_MAX]; /* rows that the experts of each rank got, since the start */
     float *nll;
     int64_t steps;
     const char *output;
@@ -495,6 +496,7 @@ static Status log_expert_load(Trainer *t) {
             total += counts[e];
             most = fmax(most, counts[e]);
             least = fmin(least, counts[e]);
+            t->taken[e * t->s.ranks.experts.size / E] += counts[e];
             counts[e] = 0;
         }
         if (total <= 0 || !speaks(t)) continue;
@@ -503,6 +505,17 @@ static Status log_expert_load(Trainer *t) {
                                      &(ExpertShare){t->state.step, l, most / fair, least / fair}));
     }
     return OK;
+}
+
+/* What the experts of each rank had to do, 1 being an even share. */
+static void report_expert_load(const Trainer *t) {
+    int ranks = t->s.ranks.experts.size;
+    double all = 0;
+    for (int r = 0; r < ranks; r++) all += t->taken[r];
+    if (ranks < 2 || all <= 0 || !speaks(t)) return;
+    fprintf(stderr, "rows for the experts of each rank, 1 being an even share:");
+    for (int r = 0; r < ranks; r++) fprintf(stderr, " %.2f", t->taken[r] / all * ranks);
+    fprintf(stderr, "\n");
 }
 
 /* Whether any rank was, up to now. */
@@ -543,6 +556,7 @@ static Status loop(Trainer *t) {
         }
     }
     progress_clear(&t->progress);
+    report_expert_load(t);
     if (saved != t->state.step || t->state.step == 0) TRY(save(t));
     if (stopped_early && speaks(t))
         note("stopped at step %" PRId64 ": %" PRId64 " evaluations without a better loss",

@@ -170,7 +170,7 @@ static Status build(Store *s, const char *rows, DataConfig *c, RowReader *r, con
     path = rows;
     c->train = (NameList){&path, 1};
     EXPECT_OK(row_reader_init(r, c, small_tokenizer(), "demo/tokenizer"));
-    TRY(store_build(h5, r, c, 7, NULL));
+    TRY(store_build(h5, r, c, 7, NULL, NULL));
     return store_open(s, h5, r, c, 7);
 }
 

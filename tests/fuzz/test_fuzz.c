@@ -324,7 +324,7 @@ CASE(fuzz, datasets) {
     on_file("rows.jsonl", text, strlen(text));
     c.train = (NameList){files, 1};
     EXPECT_OK(row_reader_init(&reader, &c, t, "demo/tokenizer"));
-    EXPECT_OK(store_build(path, &reader, &c, 1, NULL));
+    EXPECT_OK(store_build(path, &reader, &c, 1, NULL, NULL));
     fuzz_file(path, on_store);
     tokenizer_free(t);
     free(rows), free(path);

@@ -1,5 +1,6 @@
 /* test_ranks.c - runs of several ranks under mpirun: the losses of one process, whatever their
  * number, and what ends them. */
+#include "data/store.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
 #include "tests/fixture.h"
@@ -191,6 +192,8 @@ CASE(ranks, experts_have_the_losses_of_one_process) {
     run_alone("moe", EXPERTS);
     compare("moe", 3, EXPERTS, "");
     compare("moe", 4, EXPERTS, "parallel.experts=4");
+    EXPECT(strstr(program_err, "rows for the experts of each rank, 1 being an even share: "), "%s",
+           program_err);
     compare("moe", 2, EXPERTS, "parallel.experts=2 parallel.shard=0");
     compare("moe", 4, EXPERTS, "parallel.context=4");
 }
@@ -382,10 +385,60 @@ CASE(ranks, the_plan_is_what_a_rank_takes) {
                "level %d: %g GB planned: %s", shard, total, program_err);
         free(level);
     }
+    take_ranks(2);
+    EXPECT_RUN(0, "plan %s/run.yaml method=full", f);
+    EXPECT(planned("\"ranks\": 2, \"nodes\": 1, \"shard\": 3", "\"tokens_per_s\": ") > 0);
     take_ranks(1);
+    EXPECT_RUN(0, "plan %s/run.yaml --gpus 4 --nodes 2 --gpu h200 parallel.within=2", f);
+    EXPECT(planned("\"shard\": 1", "\"sent_far_gb\": ") <=
+           planned("\"shard\": 1", "\"sent_gb\": "));
     EXPECT_EXIT(1, "8 ranks: batch.accumulate is 4", "plan %s/run.yaml --gpus 8", f);
     EXPECT_EXIT(2, "expected a100, h100, h200 or b200", "plan %s/run.yaml --gpu v100", f);
     EXPECT_EXIT(0, "\"ranks\": 4", "plan %s/run.yaml --gpu h200", f);
+}
+
+/* The same dataset and the same answers from three ranks as from one process. */
+CASE(ranks, datasets_and_answers_are_those_of_one_process) {
+    const char *f = test_folder();
+    const char *exam = "--tasks demo/exam/gems_answer.yaml,demo/exam/gems_choice.yaml --data "
+                       "demo/exam --chat-format small --limit 12 --bootstrap 100";
+    prepare("tiny --media");
+    small_media_rows();
+    for (int n = 1; n <= 3; n += 2) {
+        take_ranks(n);
+        EXPECT_RUN(0,
+                   "prepare %s/run.yaml data.train=%s/rows.jsonl data.eval=0.3 data.max_length=512 "
+                   "data.image_tokens=70 --out %s/data%d.h5",
+                   f, f, f, n);
+        EXPECT(strstr(program_out, "5 rows, 5 samples"), "%s", program_out);
+        EXPECT_RUN(0, "eval --model %s/model %s --out %s/eval%d", f, exam, f, n);
+        EXPECT(strstr(program_out, "gems_choice"), "%s", program_out);
+    }
+    Store a, b;
+    DataConfig c = data_config_default();
+    char *one = must_format("%s/data1.h5", f), *three = must_format("%s/data3.h5", f);
+    EXPECT_OK(store_open(&a, one, NULL, &c, 1));
+    EXPECT_OK(store_open(&b, three, NULL, &c, 1));
+    EXPECT(a.media_count == 4 && b.media_count == 4, "%d and %d media", (int)a.media_count,
+           (int)b.media_count);
+    EXPECT(!memcmp(a.media, b.media, (size_t)a.media_count * sizeof *a.media));
+    for (int eval = 0; eval < 2; eval++) {
+        const SampleSet *x = eval ? &a.eval : &a.train, *y = eval ? &b.eval : &b.train;
+        EXPECT(x->count == y->count && x->count, "%d and %d samples", (int)x->count, (int)y->count);
+        EXPECT(!memcmp(x->slot_begins, y->slot_begins, (size_t)(x->count + 1) * sizeof(int64_t)));
+        for (int64_t i = 0; i < x->count; i++) {
+            int32_t ids[2][512];
+            uint8_t mask[2][512];
+            EXPECT(sample_length(x, i) == sample_length(y, i));
+            EXPECT_OK(store_read(&a, eval, i, ids[0], mask[0]));
+            EXPECT_OK(store_read(&b, eval, i, ids[1], mask[1]));
+            EXPECT(!memcmp(ids[0], ids[1], (size_t)sample_length(x, i) * sizeof **ids));
+        }
+    }
+    store_close(&a), store_close(&b);
+    expect_same_bits("eval1/samples_gems_answer.jsonl", "eval3/samples_gems_answer.jsonl");
+    expect_same_bits("eval1/samples_gems_choice.jsonl", "eval3/samples_gems_choice.jsonl");
+    free(one), free(three);
 }
 
 CASE(ranks, ranks_that_do_not_fit_together_are_refused) {
@@ -404,5 +457,15 @@ CASE(ranks, ranks_that_do_not_fit_together_are_refused) {
     take_ranks(1);
     EXPECT_EXIT(1, "shard is 5, expected 0 to 3", "train %s/run.yaml output=%s/no parallel.shard=5",
                 f, f);
+    EXPECT_EXIT(1, "parallel.context is 2, expected a divisor of the number of ranks, 1",
+                "train %s/run.yaml output=%s/no parallel.context=2", f, f);
+    take_ranks(2);
+    EXPECT_EXIT(1, "has no experts", "train %s/run.yaml output=%s/no parallel.experts=2", f, f);
+    EXPECT_EXIT(1, "eval_tasks: expected none with parallel.shard 3",
+                "train %s/run.yaml output=%s/no parallel.shard=3 "
+                "eval_tasks.names=[demo/exam/gems_choice.yaml] eval_tasks.data=demo/exam",
+                f, f);
+    EXPECT_EXIT(2, "--out is missing: 2 ranks",
+                "eval --model %s/model --tasks demo/exam/gems_choice.yaml --data demo/exam", f);
     free(pair);
 }
