@@ -40,30 +40,49 @@ static int host_ranks(const Machine *m, int64_t ranks) {
     return m->gpu && ranks > HOST_GPUS ? HOST_GPUS : (int)ranks;
 }
 
-/* One line for so many ranks at a level; whether it fits. */
-static Status plan_level(Session *s, const Machine *m, int64_t ranks, int shard, bool shows,
-                         bool *fits) {
-    double more = m->beside + (m->gpu ? more_logits(&s->g) : 0);
-    int host = host_ranks(m, ranks);
+/* What is planned for so many ranks at a level. */
+typedef struct Line {
+    int64_t ranks;
+    int shard, host;
+    MemoryPlan plan;
+    double total, more; /* bytes, and of them what another GPU's logits take */
+    bool fits;
+    Forecast forecast;
+} Line;
+
+static Status plan_level(Line *l, Session *s, const Machine *m, int64_t ranks, int shard) {
+    *l = (Line){.ranks = ranks, .shard = shard, .host = host_ranks(m, ranks)};
+    l->more = m->gpu ? more_logits(&s->g) : 0;
+    double room = m->bytes - m->beside - l->more;
     s->config.shard = shard;
-    TRY(session_suppose(s, (int)ranks, m->bytes > more ? (size_t)(m->bytes - more) : 0));
-    const MemoryPlan *p = &s->plan;
-    double total = (double)p->total + more;
-    *fits = total <= m->bytes;
-    if (!shows && !*fits) return OK;
-    Forecast f = forecast_run(s, &m->speeds, host);
-    printf(
-        "{\"ranks\": %" PRId64 ", \"nodes\": %" PRId64 ", \"shard\": %d, \"recompute\": %s, "
-        "\"weights_gb\": %.2f, \"trained_gb\": %.2f, \"gradients_gb\": %.2f, \"states_gb\": "
-        "%.2f, \"activations_gb\": %.2f, \"temporaries_gb\": %.2f, \"process_gb\": %.2f, "
-        "\"total_gb\": %.2f, \"fits\": %s, \"sent_gb\": %.3f, \"sent_far_gb\": %.3f, \"step_s\": "
-        "%.4g, \"tokens_per_s\": %.4g}\n",
-        ranks, (ranks + host - 1) / host, shard, p->mode == STACK_KEEP ? "false" : "true",
-        (double)p->weights / 1e9, (double)p->masters / 1e9, (double)p->gradients / 1e9,
-        (double)p->optimizer / 1e9, (double)p->activations / 1e9,
-        ((double)p->scratch + more - m->beside) / 1e9, m->beside / 1e9, total / 1e9,
-        *fits ? "true" : "false", (f.near + f.far) / 1e9, f.far / 1e9, f.step, f.tokens_per_s);
+    TRY(session_suppose(s, (int)ranks, room > 0 ? (size_t)room : 0));
+    l->plan = s->plan;
+    l->total = (double)s->plan.total + m->beside + l->more;
+    l->fits = l->total <= m->bytes;
+    l->forecast = forecast_run(s, &m->speeds, l->host);
     return OK;
+}
+
+static void print_line(const Line *l, const Machine *m) {
+    const MemoryPlan *p = &l->plan;
+    const Forecast *f = &l->forecast;
+    printf("{\"ranks\": %" PRId64 ", \"nodes\": %" PRId64
+           ", \"shard\": %d, \"recompute\": %s, \"weights_gb\": %.2f, \"trained_gb\": %.2f, "
+           "\"gradients_gb\": %.2f, \"states_gb\": %.2f, \"activations_gb\": %.2f, "
+           "\"temporaries_gb\": %.2f, \"process_gb\": %.2f, \"total_gb\": %.2f, \"fits\": %s, "
+           "\"sent_gb\": %.3f, \"sent_far_gb\": %.3f, \"step_s\": %.4g, \"tokens_per_s\": %.4g}\n",
+           l->ranks, (l->ranks + l->host - 1) / l->host, l->shard,
+           p->mode == STACK_KEEP ? "false" : "true", (double)p->weights / 1e9,
+           (double)p->masters / 1e9, (double)p->gradients / 1e9, (double)p->optimizer / 1e9,
+           (double)p->activations / 1e9, ((double)p->scratch + l->more) / 1e9, m->beside / 1e9,
+           l->total / 1e9, l->fits ? "true" : "false", (f->near + f->far) / 1e9, f->far / 1e9,
+           f->step, f->tokens_per_s);
+}
+
+/* Whether a line is better than another: it fits, and is fastest; or it needs least. */
+static bool is_better(const Line *a, const Line *b) {
+    if (a->fits != b->fits) return a->fits;
+    return a->fits ? a->forecast.tokens_per_s > b->forecast.tokens_per_s : a->total < b->total;
 }
 
 /* Whether so many ranks can share the run as it says. */
@@ -72,23 +91,28 @@ static bool can_share(const RunConfig *c, int64_t ranks) {
            (!c->within || ranks % c->within == 0);
 }
 
-/* Every level for `ranks`; or, where that is 0, the first level that fits for one rank, two, ...,
+/* Every level for `ranks`; or, where that is 0, the fastest level that fits for one rank, two, ...,
  * as many as have a micro-batch. */
 static Status plan_ranks(Session *s, const Machine *m, int64_t ranks) {
     int64_t most = s->config.accumulate * s->config.context;
-    bool fits = false;
+    Line line, best;
     if (most > RANKS_MOST) most = RANKS_MOST;
     if (ranks > most)
         FAIL(ERR_CONFIG,
              "%" PRId64 " ranks: batch.accumulate is %" PRId64
              ", expected at least as many: ranks share a step's micro-batches",
              ranks, s->config.accumulate);
-    for (int shard = 0; ranks && shard < LEVELS; shard++)
-        TRY(plan_level(s, m, ranks, shard, true, &fits));
+    for (int shard = 0; ranks && shard < LEVELS; shard++) {
+        TRY(plan_level(&line, s, m, ranks, shard));
+        print_line(&line, m);
+    }
     for (int64_t n = 1; !ranks && n <= most; n *= 2) {
-        fits = !can_share(&s->config, n);
-        for (int shard = 0; !fits && shard < LEVELS; shard++)
-            TRY(plan_level(s, m, n, shard, shard == LEVELS - 1, &fits));
+        if (!can_share(&s->config, n)) continue;
+        for (int shard = 0; shard < LEVELS; shard++) {
+            TRY(plan_level(&line, s, m, n, shard));
+            if (!shard || is_better(&line, &best)) best = line;
+        }
+        print_line(&best, m);
     }
     return OK;
 }
@@ -96,9 +120,8 @@ static Status plan_ranks(Session *s, const Machine *m, int64_t ranks) {
 /* As many ranks as plan together, or as few as the run file's groups allow. */
 static Comm suppose_ranks(const Comm *comm, const RunConfig *c) {
     int64_t least = c->context * c->experts * (c->within ? c->within : 1);
-    return (Comm){.size = comm_is_many(comm) ? comm->size : (int)least,
-                  .supposed = true,
-                  .threads = true};
+    return (Comm){
+        .size = comm_is_many(comm) ? comm->size : (int)least, .supposed = true, .threads = true};
 }
 
 /* The GPU named, or this machine as it is now. */
@@ -121,8 +144,9 @@ Status command_plan(int argc, char **argv) {
     RunOptions run = {0};
     Option options[] = {
         {"--gpus", OPTION_INT, &ranks,
-         "N  ranks: all levels of sharing for them; default: the first level that fits for 1, 2, "
-         "4, ... ranks"},
+         "N  ranks: all levels of sharing for them; default: the fastest that fits for 1, 2, 4, "
+         "... "
+         "ranks"},
         {"--nodes", OPTION_INT, &machine.nodes, "M  hosts that they are on (8 GPUs on each)"},
         {"--gpu", OPTION_TEXT, &name,
          "a100|h100|h200|b200  whose memory is to suffice and whose speed counts; default: this "

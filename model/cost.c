@@ -36,7 +36,7 @@ static double moved(const BlockConfig *b) {
 }
 
 /* An adapter's narrow products read and write their linear's input and output so many times. */
-#define ADAPTER_PASSES 13.0
+#define ADAPTER_PASSES 10.0
 
 RowCost gemma_row_cost(const Gemma *g, double tokens, double kept, bool again) {
     const ModelConfig *c = &g->config;

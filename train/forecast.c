@@ -186,6 +186,21 @@ Status speeds_measure(Speeds *speeds, const Session *s, const Comm *comm) {
 
 /* ---- forecasting ---- */
 
+/* Values of packed weights, which are unpacked for each product. */
+static double packed_values(const Gemma *g) {
+    double count = 0;
+    for (const Linear *l = g->linears.first; l; l = l->next)
+        if (dtype_is_packed(l->weight->value.dtype))
+            count += (double)tensor_count(l->weight->value);
+    return count;
+}
+
+/* Bytes that unpacking a value takes the time of: of NF4, on the card that was measured. */
+#define UNPACK_BYTES 5.0
+
+/* Bytes that an update of a value with states of 8 bits takes the time of, on the same. */
+#define UPDATE_8BIT 40.0
+
 /* Bytes sent, within a host and beyond. */
 typedef struct Sent {
     double near, far;
@@ -270,6 +285,10 @@ Forecast forecast_run(Session *s, const Speeds *v, int host) {
     RowCost cost = gemma_row_cost(&s->g, sequence, kept, again);
     Forecast f = {.pass = rows * (cost.products / v->products + cost.grouped / v->grouped +
                                   cost.attention / v->attention + cost.bytes / v->moving)};
+    if (v->memory_bytes > 0)
+        f.pass += packed_values(&s->g) * UNPACK_BYTES * (again ? 3 : 2) / v->moving;
+    ParamBytes bytes = params_bytes(&s->g.params);
+    f.pass += 8.0 * (double)bytes.trained / v->moving; /* gradients are added to */
     Sent within = {0}, sums = {0}, values = {0}, layers = {0};
     send_rows(&within, s, rows, again ? 2 : 1, host);
     send_experts(&within, s, rows, again ? 2 : 1, host);
@@ -277,8 +296,7 @@ Forecast forecast_run(Session *s, const Speeds *v, int host) {
     const Space *p = &s->g.params.space;
     double summed = s->optimizer.config.own_grads ? turns : 1;
     for (int i = 0; i < p->count; i++) send_run(&sums, &values, s, &p->runs[i], summed, host);
-    ParamBytes bytes = params_bytes(&s->g.params);
-    double each = s->optimizer.config.states_8bit ? 18.0 : 28.0;
+    double each = s->optimizer.config.states_8bit ? UPDATE_8BIT : 28.0;
     f.update = ((double)bytes.own * each + (double)bytes.trained * 12.0) / v->moving;
     double exchange = seconds_of(&layers, v), summing = seconds_of(&sums, v) / v->summing,
            beside = v->overlaps ? f.pass : 0; /* what layers exchange hides behind a pass */

@@ -7,7 +7,8 @@
 
 typedef struct Speeds {
     const char *name;
-    double memory_bytes;                 /* that a device has; 0: this machine's */
+    double memory_bytes;                 /* that a device has; 0: this machine's, and products of
+                                          * packed weights were timed with their unpacking */
     double products, grouped, attention; /* operations a second */
     double moving;                       /* bytes a second of kernels that only move them */
     double near, far; /* bytes a second that a rank sends to ranks of its host, and to others */

@@ -286,6 +286,7 @@ static void leave_groups(Session *s) {
 
 Status session_suppose(Session *s, int ranks, size_t available) {
     leave_groups(s);
+    s->least_mode = STACK_SCORE;
     s->comm = (Comm){.size = ranks, .supposed = true, .threads = true};
     TRY(make_groups(s));
     return session_plan(s, available);
