@@ -195,7 +195,8 @@ static Status bench_training(Gemma *g, const DrawnBench *b) {
                    .weights = weights};
     time_steps(g, &memory, &o, &options, &batch, weights + N, &seconds, &loss);
     /* Forward, and back to the inputs; to the weights as well where they are trained. */
-    double flops = gemma_forward_flops(g, (double)N) * (double)N * (strcmp(b->train, "full") ? 2 : 3);
+    double flops =
+        gemma_forward_flops(g, (double)N) * (double)N * (strcmp(b->train, "full") ? 2 : 3);
     printf("{\"preset\": \"%s\", \"train\": \"%s\", \"tokens\": %" PRId64
            ", \"recompute\": %s, \"offload\": %s, \"tokens_per_s\": %.1f, \"model_tflops\": %.2f, "
            "\"device_gb\": "

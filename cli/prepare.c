@@ -34,7 +34,8 @@ static Status prepare(const DataConfig *data, const char *model, int64_t seed, c
     TRY(tokenizer_load(&tokenizer, model));
     Status status = row_reader_init(&reader, data, tokenizer, model);
     if (found) reader.reading.config = &config;
-    if (status == OK) status = store_build(out, &reader, data, seed, &comm, comm.rank ? NULL : progress_rows);
+    if (status == OK)
+        status = store_build(out, &reader, data, seed, &comm, comm.rank ? NULL : progress_rows);
     if (status == OK && comm.rank) {
         tokenizer_free(tokenizer);
         comm_close(&comm);

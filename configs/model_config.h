@@ -65,10 +65,10 @@ typedef struct BlockConfig {
     int64_t num_experts, top_k_experts, moe_intermediate_size;
     int64_t expert_ranks, expert_rows; /* ranks that have the experts between them, 0: each has all;
                                         * and the most rows that one of them has in a pass */
-    bool owns_kv;      /* computes K and V, else reads those of kv_layer */
-    bool v_from_k;     /* V is the raw output of k_proj */
-    int kv_layer;      /* the layer whose K and V are used; itself when owns_kv */
-    bool kv_is_shared; /* others read this layer's K and V */
+    bool owns_kv;                      /* computes K and V, else reads those of kv_layer */
+    bool v_from_k;                     /* V is the raw output of k_proj */
+    int kv_layer;                      /* the layer whose K and V are used; itself when owns_kv */
+    bool kv_is_shared;                 /* others read this layer's K and V */
     LinearKind linears;
     bool unscaled; /* has no layer_scalar */
     float eps;

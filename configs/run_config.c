@@ -679,8 +679,7 @@ char *run_config_text(const RunConfig *c) {
     put(&o, "parallel: {shard: %" PRId64 ", context: %" PRId64 ", experts: %" PRId64 ", within: ",
         c->shard, c->context, c->experts);
     put(&o, c->within ? "%" PRId64 : "null", c->within);
-    put(&o, ", timeout: %.17g}\nclip: %.17g\n", c->timeout,
-        c->clip);
+    put(&o, ", timeout: %.17g}\nclip: %.17g\n", c->timeout, c->clip);
     put_count_or_null(&o, "steps", c->steps);
     put(&o, "epochs: %.17g\nmoe: {aux_loss: %.17g, train_router: %s}\nrecompute: \"%s\"\n",
         c->epochs, c->aux_loss, yes(c->train_router), recomputes[c->recompute]);

@@ -96,11 +96,11 @@ typedef struct RunConfig {
         double warmup, min_lr;
     } schedule;
     int64_t sequences, accumulate;
-    int64_t shard;  /* of several ranks: 0 nothing is shared out, 1 the optimizer's states are,
-                     * 2 gradients too, 3 values too */
+    int64_t shard;   /* of several ranks: 0 nothing is shared out, 1 the optimizer's states are,
+                      * 2 gradients too, 3 values too */
     int64_t context; /* ranks that share the rows of a micro-batch; 1: each has its own */
     int64_t experts; /* ranks that have the experts between them; 1: each has all */
-    int64_t within;  /* ranks that share out among them, each such group having everything; 0: all */
+    int64_t within; /* ranks that share out among them, each such group having everything; 0: all */
     double timeout; /* seconds that a rank waits for another; 0: for ever */
     double clip;    /* 0: none */
     int64_t steps;  /* 0: by epochs */

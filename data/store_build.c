@@ -35,7 +35,7 @@ typedef struct Builder {
     int32_t file, line;
     Bank bank;
     H5File out;
-    Status status; /* of writing media */
+    Status status;   /* of writing media */
     int rank, ranks; /* whose rows are read: in turns of TURN */
 } Builder;
 
@@ -75,8 +75,8 @@ static const void *bytes_of(const Bank *bank, StoredMedium *m, const MediaItem *
     return NULL;
 }
 
-/* The number of the medium of that key: as it is known, or `m` new, its bytes written. `bytes` NULL:
- * they are those of the item before. */
+/* The number of the medium of that key: as it is known, or `m` new, its bytes written. `bytes`
+ * NULL: they are those of the item before. */
 static int64_t bank_add(Builder *b, uint64_t key, StoredMedium m, const void *bytes) {
     Bank *bank = &b->bank;
     int64_t at = bank_place(bank, key);
@@ -248,8 +248,7 @@ static const char *const count_names[] = {"rows", "samples", "cut",    "dropped"
 
 static Status write_counts(Builder *b) {
     const double *counts = &b->counts.rows;
-    for (int i = 0; i < COUNTS; i++)
-        TRY(h5_write_number(&b->out, "/", count_names[i], counts[i]));
+    for (int i = 0; i < COUNTS; i++) TRY(h5_write_number(&b->out, "/", count_names[i], counts[i]));
     return OK;
 }
 
@@ -508,4 +507,3 @@ done:
     builder_free(&b);
     return status;
 }
-

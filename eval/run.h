@@ -1,8 +1,8 @@
 /* run.h - asking a model all questions of some tasks, and scoring what it says.
  *
  * Every answer is written to OUT/responses.jsonl the moment it is there, so a run that was stopped
- * goes on where it was; of several ranks each writes a file of its own, responses-N.jsonl. In the end
- * OUT holds results.json, samples_TASK.jsonl and report.html. */
+ * goes on where it was; of several ranks each writes a file of its own, responses-N.jsonl. In the
+ * end OUT holds results.json, samples_TASK.jsonl and report.html. */
 #ifndef RUN_EVAL_H
 #define RUN_EVAL_H
 
@@ -50,8 +50,8 @@ typedef struct EvalNeeds {
 } EvalNeeds;
 EvalNeeds eval_needs(const EvalOptions *o);
 
-/* Runs the tasks on an open model. ERR_STOPPED where o->stopping says so. Of several ranks the first
- * has the results. */
+/* Runs the tasks on an open model. ERR_STOPPED where o->stopping says so. Of several ranks the
+ * first has the results. */
 Status eval_run(Results *r, const Examinee *m, const EvalOptions *o);
 
 #endif

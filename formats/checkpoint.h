@@ -68,7 +68,8 @@ void checkpoint_release(const Checkpoint *c, const Param *p);
 Status checkpoint_save(const Checkpoint *source, Gemma *g, DType dtype, QuantScheme scheme,
                        const char *dir);
 
-/* What the other ranks call while rank 0 saves a model of which they have parts, with SCHEME_NONE. */
+/* What the other ranks call while rank 0 saves a model of which they have parts, with SCHEME_NONE.
+ */
 Status checkpoint_save_along(const Checkpoint *source, Gemma *g);
 
 #endif

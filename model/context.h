@@ -50,7 +50,8 @@ void context_reserve(ContextPart *x, Arena *arena);
 void context_fill(const ContextPart *x, const Staging *inputs);
 
 /* slot (keys, K, C) from everyone's rows (N, K, C), one dtype. */
-void context_gather(const ContextPart *x, AttentionKind kind, Tensor slot, Tensor rows, Arena *scratch);
+void context_gather(const ContextPart *x, AttentionKind kind, Tensor slot, Tensor rows,
+                    Arena *scratch);
 
 /* drows (N, K, C) f32 = the sum of what everyone's dslot (keys, K, C) has for them. */
 void context_return(const ContextPart *x, AttentionKind kind, Tensor drows, Tensor dslot,

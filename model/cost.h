@@ -1,4 +1,5 @@
-/* cost.h - what a pass takes, counted from shapes: multiplications, and bytes that are only moved. */
+/* cost.h - what a pass takes, counted from shapes: multiplications, and bytes that are only moved.
+ */
 #ifndef COST_H
 #define COST_H
 

@@ -47,7 +47,8 @@ Status gemma_share_experts(Gemma *g, const Comm *ranks) {
     int64_t E = g->config.num_experts, n = E / ranks->size;
     if (E % ranks->size || n < 2)
         FAIL(ERR_CONFIG,
-             "parallel.experts is %d, expected a divisor of the model's %lld experts that leaves two "
+             "parallel.experts is %d, expected a divisor of the model's %lld experts that leaves "
+             "two "
              "or more to each rank",
              ranks->size, (long long)E);
     g->experts = ranks;

@@ -18,8 +18,8 @@ typedef struct Gemma {
     DType dtype; /* of activations and frozen weights */
     bool int8;   /* run packed weights with activations in 8 bits; only with dtype bf16 */
     Device *device;
-    FakeQuant fake;   /* linears that train through rounding point here */
-    LayerWatch watch; /* done NULL: nobody */
+    FakeQuant fake;      /* linears that train through rounding point here */
+    LayerWatch watch;    /* done NULL: nobody */
     const Comm *context; /* ranks that share the rows of each batch; NULL: none do */
     const Comm *experts; /* ranks that have the experts between them; NULL: each has all */
     ParamList params;

@@ -4,10 +4,10 @@
  *   share = the A largest of p, renormalised;  y = sum share * per_expert_scale * expert(h)
  *   expert(h) = (gelu(gate) * up) down^T, gate and up the two halves of gate_up_proj
  *
- * Rows are sorted by expert so that each expert is one product. Where ranks have the experts between
- * them, each expert's rows go to the rank that has it, and their results come back. The balancing
- * loss is the Switch form (Fedus et al. 2021) with all layers pooled, as the Mixtral recipe has it:
- * E * sum_e f_e P_e, f constant in the backward pass. */
+ * Rows are sorted by expert so that each expert is one product. Where ranks have the experts
+ * between them, each expert's rows go to the rank that has it, and their results come back. The
+ * balancing loss is the Switch form (Fedus et al. 2021) with all layers pooled, as the Mixtral
+ * recipe has it: E * sum_e f_e P_e, f constant in the backward pass. */
 #include "model/moe.h"
 #include "kernels/activation.h"
 #include "kernels/elementwise.h"
@@ -76,7 +76,8 @@ static RowGroups groups_of(const MoeSaved *s) {
 
 /* How many rows go to each rank and come from it; R <= EXPERTS_MAX. */
 typedef struct Travel {
-    int64_t sends[EXPERTS_MAX], gets[EXPERTS_MAX], came; /* came: of all; while measuring the most */
+    int64_t sends[EXPERTS_MAX], gets[EXPERTS_MAX],
+        came; /* came: of all; while measuring the most */
 } Travel;
 
 /* Rows to each rank, from where the groups of all experts begin. */
@@ -216,8 +217,7 @@ static void experts_forward(const Moe *m, MoeSaved *s, Tensor out, Tensor sorted
         results = arena_like(p->scratch, rows);
         to_experts(s, &t, rows, sorted, p);
     }
-    Tensor hidden =
-        ARENA_TENSOR(p->scratch, sorted.dtype, t.came, m->config.moe_intermediate_size);
+    Tensor hidden = ARENA_TENSOR(p->scratch, sorted.dtype, t.came, m->config.moe_intermediate_size);
     Tensor gate_up = tensor_slice(s->gate_up, 0, t.came);
     if (t.came) {
         linear_forward_grouped(&m->gate_up_proj, gate_up, rows, groups_of(s), p);
@@ -240,8 +240,7 @@ static void experts_backward(const Moe *m, const MoeSaved *s, Tensor dsorted, Te
         to_experts(s, &t, rows, sorted, p);
         to_experts(s, &t, dresults, dout, p);
     }
-    Tensor hidden = ARENA_TENSOR(p->scratch, sorted.dtype, t.came,
-                                 m->config.moe_intermediate_size),
+    Tensor hidden = ARENA_TENSOR(p->scratch, sorted.dtype, t.came, m->config.moe_intermediate_size),
            dhidden = arena_like(p->scratch, hidden), gate_up = tensor_slice(s->gate_up, 0, t.came),
            dgate_up = arena_like(p->scratch, gate_up);
     if (t.came) {

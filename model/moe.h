@@ -27,10 +27,10 @@ typedef struct MoeSaved {
                            * shared out */
     Tensor out;           /* (M, D) expert outputs in sorted order */
     /* Where experts are shared out, of the rows that came here, T of at most R * M: */
-    Tensor came;          /* (R, E) i32: rows with padding from each rank for each expert here */
-    Tensor groups;        /* (E + 1) i32: where each expert's rows begin */
-    Tensor counts_here;   /* (E) i32 */
-    Tensor order, back;   /* (T) i32: the places in order of ranks of rows by experts; the reverse */
+    Tensor came;        /* (R, E) i32: rows with padding from each rank for each expert here */
+    Tensor groups;      /* (E + 1) i32: where each expert's rows begin */
+    Tensor counts_here; /* (E) i32 */
+    Tensor order, back; /* (T) i32: the places in order of ranks of rows by experts; the reverse */
 } MoeSaved;
 
 void moe_declare(Moe *m, ParamList *params, LinearList *list, const BlockConfig *c);

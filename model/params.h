@@ -1,9 +1,9 @@
 /* params.h - the registry of parameters, under the checkpoint's names.
  *
  * Layers declare parameters by shape; nothing is taken until params_place (space.h), which puts
- * frozen values in one arena in the working dtype and every trainable parameter in one flat f32 space
- * (values, or master copies when the working value is bf16; gradients beside it in the same order).
- * Loading, saving, counting, decay and adapter targets are loops over this list. */
+ * frozen values in one arena in the working dtype and every trainable parameter in one flat f32
+ * space (values, or master copies when the working value is bf16; gradients beside it in the same
+ * order). Loading, saving, counting, decay and adapter targets are loops over this list. */
 #ifndef PARAMS_H
 #define PARAMS_H
 
@@ -27,7 +27,7 @@ struct Param {
     int64_t offset; /* of its states in the flat space, when trainable */
     int64_t group, groups; /* of experts that several ranks have between them: value is groups
                             * `group` and on of so many; groups 0: it is all there is */
-    Tensor here[2]; /* value and master, while param_fetch has others in their place */
+    Tensor here[2];        /* value and master, while param_fetch has others in their place */
 };
 
 struct ParamList {
@@ -61,7 +61,8 @@ Param *params_add_adapter(ParamList *params, const char *module, const char *nam
 /* A f32 tensor that is computed from values: placed beside them, in no file. Its shape is set. */
 void params_add_derived(ParamList *params, Tensor *t);
 
-/* The most exact value of it that is here: the master of what is trained in bf16, if all of that is.
+/* The most exact value of it that is here: the master of what is trained in bf16, if all of that
+ * is.
  */
 static inline Tensor param_source(const Param *p) {
     return p->trainable && tensor_present(p->master) ? p->master : p->value;

@@ -46,9 +46,9 @@ typedef struct KvSlot {
 
 typedef struct Pass {
     const Rows *rows;
-    KvSlot *slots; /* one for each layer; valid where the layer owns K and V */
+    KvSlot *slots;              /* one for each layer; valid where the layer owns K and V */
     const ContextPart *context; /* whose rows these are a part of; NULL: all there are */
-    const Comm *experts; /* ranks that have the experts between them; NULL: all are here */
+    const Comm *experts;        /* ranks that have the experts between them; NULL: all are here */
     Arena *scratch;
     bool training;
     bool int8;    /* packed weights meet activations in 8 bits: running a model, not training it */

@@ -1,6 +1,6 @@
 /* space.c - runs of the flat space, their shares, and layers that come and go. */
-#include "model/params.h"
 #include "kernels/elementwise.h"
+#include "model/params.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -249,8 +249,8 @@ static void place_run(ParamList *params, const ParamRun *r, bool gradients) {
         int64_t at = p->offset - r->begin;
         if (!p->trainable) continue;
         if (gradients) p->grad = part_of(s->grads, r->grads + at, p);
-        p->master = r->whole && r->place >= 0 ? part_of(s->values, r->place + at, p)
-                                              : tensor_absent();
+        p->master =
+            r->whole && r->place >= 0 ? part_of(s->values, r->place + at, p) : tensor_absent();
         if (r->gathered)
             put_in_buffer(s, p, r->room + at * (int64_t)dtype_size(r->dtype));
         else if (r->dtype == F32)

@@ -2,9 +2,10 @@
  * ranks.
  *
  * Everything that is trained forms one flat space, cut in runs: the values of one layer that lie
- * behind each other. Of every run each rank that has it owns an equal share, whose states (level 1),
- * gradients (2) and values (3) it alone keeps. At level 3 the frozen values of a layer are shared out
- * by bytes as well, and a layer's values are there from space_need on until two layers later.
+ * behind each other. Of every run each rank that has it owns an equal share, whose states (level
+ * 1), gradients (2) and values (3) it alone keeps. At level 3 the frozen values of a layer are
+ * shared out by bytes as well, and a layer's values are there from space_need on until two layers
+ * later.
  *
  * What experts only some ranks have is shared among those that have the same ones. */
 #ifndef SPACE_H
@@ -18,19 +19,19 @@ typedef struct Param Param;
 typedef struct ParamList ParamList;
 
 typedef struct ParamRun {
-    int layer;           /* -1: in none */
-    int first, last;     /* of params->items, what is frozen between them left out */
-    DType dtype;         /* of its values */
-    bool experts;        /* that not every rank has */
+    int layer;       /* -1: in none */
+    int first, last; /* of params->items, what is frozen between them left out */
+    DType dtype;     /* of its values */
+    bool experts;    /* that not every rank has */
     bool adapter;
-    int64_t begin, end;  /* in the flat space: whole blocks of 8-bit states */
+    int64_t begin, end;   /* in the flat space: whole blocks of 8-bit states */
     int64_t own, own_end; /* of them this rank's share */
-    int64_t share;       /* where its shares of all runs, behind each other, have this one */
-    int64_t place;       /* where Space.values has it, all of it or the share; -1: nowhere */
-    int64_t room;        /* where its values lie: in Space.working, or in a gathered layer's bytes */
-    int64_t grads;       /* where its gradients begin in Space.grads */
-    bool whole;          /* Space.values has all of it */
-    bool gathered;       /* its values are there only while their layer is (level 3) */
+    int64_t share;        /* where its shares of all runs, behind each other, have this one */
+    int64_t place;        /* where Space.values has it, all of it or the share; -1: nowhere */
+    int64_t room;  /* where its values lie: in Space.working, or in a gathered layer's bytes */
+    int64_t grads; /* where its gradients begin in Space.grads */
+    bool whole;    /* Space.values has all of it */
+    bool gathered; /* its values are there only while their layer is (level 3) */
 } ParamRun;
 
 /* A layer's frozen values, shared out by bytes: of all ranks, and of experts. */
@@ -55,19 +56,19 @@ typedef struct Space {
                               * its own */
     CommBeside *beside;
     const RankGroups *beside_ranks;
-    bool whole_trained;    /* what is trained stays on every rank, but for states and gradients */
-    bool one_layer;        /* there is room for the gradients of one layer, all take turns */
-    bool no_masters;       /* trainable bf16 values are updated as they are */
+    bool whole_trained; /* what is trained stays on every rank, but for states and gradients */
+    bool one_layer;     /* there is room for the gradients of one layer, all take turns */
+    bool no_masters;    /* trainable bf16 values are updated as they are */
     ParamRun *runs;
     int count;
-    Tensor values;  /* f32: trained values, or masters of bf16 ones */
-    Tensor working; /* bf16: the values of those */
-    Tensor grads;   /* f32 */
+    Tensor values;         /* f32: trained values, or masters of bf16 ones */
+    Tensor working;        /* bf16: the values of those */
+    Tensor grads;          /* f32 */
     Tensor layer_grads[2]; /* the parts of them that layers share, even ones and odd ones, which
                             * differ where they are exchanged beside; absent unless one_layer */
-    Tensor kept;        /* U8: shares of frozen values */
-    Tensor buffers[2];  /* U8: the gathered values of even layers, and of odd ones */
-    int held[2];        /* which layer's they are; -1: none's */
+    Tensor kept;           /* U8: shares of frozen values */
+    Tensor buffers[2];     /* U8: the gathered values of even layers, and of odd ones */
+    int held[2];           /* which layer's they are; -1: none's */
     FrozenShare frozen[LAYERS_MAX][2];
     Arena working_arena, trained_arena; /* what has a place of its own; the rest of the above */
 } Space;

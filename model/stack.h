@@ -32,7 +32,7 @@ typedef struct Stack {
                              trained */
     KvSlot *slots;        /* one a layer; the stack's own unless a cache is lent */
     const KvCache *cache; /* NULL: slots hold the keys of this pass alone */
-    ContextPart *context;     /* of the ranks that share this batch's rows; NULL: none do */
+    ContextPart *context; /* of the ranks that share this batch's rows; NULL: none do */
     BlockSaved *saved;    /* one a layer */
     Tensor *residual;     /* (N or kept, D): input of each layer, and of the final norm */
     Offload *offload;     /* with STACK_OFFLOAD: where those of most layers wait, by their number;

@@ -177,8 +177,7 @@ void step_measure(Gemma *g, int64_t N, int64_t kept, const StepOptions *options,
     Arena place = arena_measure(), temporary = arena_measure();
     Step t;
     ContextPart x;
-    if (g->context)
-        context_measure(&x, g->context, &g->config, N, longest_medium(options));
+    if (g->context) context_measure(&x, g->context, &g->config, N, longest_medium(options));
     step_open(&t, g, options, g->context ? x.N : N, kept, g->context ? &x : NULL, &temporary);
     t.stack.media = options->largest;
     t.stack.media_count = options->largest_count;
@@ -283,7 +282,8 @@ typedef struct Part {
 static void part_open(Part *p, const Gemma *g, const Batch *all) {
     size_t N = (size_t)all->N;
     bool *cuttable = must_malloc(N + 1);
-    int32_t *first = must_malloc((N + 1) * sizeof *first), *last = must_malloc((N + 1) * sizeof *last);
+    int32_t *first = must_malloc((N + 1) * sizeof *first),
+            *last = must_malloc((N + 1) * sizeof *last);
     memset(cuttable, 1, N + 1);
     for (int64_t i = 0; i < all->media_count; i++)
         memset(cuttable + all->media[i].first + 1, 0, (size_t)all->media[i].count - 1);

@@ -63,8 +63,8 @@ void step_free(StepMemory *m);
 
 /* Runs the batch. nll (N): the negative log-likelihood of each target, 0 where there is none.
  * Gradients of trainable parameters are added to, unless the mode is STACK_SCORE. Returns the sum
- * of nll * weight (of nll without weights). Where ranks share the rows (g->context) all of them call
- * it with the whole batch, and each has the nll, the sum and the gradients of its own. */
+ * of nll * weight (of nll without weights). Where ranks share the rows (g->context) all of them
+ * call it with the whole batch, and each has the nll, the sum and the gradients of its own. */
 double step_run(Gemma *g, StepMemory *m, const Batch *batch, const StepOptions *options,
                 float *nll);
 

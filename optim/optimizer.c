@@ -62,7 +62,8 @@ static void update(Optimizer *o, const Space *s, const ParamRun *r, const Param 
             rows = (end - first + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
     Tensor value = r->place >= 0 ? run_values(s, r, first, end)
                                  : RESHAPE(p->master, tensor_count(p->master)),
-           grad = c->own_grads ? optimizer_gradients(o, r, first, end) : run_grads(s, r, first, end),
+           grad =
+               c->own_grads ? optimizer_gradients(o, r, first, end) : run_grads(s, r, first, end),
            m = tensor_slice(o->m, row, rows), v = tensor_slice(o->v, row, rows);
     uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
     float decay = p->decay ? (float)c->weight_decay : 0.0f;

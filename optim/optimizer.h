@@ -11,14 +11,14 @@ typedef struct OptimizerConfig {
     double lr, beta1, beta2, eps, weight_decay, momentum;
     uint64_t seed;    /* of the rounding of values that have no master */
     bool states_8bit; /* moments in DYNAMIC8 and DYNAMIC8_UNSIGNED, else f32 */
-    bool own_grads;   /* gradients of what is updated here are the optimizer's, in Optimizer.grads */
+    bool own_grads; /* gradients of what is updated here are the optimizer's, in Optimizer.grads */
 } OptimizerConfig;
 
 typedef struct Optimizer {
     OptimizerConfig config;
     Arena arena;
-    Tensor m, v;  /* (own values / 256, 256) of the shares of all runs; SGD has only m, and that only
-                   * with momentum */
+    Tensor m, v; /* (own values / 256, 256) of the shares of all runs; SGD has only m, and that only
+                  * with momentum */
     Tensor grads; /* f32, of the same; absent: those of the parameters */
     int64_t t;    /* updates made */
 } Optimizer;
@@ -33,7 +33,8 @@ void optimizer_free(Optimizer *o);
  * publishes bf16 values, unless there are ranks that have other shares (space_join). */
 void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
 
-/* The same in parts: optimizer_begin, then each layer's parameters, and those of none (-1), once. */
+/* The same in parts: optimizer_begin, then each layer's parameters, and those of none (-1), once.
+ */
 void optimizer_begin(Optimizer *o);
 void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale);
 

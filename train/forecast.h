@@ -20,8 +20,8 @@ typedef struct Speeds {
  * from their makers' figures, as links do. */
 const Speeds *speeds_of(const char *gpu);
 
-/* Times the run's largest products, its attention, a gate, and what comm's ranks send, which all call
- * it at once. ERR_IO: no memory to time in. */
+/* Times the run's largest products, its attention, a gate, and what comm's ranks send, which all
+ * call it at once. ERR_IO: no memory to time in. */
 Status speeds_measure(Speeds *speeds, const Session *s, const Comm *comm);
 
 typedef struct Forecast {

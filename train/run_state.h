@@ -17,15 +17,14 @@ typedef struct RunState {
 } RunState;
 
 /* Into FOLDER/state.h5: trained values (or f32 masters), the optimizer's moments, and RunState. Of
- * several ranks each writes what it has a share of, the others into state-1.h5, state-2.h5, ..., and
- * each file says which pieces of which parameters it has. */
+ * several ranks each writes what it has a share of, the others into state-1.h5, state-2.h5, ...,
+ * and each file says which pieces of which parameters it has. */
 Status run_state_save(const RunState *state, ParamList *params, const Optimizer *optimizer,
                       const char *folder);
 
 /* The reverse, into a placed model and optimizer of the same run, whatever the ranks then and now;
  * all ranks call it. */
-Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer,
-                      const char *folder);
+Status run_state_load(RunState *state, ParamList *params, Optimizer *optimizer, const char *folder);
 
 /* The newest step-N folder of OUTPUT/checkpoints with a state in it, or 0. */
 int64_t run_state_newest(const char *output);

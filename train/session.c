@@ -26,8 +26,7 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
         return store_check_origin(&s->store, s->tokenizer);
     }
     comm_broadcast(&s->comm, &there, sizeof there);
-    if (!there)
-        TRY(store_build(store_path, &s->reader, c, s->config.seed, &s->comm, progress));
+    if (!there) TRY(store_build(store_path, &s->reader, c, s->config.seed, &s->comm, progress));
     return store_open(&s->store, store_path, &s->reader, c, s->config.seed);
 }
 

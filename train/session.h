@@ -6,8 +6,8 @@
 #include "data/loader.h"
 #include "formats/adapter.h"
 #include "formats/checkpoint.h"
-#include "optim/optimizer.h"
 #include "kernels/comm.h"
+#include "optim/optimizer.h"
 
 /* What the run will take, byte for byte, before any of it is taken. */
 typedef struct MemoryPlan {
@@ -27,8 +27,8 @@ typedef struct Session {
     Comm context; /* the ranks with which this one shares the rows of micro-batches */
     RankGroups ranks, beside_ranks; /* the latter for Space.beside */
     CommBeside *beside;
-    int data_rank, data_ranks; /* which of the groups of such ranks it is in, and how many there are:
-                                * they take micro-batches turn by turn */
+    int data_rank, data_ranks; /* which of the groups of such ranks it is in, and how many there
+                                * are: they take micro-batches turn by turn */
     Checkpoint checkpoint;
     Tokenizer *tokenizer;
     RowReader reader;

@@ -399,9 +399,9 @@ static void merge_like_unmerged(const char *kind, const char *variant) {
     run_open(&second, f.dir, F32, false, &exact, STACK_SCORE);
     EXPECT_OK(peft_load(&second.g, dir));
     EXPECT(tensor_count(second.g.params.space.values) == tensor_count(r.g.params.space.values));
-    EXPECT(
-        !memcmp(second.g.params.space.values.data, r.g.params.space.values.data, tensor_bytes(r.g.params.space.values)),
-        "%s %s", kind, variant);
+    EXPECT(!memcmp(second.g.params.space.values.data, r.g.params.space.values.data,
+                   tensor_bytes(r.g.params.space.values)),
+           "%s %s", kind, variant);
     run_close(&second);
     run_close(&r);
     run_open(&r, out, F32, false, NULL, STACK_SCORE);

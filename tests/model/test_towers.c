@@ -195,9 +195,9 @@ CASE(towers, vision_is_the_same_whatever_is_kept) {
     vision_run(&only, true, STACK_SCORE);
     EXPECT(!memcmp(kept.out.data, again.out.data, tensor_bytes(kept.out)), "recomputed differs");
     EXPECT(!memcmp(kept.out.data, only.out.data, tensor_bytes(kept.out)), "forward alone differs");
-    EXPECT(
-        !memcmp(kept.params.space.grads.data, again.params.space.grads.data, tensor_bytes(kept.params.space.grads)),
-        "gradients differ");
+    EXPECT(!memcmp(kept.params.space.grads.data, again.params.space.grads.data,
+                   tensor_bytes(kept.params.space.grads)),
+           "gradients differ");
     vision_stop(&kept), vision_stop(&again), vision_stop(&only);
 }
 
@@ -306,8 +306,8 @@ CASE(towers, audio_is_the_same_whatever_is_kept) {
     audio_start(&only, 45, STACK_SCORE);
     EXPECT(!memcmp(kept.out.data, again.out.data, tensor_bytes(kept.out)), "recomputed differs");
     EXPECT(!memcmp(kept.out.data, only.out.data, tensor_bytes(kept.out)), "forward alone differs");
-    EXPECT(
-        !memcmp(kept.params.space.grads.data, again.params.space.grads.data, tensor_bytes(kept.params.space.grads)),
-        "gradients differ");
+    EXPECT(!memcmp(kept.params.space.grads.data, again.params.space.grads.data,
+                   tensor_bytes(kept.params.space.grads)),
+           "gradients differ");
     audio_stop(&kept), audio_stop(&again), audio_stop(&only);
 }

@@ -297,6 +297,24 @@ CASE(ranks, a_rank_that_does_not_answer_ends_the_run) {
     free(said), free(text);
 }
 
+/* The second of two ranks cannot write its part of a save: the run ends and says which, and why. */
+CASE(ranks, a_full_disk_of_one_rank_ends_the_run) {
+    const char *f = test_folder();
+    prepare("tiny");
+    char *line = must_format(MPIRUN " -n 2 sh -c 'if [ $OMPI_COMM_WORLD_RANK = 1 ]; then trap \"\" "
+                                    "XFSZ; ulimit -f 1000; fi; exec %s train %s/run.yaml "
+                                    "output=%s/full " FULL "' >%s/full.txt 2>&1",
+                             alone, f, f, f),
+         *said = must_format("%s/full.txt", f),
+         *save = must_format("%s/full/checkpoints/step-5", f), *text;
+    size_t size;
+    EXPECT(system(line), "the run ends well");
+    EXPECT_OK(file_read(&text, &size, said, 1 << 20));
+    EXPECT(strstr(text, "lapidary: rank 1: ") && strstr(text, "state-1.h5"), "%s", text);
+    EXPECT(!file_exists(save), "a save without all of its parts");
+    free(line), free(said), free(save), free(text);
+}
+
 /* Two ranks on each of two hosts (tests/hosts.sh); then, in another run, the cable between them
  * goes once there is a save: all ranks end, and three on one host go on. Open MPI's mpirun itself
  * waits for the host that it cannot reach, and is ended here. */
@@ -373,7 +391,8 @@ CASE(ranks, the_plan_is_what_a_rank_takes) {
         char *level = must_format("\"shard\": %d,", shard);
         take_ranks(1);
         EXPECT_RUN(0, "plan %s/run.yaml --gpus 4 method=full", f);
-        double total = planned(level, "\"total_gb\": ") - planned(level, "\"process_gb\": "), states = planned(level, "\"states_gb\": "),
+        double total = planned(level, "\"total_gb\": ") - planned(level, "\"process_gb\": "),
+               states = planned(level, "\"states_gb\": "),
                all = planned("\"shard\": 0,", "\"states_gb\": ");
         EXPECT(shard ? states < 0.6 * all : states == all, "level %d: states of %g GB, all are %g",
                shard, states, all);
