@@ -188,10 +188,10 @@ void comm_group(Comm *group, const Comm *c, int size, bool apart) {
 void comm_again(Comm *again, const Comm *c) {
     MPI_Comm among;
     *again = *c;
-    if (is_alone(c)) return;
-    MPI_Comm_dup(handle_of(c), &among);
     again->whole = false;
     again->gpus = NULL;
+    if (is_alone(c)) return;
+    MPI_Comm_dup(handle_of(c), &among);
     again->handle = (int)MPI_Comm_c2f(among);
 }
 
@@ -439,6 +439,7 @@ void comm_group(Comm *group, const Comm *c, int size, bool apart) {
 }
 void comm_again(Comm *again, const Comm *c) {
     *again = *c;
+    again->whole = false;
 }
 void comm_close(Comm *c) {
     *c = (Comm){0};

@@ -331,8 +331,8 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     TRY_DONE(session_plan(s, device_available(s->g.device)));
     TRY_DONE(agree_on_mode(s));
 done:
-    if (status != OK) session_close(s);
-    return status;
+    if (status != OK && (!comm_is_many(&s->comm) || s->comm.supposed)) session_close(s);
+    return status; /* of several ranks the others may be waiting: the process ends as it is */
 }
 
 Status session_place(Session *s) {

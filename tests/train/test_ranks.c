@@ -219,6 +219,10 @@ CASE(ranks, experts_rows_and_values_at_once_and_a_run_that_changes_ranks) {
     take_ranks(2);
     EXPECT_RUN(0, "train %s/run.yaml output=%s/parts %s --resume parallel.experts=2", f, f, third);
     expect_near("one", "parts");
+    take_ranks(8);
+    EXPECT_EXIT(1, "a divisor of the model's 8 experts that leaves two or more to each rank",
+                "train %s/run.yaml output=%s/many %s batch.accumulate=8 parallel.experts=8", f, f,
+                full);
     free(first), free(second), free(third);
 }
 
@@ -488,5 +492,13 @@ CASE(ranks, ranks_that_do_not_fit_together_are_refused) {
                 "eval --model %s/model --tasks demo/exam/gems_choice.yaml --data demo/exam "
                 "--chat-format small",
                 f);
-    free(pair);
+    char *absolute = realpath(alone, NULL),
+         *elsewhere =
+             must_format(MPIRUN " -n 2 sh -c 'if [ $OMPI_COMM_WORLD_RANK = 1 ]; then cd /; "
+                                "fi; exec \"$0\" \"$@\"' %s",
+                         absolute);
+    setenv("LAPIDARY_PROGRAM", elsewhere, 1);
+    EXPECT_EXIT(1, "rank 1: demo/gems.jsonl: cannot be opened", "train %s/run.yaml output=%s/path",
+                f, f);
+    free(pair), free(absolute), free(elsewhere);
 }
