@@ -24,7 +24,8 @@ for n in $numbers; do
         ran=$(sed 1,2d "$out/$n-$level/metrics.csv" | cut -d, -f10 | sort -g | sed -n 3p)
         [ "$n" = 1 ] && alone=$ran
         echo "$n $level $ran ${plan:-0} ${alone:-0}" | awk '{
-            printf "{\"ranks\": %d, \"shard\": %d, \"tokens_per_s\": %.1f, \"planned\": %.1f, \"efficiency\": %s}\n",
-                $1, $2, $3, $4, $5 > 0 ? sprintf("%.2f", $3 / $1 / $5) : "null" }'
+            efficiency = "null"
+            if ($5 + 0) efficiency = sprintf("%.2f", $3 / $1 / $5)
+            printf "{\"ranks\": %d, \"shard\": %d, \"tokens_per_s\": %.1f, \"planned\": %.1f, \"efficiency\": %s}\n", $1, $2, $3, $4, efficiency }'
     done
 done

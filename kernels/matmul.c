@@ -46,10 +46,18 @@ void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Te
 }
 
 void matmul_int8(Tensor y, Tensor a, Tensor b) {
-    check_product(NT, y, a, b);
-    CHECK(dtype_is_tiled(b.dtype), "matmul_int8: b is %s", tensor_text(b));
-    if (!tensor_count(y)) return;
-    ON_DEVICE(a, matmul_int8)(y, a, b);
+    matmul_int8_several(&y, a, &b, 1);
+}
+
+void matmul_int8_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
+    CHECK(count > 0 && count <= MATRICES_MOST, "matmul_int8: %d matrices", count);
+    for (int i = 0; i < count; i++) {
+        check_product(NT, y[i], a, b[i]);
+        CHECK(dtype_is_tiled(b[i].dtype) && b[i].dtype == b->dtype && y[i].dtype == y->dtype,
+              "matmul_int8: b is %s, y %s", tensor_text(b[i]), tensor_text(y[i]));
+    }
+    if (!tensor_count(a)) return;
+    ON_DEVICE(a, matmul_int8_several)(y, a, b, count);
 }
 
 void grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts) {

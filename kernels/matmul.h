@@ -32,7 +32,12 @@ KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
  * weights read as they are packed: the product of decoding and prefill.
  *   y, a  f32 | bf16
  *   b     Q4_0_TILED | Q8_0_TILED */
-KERNEL(matmul_int8, Tensor y, Tensor a, Tensor b);
+void matmul_int8(Tensor y, Tensor a, Tensor b);
+
+/* The same with up to MATRICES_MOST matrices of one dtype, which read one rounding of a:
+ *   y[i]  (M, N_i)    b[i]  (N_i, K) */
+#define MATRICES_MOST 3
+KERNEL(matmul_int8_several, const Tensor *y, Tensor a, const Tensor *b, int count);
 
 /* The same for rows sorted by group: counts[g] rows from offsets[g] on meet b[g]; rows between
  * groups are left alone.   offsets (G + 1), counts (G)  i32 */

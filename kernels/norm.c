@@ -21,6 +21,18 @@ void rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor resi
     ON_DEVICE(x, rmsnorm_forward)(y, rstd, x, weight, residual, eps);
 }
 
+void rmsnorm_pair(Tensor y, Tensor next, Tensor x, Tensor weight, Tensor residual, float scale,
+                  Tensor next_weight, float eps) {
+    int64_t D = tensor_cols(x);
+    CHECK(tensor_count(y) == tensor_count(x) && tensor_count(next) == tensor_count(x) &&
+              tensor_count(residual) == tensor_count(x) && y.dtype == x.dtype &&
+              next.dtype == x.dtype && residual.dtype == x.dtype,
+          "rmsnorm_pair: %s and %s of %s", tensor_text(y), tensor_text(next), tensor_text(x));
+    CHECK(tensor_count(weight) == D && tensor_count(next_weight) == D,
+          "rmsnorm_pair: weights %s %s", tensor_text(weight), tensor_text(next_weight));
+    ON_DEVICE(x, rmsnorm_pair)(y, next, x, weight, residual, scale, next_weight, eps);
+}
+
 void rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
     check_norm(x, rstd, weight);
     CHECK(tensor_present(rstd), "rmsnorm: rstd is needed");

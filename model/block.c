@@ -70,10 +70,9 @@ void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtyp
     }
 }
 
-static void feed_forward(const Block *b, BlockSaved *s, Pass *p) {
+/* h: s->x1 normalised; it is written over. */
+static void feed_forward(const Block *b, BlockSaved *s, Tensor h, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    Tensor h = arena_like(p->scratch, s->x1);
-    norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
     if (!b->config.num_experts) {
         mlp_forward(&b->mlp, &s->mlp, s->fed, h, p);
     } else {
@@ -87,23 +86,44 @@ static void feed_forward(const Block *b, BlockSaved *s, Pass *p) {
     arena_release(p->scratch, mark);
 }
 
+/* y = scale * (residual + norm(x)), with the next layer's input where that is known. */
+static void leave(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual, float scale,
+                  Pass *p) {
+    p->is_entered = !p->training && p->next;
+    if (p->is_entered) {
+        norm_pair(n, y, x, residual, scale, p->next, p->leaving);
+        p->entered = p->leaving;
+        return;
+    }
+    norm_forward(n, y, rstd, x, residual);
+    if (scale != 1.0f) scale_copy(y, SET, y, scale);
+}
+
 void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per_layer, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor h = arena_like(p->scratch, x);
-    norm_forward(&b->input_layernorm, h, s->input_rstd, x, tensor_absent());
-    attention_layer_forward(&b->self_attn, &s->attention, s->attended, h, p);
-    norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
-    feed_forward(b, s, p);
-    Tensor x2 = b->config.per_layer_input ? s->x2 : y;
-    norm_forward(&b->post_feedforward_layernorm, x2, s->fed_rstd, s->fed, s->x1);
+    float scale = b->config.unscaled ? 1.0f : b->scalar;
+    if (!p->is_entered) norm_forward(&b->input_layernorm, h, s->input_rstd, x, tensor_absent());
+    attention_layer_forward(&b->self_attn, &s->attention, s->attended,
+                            p->is_entered ? p->entered : h, p);
+    if (p->training) {
+        norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
+        norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
+    } else {
+        norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
+                  &b->pre_feedforward_layernorm, h);
+    }
+    feed_forward(b, s, h, p);
     if (b->config.per_layer_input) {
         Tensor u = arena_like(p->scratch, s->gate);
+        norm_forward(&b->post_feedforward_layernorm, s->x2, s->fed_rstd, s->fed, s->x1);
         linear_forward(&b->per_layer_input_gate, s->gate, s->x2, p);
         gelu_mul_forward(u, s->gate, per_layer);
         linear_forward(&b->per_layer_projection, s->projected, u, p);
-        norm_forward(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2);
+        leave(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2, scale, p);
+    } else {
+        leave(&b->post_feedforward_layernorm, y, s->fed_rstd, s->fed, s->x1, scale, p);
     }
-    if (!b->config.unscaled) scale_copy(y, SET, y, b->scalar);
     arena_release(p->scratch, mark);
 }
 

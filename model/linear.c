@@ -363,6 +363,27 @@ void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
     arena_release(p->scratch, mark);
 }
 
+/* Whether it is a product with activations in 8 bits, and adapters. */
+static bool is_int8(const Linear *l, const Pass *p) {
+    return p->int8 && l->groups == 1 && dtype_is_tiled(l->weight->value.dtype) && !l->bias &&
+           !l->bounds[0] && !fake_quant_on(l->fake);
+}
+
+void linear_forward_several(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p) {
+    Tensor weights[MATRICES_MOST];
+    bool together = true;
+    for (int i = 0; i < count; i++) {
+        weights[i] = l[i]->weight->value;
+        together &= is_int8(l[i], p) && weights[i].dtype == weights[0].dtype;
+    }
+    if (together) matmul_int8_several(y, x, weights, count);
+    for (int i = 0; i < count; i++) {
+        if (!together) linear_forward(l[i], y[i], x, p);
+        for (const Lora *lora = l[i]->lora; together && lora; lora = lora->next)
+            forward_adapter(l[i], lora, y[i], x, tensor_absent(), p);
+    }
+}
+
 void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
     forward(l, y, x, groups, p);
 }

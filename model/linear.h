@@ -92,6 +92,10 @@ void linear_keep(Linear *l, Arena *arena, int64_t N);
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p);
 void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p);
 
+/* The same of several linears that read one x, at most three, into y[i]: at once, where they
+ * are of one kind. */
+void linear_forward_several(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p);
+
 /* y (N, V) = x W^T for a matrix that is no linear's: the tied head. */
 void project(Tensor y, Tensor x, Tensor weight, bool int8);
 

@@ -24,8 +24,8 @@ void mlp_reserve(MlpSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
 void mlp_forward(const Mlp *m, MlpSaved *s, Tensor y, Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor hidden = arena_like(p->scratch, s->gate); /* (N, F) */
-    linear_forward(&m->gate_proj, s->gate, x, p);
-    linear_forward(&m->up_proj, s->up, x, p);
+    linear_forward_several((const Linear *[]){&m->gate_proj, &m->up_proj},
+                           (Tensor[]){s->gate, s->up}, 2, x, p);
     gelu_mul_forward(hidden, s->gate, s->up);
     linear_forward(&m->down_proj, y, hidden, p);
     arena_release(p->scratch, mark);

@@ -18,6 +18,11 @@ void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residua
     rmsnorm_forward(y, rstd, x, weight_of(n), residual, n->eps);
 }
 
+void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
+               Tensor next) {
+    rmsnorm_pair(y, next, x, weight_of(n), residual, scale, weight_of(other), n->eps);
+}
+
 void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x) {
     rmsnorm_apply(y, rstd, x, weight_of(n));
 }

@@ -51,6 +51,12 @@ typedef struct Pass {
     const Comm *experts;        /* ranks that have the experts between them; NULL: all are here */
     Arena *scratch;
     bool training;
+    /* Where nothing is trained a layer's end makes the next one's normalised input with its output.
+     */
+    const struct Norm *next; /* of the layer that follows; NULL: it does not follow at once */
+    Tensor leaving;          /* (N, D): where that goes */
+    Tensor entered;          /* (N, D): that of the layer that is entered now */
+    bool is_entered;         /* it is there */
     bool int8;    /* packed weights meet activations in 8 bits: running a model, not training it */
     uint64_t key; /* of this micro-batch's random numbers */
     /* Of the experts; absent: nobody asks. */

@@ -178,6 +178,7 @@ void stack_place(Stack *s, Arena *arena) {
     }
     for (Linear *l = g->linears.first; l && stack_trains(s); l = l->next)
         if (!l->weight->tower) linear_keep(l, arena, s->N);
+    if (!stack_trains(s)) s->normed = ARENA_TENSOR(arena, g->dtype, s->N, D);
     s->final = ARENA_TENSOR(arena, g->dtype, s->kept, D);
     s->final_rstd = ARENA_TENSOR(arena, F32, s->kept);
 }
@@ -246,6 +247,19 @@ void stack_fetch(Stack *s, int l) {
     if (l && is_offloaded(s, l - 1)) offload_fetch(s->offload, l - 1, s->residual[l - 1]);
 }
 
+/* The norm that layer l begins with; behind the last one the final one. */
+static const Norm *norm_before(const Stack *s, int l) {
+    bool last = l == s->g->config.num_hidden_layers;
+    return last ? &s->g->norm : &s->g->blocks[l].input_layernorm;
+}
+
+/* Whether layer l reads what the one before it leaves as it is: its own rows, and no weights that
+ * are still to come. */
+static bool follows_at_once(const Stack *s, int l) {
+    bool gathers = l == s->boundary && s->kept < s->N;
+    return !stack_trains(s) && !gathers && s->g->params.space.level < 3;
+}
+
 void stack_layers(Stack *s) {
     Gemma *g = s->g;
     Pass *p = &s->pass;
@@ -258,6 +272,9 @@ void stack_layers(Stack *s) {
             gather_rows(s->kept_input, s->residual[l], s->some.source);
         stack_enter(s, l);
         if (p->scratch->base) space_need(&g->params.space, l, l + 1 < L ? l + 1 : -1);
+        p->next = follows_at_once(s, l + 1) ? norm_before(s, l + 1) : NULL;
+        p->leaving =
+            l + 1 == L ? s->final : tensor_slice(s->normed, 0, l < s->boundary ? s->N : s->kept);
         block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l),
                       stack_per_layer(s, l), p);
         arena_release(p->scratch, mark);
@@ -266,7 +283,9 @@ void stack_layers(Stack *s) {
     }
     if (s->boundary == L && s->kept < s->N)
         gather_rows(s->kept_input, s->residual[L], s->some.source);
-    norm_forward(&g->norm, s->final, s->final_rstd, stack_input(s, L), tensor_absent());
+    if (!p->is_entered) /* else the last layer has made it */
+        norm_forward(&g->norm, s->final, s->final_rstd, stack_input(s, L), tensor_absent());
+    p->is_entered = false;
 }
 
 void stack_forward(Stack *s) {

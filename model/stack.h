@@ -39,6 +39,7 @@ typedef struct Stack {
                            * NULL while measuring */
     Tensor kept_input;    /* (kept, D): residual[boundary] of `some` */
     PerLayerInputSaved per_layer;
+    Tensor normed;            /* (N, D): what a layer leaves for the next; only where none trains */
     Tensor final, final_rstd; /* (kept, D), (kept) */
     Pass pass;
 } Stack;

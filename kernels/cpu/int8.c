@@ -541,9 +541,29 @@ static int64_t take(int64_t *next, int64_t total, int64_t most, int64_t *first) 
     return count;
 }
 
-static void product(Tensor y, Tensor a, Tensor b, const Groups *g) {
-    int64_t K = tensor_cols(a), M = tensor_rows(a), row_groups = tensor_cols(y) / TILE_HEIGHT;
-    int bias = b.dtype == Q4_0_TILED ? 8 : BYTE_BIAS;
+/* A thread's shares of one matrix, or of those of `active` groups. */
+static void multiply(Tensor y, Tensor b, const Activations *x, const Panel *panels,
+                     const int64_t *begins, int active, int64_t most, bool prefetch,
+                     int64_t *next) {
+    int64_t row_groups = tensor_cols(y) / TILE_HEIGHT;
+    for (int64_t at, left; (left = take(next, row_groups * active, most, &at));)
+        for (int64_t count; left; at += count, left -= count) { /* of one matrix */
+            int64_t begin = at % row_groups, matrix = at / row_groups;
+            count = row_groups - begin < left ? row_groups - begin : left;
+            int64_t first = begins[matrix], last = begins[matrix + 1];
+            Tensor w = b.ndim == 3 ? tensor_at(b, panels[first].group) : b;
+            for (int64_t i = first; i < last; i++)
+                for (int64_t group = begin; group < begin + count; group++)
+                    panel_product(y, w, group, x, &panels[i], prefetch);
+        }
+}
+
+/* Not inlined: GCC 12 then takes `a` for uninitialised. */
+__attribute__((noinline)) static void product(const Tensor *y, Tensor a, const Tensor *b,
+                                              int matrices, const Groups *g) {
+    int64_t K = tensor_cols(a), M = tensor_rows(a), row_groups = 0, next[MATRICES_MOST] = {0};
+    int bias = b->dtype == Q4_0_TILED ? 8 : BYTE_BIAS;
+    for (int i = 0; i < matrices; i++) row_groups += b[i].shape[b[i].ndim - 2] / TILE_HEIGHT;
     Panel panels[M / WIDTH_MAX + 5 * (g->count < M ? g->count : M) + 1];
     int64_t panel_count = list_panels(panels, g), begins[g->count + 1];
     int active = 0; /* groups with rows; begins: their first panels */
@@ -553,7 +573,7 @@ static void product(Tensor y, Tensor a, Tensor b, const Groups *g) {
     size_t bytes = (size_t)K / TILE_WIDTH * (bias == 8 ? sizeof(TileQ4_0) : sizeof(TileQ8_0));
     bool few = M <= 2; /* each thread rounds them for itself: cheaper than a barrier */
     bool prefetch = few && prefetch_pays();
-    int64_t most = few ? row_groups : (int64_t)(CACHE_BYTES / bytes) + 1, next = 0;
+    int64_t most = few ? row_groups : (int64_t)(CACHE_BYTES / bytes) + 1;
     double began = omp_get_wtime();
     float *shared = few ? NULL : thread_scratch(activation_floats(M, K));
 #pragma omp parallel
@@ -566,25 +586,17 @@ static void product(Tensor y, Tensor a, Tensor b, const Groups *g) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < panel_count; i++) quantize_panel(&x, &panels[i], a, bias);
         }
-        for (int64_t at, left; (left = take(&next, row_groups * active, most, &at));)
-            for (int64_t count; left; at += count, left -= count) { /* of one matrix */
-                int64_t begin = at % row_groups, matrix = at / row_groups;
-                count = row_groups - begin < left ? row_groups - begin : left;
-                int64_t first = begins[matrix], last = begins[matrix + 1];
-                Tensor w = b.ndim == 3 ? tensor_at(b, panels[first].group) : b;
-                for (int64_t i = first; i < last; i++)
-                    for (int64_t group = begin; group < begin + count; group++)
-                        panel_product(y, w, group, &x, &panels[i], prefetch);
-            }
+        for (int i = 0; i < matrices; i++)
+            multiply(y[i], b[i], &x, panels, begins, active, most, prefetch, &next[i]);
     }
     if (few) trial_add(prefetch, bytes * (size_t)(row_groups * active), omp_get_wtime() - began);
 }
 
-void CPU(matmul_int8)(Tensor y, Tensor a, Tensor b) {
+void CPU(matmul_int8_several)(const Tensor *y, Tensor a, const Tensor *b, int count) {
     int32_t zero = 0, rows = (int32_t)tensor_rows(a);
-    product(y, a, b, &(Groups){&zero, &rows, 1});
+    product(y, a, b, count, &(Groups){&zero, &rows, 1});
 }
 
 void CPU(grouped_matmul_int8)(Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts) {
-    product(y, a, b, &(Groups){offsets.data, counts.data, tensor_count(counts)});
+    product(&y, a, &b, 1, &(Groups){offsets.data, counts.data, tensor_count(counts)});
 }

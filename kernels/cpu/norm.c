@@ -1,6 +1,7 @@
 /* norm.c - norms, a row at a time in f32. */
 #include "kernels/norm.h"
 #include "kernels/cpu/cpu.h"
+#include "kernels/elementwise.h"
 
 #define COLS_MAX 32768
 
@@ -36,6 +37,13 @@ void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor
             store_f32(y, n * D, D, buffer);
         }
     }
+}
+
+void CPU(rmsnorm_pair)(Tensor y, Tensor next, Tensor x, Tensor weight, Tensor residual, float scale,
+                       Tensor next_weight, float eps) {
+    CPU(rmsnorm_forward)(y, tensor_absent(), x, weight, residual, eps);
+    if (scale != 1.0f) CPU(scale_copy)(y, SET, y, scale);
+    CPU(rmsnorm_forward)(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
 }
 
 void CPU(rmsnorm_apply)(Tensor y, Tensor rstd, Tensor x, Tensor weight) {

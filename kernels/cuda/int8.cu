@@ -157,23 +157,36 @@ DEVICE_FUNCTION void read_scales(float (&d)[4], const uint16_t *from) {
     d[2] = f16_value((uint16_t)all.y), d[3] = f16_value((uint16_t)(all.y >> 16));
 }
 
+/* Matrices that one launch multiplies: block `begin` of i and on has 16 rows each of matrix i. */
+template <typename Tile, typename Y> struct Matrices {
+    Y *y[MATRICES_MOST];
+    const Tile *tiles[MATRICES_MOST];
+    int64_t N[MATRICES_MOST];
+    int begin[MATRICES_MOST + 1];
+};
+
 /* ROWS of activations at most; the warps share K of 16 weight rows. */
 template <typename Tile, int ROWS, typename Y>
 static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
-    multiply_rows(Y *y, const Tile *tiles, const int8_t *codes, const float *scales, int64_t M,
-                  int64_t N, int64_t K, Groups groups) {
+    multiply_rows(Matrices<Tile, Y> all, const int8_t *codes, const float *scales, int64_t M,
+                  int64_t K, Groups groups) {
     __shared__ float parts[WARPS][16 * ROWS];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = (int)blockIdx.x;
+    int which = (block >= all.begin[1]) + (block >= all.begin[2]);
+    Y *y = which == 0 ? all.y[0] : which == 1 ? all.y[1] : all.y[2];
+    const Tile *tiles = which == 0 ? all.tiles[0] : which == 1 ? all.tiles[1] : all.tiles[2];
+    int64_t N = which == 0 ? all.N[0] : which == 1 ? all.N[1] : all.N[2];
+    block -= which == 0 ? 0 : which == 1 ? all.begin[1] : all.begin[2];
     if (!groups.offsets) { /* the warp's first tiles, while the last kernel ends */
         int tile = warp + lane / 8 * WARPS, line = lane % 8 * 128;
-        const Tile *first = tiles + (int64_t)blockIdx.x * (K / TILE_WIDTH) + tile;
+        const Tile *first = tiles + (int64_t)block * (K / TILE_WIDTH) + tile;
         if (tile < K / TILE_WIDTH && line < (int)sizeof(Tile)) ask_for((const char *)first + line);
     }
     wait_for_last();
     RowTile rows = find_rows<8>(groups, M, blockIdx.y);
     int count = (int)(rows.last - rows.first);
     if (!count) return;
-    int64_t n0 = (int64_t)blockIdx.x * 16;
+    int64_t n0 = (int64_t)block * 16;
     int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
     const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
     const int8_t *x = codes + rows.first * K + lane / 4 * 4;
@@ -215,30 +228,55 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     }
 }
 
+/* Rows that are too few for tensor cores: all matrices at once. */
 template <typename Tile, typename Y>
-static void launch(Tensor y, Tensor a, Tensor b, Groups groups, const int8_t *codes,
-                   const float *scales) {
-    int64_t M = tensor_rows(a), K = tensor_cols(a), N = tensor_cols(y);
+static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups,
+                        const int8_t *codes, const float *scales) {
+    int64_t M = tensor_rows(a), K = tensor_cols(a);
     int64_t extra = groups.offsets ? groups.count : 0;
-    bool few = groups.offsets ? M < 32 * (int64_t)groups.count : M <= 16;
-    const Tile *tiles = (const Tile *)b.data;
-    dim3 share((unsigned)(N / 16), (unsigned)(ceil_div(M, 8) + extra));
+    Matrices<Tile, Y> all = {};
+    for (int i = 0; i < MATRICES_MOST; i++) {
+        const Tensor *mine = &y[i < count ? i : 0];
+        all.y[i] = data_of<Y>(*mine);
+        all.tiles[i] = (const Tile *)b[i < count ? i : 0].data;
+        all.N[i] = tensor_cols(*mine);
+        all.begin[i + 1] = all.begin[i] + (i < count ? (int)(all.N[i] / 16) : 0);
+    }
+    dim3 grid((unsigned)all.begin[count], (unsigned)(ceil_div(M, 8) + extra));
+    for (int i = count; i < MATRICES_MOST; i++) all.begin[i] = (int)grid.x;
     if (M == 1 && !groups.offsets)
-        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), share, 32 * WARPS, data_of<Y>(y), tiles,
-                    codes, scales, M, N, K, groups);
-    else if (few && (groups.offsets || M <= 2))
-        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), share, 32 * WARPS, data_of<Y>(y),
-                    tiles, codes, scales, M, N, K, groups);
-    else if (few)
-        LAUNCH(a.device, (multiply<Tile, 1, true, Y>), share, 32 * WARPS, 0, data_of<Y>(y), tiles,
-               codes, scales, M, N, K, groups);
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), grid, 32 * WARPS, all, codes, scales, M,
+                    K, groups);
     else
-        LAUNCH(a.device, (multiply<Tile, 8, false, Y>),
-               dim3((unsigned)ceil_div(N, 16 * WARPS), (unsigned)(ceil_div(M, 64) + extra)),
-               32 * WARPS, 0, data_of<Y>(y), tiles, codes, scales, M, N, K, groups);
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), grid, 32 * WARPS, all, codes,
+                    scales, M, K, groups);
 }
 
-static void product(Tensor y, Tensor a, Tensor b, Groups groups) {
+template <typename Tile, typename Y>
+static void launch(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups,
+                   const int8_t *codes, const float *scales) {
+    int64_t M = tensor_rows(a), K = tensor_cols(a);
+    int64_t extra = groups.offsets ? groups.count : 0;
+    bool few = groups.offsets ? M < 32 * (int64_t)groups.count : M <= 16;
+    if (few && (groups.offsets || M <= 2)) {
+        launch_rows<Tile, Y>(y, a, b, count, groups, codes, scales);
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        int64_t N = tensor_cols(y[i]);
+        const Tile *tiles = (const Tile *)b[i].data;
+        if (few)
+            LAUNCH(a.device, (multiply<Tile, 1, true, Y>),
+                   dim3((unsigned)(N / 16), (unsigned)(ceil_div(M, 8) + extra)), 32 * WARPS, 0,
+                   data_of<Y>(y[i]), tiles, codes, scales, M, N, K, groups);
+        else
+            LAUNCH(a.device, (multiply<Tile, 8, false, Y>),
+                   dim3((unsigned)ceil_div(N, 16 * WARPS), (unsigned)(ceil_div(M, 64) + extra)),
+                   32 * WARPS, 0, data_of<Y>(y[i]), tiles, codes, scales, M, N, K, groups);
+    }
+}
+
+static void product(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups) {
     int64_t M = tensor_rows(a), K = tensor_cols(a), blocks = M * K / 32;
     if (!M) return;
     int8_t *codes = (int8_t *)cuda_workspace(a.device, (size_t)(blocks * 4 + M * K));
@@ -247,20 +285,20 @@ static void product(Tensor y, Tensor a, Tensor b, Groups groups) {
         LAUNCH_NEXT(a.device, (round_activations<A>), grid_for(a.device, M * K, 256), 256, codes,
                     scales, data_of<A>(a), blocks);
     });
-    WITH_FLOAT(y.dtype, Y, {
-        if (b.dtype == Q4_0_TILED)
-            launch<TileQ4_0, Y>(y, a, b, groups, codes, scales);
+    WITH_FLOAT(y->dtype, Y, {
+        if (b->dtype == Q4_0_TILED)
+            launch<TileQ4_0, Y>(y, a, b, count, groups, codes, scales);
         else
-            launch<TileQ8_0, Y>(y, a, b, groups, codes, scales);
+            launch<TileQ8_0, Y>(y, a, b, count, groups, codes, scales);
     });
 }
 
-extern "C" void cuda_matmul_int8(Tensor y, Tensor a, Tensor b) {
-    product(y, a, b, Groups{});
+extern "C" void cuda_matmul_int8_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
+    product(y, a, b, count, Groups{});
 }
 
 extern "C" void cuda_grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets,
                                          Tensor counts) {
-    product(y, a, b,
+    product(&y, a, &b, 1,
             Groups{data_of<int32_t>(offsets), (int)tensor_count(counts), data_of<int32_t>(counts)});
 }

@@ -2,6 +2,7 @@
 #include "kernels/cuda/columns.h"
 
 extern "C" {
+#include "kernels/elementwise.h"
 #include "kernels/norm.h"
 }
 
@@ -166,6 +167,88 @@ extern "C" void cuda_rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor wei
 
 extern "C" void cuda_rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
     launch_forward(y, rstd, x, weight, tensor_absent(), 0, true);
+}
+
+/* A row of few is held in registers from one norm to the next. */
+template <typename T, typename W, int V, int ROW>
+static __global__ void __launch_bounds__(THREADS)
+    pair(T *y, T *next, const T *x, const W *weight, const T *residual, float scale,
+         const W *next_weight, int64_t N, int64_t D, float eps) {
+    __shared__ float space[2][32];
+    int64_t n = row_of<ROW>();
+    bool here = n < N;
+    int lane = threadIdx.x % ROW;
+    Pack<W, V> factors[HELD] = {}, others[HELD] = {};
+#pragma unroll
+    for (int i = 0; i < HELD; i++) { /* weights are there before the last kernel ends */
+        int64_t d = (lane + i * ROW) * V;
+        if (!here || d >= D) break;
+        factors[i] = *(const Pack<W, V> *)(weight + d);
+        others[i] = *(const Pack<W, V> *)(next_weight + d);
+    }
+    wait_for_last();
+    Pack<T, V> held[HELD] = {}, more[HELD] = {};
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int64_t d = (lane + i * ROW) * V;
+        if (!here || d >= D) break;
+        held[i] = *(const Pack<T, V> *)(x + n * D + d);
+        more[i] = *(const Pack<T, V> *)(residual + n * D + d);
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += to_float(held[i].v[j]) * to_float(held[i].v[j]);
+    }
+    float r = 1.0f / sqrtf(row_sum<ROW>(sum, space[0]) / (float)D + eps);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int64_t d = (lane + i * ROW) * V;
+        if (!here || d >= D) break;
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            float normed = to_float(held[i].v[j]) * r * to_float(factors[i].v[j]);
+            out[j] = rounded<T>(rounded<T>(normed) + to_float(more[i].v[j]));
+            if (scale != 1.0f) out[j] = rounded<T>(scale * out[j]);
+            held[i].v[j] = from_float<T>(out[j]);
+            squares += out[j] * out[j];
+        }
+        store(y + n * D + d, out);
+    }
+    r = 1.0f / sqrtf(row_sum<ROW>(squares, space[1]) / (float)D + eps);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int64_t d = (lane + i * ROW) * V;
+        if (!here || d >= D) break;
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) out[j] = to_float(held[i].v[j]) * r * to_float(others[i].v[j]);
+        store(next + n * D + d, out);
+    }
+}
+
+extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor x, Tensor weight, Tensor residual,
+                                  float scale, Tensor next_weight, float eps) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    bool fits = fits_packs(D, y, x, weight, residual) && fits_packs(D, next, next_weight);
+    int64_t longest = HELD * (D <= WARP_COLS ? 32 : THREADS) * (int64_t)(16 / dtype_size(x.dtype));
+    bool together = N <= FEW_ROWS && fits && D % (int64_t)(16 / dtype_size(x.dtype)) == 0 &&
+                    D <= longest && weight.dtype == next_weight.dtype;
+    if (!N) return;
+    if (!together) {
+        cuda_rmsnorm_forward(y, tensor_absent(), x, weight, residual, eps);
+        if (scale != 1.0f) cuda_scale_copy(y, SET, y, scale);
+        cuda_rmsnorm_forward(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
+        return;
+    }
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(D, ROW, {
+                                          constexpr int V = (int)(16 / sizeof(T));
+                                          LAUNCH_NEXT(x.device, (pair<T, W, V, ROW>),
+                                                      (unsigned)ceil_div(N, THREADS / ROW), THREADS,
+                                                      data_of<T>(y), data_of<T>(next),
+                                                      data_of<T>(x), data_of<W>(weight),
+                                                      data_of<T>(residual), scale,
+                                                      data_of<W>(next_weight), N, D, eps);
+                                      })));
 }
 
 template <typename T> struct WeightTerm {

@@ -180,13 +180,13 @@ struct Launches {
             return std::tie(name, threads, shared) < std::tie(o.name, o.threads, o.shared);
         }
     };
-    std::map<Kind, size_t> most; /* blocks */
+    std::map<Kind, size_t> most, times; /* blocks; launches */
     ~Launches() {
         if (!launches_path()) return;
         FILE *file = fopen(launches_path(), "a");
         for (auto &l : most)
-            fprintf(file, "%s %u %zu %zu\n", l.first.name.c_str(), l.first.threads, l.first.shared,
-                    l.second);
+            fprintf(file, "%s %u %zu %zu %zu\n", l.first.name.c_str(), l.first.threads,
+                    l.first.shared, l.second, times[l.first]);
         fclose(file);
     }
 };
@@ -284,6 +284,7 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
         abort();
     }
     if (launches_path()) {
+        launches.times[{name, count, shared}]++;
         size_t &most = launches.most[{name, count, shared}],
                blocks = (size_t)grid.x * grid.y * grid.z;
         if (blocks > most) most = blocks;

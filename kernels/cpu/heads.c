@@ -1,0 +1,52 @@
+/* heads.c - a head at a time in f32. */
+#include "kernels/heads.h"
+#include "kernels/cpu/cpu.h"
+
+#define HEAD_MOST 4096
+
+/* What rope_forward makes of a head. */
+static void turn(float *out, const float *x, const float *c, const float *s, int64_t half) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = x[i] * c[i] - x[i + half] * s[i];
+        out[i + half] = x[i + half] * c[i] + x[i] * s[i];
+    }
+}
+
+static void head_row(const HeadSet *set, int64_t n, const float *weight, const float *c,
+                     const float *s, float eps) {
+    int64_t heads = set->x.shape[1], C = set->x.shape[2];
+    int64_t to = set->rows.data ? ((const int32_t *)set->rows.data)[n] : n;
+    float buffer[HEAD_MOST], out[HEAD_MOST];
+    for (int64_t h = 0; h < heads; h++) {
+        const float *row = load_f32(buffer, set->x, (n * heads + h) * C, C);
+        float r = 1.0f / sqrtf(dot(row, row, C) / (float)C + eps);
+        if (weight) {
+#pragma omp simd
+            for (int64_t i = 0; i < C; i++) out[i] = row[i] * r * weight[i];
+        } else {
+#pragma omp simd
+            for (int64_t i = 0; i < C; i++) out[i] = row[i] * r;
+        }
+        if (set->turns) {
+            round_to(set->x.dtype, out, C);
+            turn(buffer, out, c, s, C / 2);
+        }
+        store_f32(set->y, (to * heads + h) * C, C, set->turns ? buffer : out);
+    }
+}
+
+void CPU(heads_forward)(const HeadSet *sets, int count, Tensor cos_table, Tensor sin_table,
+                        float eps) {
+    int64_t N = sets->x.shape[0], half = sets->x.shape[2] / 2;
+    CHECK(2 * half <= HEAD_MOST, "heads of %lld", (long long)(2 * half));
+    float weights[HEAD_SETS][HEAD_MOST];
+    const float *weight[HEAD_SETS] = {NULL};
+    for (int i = 0; i < count; i++)
+        if (sets[i].weight.data) weight[i] = load_f32(weights[i], sets[i].weight, 0, 2 * half);
+#pragma omp parallel for schedule(static) if (N > 4)
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < count; i++)
+            head_row(&sets[i], n, weight[i], (const float *)cos_table.data + n * half,
+                     (const float *)sin_table.data + n * half, eps);
+}

@@ -1,0 +1,23 @@
+/* heads.c - the contract of heads.h. */
+#include "kernels/heads.h"
+
+void heads_forward(const HeadSet *sets, int count, Tensor cos, Tensor sin, float eps) {
+    CHECK(count > 0 && count <= HEAD_SETS, "heads: %d sets", count);
+    for (int i = 0; i < count; i++) {
+        const HeadSet *s = &sets[i];
+        int64_t C = sets->x.shape[2];
+        CHECK(s->x.ndim == 3 && s->x.shape[0] == sets->x.shape[0] && s->x.shape[2] == C &&
+                  s->x.dtype == sets->x.dtype && s->y.dtype == s->x.dtype,
+              "heads: %s to %s", tensor_text(s->x), tensor_text(s->y));
+        CHECK(s->y.ndim == 3 && s->y.shape[1] == s->x.shape[1] && s->y.shape[2] == C &&
+                  (tensor_present(s->rows) ? tensor_count(s->rows) : s->y.shape[0]) ==
+                      s->x.shape[0],
+              "heads: y %s of %s", tensor_text(s->y), tensor_text(s->x));
+        CHECK(!tensor_present(s->weight) || tensor_count(s->weight) == C, "heads: weight %s",
+              tensor_text(s->weight));
+        CHECK(!s->turns || (tensor_count(cos) == s->x.shape[0] * C / 2 && C % 2 == 0),
+              "heads: tables are not (N, C/2)");
+    }
+    if (!tensor_count(sets->x)) return;
+    ON_DEVICE(sets->x, heads_forward)(sets, count, cos, sin, eps);
+}
