@@ -12,6 +12,13 @@ void gelu_mul_forward(Tensor y, Tensor gate, Tensor up) {
     ON_DEVICE(y, gelu_mul_forward)(y, gate, up);
 }
 
+void gelu_mul_codes(Tensor y, Tensor codes, Tensor gate, Tensor up) {
+    check_gate(y, gate, up);
+    CHECK(codes.dtype == U8 && tensor_count(codes) * 8 == tensor_count(y) * 9, "gelu_mul: codes %s",
+          tensor_text(codes));
+    ON_DEVICE(y, gelu_mul_codes)(y, codes, gate, up);
+}
+
 void gelu_mul_backward(Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor up) {
     check_gate(dy, gate, up);
     CHECK(tensor_count(dgate) == tensor_count(gate) && dgate.dtype == gate.dtype,

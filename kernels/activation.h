@@ -9,6 +9,10 @@
  * dtype, f32 | bf16; y may alias gate or up */
 KERNEL(gelu_mul_forward, Tensor y, Tensor gate, Tensor up);
 
+/* The same, and its rounding for a product with packed weights.
+ *   y, gate, up (M, F); codes u8 (int8_codes) */
+KERNEL(gelu_mul_codes, Tensor y, Tensor codes, Tensor gate, Tensor up);
+
 /* dgate = dy * up * gelu'(gate), dup = dy * gelu(gate).
  *   dup may alias dy, dgate may alias gate. dup absent: not needed. */
 KERNEL(gelu_mul_backward, Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor up);

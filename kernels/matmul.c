@@ -46,18 +46,29 @@ void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Te
 }
 
 void matmul_int8(Tensor y, Tensor a, Tensor b) {
-    matmul_int8_several(&y, a, &b, 1);
+    matmul_int8_several(&y, a, tensor_absent(), &b, 1);
 }
 
-void matmul_int8_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
+/* More rows are worth a kernel of their own. */
+#define CODES_ROWS 64
+
+int64_t int8_codes(const Device *device, int64_t M, int64_t K) {
+    bool makes = device->kind == DEVICE_CUDA && M <= CODES_ROWS && K % TILE_WIDTH == 0;
+    return makes ? M * K + M * K / 8 : 0;
+}
+
+void matmul_int8_several(const Tensor *y, Tensor a, Tensor codes, const Tensor *b, int count) {
     CHECK(count > 0 && count <= MATRICES_MOST, "matmul_int8: %d matrices", count);
     for (int i = 0; i < count; i++) {
         check_product(NT, y[i], a, b[i]);
         CHECK(dtype_is_tiled(b[i].dtype) && b[i].dtype == b->dtype && y[i].dtype == y->dtype,
               "matmul_int8: b is %s, y %s", tensor_text(b[i]), tensor_text(y[i]));
     }
+    CHECK(!tensor_present(codes) ||
+              (codes.dtype == U8 && tensor_count(codes) * 8 == tensor_count(a) * 9),
+          "matmul_int8: codes %s of %s", tensor_text(codes), tensor_text(a));
     if (!tensor_count(a)) return;
-    ON_DEVICE(a, matmul_int8_several)(y, a, b, count);
+    ON_DEVICE(a, matmul_int8_several)(y, a, codes, b, count);
 }
 
 void grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts) {

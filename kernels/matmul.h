@@ -35,9 +35,14 @@ KERNEL(grouped_matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b,
 void matmul_int8(Tensor y, Tensor a, Tensor b);
 
 /* The same with up to MATRICES_MOST matrices of one dtype, which read one rounding of a:
- *   y[i]  (M, N_i)    b[i]  (N_i, K) */
+ *   y[i]   (M, N_i)    b[i]  (N_i, K)
+ *   codes  (int8_codes) u8: that rounding, made by the kernel that made a; absent: it is made here
+ */
 #define MATRICES_MOST 3
-KERNEL(matmul_int8_several, const Tensor *y, Tensor a, const Tensor *b, int count);
+KERNEL(matmul_int8_several, const Tensor *y, Tensor a, Tensor codes, const Tensor *b, int count);
+
+/* Bytes of a (M, K) rounded, where kernels of the device make that on the way; 0: they do not. */
+int64_t int8_codes(const Device *device, int64_t M, int64_t K);
 
 /* The same for rows sorted by group: counts[g] rows from offsets[g] on meet b[g]; rows between
  * groups are left alone.   offsets (G + 1), counts (G)  i32 */

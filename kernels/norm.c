@@ -21,8 +21,8 @@ void rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor resi
     ON_DEVICE(x, rmsnorm_forward)(y, rstd, x, weight, residual, eps);
 }
 
-void rmsnorm_pair(Tensor y, Tensor next, Tensor x, Tensor weight, Tensor residual, float scale,
-                  Tensor next_weight, float eps) {
+void rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight, Tensor residual,
+                  float scale, Tensor next_weight, float eps) {
     int64_t D = tensor_cols(x);
     CHECK(tensor_count(y) == tensor_count(x) && tensor_count(next) == tensor_count(x) &&
               tensor_count(residual) == tensor_count(x) && y.dtype == x.dtype &&
@@ -30,7 +30,7 @@ void rmsnorm_pair(Tensor y, Tensor next, Tensor x, Tensor weight, Tensor residua
           "rmsnorm_pair: %s and %s of %s", tensor_text(y), tensor_text(next), tensor_text(x));
     CHECK(tensor_count(weight) == D && tensor_count(next_weight) == D,
           "rmsnorm_pair: weights %s %s", tensor_text(weight), tensor_text(next_weight));
-    ON_DEVICE(x, rmsnorm_pair)(y, next, x, weight, residual, scale, next_weight, eps);
+    ON_DEVICE(x, rmsnorm_pair)(y, next, codes, x, weight, residual, scale, next_weight, eps);
 }
 
 void rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {

@@ -91,7 +91,8 @@ static void leave(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residua
                   Pass *p) {
     p->is_entered = !p->training && p->next;
     if (p->is_entered) {
-        norm_pair(n, y, x, residual, scale, p->next, p->leaving);
+        Tensor codes = p->reader ? pass_codes(p, p->leaving, p->reader) : tensor_absent();
+        norm_pair(n, y, x, residual, scale, p->next, p->leaving, codes);
         p->entered = p->leaving;
         return;
     }
@@ -111,7 +112,7 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
         norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
     } else {
         norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
-                  &b->pre_feedforward_layernorm, h);
+                  &b->pre_feedforward_layernorm, h, pass_codes(p, h, &b->mlp.gate_proj));
     }
     feed_forward(b, s, h, p);
     if (b->config.per_layer_input) {

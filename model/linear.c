@@ -237,6 +237,32 @@ static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy,
     }
 }
 
+/* ---- activations in 8 bits ---- */
+
+/* Whether it is a product with activations in 8 bits, and adapters. */
+static bool is_int8(const Linear *l, const Pass *p) {
+    return p->int8 && l->groups == 1 && dtype_is_tiled(l->weight->value.dtype) && !l->bias &&
+           !l->bounds[0] && !fake_quant_on(l->fake);
+}
+
+Tensor pass_codes(Pass *p, Tensor x, const Linear *reader) {
+    int64_t bytes = tensor_present(p->codes_room) && is_int8(reader, p)
+                        ? int8_codes(p->codes_room.device, tensor_rows(x), tensor_cols(x))
+                        : 0;
+    p->coded = NULL;
+    if (!bytes) return tensor_absent();
+    p->codes = tensor_slice(p->codes_room, 0, bytes);
+    p->coded = x.data;
+    return p->codes;
+}
+
+/* Those of x, if they were made with it; they are taken once. */
+static Tensor take_codes(Pass *p, Tensor x) {
+    bool there = p->coded && p->coded == x.data;
+    p->coded = NULL;
+    return there ? p->codes : tensor_absent();
+}
+
 /* ---- forward and backward ---- */
 
 void linear_keep(Linear *l, Arena *arena, int64_t N) {
@@ -279,8 +305,10 @@ static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass 
         arena_release(p->scratch, mark);
         return;
     }
-    if (l->groups == 1)
-        project(y, x, l->weight->value, p->int8);
+    if (l->groups == 1 && p->int8 && dtype_is_tiled(l->weight->value.dtype))
+        matmul_int8_several(&y, x, take_codes(p, x), &l->weight->value, 1);
+    else if (l->groups == 1)
+        matmul(NT, y, SET, x, l->weight->value, 1.0f);
     else if (p->int8 && dtype_is_tiled(l->weight->value.dtype))
         grouped_matmul_int8(y, x, l->weight->value, offsets, groups.counts);
     else
@@ -363,12 +391,6 @@ void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
     arena_release(p->scratch, mark);
 }
 
-/* Whether it is a product with activations in 8 bits, and adapters. */
-static bool is_int8(const Linear *l, const Pass *p) {
-    return p->int8 && l->groups == 1 && dtype_is_tiled(l->weight->value.dtype) && !l->bias &&
-           !l->bounds[0] && !fake_quant_on(l->fake);
-}
-
 void linear_forward_several(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p) {
     Tensor weights[MATRICES_MOST];
     bool together = true;
@@ -376,7 +398,7 @@ void linear_forward_several(const Linear *const *l, const Tensor *y, int count, 
         weights[i] = l[i]->weight->value;
         together &= is_int8(l[i], p) && weights[i].dtype == weights[0].dtype;
     }
-    if (together) matmul_int8_several(y, x, weights, count);
+    if (together) matmul_int8_several(y, x, take_codes(p, x), weights, count);
     for (int i = 0; i < count; i++) {
         if (!together) linear_forward(l[i], y[i], x, p);
         for (const Lora *lora = l[i]->lora; together && lora; lora = lora->next)

@@ -96,6 +96,10 @@ void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups group
  * are of one kind. */
 void linear_forward_several(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p);
 
+/* Where the codes of x go, which the caller's kernel makes with it; the linear that is run next
+ * reads them. Absent: it rounds for itself, or reads x as it is. */
+Tensor pass_codes(Pass *p, Tensor x, const Linear *reader);
+
 /* y (N, V) = x W^T for a matrix that is no linear's: the tied head. */
 void project(Tensor y, Tensor x, Tensor weight, bool int8);
 

@@ -19,8 +19,8 @@ void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residua
 }
 
 void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
-               Tensor next) {
-    rmsnorm_pair(y, next, x, weight_of(n), residual, scale, weight_of(other), n->eps);
+               Tensor next, Tensor codes) {
+    rmsnorm_pair(y, next, codes, x, weight_of(n), residual, scale, weight_of(other), n->eps);
 }
 
 void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x) {

@@ -53,10 +53,15 @@ typedef struct Pass {
     bool training;
     /* Where nothing is trained a layer's end makes the next one's normalised input with its output.
      */
-    const struct Norm *next; /* of the layer that follows; NULL: it does not follow at once */
-    Tensor leaving;          /* (N, D): where that goes */
-    Tensor entered;          /* (N, D): that of the layer that is entered now */
-    bool is_entered;         /* it is there */
+    const struct Norm *next;     /* of the layer that follows; NULL: it does not follow at once */
+    const struct Linear *reader; /* the first product that reads it; NULL: none of a layer's */
+    Tensor leaving;              /* (N, D): where that goes */
+    Tensor entered;              /* (N, D): that of the layer that is entered now */
+    bool is_entered;             /* it is there */
+    /* Activations in 8 bits that were made with them, for the product that reads them next. */
+    Tensor codes_room; /* u8; absent: products round for themselves */
+    Tensor codes;      /* of what lies at `coded`; that NULL: of nothing */
+    const void *coded;
     bool int8;    /* packed weights meet activations in 8 bits: running a model, not training it */
     uint64_t key; /* of this micro-batch's random numbers */
     /* Of the experts; absent: nobody asks. */

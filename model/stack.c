@@ -2,6 +2,7 @@
 #include "model/stack.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
+#include "kernels/matmul.h"
 #include "kernels/rope.h"
 
 #include <stdlib.h>
@@ -137,6 +138,15 @@ static int lender(const Stack *s, int l) {
     return l >= 2 && l != s->boundary + 1 && l != s->boundary + 2 ? l - 2 : -1;
 }
 
+/* For the widest input of a product, where kernels make codes on the way. */
+static Tensor codes_room(const Gemma *g, Arena *arena, int64_t N) {
+    int64_t widest = 0;
+    for (const Linear *l = g->linears.first; l; l = l->next)
+        if (l->in > widest && !l->weight->tower) widest = l->in;
+    int64_t bytes = int8_codes(g->device, N, (widest + TILE_WIDTH - 1) / TILE_WIDTH * TILE_WIDTH);
+    return bytes ? ARENA_TENSOR(arena, U8, bytes) : tensor_absent();
+}
+
 void stack_place(Stack *s, Arena *arena) {
     Gemma *g = s->g;
     const ModelConfig *c = &g->config;
@@ -179,6 +189,7 @@ void stack_place(Stack *s, Arena *arena) {
     for (Linear *l = g->linears.first; l && stack_trains(s); l = l->next)
         if (!l->weight->tower) linear_keep(l, arena, s->N);
     if (!stack_trains(s)) s->normed = ARENA_TENSOR(arena, g->dtype, s->N, D);
+    if (s->pass.int8) s->pass.codes_room = codes_room(g, arena, s->N);
     s->final = ARENA_TENSOR(arena, g->dtype, s->kept, D);
     s->final_rstd = ARENA_TENSOR(arena, F32, s->kept);
 }
@@ -273,6 +284,7 @@ void stack_layers(Stack *s) {
         stack_enter(s, l);
         if (p->scratch->base) space_need(&g->params.space, l, l + 1 < L ? l + 1 : -1);
         p->next = follows_at_once(s, l + 1) ? norm_before(s, l + 1) : NULL;
+        p->reader = l + 1 < L ? &g->blocks[l + 1].self_attn.q_proj : NULL;
         p->leaving =
             l + 1 == L ? s->final : tensor_slice(s->normed, 0, l < s->boundary ? s->N : s->kept);
         block_forward(&g->blocks[l], &s->saved[l], s->residual[l + 1], stack_input(s, l),

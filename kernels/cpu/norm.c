@@ -39,8 +39,9 @@ void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor
     }
 }
 
-void CPU(rmsnorm_pair)(Tensor y, Tensor next, Tensor x, Tensor weight, Tensor residual, float scale,
-                       Tensor next_weight, float eps) {
+void CPU(rmsnorm_pair)(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight,
+                       Tensor residual, float scale, Tensor next_weight, float eps) {
+    (void)codes;
     CPU(rmsnorm_forward)(y, tensor_absent(), x, weight, residual, eps);
     if (scale != 1.0f) CPU(scale_copy)(y, SET, y, scale);
     CPU(rmsnorm_forward)(next, tensor_absent(), y, next_weight, tensor_absent(), eps);

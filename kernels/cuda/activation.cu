@@ -1,5 +1,5 @@
 /* activation.cu - gates and other functions of single elements. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/codes.h"
 
 extern "C" {
 #include "kernels/activation.h"
@@ -81,6 +81,41 @@ static void launch_backward(Tensor dgate, void *dup, Tensor dy, Tensor gate, con
 extern "C" void cuda_gelu_mul_forward(Tensor y, Tensor gate, Tensor up) {
     int64_t count = tensor_count(y);
     launch_forward(y, gate, up.data, 1, count, fits_packs(count, y, gate, up));
+}
+
+/* A warp 32 V elements, whose codes it makes too. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(256)
+    forward_codes(T *y, Codes codes, const T *gate, const T *up, int64_t count) {
+    wait_for_last();
+    int64_t at = ((int64_t)blockIdx.x * 256 + threadIdx.x) * V;
+    bool here = at < count;
+    float g[V] = {}, u[V];
+    if (here) {
+        load(g, gate + at);
+        load(u, up + at);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            g[j] = rounded<T>(rounded<T>(0.5f * g[j] * (1.0f + gelu_tanh(g[j]))) * u[j]);
+        store(y + at, g);
+    }
+    store_codes(codes, at, g, here);
+}
+
+extern "C" void cuda_gelu_mul_codes(Tensor y, Tensor codes, Tensor gate, Tensor up) {
+    int64_t count = tensor_count(y);
+    Codes to = codes_in(codes.data, count);
+    if (!count) return;
+    if (!fits_packs(count, y, gate, up)) {
+        cuda_gelu_mul_forward(y, gate, up);
+        round_activations(y.device, to, y);
+        return;
+    }
+    WITH_FLOAT(y.dtype, T, {
+        constexpr int V = (int)(16 / sizeof(T));
+        LAUNCH_NEXT(y.device, (forward_codes<T, V>), (unsigned)ceil_div(count, 256 * V), 256,
+                    data_of<T>(y), to, data_of<T>(gate), data_of<T>(up), count);
+    });
 }
 
 extern "C" void cuda_gelu_mul_backward(Tensor dgate, Tensor dup, Tensor dy, Tensor gate,

@@ -6,6 +6,7 @@
  * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
  * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
  * core: there a lane has four columns of four weight rows. */
+#include "kernels/cuda/codes.h"
 #include "kernels/cuda/gemm.h"
 
 extern "C" {
@@ -16,18 +17,23 @@ extern "C" {
 
 /* ---- activations ---- */
 
-/* A warp a block of 32: codes, and the scale of each. */
-template <typename T>
-static __global__ void round_activations(int8_t *codes, float *scales, const T *x, int64_t blocks) {
+/* A warp a block of 32. */
+template <typename T> static __global__ void round_blocks(Codes to, const T *x, int64_t blocks) {
     wait_for_last();
     int lane = threadIdx.x % 32;
     for (int64_t b = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / 32; b < blocks;
          b += (int64_t)gridDim.x * blockDim.x / 32) {
-        float v = to_float(x[b * 32 + lane]), most = warp_max(fabsf(v));
-        float inverse = most > 0 ? __fdiv_rn(127.0f, most) : 0.0f;
-        codes[b * 32 + lane] = (int8_t)rintf(__fmul_rn(v, inverse));
-        if (!lane) scales[b] = __fdiv_rn(most, 127.0f);
+        const float v[1] = {to_float(x[b * 32 + lane])};
+        store_codes(to, b * 32 + lane, v, true);
     }
+}
+
+void round_activations(const Device *device, Codes to, Tensor x) {
+    int64_t count = tensor_count(x);
+    WITH_FLOAT(x.dtype, T, {
+        LAUNCH_NEXT(device, (round_blocks<T>), grid_for(device, count, 256), 256, to, data_of<T>(x),
+                    count / 32);
+    });
 }
 
 /* ---- products ---- */
@@ -276,29 +282,27 @@ static void launch(const Tensor *y, Tensor a, const Tensor *b, int count, Groups
     }
 }
 
-static void product(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups) {
-    int64_t M = tensor_rows(a), K = tensor_cols(a), blocks = M * K / 32;
-    if (!M) return;
-    int8_t *codes = (int8_t *)cuda_workspace(a.device, (size_t)(blocks * 4 + M * K));
-    float *scales = (float *)(codes + M * K);
-    WITH_FLOAT(a.dtype, A, {
-        LAUNCH_NEXT(a.device, (round_activations<A>), grid_for(a.device, M * K, 256), 256, codes,
-                    scales, data_of<A>(a), blocks);
-    });
+static void product(const Tensor *y, Tensor a, Tensor codes, const Tensor *b, int count,
+                    Groups groups) {
+    int64_t n = tensor_count(a);
+    if (!n) return;
+    Codes c = codes_in(codes.data ? codes.data : cuda_workspace(a.device, (size_t)(n + n / 8)), n);
+    if (!codes.data) round_activations(a.device, c, a);
     WITH_FLOAT(y->dtype, Y, {
         if (b->dtype == Q4_0_TILED)
-            launch<TileQ4_0, Y>(y, a, b, count, groups, codes, scales);
+            launch<TileQ4_0, Y>(y, a, b, count, groups, c.codes, c.scales);
         else
-            launch<TileQ8_0, Y>(y, a, b, count, groups, codes, scales);
+            launch<TileQ8_0, Y>(y, a, b, count, groups, c.codes, c.scales);
     });
 }
 
-extern "C" void cuda_matmul_int8_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
-    product(y, a, b, count, Groups{});
+extern "C" void cuda_matmul_int8_several(const Tensor *y, Tensor a, Tensor codes, const Tensor *b,
+                                         int count) {
+    product(y, a, codes, b, count, Groups{});
 }
 
 extern "C" void cuda_grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets,
                                          Tensor counts) {
-    product(&y, a, &b, 1,
+    product(&y, a, tensor_absent(), &b, 1,
             Groups{data_of<int32_t>(offsets), (int)tensor_count(counts), data_of<int32_t>(counts)});
 }

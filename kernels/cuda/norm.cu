@@ -1,4 +1,5 @@
 /* norm.cu - norms: a warp a row where rows are short, else a block. */
+#include "kernels/cuda/codes.h"
 #include "kernels/cuda/columns.h"
 
 extern "C" {
@@ -172,7 +173,7 @@ extern "C" void cuda_rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weigh
 /* A row of few is held in registers from one norm to the next. */
 template <typename T, typename W, int V, int ROW>
 static __global__ void __launch_bounds__(THREADS)
-    pair(T *y, T *next, const T *x, const W *weight, const T *residual, float scale,
+    pair(T *y, T *next, Codes codes, const T *x, const W *weight, const T *residual, float scale,
          const W *next_weight, int64_t N, int64_t D, float eps) {
     __shared__ float space[2][32];
     int64_t n = row_of<ROW>();
@@ -218,33 +219,38 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int64_t d = (lane + i * ROW) * V;
-        if (!here || d >= D) break;
+        bool inside = here && d < D;
+        if (!codes.scales && !inside) break;
         float out[V];
 #pragma unroll
-        for (int j = 0; j < V; j++) out[j] = to_float(held[i].v[j]) * r * to_float(others[i].v[j]);
-        store(next + n * D + d, out);
+        for (int j = 0; j < V; j++)
+            out[j] = rounded<T>(to_float(held[i].v[j]) * r * to_float(others[i].v[j]));
+        if (inside) store(next + n * D + d, out);
+        if (codes.scales) store_codes(codes, n * D + d, out, inside);
     }
 }
 
-extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor x, Tensor weight, Tensor residual,
-                                  float scale, Tensor next_weight, float eps) {
+extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight,
+                                  Tensor residual, float scale, Tensor next_weight, float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     bool fits = fits_packs(D, y, x, weight, residual) && fits_packs(D, next, next_weight);
     int64_t longest = HELD * (D <= WARP_COLS ? 32 : THREADS) * (int64_t)(16 / dtype_size(x.dtype));
     bool together = N <= FEW_ROWS && fits && D % (int64_t)(16 / dtype_size(x.dtype)) == 0 &&
                     D <= longest && weight.dtype == next_weight.dtype;
+    Codes to = codes.data ? codes_in(codes.data, N * D) : Codes{};
     if (!N) return;
     if (!together) {
         cuda_rmsnorm_forward(y, tensor_absent(), x, weight, residual, eps);
         if (scale != 1.0f) cuda_scale_copy(y, SET, y, scale);
         cuda_rmsnorm_forward(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
+        if (to.scales) round_activations(x.device, to, next);
         return;
     }
     WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(D, ROW, {
                                           constexpr int V = (int)(16 / sizeof(T));
                                           LAUNCH_NEXT(x.device, (pair<T, W, V, ROW>),
                                                       (unsigned)ceil_div(N, THREADS / ROW), THREADS,
-                                                      data_of<T>(y), data_of<T>(next),
+                                                      data_of<T>(y), data_of<T>(next), to,
                                                       data_of<T>(x), data_of<W>(weight),
                                                       data_of<T>(residual), scale,
                                                       data_of<W>(next_weight), N, D, eps);

@@ -7,6 +7,7 @@
 #include "kernels/convolution.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
+#include "kernels/heads.h"
 #include "kernels/local_attention.h"
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
@@ -169,6 +170,95 @@ GPU_CASE(rmsnorm, s, dtype) {
         rmsnorm_backward(dx, i % 2 ? ADD : SET, i < 3 ? dw : tensor_absent(), dy, x, rstd, w);
         result(s, "dx", dx, near(dtype));
         if (i < 3) result(s, "dweight", dw, 1e-5);
+    }
+}
+
+static void expect_equal(const char *what, Tensor a, Tensor b) {
+    size_t bytes = tensor_bytes(a);
+    char *x = must_malloc(bytes), *y = must_malloc(bytes);
+    tensor_read(x, a);
+    tensor_read(y, b);
+    EXPECT(bytes == tensor_bytes(b) && !memcmp(x, y, bytes), "%s: another than by single kernels",
+           what);
+    free(x), free(y);
+}
+
+/* Two norms at once are those two, and the codes those that a product would make. */
+GPU_CASE(norms_in_pairs, s, dtype) {
+    static const int64_t widths[] = {64, 320, 1536, 2816, 5376, 100};
+    for (int i = 0; i < 6; i++) {
+        int64_t N = i == 2 ? 70 : 3, D = widths[i];
+        float scale = i % 2 ? 0.37f : 1.0f;
+        Tensor x = GIVEN(s, dtype, 1, N, D), r = GIVEN(s, dtype, 2, N, D),
+               w = GIVEN(s, i % 3 ? dtype : F32, 3, D), v = GIVEN(s, i % 3 ? dtype : F32, 4, D),
+               y = SPACE(s, dtype, N, D), next = SPACE(s, dtype, N, D), y1 = SPACE(s, dtype, N, D),
+               next1 = SPACE(s, dtype, N, D), codes = tensor_absent();
+        int64_t bytes = int8_codes(s->device, N, D);
+        if (bytes) codes = SPACE(s, U8, bytes);
+        rmsnorm_pair(y, next, codes, x, w, r, scale, v, 1e-6f);
+        rmsnorm_forward(y1, tensor_absent(), x, w, r, 1e-6f);
+        if (scale != 1.0f) scale_copy(y1, SET, y1, scale);
+        rmsnorm_forward(next1, tensor_absent(), y1, v, tensor_absent(), 1e-6f);
+        expect_equal("y", y, y1);
+        expect_equal("next", next, next1);
+        result(s, "next", next, near(dtype));
+        if (D % 64) continue;
+        Tensor b = GIVEN(s, Q4_0_TILED, 5, 32, D), out = SPACE(s, dtype, N, 32),
+               out1 = SPACE(s, dtype, N, 32);
+        matmul_int8_several(&out, next, codes, &b, 1);
+        matmul_int8(out1, next, b);
+        expect_equal("a product of the codes", out, out1);
+    }
+}
+
+/* Gates with their codes. */
+GPU_CASE(gates_with_codes, s, dtype) {
+    for (int64_t N = 1; N <= 64; N += 63) {
+        Tensor gate = GIVEN(s, dtype, 1, N, 192), up = GIVEN(s, dtype, 2, N, 192),
+               y = SPACE(s, dtype, N, 192), y1 = SPACE(s, dtype, N, 192),
+               b = GIVEN(s, Q8_0_TILED, 5, 16, 192), out = SPACE(s, dtype, N, 16),
+               out1 = SPACE(s, dtype, N, 16), codes = SPACE(s, U8, N * 192 + N * 24);
+        gelu_mul_codes(y, codes, gate, up);
+        gelu_mul_forward(y1, gate, up);
+        expect_equal("y", y, y1);
+        matmul_int8_several(&out, y, codes, &b, 1);
+        matmul_int8(out1, y, b);
+        expect_equal("a product of the codes", out, out1);
+        result(s, "y", y, near(dtype));
+    }
+}
+
+/* Queries, keys and values: normalised, turned, and put in rows of their own. */
+GPU_CASE(heads, s, dtype) {
+    static const int64_t sizes[] = {16, 256, 512, 20};
+    static const int32_t places[] = {4, 0, 7, 2, 3};
+    for (int i = 0; i < 4; i++) {
+        int64_t C = sizes[i], N = i ? 5 : 1;
+        Tensor q = GIVEN(s, dtype, 1, N, 6, C), k = GIVEN(s, dtype, 2, N, 2, C),
+               v = GIVEN(s, dtype, 3, N, 2, C), wq = GIVEN(s, i % 2 ? F32 : dtype, 4, C),
+               wk = GIVEN(s, i % 2 ? F32 : dtype, 5, C), cos = GIVEN(s, F32, 6, N, C / 2),
+               sin = GIVEN(s, F32, 7, N, C / 2), none = tensor_absent(),
+               rows = ints(s, places, N, 1), q1 = SPACE(s, dtype, N, 6, C),
+               k0 = SPACE(s, dtype, N, 2, C), v0 = SPACE(s, dtype, N, 2, C),
+               k1 = SPACE(s, dtype, 8, 2, C), v1 = SPACE(s, dtype, 8, 2, C),
+               q2 = SPACE(s, dtype, N, 6, C), k2 = SPACE(s, dtype, 8, 2, C),
+               v2 = SPACE(s, dtype, 8, 2, C);
+        HeadSet sets[] = {
+            {q2, q, wq, none, true}, {k2, k, wk, rows, true}, {v2, v, none, rows, false}};
+        heads_forward(sets, 3, cos, sin, 1e-6f);
+        rmsnorm_forward(q1, none, q, wq, none, 1e-6f);
+        rmsnorm_forward(k0, none, k, wk, none, 1e-6f);
+        rmsnorm_forward(v0, none, v, none, none, 1e-6f);
+        rope_forward(q1, q1, cos, sin);
+        rope_forward(k0, k0, cos, sin);
+        store_rows(k1, k0, rows);
+        store_rows(v1, v0, rows);
+        expect_equal("queries", q2, q1);
+        expect_equal("keys", k2, k1);
+        expect_equal("values", v2, v1);
+        result(s, "keys", k2, near(dtype));
+        heads_forward(sets, 1, cos, sin, 1e-6f);
+        expect_equal("queries alone", q2, q1);
     }
 }
 
@@ -525,6 +615,15 @@ GPU_CASE(products_with_activations_in_8_bits, s, dtype) {
                    y = SPACE(s, dtype, rows[r], 48);
             matmul_int8(y, a, w);
             result(s, "y", y, near(dtype));
+            Tensor many[] = {SPACE(s, dtype, rows[r], 48), SPACE(s, dtype, rows[r], 16),
+                             SPACE(s, dtype, rows[r], 80)},
+                   matrices[] = {w, GIVEN(s, kinds[i], 8, 16, 640), GIVEN(s, kinds[i], 9, 80, 640)};
+            matmul_int8_several(many, a, tensor_absent(), matrices, 3);
+            for (int m = 0; m < 3; m++) {
+                Tensor one = SPACE(s, dtype, rows[r], tensor_cols(many[m]));
+                matmul_int8(one, a, matrices[m]);
+                expect_equal("one of several", many[m], one);
+            }
         }
         Tensor w = GIVEN(s, kinds[i], 1, 3, 32, 128);
         for (int64_t M = 112; M <= 128; M += 16) {
