@@ -40,10 +40,10 @@ static void prepare(const char *model) {
     char *path = path_join(f, "run.yaml"),
          *text =
              must_format("model: %s/model\noutput: %s/out\ndtype: f32\n"
-                         "data: {train: demo/gems.jsonl, eval: 0.05, max_length: 64, chat_format: "
+                         "data: {train: demo/gems.jsonl, eval: 0.02, max_length: 64, chat_format: "
                          "small}\n"
                          "batch: {sequences: 1, accumulate: 4}\nsteps: 30\neval_every: 10\n"
-                         "save: {every: 5, keep: 9}\noptimizer: {lr: 1.0e-4, eps: 1.0e-2}\n",
+                         "save: {every: 50, keep: 9}\noptimizer: {lr: 1.0e-4, eps: 1.0e-2}\n",
                          f, f);
     EXPECT_OK(file_write(path, text, strlen(text)));
     free(path), free(text);
@@ -256,10 +256,10 @@ CASE(ranks, gpus_have_the_losses_of_one) {
  * second a signal; the status that mpirun ends with. */
 static int signal_second(const char *name, const char *more, const char *signal) {
     const char *f = test_folder();
-    char *line =
-             must_format(MPIRUN " -n 2 sh -c 'echo $$ >%s/pid.$OMPI_COMM_WORLD_RANK; exec %s train "
-                                "%s/run.yaml output=%s/%s method=full %s' >%s/%s.txt 2>&1",
-                         f, alone, f, f, name, more, f, name),
+    char *line = must_format(
+             MPIRUN " -n 2 sh -c 'echo $$ >%s/pid.$OMPI_COMM_WORLD_RANK; exec %s train "
+                    "%s/run.yaml output=%s/%s method=full save.every=5 %s' >%s/%s.txt 2>&1",
+             f, alone, f, f, name, more, f, name),
          *saved = must_format("%s/%s/checkpoints/step-5/state.h5", f, name),
          *stop = must_format("kill -%s $(cat %s/pid.1)", signal, f);
     pid_t child = fork();
@@ -306,7 +306,7 @@ CASE(ranks, a_full_disk_of_one_rank_ends_the_run) {
     prepare("tiny");
     char *line = must_format(MPIRUN " -n 2 sh -c 'if [ $OMPI_COMM_WORLD_RANK = 1 ]; then trap \"\" "
                                     "XFSZ; ulimit -f 1000; fi; exec %s train %s/run.yaml "
-                                    "output=%s/full " FULL "' >%s/full.txt 2>&1",
+                                    "output=%s/full " FULL " save.every=5' >%s/full.txt 2>&1",
                              alone, f, f, f),
          *said = must_format("%s/full.txt", f),
          *save = must_format("%s/full/checkpoints/step-5", f), *text;
@@ -335,7 +335,7 @@ CASE(ranks, two_hosts_and_a_cut_link) {
          *hosts = must_format("tests/hosts.sh run %d -n 4 %s", id, alone),
          *line =
              must_format("exec %s train %s/run.yaml output=%s/cut method=full optimizer.lr=3e-5 "
-                         "parallel.timeout=1 "
+                         "parallel.timeout=1 save.every=5 "
                          ">%s/cut.txt 2>&1",
                          hosts, f, f, f),
          *saved = must_format("%s/cut/checkpoints/step-5/state.h5", f),
