@@ -631,16 +631,31 @@ static Status compare_ranks(const Comm *comm, const RunConfig *config) {
     return comm_agree(comm, "run file", key);
 }
 
+/* Opens the run. One that is new and cannot be opened leaves nothing that would refuse the next
+ * try.
+ */
+static Status open_run(Trainer *t, RunConfig *config, bool resume, int64_t *step) {
+    if (speaks(t)) TRY(open_folder(config, resume, step));
+    comm_broadcast(&t->comm, step, sizeof *step);
+    char *store = path_join(config->output, "data.h5"),
+         *run = path_join(config->output, "run.yaml");
+    bool prepared = file_exists(store);
+    Status status = session_open(&t->s, config, &t->comm, store, speaks(t) ? progress_rows : NULL);
+    progress_clear(&t->progress);
+    if (status != OK && speaks(t) && !resume) {
+        if (!prepared) tree_remove(store);
+        tree_remove(run);
+    }
+    free(store);
+    free(run);
+    return status;
+}
+
 static Status start(Trainer *t, RunConfig *config, bool resume) {
     int64_t step = 0;
+    Status status;
     TRY(compare_ranks(&t->comm, config));
-    if (speaks(t)) TRY(open_folder(config, resume, &step));
-    comm_broadcast(&t->comm, &step, sizeof step);
-    char *store = path_join(config->output, "data.h5");
-    Status status = session_open(&t->s, config, &t->comm, store, speaks(t) ? progress_rows : NULL);
-    free(store);
-    progress_clear(&t->progress);
-    TRY(status);
+    TRY(open_run(t, config, resume, &step));
     Session *s = &t->s;
     t->output = s->config.output;
     if (speaks(t)) {

@@ -304,6 +304,10 @@ CASE(train, folders_with_a_run_and_folders_without_are_told_apart) {
     prepare("method: lora\n");
     EXPECT_RUN(1, "train %s/run.yaml --resume", f);
     EXPECT(strstr(program_err, "holds no run to resume"));
+    /* one that could not begin does not count */
+    EXPECT_EXIT(1, "none.jsonl: cannot be opened", "train %s/run.yaml data.train=none.jsonl", f);
+    EXPECT_RUN(0, "train %s/run.yaml steps=1", f);
+    EXPECT_EXIT(1, "already holds a run", "train %s/run.yaml steps=1", f);
 }
 
 CASE(train, outputs_load_everywhere_they_are_named) {
