@@ -5,7 +5,6 @@
 #include "train/forecast.h"
 
 #include <inttypes.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -145,8 +144,7 @@ Status command_plan(int argc, char **argv) {
     Option options[] = {
         {"--gpus", OPTION_INT, &ranks,
          "N  ranks: all levels of sharing for them; default: the fastest that fits for 1, 2, 4, "
-         "... "
-         "ranks"},
+         "... ranks"},
         {"--nodes", OPTION_INT, &machine.nodes, "M  hosts that they are on (8 GPUs on each)"},
         {"--gpu", OPTION_TEXT, &name,
          "a100|h100|h200|b200  whose memory is to suffice and whose speed counts; default: this "

@@ -481,7 +481,7 @@ done:
 Status store_build(const char *path, RowReader *reader, const DataConfig *config, int64_t seed,
                    const Comm *comm, StoreProgress *progress) {
     Builder b = {.ranks = 1};
-    bool many = comm && comm_is_many(comm) && !comm->supposed;
+    bool many = !comm_is_alone(comm);
     Status status = OK;
     if (many) {
         TRY(build_part(path, reader, config, seed, comm, progress));

@@ -404,17 +404,13 @@ static void keep(Item *item, int64_t number, const json_t *value) {
         json_array_set(item->answers, (size_t)number, (json_t *)value);
 }
 
-static bool is_alone(const Run *r) {
-    return !r->o->ranks || !comm_is_many(r->o->ranks);
-}
-
 static int own_rank(const Run *r) {
     return r->o->ranks ? r->o->ranks->rank : 0;
 }
 
 /* Whether this rank asks it. */
 static bool is_mine(const Run *r, const Item *item) {
-    return is_alone(r) || (item - r->items) % r->o->ranks->size == r->o->ranks->rank;
+    return comm_is_alone(r->o->ranks) || (item - r->items) % r->o->ranks->size == r->o->ranks->rank;
 }
 
 static bool have(const Item *item, int64_t number) {
@@ -609,8 +605,9 @@ static Status open_log(Run *r, json_t *settings) {
     TRY_DONE(folder_make(r->o->out));
     TRY_DONE(settings_check(r, settings));
     TRY_DONE(load_logs(r));
-    if (!is_alone(r) && !rank) comm_barrier(r->o->ranks);
-    if (!is_alone(r)) comm_barrier(r->o->ranks); /* nobody writes before all have read */
+    if (!comm_is_alone(r->o->ranks) && !rank) comm_barrier(r->o->ranks);
+    if (!comm_is_alone(r->o->ranks))
+        comm_barrier(r->o->ranks); /* nobody writes before all have read */
     if (!(r->log = fopen(path, "ab"))) FAIL_DONE(ERR_IO, "%s: %s", path, strerror(errno));
 done:
     free(path);
@@ -619,7 +616,7 @@ done:
 
 static Status check_options(const Run *r) {
     const EvalOptions *o = r->o;
-    if (!is_alone(r) && !o->out)
+    if (!comm_is_alone(r->o->ranks) && !o->out)
         FAIL(ERR_USAGE, "--out is missing: %d ranks bring their answers together there",
              o->ranks->size);
     if (!(o->limit >= 0)) FAIL(ERR_USAGE, "--limit is %g, expected more than 0", o->limit);
@@ -698,7 +695,7 @@ Status eval_run(Results *results, const Examinee *m, const EvalOptions *o) {
             r.answered += is_mine(&r, &r.items[i]) && have(&r.items[i], k);
     TRY_DONE(ask_all(&r));
     show_progress(&r, true);
-    if (!is_alone(&r)) {
+    if (!comm_is_alone(o->ranks)) {
         comm_barrier(o->ranks); /* all answers are there */
         if (own_rank(&r)) goto done;
         TRY_DONE(load_logs(&r));

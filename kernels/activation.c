@@ -1,5 +1,6 @@
 /* activation.c - the contracts of activation.h. */
 #include "kernels/activation.h"
+#include "kernels/matmul.h"
 
 static void check_gate(Tensor y, Tensor gate, Tensor up) {
     CHECK(tensor_count(y) == tensor_count(gate) && tensor_count(up) == tensor_count(gate) &&
@@ -14,8 +15,7 @@ void gelu_mul_forward(Tensor y, Tensor gate, Tensor up) {
 
 void gelu_mul_codes(Tensor y, Tensor codes, Tensor gate, Tensor up) {
     check_gate(y, gate, up);
-    CHECK(codes.dtype == U8 && tensor_count(codes) * 8 == tensor_count(y) * 9, "gelu_mul: codes %s",
-          tensor_text(codes));
+    CHECK(tensor_present(codes) && codes_fit(codes, y), "gelu_mul: codes %s", tensor_text(codes));
     ON_DEVICE(y, gelu_mul_codes)(y, codes, gate, up);
 }
 

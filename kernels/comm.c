@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 #ifdef HAVE_MPI
 #include <mpi.h>
@@ -17,11 +16,6 @@
 /* Elements that all ranks together send one at a time, and bytes of one message. */
 #define PIECES  ((int64_t)1 << 22)
 #define MESSAGE ((size_t)1 << 26)
-
-/* Whether there is nobody to exchange anything with. */
-static bool is_alone(const Comm *c) {
-    return !comm_is_many(c) || c->supposed;
-}
 
 /* How many processes were started together, by what the launchers leave in the environment. */
 static int started_together(void) {
@@ -54,12 +48,6 @@ static int local_rank(int rank) {
     return rank;
 }
 
-static double seconds_now(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 static MPI_Comm handle_of(const Comm *c) {
     return MPI_Comm_f2c((MPI_Fint)c->handle);
 }
@@ -89,14 +77,14 @@ static _Noreturn void end_run(const Comm *c, int missing) {
 /* Until all requests are done, `times` as long as a rank may take; `from` names whose messages they
  * are, -1: anyone's. */
 static void wait_for(const Comm *c, int count, MPI_Request *requests, const int *from, int times) {
-    double begin = seconds_now();
+    double begin = omp_get_wtime();
     for (int turn = 0;; turn++) {
         int done = 0;
         MPI_Testall(count, requests, &done, MPI_STATUSES_IGNORE);
         if (done) return;
         if (turn < 1000) continue;
         usleep(turn < 20000 ? 20 : 200);
-        if (c->timeout <= 0 || seconds_now() - begin < patience(c, times)) continue;
+        if (c->timeout <= 0 || omp_get_wtime() - begin < patience(c, times)) continue;
         for (int i = 0; i < count; i++) {
             MPI_Test(&requests[i], &done, MPI_STATUS_IGNORE);
             if (!done && from[i] >= 0) end_run(c, from[i]);
@@ -190,14 +178,14 @@ void comm_again(Comm *again, const Comm *c) {
     *again = *c;
     again->whole = false;
     again->gpus = NULL;
-    if (is_alone(c)) return;
+    if (comm_is_alone(c)) return;
     MPI_Comm_dup(handle_of(c), &among);
     again->handle = (int)MPI_Comm_c2f(among);
 }
 
 void comm_join_gpus(Comm *c, Device *device) {
     char id[DEVICE_ID_BYTES + 1] = {0}; /* and whether there is one */
-    if (is_alone(c) || device->kind != DEVICE_CUDA) return;
+    if (comm_is_alone(c) || device->kind != DEVICE_CUDA) return;
     if (!c->rank) id[DEVICE_ID_BYTES] = device_new_group(device, id);
     comm_broadcast(c, id, sizeof id);
     if (!id[DEVICE_ID_BYTES]) return;
@@ -214,7 +202,7 @@ void comm_close(Comm *c) {
         free(c->gpus);
     }
     MPI_Initialized(&open);
-    MPI_Comm among = !is_alone(c) && open ? handle_of(c) : MPI_COMM_WORLD;
+    MPI_Comm among = !comm_is_alone(c) && open ? handle_of(c) : MPI_COMM_WORLD;
     if (among != MPI_COMM_WORLD)
         MPI_Comm_free(&among);
     else if (c->whole && open)
@@ -225,14 +213,14 @@ void comm_close(Comm *c) {
 void comm_barrier(const Comm *c) {
     MPI_Request request;
     int from = -1;
-    if (is_alone(c)) return;
+    if (comm_is_alone(c)) return;
     MPI_Ibarrier(handle_of(c), &request);
     wait_for(c, 1, &request, &from, 6);
 }
 
 void comm_broadcast(const Comm *c, void *bytes, size_t count) {
     int from = c->rank ? 0 : -1;
-    if (is_alone(c)) return;
+    if (comm_is_alone(c)) return;
     for (size_t done = 0; done < count; done += MESSAGE) {
         size_t n = count - done < MESSAGE ? count - done : MESSAGE;
         MPI_Request request;
@@ -257,7 +245,7 @@ static void *gather_all(const Comm *c, const void *mine, int bytes) {
 }
 
 void comm_sum_doubles(const Comm *c, double *x, int64_t count) {
-    if (is_alone(c)) return;
+    if (comm_is_alone(c)) return;
     double *all = gather_all(c, x, (int)(count * (int64_t)sizeof *x));
     for (int64_t i = 0; i < count; i++) {
         x[i] = 0;
@@ -267,7 +255,7 @@ void comm_sum_doubles(const Comm *c, double *x, int64_t count) {
 }
 
 int64_t comm_sum_count(const Comm *c, int64_t x) {
-    if (is_alone(c)) return x;
+    if (comm_is_alone(c)) return x;
     int64_t *all = gather_all(c, &x, sizeof x), sum = 0;
     for (int r = 0; r < c->size; r++) sum += all[r];
     free(all);
@@ -275,7 +263,7 @@ int64_t comm_sum_count(const Comm *c, int64_t x) {
 }
 
 int comm_most(const Comm *c, int x) {
-    if (is_alone(c)) return x;
+    if (comm_is_alone(c)) return x;
     int *all = gather_all(c, &x, sizeof x), most = x;
     for (int r = 0; r < c->size; r++)
         if (all[r] > most) most = all[r];
@@ -397,7 +385,7 @@ static void all_to_all(const Comm *c, Tensor all_to, const int64_t *gets, Tensor
 }
 
 Status comm_agree(const Comm *c, const char *what, uint64_t value) {
-    if (is_alone(c)) return OK;
+    if (comm_is_alone(c)) return OK;
     uint64_t *all = gather_all(c, &value, sizeof value);
     int other = 0;
     for (int r = c->size - 1; r > 0; r--)
@@ -507,7 +495,7 @@ static void exchanged(Tensor t, Tensor host, bool written) {
 }
 
 void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds) {
-    if (is_alone(c)) return;
+    if (comm_is_alone(c)) return;
     CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
     Tensor x = exchangeable(c, t, true);
     reduce_scatter(c, x, bounds);
@@ -515,7 +503,7 @@ void comm_reduce_scatter(const Comm *c, Tensor t, const int64_t *bounds) {
 }
 
 void comm_all_gather(const Comm *c, Tensor t, const int64_t *bounds) {
-    if (is_alone(c)) return;
+    if (comm_is_alone(c)) return;
     Tensor x = exchangeable(c, t, true);
     all_gather(c, x, bounds);
     exchanged(t, x, true);
@@ -528,7 +516,7 @@ void comm_all_to_all(const Comm *c, Tensor to, const int64_t *gets, Tensor from,
     for (int r = 0; r < c->size; r++) get += gets[r], send += sends[r];
     to = tensor_slice(to, 0, get);
     from = tensor_slice(from, 0, send);
-    if (is_alone(c)) {
+    if (comm_is_alone(c)) {
         tensor_copy(to, from);
         return;
     }
@@ -553,11 +541,11 @@ static void sum_everywhere(const Comm *c, Tensor t) {
 }
 
 void comm_sum_floats(const Comm *c, float *x, int64_t count) {
-    if (!is_alone(c)) sum_everywhere(c, TENSOR(x, F32, count));
+    if (!comm_is_alone(c)) sum_everywhere(c, TENSOR(x, F32, count));
 }
 
 void comm_all_reduce(const Comm *c, Tensor t) {
-    if (is_alone(c)) return;
+    if (comm_is_alone(c)) return;
     CHECK(t.dtype == F32, "ranks sum %s", tensor_text(t));
     Tensor x = exchangeable(c, t, true);
     sum_everywhere(c, RESHAPE(x, tensor_count(x)));

@@ -30,6 +30,11 @@ static inline bool comm_is_many(const Comm *c) {
     return c->size > 1;
 }
 
+/* Whether there is nobody to exchange anything with; c may be NULL. */
+static inline bool comm_is_alone(const Comm *c) {
+    return !c || !comm_is_many(c) || c->supposed;
+}
+
 /* Whether a launcher started this process as one of several. */
 bool comm_was_started(void);
 

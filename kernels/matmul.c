@@ -64,9 +64,7 @@ void matmul_int8_several(const Tensor *y, Tensor a, Tensor codes, const Tensor *
         CHECK(dtype_is_tiled(b[i].dtype) && b[i].dtype == b->dtype && y[i].dtype == y->dtype,
               "matmul_int8: b is %s, y %s", tensor_text(b[i]), tensor_text(y[i]));
     }
-    CHECK(!tensor_present(codes) ||
-              (codes.dtype == U8 && tensor_count(codes) * 8 == tensor_count(a) * 9),
-          "matmul_int8: codes %s of %s", tensor_text(codes), tensor_text(a));
+    CHECK(codes_fit(codes, a), "matmul_int8: codes %s of %s", tensor_text(codes), tensor_text(a));
     if (!tensor_count(a)) return;
     ON_DEVICE(a, matmul_int8_several)(y, a, codes, b, count);
 }

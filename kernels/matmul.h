@@ -41,6 +41,12 @@ void matmul_int8(Tensor y, Tensor a, Tensor b);
 #define MATRICES_MOST 3
 KERNEL(matmul_int8_several, const Tensor *y, Tensor a, Tensor codes, const Tensor *b, int count);
 
+/* Whether these are codes of x, or none. */
+static inline bool codes_fit(Tensor codes, Tensor x) {
+    return !tensor_present(codes) ||
+           (codes.dtype == U8 && tensor_count(codes) * 8 == tensor_count(x) * 9);
+}
+
 /* Bytes of a (M, K) rounded, where kernels of the device make that on the way; 0: they do not. */
 int64_t int8_codes(const Device *device, int64_t M, int64_t K);
 

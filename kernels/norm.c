@@ -1,5 +1,6 @@
 /* norm.c - the contracts of norm.h, checked once for every device. */
 #include "kernels/norm.h"
+#include "kernels/matmul.h"
 
 #define NORM_COLS_MAX 32768
 
@@ -30,6 +31,7 @@ void rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight, 
           "rmsnorm_pair: %s and %s of %s", tensor_text(y), tensor_text(next), tensor_text(x));
     CHECK(tensor_count(weight) == D && tensor_count(next_weight) == D,
           "rmsnorm_pair: weights %s %s", tensor_text(weight), tensor_text(next_weight));
+    CHECK(codes_fit(codes, next), "rmsnorm_pair: codes %s", tensor_text(codes));
     ON_DEVICE(x, rmsnorm_pair)(y, next, codes, x, weight, residual, scale, next_weight, eps);
 }
 

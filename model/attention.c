@@ -58,72 +58,55 @@ static void project_heads(const Attention *a, AttentionSaved *s, Tensor x, Pass 
     linear_forward_several(linears, out, !c->owns_kv ? 1 : c->v_from_k ? 2 : 3, x, p);
 }
 
-/* Normalised, turned and put in their places at once, where nothing of it is trained. */
-static void place_heads(const Attention *a, AttentionSaved *s, Tensor k, Tensor v, Tensor place,
-                        Pass *p) {
+/* Heads normalised and turned: queries where attention reads them, keys and values into k and v, at
+ * the rows `place` says where that is there. All at once where nothing of it is trained, and no
+ * picture's axes turn apart. */
+static void make_heads(const Attention *a, AttentionSaved *s, Tensor k, Tensor v, Tensor place,
+                       Pass *p) {
     const BlockConfig *c = &a->config;
     Tensor cos = p->rows->cos[c->kind], sin = p->rows->sin[c->kind];
-    HeadSet sets[HEAD_SETS] = {
-        [0] = {s->q, s->q_raw, a->q_norm.weight->value, tensor_absent(), true}};
-    if (c->owns_kv) {
-        sets[1] = (HeadSet){k, s->k_raw, a->k_norm.weight->value, place, true};
-        sets[2] = (HeadSet){v, s->v_raw, tensor_absent(), place, false};
-    }
-    heads_forward(sets, c->owns_kv ? 3 : 1, cos, sin, c->eps);
-}
-
-/* Into the slot at once, or where that is packed or other ranks', by way of rows of their own. */
-static void infer_heads(const Attention *a, AttentionSaved *s, Pass *p) {
-    const BlockConfig *c = &a->config;
-    const Rows *rows = p->rows;
-    KvSlot *slot = &p->slots[c->kv_layer];
-    Tensor place = rows->place[c->kind];
-    bool paged = tensor_present(rows->sequence),
-         direct = !c->owns_kv || (!p->context && slot->k.dtype == s->k_raw.dtype);
-    size_t mark = arena_mark(p->scratch);
-    if (direct) {
-        place_heads(a, s, slot->k, slot->v, paged ? place : tensor_absent(), p);
+    if (!p->training && cos.ndim == 2) {
+        HeadSet sets[HEAD_SETS] = {
+            [0] = {s->q, s->q_raw, a->q_norm.weight->value, tensor_absent(), true}};
+        if (c->owns_kv) {
+            sets[1] = (HeadSet){k, s->k_raw, a->k_norm.weight->value, place, true};
+            sets[2] = (HeadSet){v, s->v_raw, tensor_absent(), place, false};
+        }
+        heads_forward(sets, c->owns_kv ? 3 : 1, cos, sin, c->eps);
         return;
     }
-    Tensor k = arena_like(p->scratch, s->k_raw), v = arena_like(p->scratch, s->v_raw);
-    place_heads(a, s, k, v, tensor_absent(), p);
-    if (paged) {
-        store_rows(slot->k, k, place);
-        store_rows(slot->v, v, place);
-    } else {
-        context_gather(p->context, c->kind, slot->k, k, p->scratch);
-        context_gather(p->context, c->kind, slot->v, v, p->scratch);
-    }
-    arena_release(p->scratch, mark);
+    norm_forward(&a->q_norm, s->q, s->q_rstd, s->q_raw, tensor_absent());
+    rope_forward(s->q, s->q, cos, sin);
+    if (!c->owns_kv) return;
+    norm_forward(&a->k_norm, k, s->k_rstd, s->k_raw, tensor_absent());
+    rope_forward(k, k, cos, sin);
+    norm_forward(&a->v_norm, v, s->v_rstd, s->v_raw, tensor_absent());
+}
+
+/* Rows of keys or values made apart, to where attention reads them. */
+static void deliver(Tensor slot, Tensor rows, AttentionKind kind, Pass *p) {
+    if (p->context)
+        context_gather(p->context, kind, slot, rows, p->scratch);
+    else
+        store_rows(slot, rows, p->rows->place[kind]);
 }
 
 void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Tensor x, Pass *p) {
     const BlockConfig *c = &a->config;
     const Rows *rows = p->rows;
     KvSlot *slot = &p->slots[c->kv_layer];
-    Tensor cos = rows->cos[c->kind], sin = rows->sin[c->kind];
-
+    bool paged = tensor_present(rows->sequence), /* a packed slot takes rows that are there */
+        apart = c->owns_kv && (p->context || (paged && slot->k.dtype != s->k_raw.dtype));
+    size_t mark = arena_mark(p->scratch);
+    Tensor k = apart ? arena_like(p->scratch, s->k_raw) : slot->k,
+           v = apart ? arena_like(p->scratch, s->v_raw) : slot->v;
     project_heads(a, s, x, p);
-    bool apart = p->training || cos.ndim > 2; /* a picture's axes turn apart */
-    if (!apart) {
-        infer_heads(a, s, p);
-    } else {
-        norm_forward(&a->q_norm, s->q, s->q_rstd, s->q_raw, tensor_absent());
-        rope_forward(s->q, s->q, cos, sin);
+    make_heads(a, s, k, v, paged && !apart ? rows->place[c->kind] : tensor_absent(), p);
+    if (apart) {
+        deliver(slot->k, k, c->kind, p);
+        deliver(slot->v, v, c->kind, p);
     }
-    if (c->owns_kv && apart) {
-        size_t mark = arena_mark(p->scratch);
-        Tensor k = p->context ? arena_like(p->scratch, s->k_raw) : slot->k;
-        Tensor v = p->context ? arena_like(p->scratch, s->v_raw) : slot->v;
-        norm_forward(&a->k_norm, k, s->k_rstd, s->k_raw, tensor_absent());
-        rope_forward(k, k, cos, sin);
-        norm_forward(&a->v_norm, v, s->v_rstd, s->v_raw, tensor_absent());
-        if (p->context) {
-            context_gather(p->context, c->kind, slot->k, k, p->scratch);
-            context_gather(p->context, c->kind, slot->v, v, p->scratch);
-        }
-        arena_release(p->scratch, mark);
-    }
+    arena_release(p->scratch, mark);
     attention_forward(s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind],
                       rows->first[c->kind], rows->last[c->kind], rows->sequence,
                       rows->pages[c->kind]);

@@ -85,11 +85,16 @@ static void adapter_product(const Linear *l, Layout layout, Tensor y, Write writ
         grouped_matmul(layout, y, write, a, b, offsets, alpha);
 }
 
-void project(Tensor y, Tensor x, Tensor weight, bool int8) {
+/* `codes`: of x, if they are there. */
+static void multiply(Tensor y, Tensor x, Tensor codes, Tensor weight, bool int8) {
     if (int8 && dtype_is_tiled(weight.dtype))
-        matmul_int8(y, x, weight);
+        matmul_int8_several(&y, x, codes, &weight, 1);
     else
         matmul(NT, y, SET, x, weight, 1.0f);
+}
+
+void project(Tensor y, Tensor x, Tensor weight, bool int8) {
+    multiply(y, x, tensor_absent(), weight, int8);
 }
 
 /* ---- the sum of weight and adapter ---- */
@@ -305,10 +310,8 @@ static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass 
         arena_release(p->scratch, mark);
         return;
     }
-    if (l->groups == 1 && p->int8 && dtype_is_tiled(l->weight->value.dtype))
-        matmul_int8_several(&y, x, take_codes(p, x), &l->weight->value, 1);
-    else if (l->groups == 1)
-        matmul(NT, y, SET, x, l->weight->value, 1.0f);
+    if (l->groups == 1)
+        multiply(y, x, take_codes(p, x), l->weight->value, p->int8);
     else if (p->int8 && dtype_is_tiled(l->weight->value.dtype))
         grouped_matmul_int8(y, x, l->weight->value, offsets, groups.counts);
     else

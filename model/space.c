@@ -59,10 +59,14 @@ static int shares(const Space *s, bool experts, int *mine) {
     return c ? c->size : 1;
 }
 
+/* Values of a run up to share r of `parts`. */
+static int64_t run_bound(const ParamRun *run, int r, int parts) {
+    return (run->end - run->begin) / DYNAMIC_BLOCK * r / parts * DYNAMIC_BLOCK;
+}
+
 void run_bounds(const RankGroups *ranks, const ParamRun *run, int64_t *bounds) {
-    int64_t blocks = (run->end - run->begin) / DYNAMIC_BLOCK;
     int parts = run_sharers(ranks, run)->size;
-    for (int r = 0; r <= parts; r++) bounds[r] = blocks * r / parts * DYNAMIC_BLOCK;
+    for (int r = 0; r <= parts; r++) bounds[r] = run_bound(run, r, parts);
 }
 
 /* The groups whose calls go with exchanging layers. */
@@ -89,7 +93,6 @@ static void begin_run(ParamList *params, int item, int64_t begin) {
                                      .first = item,
                                      .dtype = p->value.dtype,
                                      .experts = p->groups > 0,
-                                     .adapter = p->adapter,
                                      .begin = begin,
                                      .place = -1};
 }
@@ -112,9 +115,8 @@ static void make_runs(ParamList *params) {
     for (int i = 0; i < s->count; i++) {
         ParamRun *r = &s->runs[i];
         int mine, parts = shares(s, r->experts, &mine);
-        int64_t blocks = (r->end - r->begin) / DYNAMIC_BLOCK;
-        r->own = r->begin + blocks * mine / parts * DYNAMIC_BLOCK;
-        r->own_end = r->begin + blocks * (mine + 1) / parts * DYNAMIC_BLOCK;
+        r->own = r->begin + run_bound(r, mine, parts);
+        r->own_end = r->begin + run_bound(r, mine + 1, parts);
         r->share = share;
         share += r->own_end - r->own;
         r->gathered = is_gathered(params, params->items[r->first]);

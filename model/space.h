@@ -19,11 +19,10 @@ typedef struct Param Param;
 typedef struct ParamList ParamList;
 
 typedef struct ParamRun {
-    int layer;       /* -1: in none */
-    int first, last; /* of params->items, what is frozen between them left out */
-    DType dtype;     /* of its values */
-    bool experts;    /* that not every rank has */
-    bool adapter;
+    int layer;            /* -1: in none */
+    int first, last;      /* of params->items, what is frozen between them left out */
+    DType dtype;          /* of its values */
+    bool experts;         /* that not every rank has */
     int64_t begin, end;   /* in the flat space: whole blocks of 8-bit states */
     int64_t own, own_end; /* of them this rank's share */
     int64_t share;        /* where its shares of all runs, behind each other, have this one */
@@ -42,7 +41,7 @@ typedef struct FrozenShare {
 
 /* Which ranks share out what among them. */
 typedef struct RankGroups {
-    Comm all;
+    Comm all;      /* nothing goes through it: its numbers */
     Comm sharers;  /* what all ranks have alike */
     Comm across;   /* those that have the same shares of it */
     Comm replicas; /* experts: those that have the same ones */

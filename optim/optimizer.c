@@ -46,7 +46,9 @@ static bool goes_with(const ParamRun *r, const Param *p, const Param *q) {
            tensor_count(p->value) % DYNAMIC_BLOCK == 0;
 }
 
-Tensor optimizer_gradients(const Optimizer *o, const ParamRun *r, int64_t first, int64_t end) {
+Tensor optimizer_gradients(const Optimizer *o, const Space *s, const ParamRun *r, int64_t first,
+                           int64_t end) {
+    if (!o->config.own_grads) return run_grads(s, r, first, end);
     int64_t to = r->share - r->own;
     return tensor_slice(o->grads, to + first, end - first);
 }
@@ -62,9 +64,8 @@ static void update(Optimizer *o, const Space *s, const ParamRun *r, const Param 
             rows = (end - first + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
     Tensor value = r->place >= 0 ? run_values(s, r, first, end)
                                  : RESHAPE(p->master, tensor_count(p->master)),
-           grad =
-               c->own_grads ? optimizer_gradients(o, r, first, end) : run_grads(s, r, first, end),
-           m = tensor_slice(o->m, row, rows), v = tensor_slice(o->v, row, rows);
+           grad = optimizer_gradients(o, s, r, first, end), m = tensor_slice(o->m, row, rows),
+           v = tensor_slice(o->v, row, rows);
     uint64_t key = random_key(random_key_name(c->seed, p->name), (uint64_t)o->t);
     float decay = p->decay ? (float)c->weight_decay : 0.0f;
     if (c->name == OPTIMIZER_ADAMW)
@@ -110,9 +111,9 @@ void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale) {
         update_run(o, params, &params->space.runs[i], lr, scale);
 }
 
-void optimizer_take_gradients(Optimizer *o, const ParamRun *r, Tensor grads) {
+void optimizer_take_gradients(Optimizer *o, const Space *s, const ParamRun *r, Tensor grads) {
     if (r->own < r->own_end)
-        scale_copy(optimizer_gradients(o, r, r->own, r->own_end), ADD,
+        scale_copy(optimizer_gradients(o, s, r, r->own, r->own_end), ADD,
                    tensor_slice(grads, r->own - r->begin, r->own_end - r->own), 1.0f);
 }
 

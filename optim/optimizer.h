@@ -38,11 +38,13 @@ void optimizer_step(Optimizer *o, ParamList *params, double lr, double scale);
 void optimizer_begin(Optimizer *o);
 void optimizer_update(Optimizer *o, ParamList *params, int layer, double lr, double scale);
 
-/* Own gradients of places first .. end - 1 of the flat space, within a run's share. */
-Tensor optimizer_gradients(const Optimizer *o, const ParamRun *run, int64_t first, int64_t end);
+/* The gradients of places first .. end - 1 of the flat space, within a run's share: own ones, or
+ * the parameters'. */
+Tensor optimizer_gradients(const Optimizer *o, const Space *s, const ParamRun *run, int64_t first,
+                           int64_t end);
 
 /* Adds this rank's share of a run's gradients to own ones. */
-void optimizer_take_gradients(Optimizer *o, const ParamRun *run, Tensor grads);
+void optimizer_take_gradients(Optimizer *o, const Space *s, const ParamRun *run, Tensor grads);
 
 /* The norm of all gradients together, in f64. */
 double gradients_norm(const ParamList *params);

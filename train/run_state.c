@@ -211,8 +211,7 @@ static Status read_states(H5File *f, const char *name, Tensor states, int64_t to
     if (to % DYNAMIC_BLOCK || at % DYNAMIC_BLOCK)
         FAIL(ERR_CONFIG,
              "%s: states of 8 bits are in blocks of %d values that other ranks cut elsewhere: "
-             "resume "
-             "with the parallel.experts that the run had",
+             "resume with the parallel.experts that the run had",
              f->path, DYNAMIC_BLOCK);
     int64_t blocks = (n + DYNAMIC_BLOCK - 1) / DYNAMIC_BLOCK;
     return read_into(f, name, at / DYNAMIC_BLOCK * dtype_block(states.dtype).bytes,
@@ -268,7 +267,9 @@ static Status load_shares(H5File *first, const char *folder, int files, ParamLis
     int64_t all = 0;
     s.pieces = own_pieces(params, &s.count);
     for (int i = 0; i < s.count; i++) all += s.pieces[i].count;
-    for (int r = 0; r < files; r++) {
+    for (int i = 0; i < files && (!i || s.found < all);
+         i++) { /* as many ranks: its own has it all */
+        int r = (own_rank(params) + i) % files;
         H5File f = {0};
         char *path = part_path(folder, r);
         if (r) status = h5_open(&f, path);

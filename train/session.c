@@ -32,9 +32,7 @@ static Status open_data(Session *s, const char *store_path, StoreProgress *progr
 
 /* Whether layers are exchanged while others are computed. */
 static bool exchanges_beside(const Session *s) {
-    bool can = s->g.device->kind == DEVICE_CPU ? s->comm.threads
-                                               : s->beside_ranks.all.gpus || s->comm.supposed;
-    return comm_is_many(&s->comm) && s->config.shard >= 2 && can;
+    return comm_is_many(&s->comm) && s->config.shard >= 2 && (s->beside || s->comm.supposed);
 }
 
 /* Leaves this rank its part of the experts. */
@@ -250,9 +248,8 @@ static Status make_groups(Session *s) {
     g->all = s->comm;
     comm_group(&g->sharers, &s->comm, (int)within, false);
     comm_group(&g->across, &s->comm, (int)(size / within), true);
-    comm_group(&g->replicas, &s->comm, (int)(size / c->experts), true);
+    comm_group(&g->replicas, &s->comm, c->experts > 1 ? (int)(size / c->experts) : 1, true);
     comm_group(&g->experts, &s->comm, (int)c->experts, false);
-    comm_again(&b->all, &g->all);
     comm_again(&b->sharers, &g->sharers);
     comm_again(&b->across, &g->across);
     comm_again(&b->replicas, &g->replicas);
@@ -264,10 +261,15 @@ static Status make_groups(Session *s) {
 /* Lets the groups' GPUs exchange data directly, and layers go beside the passes. */
 static void join_gpus(Session *s, Device *device) {
     RankGroups *g = &s->ranks, *b = &s->beside_ranks;
-    Comm *groups[] = {&s->context, &g->all, &g->sharers, &g->across, &g->replicas,
-                      &g->experts, &b->all, &b->sharers, &b->across, &b->replicas};
+    Comm *groups[] = {&s->context, &g->sharers, &g->across, &g->replicas,
+                      &g->experts, &b->sharers, &b->across, &b->replicas};
     for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) comm_join_gpus(groups[i], device);
-    if (device->kind == DEVICE_CUDA || s->comm.threads) s->beside = comm_beside_open(device);
+    bool can = device->kind == DEVICE_CPU ? s->comm.threads : session_links_gpus(s);
+    if (can) s->beside = comm_beside_open(device);
+}
+
+bool session_links_gpus(const Session *s) {
+    return s->ranks.sharers.gpus || s->ranks.across.gpus;
 }
 
 static void leave_groups(Session *s) {
@@ -276,7 +278,6 @@ static void leave_groups(Session *s) {
                       &s->ranks.across,
                       &s->ranks.replicas,
                       &s->ranks.experts,
-                      &s->beside_ranks.all,
                       &s->beside_ranks.sharers,
                       &s->beside_ranks.across,
                       &s->beside_ranks.replicas};
@@ -300,7 +301,7 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     Status status = OK;
     TRY_DONE(make_groups(s));
     TRY_DONE(comm_open_device(&s->comm, &device, c->device));
-    if (comm_is_many(&s->comm) && !s->comm.supposed) join_gpus(s, device);
+    if (!comm_is_alone(&s->comm)) join_gpus(s, device);
     if (s->comm.supposed)
         TRY_DONE(checkpoint_describe(&s->checkpoint, c->model));
     else
@@ -331,7 +332,7 @@ Status session_open(Session *s, RunConfig *config, const Comm *comm, const char 
     TRY_DONE(session_plan(s, device_available(s->g.device)));
     TRY_DONE(agree_on_mode(s));
 done:
-    if (status != OK && (!comm_is_many(&s->comm) || s->comm.supposed)) session_close(s);
+    if (status != OK && comm_is_alone(&s->comm)) session_close(s);
     return status; /* of several ranks the others may be waiting: the process ends as it is */
 }
 

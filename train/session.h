@@ -62,6 +62,9 @@ Status session_place(Session *s);
 
 void session_close(Session *s);
 
+/* Whether the ranks' GPUs exchange data directly. */
+bool session_links_gpus(const Session *s);
+
 /* The plan as a table on standard error. */
 void memory_plan_print(const MemoryPlan *plan);
 

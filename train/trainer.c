@@ -259,8 +259,7 @@ static double own_squares(const Session *s, const ParamRun *r, const Param *p) {
     if (first < r->own) first = r->own;
     if (end > r->own_end) end = r->own_end;
     if (first < end)
-        sum_of_squares(&sum, o->config.own_grads ? optimizer_gradients(o, r, first, end)
-                                                 : run_grads(&s->g.params.space, r, first, end));
+        sum_of_squares(&sum, optimizer_gradients(o, &s->g.params.space, r, first, end));
     return sum;
 }
 
@@ -341,7 +340,7 @@ static void send_gradients(void *context, int layer) {
         Tensor grads = run_grads(s, r, r->begin, r->end);
         if (r->layer != layer) continue;
         run_sum(s->overlaps ? s->beside_ranks : s->ranks, r, grads, false);
-        optimizer_take_gradients(&t->s.optimizer, r, grads);
+        optimizer_take_gradients(&t->s.optimizer, s, r, grads);
     }
     if (layer >= 0) fill(s->layer_grads[layer % 2], 0.0f);
 }
@@ -368,9 +367,7 @@ static double norm_of_ranks(Session *s) {
         run_bounds(space->ranks, r, bounds);
         int64_t first = r->begin + bounds[mine], end = r->begin + bounds[mine + 1];
         if (first == end) continue;
-        sum_of_squares(&part, s->optimizer.config.own_grads
-                                  ? optimizer_gradients(&s->optimizer, r, first, end)
-                                  : run_grads(space, r, first, end));
+        sum_of_squares(&part, optimizer_gradients(&s->optimizer, space, r, first, end));
         *(r->experts ? &experts : &dense) += part;
     }
     return sqrt(comm_sum(&space->ranks->sharers, dense) + comm_sum(&s->comm, experts));
@@ -615,7 +612,7 @@ static void report_ranks(const Session *s) {
     if (s->ranks.experts.size > 1) fprintf(stderr, ", experts among %d", s->ranks.experts.size);
     if (s->g.device->kind == DEVICE_CUDA)
         fprintf(stderr, "; between GPUs %s",
-                s->ranks.all.gpus ? "directly, by NCCL" : "through the host: there is no NCCL");
+                session_links_gpus(s) ? "directly, by NCCL" : "through the host: there is no NCCL");
     fprintf(stderr, "\n");
 }
 

@@ -62,6 +62,29 @@ static inline float dot(const float *a, const float *b, int64_t n) {
 }
 
 /* values <- what a tensor of this dtype would hold. */
+/* x times its norm's factor, and a weight unless that is NULL. */
+static inline void scale_row(float *out, const float *x, float rstd, const float *weight,
+                             int64_t n) {
+    if (weight) {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) out[i] = x[i] * rstd * weight[i];
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) out[i] = x[i] * rstd;
+    }
+}
+
+/* Pairs half a row apart turned by angles of cosines c and sines s; sign -1: back. */
+static inline void turn_row(float *out, const float *x, const float *c, const float *s,
+                            int64_t half, float sign) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        float turn = sign * s[i];
+        out[i] = x[i] * c[i] - x[i + half] * turn;
+        out[i + half] = x[i + half] * c[i] + x[i] * turn;
+    }
+}
+
 static inline void round_to(DType dtype, float *values, int64_t n) {
     if (dtype != BF16) return;
 #pragma omp simd

@@ -4,15 +4,6 @@
 
 #define HEAD_MOST 4096
 
-/* What rope_forward makes of a head. */
-static void turn(float *out, const float *x, const float *c, const float *s, int64_t half) {
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-        out[i] = x[i] * c[i] - x[i + half] * s[i];
-        out[i + half] = x[i + half] * c[i] + x[i] * s[i];
-    }
-}
-
 static void head_row(const HeadSet *set, int64_t n, const float *weight, const float *c,
                      const float *s, float eps) {
     int64_t heads = set->x.shape[1], C = set->x.shape[2];
@@ -21,16 +12,10 @@ static void head_row(const HeadSet *set, int64_t n, const float *weight, const f
     for (int64_t h = 0; h < heads; h++) {
         const float *row = load_f32(buffer, set->x, (n * heads + h) * C, C);
         float r = 1.0f / sqrtf(dot(row, row, C) / (float)C + eps);
-        if (weight) {
-#pragma omp simd
-            for (int64_t i = 0; i < C; i++) out[i] = row[i] * r * weight[i];
-        } else {
-#pragma omp simd
-            for (int64_t i = 0; i < C; i++) out[i] = row[i] * r;
-        }
+        scale_row(out, row, r, weight, C);
         if (set->turns) {
             round_to(set->x.dtype, out, C);
-            turn(buffer, out, c, s, C / 2);
+            turn_row(buffer, out, c, s, C / 2, 1);
         }
         store_f32(set->y, (to * heads + h) * C, C, set->turns ? buffer : out);
     }

@@ -5,16 +5,6 @@
 
 #define COLS_MAX 32768
 
-static void scale_row(float *out, const float *x, float rstd, const float *weight, int64_t D) {
-    if (weight) {
-#pragma omp simd
-        for (int64_t i = 0; i < D; i++) out[i] = x[i] * rstd * weight[i];
-    } else {
-#pragma omp simd
-        for (int64_t i = 0; i < D; i++) out[i] = x[i] * rstd;
-    }
-}
-
 void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual,
                           float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);

@@ -31,12 +31,7 @@ static void rotate(Tensor y, Tensor x, Tensor cos_table, Tensor sin_table, float
         for (int64_t run = 0; run < runs; run++) {
             int64_t first = (n * runs + run) * C, turn_at = run % axes * half;
             const float *row = load_f32(buffer, x, first, C);
-#pragma omp simd
-            for (int64_t i = 0; i < half; i++) {
-                float turn = sign * s[turn_at + i];
-                out[i] = row[i] * c[turn_at + i] - row[i + half] * turn;
-                out[i + half] = row[i + half] * c[turn_at + i] + row[i] * turn;
-            }
+            turn_row(out, row, c + turn_at, s + turn_at, half, sign);
             store_f32(y, first, C, out);
         }
     }
