@@ -37,11 +37,11 @@ void scatter_rows(Tensor y, Write write, Tensor x, Tensor rows) {
     ON_DEVICE(y, scatter_rows)(y, write, x, rows);
 }
 
-void gather_add_rows(Tensor y, Tensor x, Tensor slot) {
+void gather_sums(Tensor y, Tensor x, Tensor slot) {
     CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(y) == tensor_rows(slot) &&
               y.dtype == x.dtype,
-          "gather_add: %s from %s", tensor_text(y), tensor_text(x));
-    ON_DEVICE(y, gather_add_rows)(y, x, slot);
+          "gather_sums: %s from %s", tensor_text(y), tensor_text(x));
+    ON_DEVICE(y, gather_sums)(y, x, slot);
 }
 
 void dropout(Tensor y, Tensor x, float p, uint64_t key) {

@@ -24,9 +24,9 @@ KERNEL(gather_rows, Tensor y, Tensor x, Tensor rows);
  * named become zero.   y (N, D), x (M, D) one dtype */
 KERNEL(scatter_rows, Tensor y, Write write, Tensor x, Tensor rows);
 
-/* y[n] += sum over k of x[slot[n,k]], in order of k.   y (N, D), x (M, D) one dtype, slot (N, A)
- * i32 */
-KERNEL(gather_add_rows, Tensor y, Tensor x, Tensor slot);
+/* y[n] = sum over k of x[slot[n,k]], in f32 in order of k.   y (N, D), x (M, D) one dtype, slot
+ * (N, A) i32 */
+KERNEL(gather_sums, Tensor y, Tensor x, Tensor slot);
 
 /* y = x * mask / (1 - p), mask[i] = uniform(key, i) >= p.   y may alias x */
 KERNEL(dropout, Tensor y, Tensor x, float p, uint64_t key);

@@ -28,10 +28,12 @@ void combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor share, Tensor ex
 }
 
 void combine_backward(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows,
-                      Tensor slot, Tensor share, Tensor experts, Tensor scale) {
-    CHECK(tensor_cols(dy) == tensor_cols(rows) && tensor_count(drows) == tensor_count(rows),
+                      Tensor slot, Tensor source, Tensor share, Tensor experts, Tensor scale) {
+    CHECK(tensor_cols(dy) == tensor_cols(rows) && tensor_count(drows) == tensor_count(rows) &&
+              tensor_count(source) == tensor_rows(rows),
           "combine: %s from %s", tensor_text(dy), tensor_text(rows));
-    ON_DEVICE(dy, combine_backward)(drows, dshare, dscale, dy, rows, slot, share, experts, scale);
+    ON_DEVICE(dy, combine_backward)
+    (drows, dshare, dscale, dy, rows, slot, source, share, experts, scale);
 }
 
 void routing_sort(Tensor offsets, Tensor counts, Tensor slot, Tensor source, Tensor experts) {

@@ -28,10 +28,11 @@ KERNEL(combine_forward, Tensor y, Tensor rows, Tensor slot, Tensor share, Tensor
        Tensor scale);
 
 /* drows[slot] = share * scale * dy; dshare = scale * <dy, rows>; dscale[e] += share * <dy, rows>.
- *   drows   (M, D)  dtype of rows; rows no slot names become zero
+ *   drows   (M, D)  dtype of rows; rows without a source become zero
+ *   source  (M)     i32, -1 where no slot names a row
  *   dscale  (E)     f32; absent means frozen */
 KERNEL(combine_backward, Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows,
-       Tensor slot, Tensor share, Tensor experts, Tensor scale);
+       Tensor slot, Tensor source, Tensor share, Tensor experts, Tensor scale);
 
 /* The sorted order: row (n, k) goes to slot[n,k]; group e holds rows offsets[e] .. offsets[e+1],
  * which include up to ROUTING_ALIGN - 1 rows of padding; source[m] is n, or -1 for padding and for

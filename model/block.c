@@ -145,7 +145,8 @@ static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx
         norm_backward(&b->pre_feedforward_layernorm, dx1, ADD, dh, s->x1, s->x1_rstd);
         norm_backward(&b->post_feedforward_layernorm_2, dbranch, SET, dfed, s->routed,
                       s->routed_rstd);
-        norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1);
+        if (moe_reads_input(&b->moe))
+            norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1);
         moe_backward(&b->moe, &s->moe, dh, dx1, dbranch, h, s->x1, p);
         norm_backward(&b->pre_feedforward_layernorm_2, dx1, ADD, dh, s->x1, s->x1_rstd_2);
     }
@@ -159,7 +160,7 @@ void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_
     scale_copy(dx, SET, dy, b->scalar); /* dx carries the residual's gradient from here down */
     if (b->config.per_layer_input) {
         Tensor u = arena_like(p->scratch, s->gate), du = arena_like(p->scratch, s->gate);
-        gelu_mul_forward(u, s->gate, per_layer);
+        if (linear_reads_input(&b->per_layer_projection)) gelu_mul_forward(u, s->gate, per_layer);
         norm_backward(&b->post_per_layer_input_norm, dbranch, SET, dx, s->projected,
                       s->projected_rstd);
         linear_backward(&b->per_layer_projection, du, SET, dbranch, u, p);

@@ -219,17 +219,19 @@ static void forward_rounded(const Linear *l, Tensor y, Tensor x, RowGroups group
  * (gemma_finish_gradients). */
 static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
                              RowGroups groups, Pass *p) {
-    Tensor input = rounded_input(l, x, p->scratch);
+    bool reads = linear_reads_input(l);
+    Tensor input = reads ? rounded_input(l, x, p->scratch) : x;
     int32_t bounds[l->groups + 1];
-    group_bounds(bounds, l, groups, tensor_rows(x));
+    group_bounds(bounds, l, groups, tensor_rows(dy));
     for (int64_t g = 0; g < l->groups; g++) {
         size_t mark = arena_mark(p->scratch);
         int64_t first = bounds[g], count = bounds[g + 1] - first;
         if (!count) continue;
-        Tensor dy_rows = tensor_slice(dy, first, count), rows = tensor_slice(input, first, count);
+        Tensor dy_rows = tensor_slice(dy, first, count),
+               rows = reads ? tensor_slice(input, first, count) : input;
         if (tensor_present(dx))
             matmul(NN, tensor_slice(dx, first, count), write, dy_rows,
-                   rounded_weight(l, g, x.dtype, p->scratch), 1.0f);
+                   rounded_weight(l, g, dy.dtype, p->scratch), 1.0f);
         arena_release(p->scratch, mark);
         if (l->weight->trainable)
             matmul(TN, of_group(l, l->weight->grad, g), ADD, dy_rows, rows, 1.0f);
@@ -319,6 +321,10 @@ static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass 
     for (const Lora *lora = l->lora; lora; lora = lora->next)
         forward_adapter(l, lora, y, x, offsets, p);
     arena_release(p->scratch, mark);
+}
+
+bool linear_reads_input(const Linear *l) {
+    return l->weight->trainable || l->lora || l->bounds[0];
 }
 
 static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, RowGroups groups,

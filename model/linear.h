@@ -103,6 +103,9 @@ Tensor pass_codes(Pass *p, Tensor x, const Linear *reader);
 /* y (N, V) = x W^T for a matrix that is no linear's: the tied head. */
 void project(Tensor y, Tensor x, Tensor weight, bool int8);
 
+/* Whether the way back reads x; else it may be absent there, and need not be made again. */
+bool linear_reads_input(const Linear *l);
+
 /* dx (=|+=) dy W + adapter, absent dx: not needed; gradients of weight and adapter are added to.
  * Where outputs are clamped they are computed once more, to know which of them were. */
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p);

@@ -39,7 +39,7 @@ void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tenso
                   Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor hidden = arena_like(p->scratch, s->gate), dhidden = arena_like(p->scratch, s->gate);
-    gelu_mul_forward(hidden, s->gate, s->up);
+    if (linear_reads_input(&m->down_proj)) gelu_mul_forward(hidden, s->gate, s->up);
     linear_backward(&m->down_proj, dhidden, SET, dy, hidden, p);
     gelu_mul_backward(hidden, dhidden, dhidden, s->gate, s->up); /* hidden: dgate, dhidden: dup */
     linear_backward(&m->up_proj, dx, write, dhidden, x, p);

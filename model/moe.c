@@ -227,24 +227,28 @@ static void experts_forward(const Moe *m, MoeSaved *s, Tensor out, Tensor sorted
     if (p->experts) from_experts(s, &t, out, results, p);
 }
 
-/* dsorted (M, D) from dout (M, D) and sorted (M, D). */
+/* dsorted (M, D) from dout (M, D) and sorted (M, D), which is absent where gate_up_proj does not
+ * read it. */
 static void experts_backward(const Moe *m, const MoeSaved *s, Tensor dsorted, Tensor dout,
                              Tensor sorted, Pass *p) {
-    Travel t = {.came = tensor_rows(sorted)};
-    Tensor rows = sorted, drows = dsorted, dresults = dout;
+    Travel t = {.came = tensor_rows(dout)};
+    Tensor rows = sorted, drows = dsorted, dresults = dout, hidden = tensor_absent();
     if (p->experts) {
         t = repeat_travel(s, p->experts);
-        rows = ARENA_TENSOR(p->scratch, sorted.dtype, t.came, tensor_cols(sorted));
-        drows = arena_like(p->scratch, rows);
-        dresults = arena_like(p->scratch, rows);
-        to_experts(s, &t, rows, sorted, p);
+        dresults = ARENA_TENSOR(p->scratch, dout.dtype, t.came, tensor_cols(dout));
+        drows = arena_like(p->scratch, dresults);
         to_experts(s, &t, dresults, dout, p);
+        if (tensor_present(sorted)) {
+            rows = arena_like(p->scratch, dresults);
+            to_experts(s, &t, rows, sorted, p);
+        }
     }
-    Tensor hidden = ARENA_TENSOR(p->scratch, sorted.dtype, t.came, m->config.moe_intermediate_size),
-           dhidden = arena_like(p->scratch, hidden), gate_up = tensor_slice(s->gate_up, 0, t.came),
-           dgate_up = arena_like(p->scratch, gate_up);
+    Tensor gate_up = tensor_slice(s->gate_up, 0, t.came),
+           dgate_up = arena_like(p->scratch, gate_up),
+           dhidden = ARENA_TENSOR(p->scratch, dout.dtype, t.came, m->config.moe_intermediate_size);
+    if (linear_reads_input(&m->down_proj)) hidden = arena_like(p->scratch, dhidden);
     if (t.came) {
-        gelu_mul_joined_forward(hidden, gate_up);
+        if (tensor_present(hidden)) gelu_mul_joined_forward(hidden, gate_up);
         linear_backward_grouped(&m->down_proj, dhidden, SET, dresults, hidden, groups_of(s), p);
         gelu_mul_joined_backward(dgate_up, dhidden, gate_up);
         linear_backward_grouped(&m->gate_up_proj, drows, SET, dgate_up, rows, groups_of(s), p);
@@ -270,30 +274,40 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
     arena_release(p->scratch, mark);
 }
 
+bool moe_reads_input(const Moe *m) {
+    return linear_reads_input(&m->gate_up_proj);
+}
+
 void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
                   Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    int64_t N = tensor_rows(h), E = m->config.num_experts, D = m->config.hidden_size;
+    int64_t N = tensor_rows(x), E = m->config.num_experts, D = m->config.hidden_size;
     Tensor dout = arena_like(p->scratch, s->out), dshare = arena_like(p->scratch, s->share);
-    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->share,
-                     s->experts, m->per_expert_scale->value);
+    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->source,
+                     s->share, s->experts, m->per_expert_scale->value);
 
-    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, tensor_rows(s->out), D),
-           dsorted = arena_like(p->scratch, sorted);
-    gather_rows(sorted, h, s->source);
+    Tensor sorted = tensor_absent(), dsorted = arena_like(p->scratch, dout);
+    if (moe_reads_input(m)) {
+        sorted = arena_like(p->scratch, dout);
+        gather_rows(sorted, h, s->source);
+    }
     experts_backward(m, s, dsorted, dout, sorted, p);
-    fill(dh, 0.0f);
-    gather_add_rows(dh, dsorted, s->slot);
+    gather_sums(dh, dsorted, s->slot);
 
-    Tensor dlogits = ARENA_TENSOR(p->scratch, h.dtype, N, E), r = router_input(m, s, p),
-           dr = arena_like(p->scratch, r);
+    Tensor dlogits = ARENA_TENSOR(p->scratch, x.dtype, N, E),
+           dr = arena_like(p->scratch, s->normed),
+           r = linear_reads_input(&m->router_proj) ? router_input(m, s, p) : tensor_absent();
     router_backward(dlogits, dshare, s->probs, s->share, s->experts, p->balance);
     linear_backward(&m->router_proj, dr, SET, dlogits, r, p);
-    scale_copy(dr, SET, dr, 1.0f / sqrtf((float)D));
-    if (m->router_scale->trainable) dot_columns(m->router_scale->grad, dr, s->normed);
-    Tensor scale = ARENA_TENSOR(p->scratch, F32, D);
-    scale_copy(scale, SET, m->router_scale->value, 1.0f);
-    scale_columns(dr, SET, dr, scale);
+    Tensor factor = ARENA_TENSOR(p->scratch, F32, D);
+    float root = 1.0f / sqrtf((float)D);
+    if (m->router_scale->trainable) {
+        scale_copy(dr, SET, dr, root);
+        dot_columns(m->router_scale->grad, dr, s->normed);
+        root = 1.0f;
+    }
+    scale_copy(factor, SET, m->router_scale->value, root);
+    scale_columns(dr, SET, dr, factor);
     rmsnorm_backward(dx, ADD, tensor_absent(), dr, x, s->router_rstd, tensor_absent());
     arena_release(p->scratch, mark);
 }

@@ -39,6 +39,9 @@ void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
 /* y (N, D) = sum of chosen experts of h; the router reads x, the raw residual stream. */
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *p);
 
+/* Whether the way back reads h; else it may be absent there. */
+bool moe_reads_input(const Moe *m);
+
 /* dh is set; dx, the residual's gradient, gets the router's part added. */
 void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
                   Tensor x, Pass *p);

@@ -14,4 +14,6 @@ if [ "${1:-}" = quick ]; then
 fi
 # oneDNN and libgomp keep what they made until the end; only leaks of our own count.
 export ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=0} UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
+# Cases run at a time (TEST_JOBS of them, else as many as there are processors): waiting threads leave those to the others.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 exec "$build/tests/run" "$@"

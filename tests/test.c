@@ -1,5 +1,5 @@
-/* test.c - the runner: every case in a child process, a line for what failed or was skipped,
- * totals. */
+/* test.c - the runner: every case in a child process, some at a time; a line for each that has
+ * ended, totals. */
 #include "tests/test.h"
 #include "formats/file.h"
 #include "kernels/elementwise.h"
@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #define EXIT_SKIPPED 77
+#define JOBS_MOST    4 /* a case may take gigabytes */
 
 static TestCase *first_case, **last_case = &first_case;
 static int report_pipe = -1;
@@ -104,14 +105,27 @@ Tensor random_tensor(DType dtype, uint64_t key, int ndim, const int64_t *shape) 
     return half;
 }
 
-static int run_case(TestCase *test, char *text, size_t size, double *seconds) {
+/* A case under way. */
+typedef struct Running {
+    TestCase *test;
+    pid_t child;
+    int report; /* what it says is read from here */
+    struct timespec from;
+} Running;
+
+typedef struct Totals {
+    int passed, failed, skipped;
+} Totals;
+
+static void begin_case(Running *r, TestCase *test) {
     int ends[2];
     if (pipe(ends)) exit(1);
-    struct timespec from, to;
-    clock_gettime(CLOCK_MONOTONIC, &from);
+    r->test = test;
+    r->report = ends[0];
+    clock_gettime(CLOCK_MONOTONIC, &r->from);
     fflush(NULL);
-    pid_t child = fork();
-    if (child == 0) {
+    r->child = fork();
+    if (r->child == 0) {
         close(ends[0]);
         report_pipe = ends[1];
         test->run();
@@ -120,40 +134,69 @@ static int run_case(TestCase *test, char *text, size_t size, double *seconds) {
         exit(0); /* not _exit: leak checks run */
     }
     close(ends[1]);
-    size_t used = 0;
-    for (ssize_t got; (got = read(ends[0], text + used, size - 1 - used)) > 0;) used += (size_t)got;
-    text[used] = 0;
-    close(ends[0]);
-    int status;
-    waitpid(child, &status, 0);
+}
+
+/* A line for a case that has ended. What it said lies in the pipe, which holds far more. */
+static void end_case(Running *r, int status, Totals *totals) {
+    char text[2048];
+    struct timespec to;
     clock_gettime(CLOCK_MONOTONIC, &to);
-    *seconds = (double)(to.tv_sec - from.tv_sec) + 1e-9 * (double)(to.tv_nsec - from.tv_nsec);
-    if (WIFSIGNALED(status)) {
-        snprintf(text + used, size - used, "ended by signal %d (%s)", WTERMSIG(status),
+    double seconds =
+        (double)(to.tv_sec - r->from.tv_sec) + 1e-9 * (double)(to.tv_nsec - r->from.tv_nsec);
+    fcntl(r->report, F_SETFL, O_NONBLOCK); /* what it has started may still hold the other end */
+    ssize_t got = read(r->report, text, sizeof text - 1);
+    text[got > 0 ? got : 0] = 0;
+    close(r->report);
+    int code = WIFEXITED(status) ? WEXITSTATUS(status) : 1;
+    if (WIFSIGNALED(status))
+        snprintf(text, sizeof text, "ended by signal %d (%s)", WTERMSIG(status),
                  strsignal(WTERMSIG(status)));
-        return 1;
-    }
-    return WEXITSTATUS(status);
+    const char *word = code == 0 ? "ok" : code == EXIT_SKIPPED ? "skipped" : "FAILED";
+    printf("%-7s %s.%s (%.2f s)%s%s\n", word, r->test->suite, r->test->name, seconds,
+           *text ? ": " : "", text);
+    fflush(stdout);
+    totals->passed += code == 0;
+    totals->skipped += code == EXIT_SKIPPED;
+    totals->failed += code != 0 && code != EXIT_SKIPPED;
+    r->test = NULL;
+}
+
+static bool is_wanted(const TestCase *test, int count, char **words) {
+    char name[256];
+    snprintf(name, sizeof name, "%s.%s", test->suite, test->name);
+    for (int i = 0; i < count; i++)
+        if (strstr(name, words[i])) return true;
+    return count == 0;
+}
+
+/* How many cases run at a time: TEST_JOBS, or as many as there are processors, up to JOBS_MOST. */
+static int jobs_of(void) {
+    const char *set = getenv("TEST_JOBS");
+    long jobs = set ? atol(set) : sysconf(_SC_NPROCESSORS_ONLN);
+    return jobs < 1 ? 1 : jobs > JOBS_MOST ? JOBS_MOST : (int)jobs;
 }
 
 int main(int argc, char **argv) {
-    int passed = 0, failed = 0, skipped = 0;
-    char text[2048];
-    for (TestCase *test = first_case; test; test = test->next) {
-        char name[256];
-        snprintf(name, sizeof name, "%s.%s", test->suite, test->name);
-        bool wanted = argc < 2;
-        for (int i = 1; i < argc; i++) wanted |= strstr(name, argv[i]) != NULL;
-        if (!wanted) continue;
-        double seconds;
-        int code = run_case(test, text, sizeof text, &seconds);
-        const char *word = code == 0 ? "ok" : code == EXIT_SKIPPED ? "skipped" : "FAILED";
-        printf("%-7s %s (%.2f s)%s%s\n", word, name, seconds, *text ? ": " : "", text);
-        fflush(stdout);
-        passed += code == 0;
-        skipped += code == EXIT_SKIPPED;
-        failed += code != 0 && code != EXIT_SKIPPED;
+    Running running[JOBS_MOST] = {0};
+    Totals totals = {0};
+    int jobs = jobs_of(), busy = 0;
+    TestCase *next = first_case;
+    while (next || busy) {
+        for (int i = 0; i < jobs; i++) {
+            while (next && !is_wanted(next, argc - 1, argv + 1)) next = next->next;
+            if (running[i].test || !next) continue;
+            begin_case(&running[i], next);
+            next = next->next;
+            busy++;
+        }
+        int status;
+        pid_t ended = busy ? wait(&status) : -1;
+        for (int i = 0; i < jobs && ended > 0; i++)
+            if (running[i].test && running[i].child == ended) {
+                end_case(&running[i], status, &totals);
+                busy--;
+            }
     }
-    printf("%d skipped\n%d passed, %d failed\n", skipped, passed, failed);
-    return failed != 0;
+    printf("%d skipped\n%d passed, %d failed\n", totals.skipped, totals.passed, totals.failed);
+    return totals.failed != 0;
 }

@@ -108,12 +108,21 @@ void CPU(scatter_rows)(Tensor y, Write write, Tensor x, Tensor rows) {
     }
 }
 
-void CPU(gather_add_rows)(Tensor y, Tensor x, Tensor slot) {
-    int64_t N = tensor_rows(y), A = tensor_cols(slot);
+void CPU(gather_sums)(Tensor y, Tensor x, Tensor slot) {
+    int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
     const int32_t *from = slot.data;
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++)
-        for (int64_t a = 0; a < A; a++) add_row(y, n, x, from[n * A + a]);
+        for (int64_t first = 0; first < D; first += CHUNK) {
+            int64_t count = D - first < CHUNK ? D - first : CHUNK;
+            float sum[CHUNK] = {0}, buffer[CHUNK];
+            for (int64_t a = 0; a < A; a++) {
+                const float *row = load_f32(buffer, x, from[n * A + a] * D + first, count);
+#pragma omp simd
+                for (int64_t i = 0; i < count; i++) sum[i] += row[i];
+            }
+            store_f32(y, n * D + first, count, sum);
+        }
 }
 
 void CPU(dropout)(Tensor y, Tensor x, float p, uint64_t key) {

@@ -71,9 +71,12 @@ void CPU(combine_forward)(Tensor y, Tensor rows, Tensor slot, Tensor share, Tens
 }
 
 void CPU(combine_backward)(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows,
-                           Tensor slot, Tensor share, Tensor experts, Tensor scale) {
-    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot);
-    memset(drows.data, 0, tensor_bytes(drows));
+                           Tensor slot, Tensor source, Tensor share, Tensor experts, Tensor scale) {
+    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot), M = tensor_rows(rows);
+    size_t bytes = (size_t)D * dtype_size(drows.dtype);
+    for (int64_t m = 0; m < M; m++)
+        if (((const int32_t *)source.data)[m] < 0)
+            memset((char *)drows.data + (size_t)m * bytes, 0, bytes);
 #pragma omp parallel for schedule(static)
     for (int64_t n = 0; n < N; n++)
         for (int64_t a = 0; a < A; a++) {

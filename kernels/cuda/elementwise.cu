@@ -201,12 +201,11 @@ extern "C" void cuda_scatter_rows(Tensor y, Write write, Tensor x, Tensor rows) 
 }
 
 template <typename T, int V>
-static __global__ void gather_add(T *y, const T *x, const int32_t *slot, int64_t N, int64_t A,
-                                  int64_t D) {
+static __global__ void add_gathered(T *y, const T *x, const int32_t *slot, int64_t N, int64_t A,
+                                    int64_t D) {
     FOR_GRID(i, N * D / V) {
         int64_t n = i * V / D, d = i * V % D;
-        float sum[V], a[V];
-        load(sum, y + i * V);
+        float sum[V] = {0}, a[V];
         for (int64_t k = 0; k < A; k++) {
             load(a, x + slot[n * A + k] * D + d);
 #pragma unroll
@@ -216,13 +215,13 @@ static __global__ void gather_add(T *y, const T *x, const int32_t *slot, int64_t
     }
 }
 
-extern "C" void cuda_gather_add_rows(Tensor y, Tensor x, Tensor slot) {
+extern "C" void cuda_gather_sums(Tensor y, Tensor x, Tensor slot) {
     int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
     bool fits = fits_packs(D, y, x);
     if (!N || !D) return;
     WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
-                   LAUNCH(y.device, (gather_add<T, V>), grid_for(y.device, N * D / V, 256), 256, 0,
-                          data_of<T>(y), data_of<T>(x), data_of<int32_t>(slot), N, A, D);
+                   LAUNCH(y.device, (add_gathered<T, V>), grid_for(y.device, N * D / V, 256), 256,
+                          0, data_of<T>(y), data_of<T>(x), data_of<int32_t>(slot), N, A, D);
                }));
 }
 

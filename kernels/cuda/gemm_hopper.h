@@ -1,7 +1,8 @@
 /* gemm_hopper.h - products of bf16 rows on Hopper's tensor cores: gemm16's twin for groups, and the
  * loop of any such product.
  *
- * Two warpgroups share a tile of 128 by 256, K goes by 64 at a time. Four stages of both operands
+ * Two warpgroups share a tile of 128 by 256, K goes by 64 at a time. At the end of a group, or of
+ * the columns, what a tile has not half of is not multiplied. Four stages of both operands
  * lie in shared memory: two are multiplied, one behind the other, while two arrive. */
 #ifndef CUDA_GEMM_HOPPER_H
 #define CUDA_GEMM_HOPPER_H
@@ -79,22 +80,26 @@ template <bool TA, bool TB> struct Product {
         bring(1, fetch);
     }
 
-    /* Adds so many further steps to the sums. */
-    template <typename Fetch>
-    DEVICE_MEMBER void run(float (&sums)[HOPPER_COLUMNS / 2], int steps, Fetch fetch) {
+    /* Adds so many further steps to the sums: of all columns, or of as many of the first as these
+     * are for. Not `busy`: this warpgroup has no rows, and only helps to bring the others'. */
+    template <int COUNT, typename Fetch>
+    DEVICE_MEMBER void run(float (&sums)[COUNT], int steps, bool busy, Fetch fetch) {
         int own = threadIdx.x / WARPGROUP * 64;
         for (int i = 0; i < steps; i++) {
             copies_wait<1>();
             shared_for_products();
             __syncthreads(); /* and the stage two before this one has been multiplied */
             const bf16 *a = left_tiles + stage * Left::TILE, *b = right_tiles + stage * Right::TILE;
-            wgmma_begin();
+            if (busy) {
+                wgmma_begin();
 #pragma unroll
-            for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
-                wgmma<TA, TB>(
-                    sums, TA ? operand(a, kk, own, Left::ROWS) : operand(a, own, kk, Left::ROWS),
-                    TB ? operand(b, kk, 0, Right::ROWS) : operand(b, 0, kk, Right::ROWS));
-            wgmma_close_group();
+                for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
+                    wgmma<TA, TB>(
+                        sums,
+                        TA ? operand(a, kk, own, Left::ROWS) : operand(a, own, kk, Left::ROWS),
+                        TB ? operand(b, kk, 0, Right::ROWS) : operand(b, 0, kk, Right::ROWS));
+                wgmma_close_group();
+            }
             bring((stage + 2) % HOPPER_STAGES, fetch);
             wgmma_wait<1>();
             stage = (stage + 1) % HOPPER_STAGES;
@@ -103,6 +108,11 @@ template <bool TA, bool TB> struct Product {
         wgmma_results(sums);
     }
 };
+
+/* Of the first half of the columns. */
+DEVICE_FUNCTION float (&first_half(float (&sums)[HOPPER_COLUMNS / 2]))[HOPPER_COLUMNS / 4] {
+    return *(float(*)[HOPPER_COLUMNS / 4]) sums;
+}
 
 /* The row of a tile that this lane has results of; the other is eight further. */
 DEVICE_FUNCTION int result_row() {
@@ -150,8 +160,13 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         k += HOPPER_DEPTH;
     };
     float sums[HOPPER_COLUMNS / 2] = {};
+    int steps = (int)((k_end - k0 + HOPPER_DEPTH - 1) / HOPPER_DEPTH);
+    bool busy = (int)threadIdx.x / WARPGROUP * 64 < left_rows;
     product.start(fetch);
-    product.run(sums, (int)((k_end - k0 + HOPPER_DEPTH - 1) / HOPPER_DEPTH), fetch);
+    if (right_rows > HOPPER_COLUMNS / 2)
+        product.run(sums, steps, busy, fetch);
+    else
+        product.run(first_half(sums), steps, busy, fetch);
     copies_wait<0>();
 #pragma unroll
     for (int j = 0; j < HOPPER_COLUMNS / 8; j++)

@@ -122,7 +122,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
                           packs[8 * m + 6 + p]};
     };
     product.start(fetch);
-    product.run(sums, STEPS, fetch);
+    product.run(sums, STEPS, true, fetch);
 #pragma unroll
     for (int p = 0; p < 2; p++) {
         float lse = facts.lse[r + 8 * p];
@@ -136,7 +136,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
         }
     }
     write(to);
-    product.run(sums, STEPS, fetch);
+    product.run(sums, STEPS, true, fetch);
 #pragma unroll
     for (int p = 0; p < 2; p++) {
         float delta = facts.delta[r + 8 * p];
@@ -176,7 +176,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     };
     float sums[HOPPER_COLUMNS / 2] = {};
     product.start(fetch);
-    product.run(sums, steps, fetch);
+    product.run(sums, steps, true, fetch);
     copies_wait<0>();
     int64_t n0 = slab.n0 + (int64_t)tile * (HOPPER_ROWS / heads.group);
     int rows = (int)min((int64_t)HOPPER_ROWS, (heads.N - n0) * heads.group);
@@ -255,7 +255,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     };
     float sums[HOPPER_COLUMNS / 2] = {};
     product.start(fetch);
-    product.run(sums, count * (HOPPER_ROWS / HOPPER_DEPTH), fetch);
+    product.run(sums, count * (HOPPER_ROWS / HOPPER_DEPTH), true, fetch);
     copies_wait<0>();
     int64_t line = (int64_t)heads.K * C;
     float *to = (values ? of.dv : of.dk) + ((int64_t)blockIdx.z * heads.S + s0) * line + kv * C +

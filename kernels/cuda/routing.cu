@@ -95,32 +95,35 @@ extern "C" void cuda_router_backward(Tensor dlogits, Tensor dshare, Tensor probs
 
 /* ---- the sorted order ---- */
 
-/* How many of a block's 256 entries before this thread's, and in all, are `mine`. */
-DEVICE_FUNCTION int rank_in_block(bool mine, int *counts, int *all) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0, total = 0;
-    unsigned set = __ballot_sync(0xffffffffu, mine);
-    __syncthreads();
-    if (!lane) counts[warp] = __popc(set);
-    __syncthreads();
-    for (int w = 0; w < 8; w++) {
-        if (w < warp) before += counts[w];
-        total += counts[w];
+/* A block for each expert, whose warps have the entries between them: warp w those from w * each
+ * on. visit(entry, the lanes with one of the block's expert) for 32 at a time, in order. */
+template <typename Visit>
+DEVICE_FUNCTION void own_entries(const int32_t *experts, int64_t entries, Visit visit) {
+    int64_t each = (entries + 255) / 256 * 32, first = threadIdx.x / 32 * each;
+    int64_t end = min(first + each, entries);
+#pragma unroll 4
+    for (; first < end; first += 32) {
+        int64_t i = first + threadIdx.x % 32;
+        visit(i, __ballot_sync(0xffffffffu, i < end && experts[i] == (int)blockIdx.x));
     }
-    *all = total;
-    return before + __popc(set & ((1u << lane) - 1));
 }
 
-/* A block for each expert. */
+/* How many entries of its expert a warp's share has. */
+DEVICE_FUNCTION int own_count(const int32_t *experts, int64_t entries) {
+    int count = 0;
+    own_entries(experts, entries, [&](int64_t, unsigned set) { count += __popc(set); });
+    return count;
+}
+
 static __global__ void __launch_bounds__(256)
     count_rows(int32_t *counts, const int32_t *experts, int64_t entries) {
     __shared__ int parts[8];
-    int total = 0, all;
-    for (int64_t first = 0; first < entries; first += 256) {
-        int64_t i = first + threadIdx.x;
-        rank_in_block(i < entries && experts[i] == (int)blockIdx.x, parts, &all);
-        total += all;
-    }
-    if (!threadIdx.x) counts[blockIdx.x] = total;
+    int count = own_count(experts, entries), total = 0;
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = count;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (int w = 0; w < 8; w++) total += parts[w];
+    counts[blockIdx.x] = total;
 }
 
 static __global__ void place_groups(int32_t *offsets, const int32_t *counts, int E) {
@@ -138,18 +141,23 @@ static __global__ void __launch_bounds__(256)
     place_rows(int32_t *slot, int32_t *source, const int32_t *offsets, const int32_t *experts,
                int64_t entries, int A, int E, int64_t M) {
     __shared__ int parts[8];
-    int next = offsets[blockIdx.x], all;
-    for (int64_t first = 0; first < entries; first += 256) {
-        int64_t i = first + threadIdx.x;
-        bool mine = i < entries && experts[i] == (int)blockIdx.x;
-        int place = next + rank_in_block(mine, parts, &all);
-        next += all;
-        if (!mine) continue;
+    int count = own_count(experts, entries), last = offsets[blockIdx.x], next = last;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (!lane) parts[warp] = count;
+    __syncthreads();
+    for (int w = 0; w < 8; w++) {
+        if (w < warp) next += parts[w];
+        last += parts[w];
+    }
+    own_entries(experts, entries, [&](int64_t i, unsigned set) {
+        int place = next + __popc(set & ((1u << lane) - 1));
+        next += __popc(set);
+        if (!(set >> lane & 1)) return;
         slot[i] = place;
         source[place] = (int32_t)(i / A);
-    }
+    });
     int64_t end = (int)blockIdx.x + 1 == E ? M : offsets[blockIdx.x + 1];
-    for (int64_t m = next + threadIdx.x; m < end; m += 256) source[m] = -1;
+    for (int64_t m = last + threadIdx.x; m < end; m += 256) source[m] = -1;
 }
 
 extern "C" void cuda_routing_sort(Tensor offsets, Tensor counts, Tensor slot, Tensor source,
@@ -182,6 +190,16 @@ static __global__ void combine(T *y, const T *rows, const int32_t *slot, const f
         }
         store(y + i * V, sum);
     }
+}
+
+/* Zeros in rows without a source, a warp a row. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(256)
+    clear_padding(T *rows, const int32_t *source, int64_t M, int64_t D) {
+    int64_t m = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
+    if (m >= M || source[m] >= 0) return;
+    const float zeros[V] = {0};
+    for (int64_t d = threadIdx.x % 32 * V; d < D; d += 32 * V) store(rows + m * D + d, zeros);
 }
 
 /* A block for each (row, choice): its row's gradient, and <dy, row> into dshare. */
@@ -241,13 +259,17 @@ extern "C" void cuda_combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor 
 }
 
 extern "C" void cuda_combine_backward(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy,
-                                      Tensor rows, Tensor slot, Tensor share, Tensor experts,
-                                      Tensor scale) {
-    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot), entries = N * A;
+                                      Tensor rows, Tensor slot, Tensor source, Tensor share,
+                                      Tensor experts, Tensor scale) {
+    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot), entries = N * A,
+            M = tensor_rows(rows);
     bool fits = fits_packs(D, drows, dy, rows);
     const Device *device = dy.device;
     if (!N) return;
-    cuda_check(cudaMemsetAsync(drows.data, 0, tensor_bytes(drows), cuda_stream(device)), "combine");
+    WITH_FLOAT(dy.dtype, T, WITH_PACKS(fits, V, {
+                   LAUNCH(device, (clear_padding<T, V>), (unsigned)ceil_div(M, 8), 256, 0,
+                          data_of<T>(drows), data_of<int32_t>(source), M, D);
+               }));
     WITH_FLOAT(dy.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_PACKS(fits, V, {
                                            LAUNCH(device, (combine_rows<T, S, V>),
                                                   (unsigned)entries, 256, 0, data_of<T>(drows),
