@@ -23,9 +23,23 @@ void matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alph
 }
 
 void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    check_product(layout, y, a, b);
-    if (!tensor_count(y)) return;
-    ON_DEVICE(a, matmul_ordered)(layout, y, write, a, b, alpha);
+    matmul_ordered_several(layout, &y, write, &a, &b, 1, alpha);
+}
+
+void matmul_ordered_several(Layout layout, const Tensor *y, Write write, const Tensor *a,
+                            const Tensor *b, int count, float alpha) {
+    CHECK(count > 0 && count <= MATRICES_MOST && (count == 1 || layout != NN || write == ADD),
+          "matmul_ordered: %d matrices", count);
+    for (int i = 0; i < count; i++) {
+        Tensor to = y[layout == NN ? 0 : i], left = a[layout == NT ? 0 : i],
+               right = b[layout == TN ? 0 : i];
+        check_product(layout, to, left, right);
+        CHECK(to.dtype == y->dtype && left.dtype == a->dtype && right.dtype == b->dtype &&
+                  !dtype_is_packed(right.dtype),
+              "matmul_ordered: %s %s %s", tensor_text(to), tensor_text(left), tensor_text(right));
+    }
+    if (!tensor_count(*y)) return;
+    ON_DEVICE(*a, matmul_ordered_several)(layout, y, write, a, b, count, alpha);
 }
 
 void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,

@@ -18,7 +18,16 @@ KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float a
 
 /* The same in f32 with every element summed strictly in order of K, so rows of zeros in K change no
  * bit: the adapters' products. */
-KERNEL(matmul_ordered, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
+void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
+
+/* Several of them that share an operand, up to MATRICES_MOST:
+ *   NT  y[i] (=|+=) alpha a[0] b[i]^T      what adapters of one input make of it
+ *   NN  y[0] += alpha a[i] b[i], in order  what they give back to it; write must be ADD for several
+ *   TN  y[i] (=|+=) alpha a[i]^T b[0]
+ * Operands of one kind are of one dtype. */
+#define MATRICES_MOST 3
+KERNEL(matmul_ordered_several, Layout layout, const Tensor *y, Write write, const Tensor *a,
+       const Tensor *b, int count, float alpha);
 
 /* One product per group over rows sorted by group: rows offsets[g] .. offsets[g+1] belong to g.
  *   NT  y (M, N) rows of g = a (M, K) rows of g times b[g] (N, K)^T
@@ -38,7 +47,6 @@ void matmul_int8(Tensor y, Tensor a, Tensor b);
  *   y[i]   (M, N_i)    b[i]  (N_i, K)
  *   codes  (int8_codes) u8: that rounding, made by the kernel that made a; absent: it is made here
  */
-#define MATRICES_MOST 3
 KERNEL(matmul_int8_several, const Tensor *y, Tensor a, Tensor codes, const Tensor *b, int count);
 
 /* Whether these are codes of x, or none. */

@@ -48,6 +48,11 @@ static Tensor flat(Tensor heads) {
     return RESHAPE(heads, heads.shape[0], heads.shape[1] * heads.shape[2]);
 }
 
+/* How many of q_proj, k_proj and v_proj there are. */
+static int projections(const BlockConfig *c) {
+    return !c->owns_kv ? 1 : c->v_from_k ? 2 : 3;
+}
+
 /* q, k and v from x, as they come out of their products. */
 static void project_heads(const Attention *a, AttentionSaved *s, Tensor x, Pass *p) {
     const BlockConfig *c = &a->config;
@@ -55,7 +60,7 @@ static void project_heads(const Attention *a, AttentionSaved *s, Tensor x, Pass 
     Tensor out[] = {flat(s->q_raw), tensor_absent(), tensor_absent()};
     if (c->owns_kv) out[1] = flat(s->k_raw);
     if (c->owns_kv && !c->v_from_k) out[2] = flat(s->v_raw);
-    linear_forward_several(linears, out, !c->owns_kv ? 1 : c->v_from_k ? 2 : 3, x, p);
+    linear_forward_several(linears, out, projections(c), x, p);
 }
 
 /* Heads normalised and turned: queries where attention reads them, keys and values into k and v, at
@@ -129,7 +134,8 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
     Tensor cos = rows->cos[c->kind], sin = rows->sin[c->kind];
     size_t mark = arena_mark(p->scratch);
 
-    Tensor dout = arena_like(p->scratch, s->out), dq = arena_like(p->scratch, s->q);
+    Tensor dout = arena_like(p->scratch, s->out), dq = arena_like(p->scratch, s->q),
+           dheads[] = {flat(dq), tensor_absent(), tensor_absent()};
     int64_t G = attention_partials(c->num_key_value_heads);
     Tensor partial = G == 1 ? tensor_absent()
                             : ARENA_TENSOR(p->scratch, F32, 2 * G, slot->k.shape[0],
@@ -148,16 +154,15 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
             norm_backward(&a->v_norm, dk, ADD, dv, s->v_raw, s->v_rstd);
         } else {
             norm_backward(&a->v_norm, dv, SET, dv, s->v_raw, s->v_rstd);
-            linear_backward(&a->v_proj, dx, write, flat(dv), x, p);
-            write = ADD;
+            dheads[2] = flat(dv);
         }
-        linear_backward(&a->k_proj, dx, write, flat(dk), x, p);
-        write = ADD;
+        dheads[1] = flat(dk);
         fill(slot->dk, 0.0f); /* zero for the next pass */
         fill(slot->dv, 0.0f);
     }
     rope_backward(dq, dq, cos, sin);
     norm_backward(&a->q_norm, dq, SET, dq, s->q_raw, s->q_rstd);
-    linear_backward(&a->q_proj, dx, write, flat(dq), x, p);
+    linear_backward_several((const Linear *[]){&a->q_proj, &a->k_proj, &a->v_proj}, dx, write,
+                            dheads, projections(c), x, p);
     arena_release(p->scratch, mark);
 }

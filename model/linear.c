@@ -68,6 +68,11 @@ void linear_take_groups(Linear *l, int64_t first, int64_t n) {
     l->groups = n;
 }
 
+/* Whether it has an adapter that is trained. */
+static bool is_trained(const Linear *l) {
+    return l->lora && l->lora->A->trainable;
+}
+
 /* x as the adapter sees it: dropped out while training. */
 static Tensor adapter_input(const Lora *lora, Tensor x, Pass *p) {
     if (!p->training || lora->dropout == 0) return x;
@@ -235,7 +240,7 @@ static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy,
         arena_release(p->scratch, mark);
         if (l->weight->trainable)
             matmul(TN, of_group(l, l->weight->grad, g), ADD, dy_rows, rows, 1.0f);
-        if (l->lora && l->lora->A->trainable) {
+        if (is_trained(l)) {
             Tensor dW = ARENA_TENSOR(p->scratch, F32, l->out, l->in);
             matmul(TN, dW, SET, dy_rows, rows, 1.0f);
             rounded_backward(l, g, dW, p->scratch);
@@ -280,6 +285,34 @@ void linear_keep(Linear *l, Arena *arena, int64_t N) {
 static Tensor ranks_of(const Lora *lora, int64_t N, Pass *p) {
     if (p->training && tensor_present(lora->u)) return tensor_slice(lora->u, 0, N);
     return ARENA_TENSOR(p->scratch, F32, N, lora->rank);
+}
+
+/* Whether the linear's adapter meets x as it is, and dy alone: so do others that read the same x,
+ * and their products with it are one. */
+static bool adapts_plainly(const Linear *l, const Pass *p) {
+    const Lora *lora = l->lora;
+    if (fake_quant_on(l->fake) || l->bounds[0] || l->bias || l->groups > 1) return false;
+    return !lora || (!lora->magnitude && !lora->next && !p->rows->adapters &&
+                     !(p->training && lora->dropout > 0));
+}
+
+/* The adapters of linears that adapt plainly. */
+typedef struct Adapters {
+    int count, of[MATRICES_MOST]; /* of: which linear */
+    Tensor A[MATRICES_MOST], u[MATRICES_MOST];
+    bool kept; /* u is that of the way forward */
+} Adapters;
+
+static Adapters adapters_of(const Linear *const *l, int count, int64_t N, Pass *p) {
+    Adapters a = {.kept = true};
+    for (int i = 0; i < count; i++) {
+        if (!l[i]->lora) continue;
+        a.A[a.count] = l[i]->lora->A->value;
+        a.u[a.count] = ranks_of(l[i]->lora, N, p);
+        a.kept &= tensor_present(l[i]->lora->u);
+        a.of[a.count++] = i;
+    }
+    return a;
 }
 
 /* y += scale x A^T B^T for the rows of that adapter. Rows of experts are in an order of their own,
@@ -327,6 +360,30 @@ bool linear_reads_input(const Linear *l) {
     return l->weight->trainable || l->lora || l->bounds[0];
 }
 
+/* Without the adapter. */
+static void backward_base(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
+                          Tensor offsets) {
+    if (tensor_present(dx)) {
+        if (l->groups == 1)
+            matmul(NN, dx, write, dy, l->weight->value, 1.0f);
+        else
+            grouped_matmul(NN, dx, write, dy, l->weight->value, offsets, 1.0f);
+    }
+    if (l->weight->trainable) {
+        if (l->groups == 1)
+            matmul(TN, l->weight->grad, ADD, dy, x, 1.0f);
+        else
+            grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, 1.0f);
+    }
+}
+
+/* du = scale dy B, and B's gradient from u, which is read where that is wanted. */
+static void backward_ranks(const Linear *l, Tensor du, Tensor dy, Tensor u, Tensor offsets) {
+    const Lora *lora = l->lora;
+    adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
+    if (is_trained(l)) adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
+}
+
 static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, RowGroups groups,
                      Pass *p) {
     Tensor offsets = groups.offsets;
@@ -350,28 +407,14 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
         scale_columns(dz, SET, dy, lora->factor);
         dy = dz;
     }
-    if (tensor_present(dx)) {
-        if (l->groups == 1)
-            matmul(NN, dx, write, dy, l->weight->value, 1.0f);
-        else
-            grouped_matmul(NN, dx, write, dy, l->weight->value, offsets, 1.0f);
-    }
-    if (l->weight->trainable) {
-        if (l->groups == 1)
-            matmul(TN, l->weight->grad, ADD, dy, x, 1.0f);
-        else
-            grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, 1.0f);
-    }
+    backward_base(l, dx, write, dy, x, offsets);
     if (lora) {
         Tensor u = ranks_of(lora, tensor_rows(x), p), du = arena_like(p->scratch, u);
         Tensor input = adapter_input(lora, x, p);
-        adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
-        if (lora->A->trainable) {
-            if (!tensor_present(lora->u))
-                adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
-            adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
-            adapter_product(l, TN, lora->A->grad, ADD, du, input, offsets, 1.0f);
-        }
+        if (is_trained(l) && !tensor_present(lora->u))
+            adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
+        backward_ranks(l, du, dy, u, offsets);
+        if (is_trained(l)) adapter_product(l, TN, lora->A->grad, ADD, du, input, offsets, 1.0f);
         if (tensor_present(dx)) {
             if (p->training && lora->dropout > 0) {
                 Tensor dinput = arena_like(p->scratch, x);
@@ -402,12 +445,29 @@ void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
 
 void linear_forward_several(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p) {
     Tensor weights[MATRICES_MOST];
-    bool together = true;
+    bool together = true, plain = true;
     for (int i = 0; i < count; i++) {
         weights[i] = l[i]->weight->value;
         together &= is_int8(l[i], p) && weights[i].dtype == weights[0].dtype;
+        plain &= adapts_plainly(l[i], p);
     }
-    if (together) matmul_int8_several(y, x, take_codes(p, x), weights, count);
+    if (together) {
+        matmul_int8_several(y, x, take_codes(p, x), weights, count);
+    } else if (plain) {
+        for (int i = 0; i < count; i++)
+            multiply(y[i], x, i ? tensor_absent() : take_codes(p, x), weights[i], p->int8);
+    }
+    if (plain) {
+        size_t mark = arena_mark(p->scratch);
+        Adapters a = adapters_of(l, count, tensor_rows(x), p);
+        if (a.count) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
+        for (int k = 0; k < a.count; k++) {
+            const Lora *lora = l[a.of[k]]->lora;
+            matmul_ordered(NT, y[a.of[k]], ADD, a.u[k], lora->B->value, lora->scale);
+        }
+        arena_release(p->scratch, mark);
+        return;
+    }
     for (int i = 0; i < count; i++) {
         if (!together) linear_forward(l[i], y[i], x, p);
         for (const Lora *lora = l[i]->lora; together && lora; lora = lora->next)
@@ -438,6 +498,33 @@ void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
         backward_clamped(l, dx, write, dy, x, p);
     else
         backward(l, dx, write, dy, x, (RowGroups){0}, p);
+}
+
+void linear_backward_several(const Linear *const *l, Tensor dx, Write write, const Tensor *dy,
+                             int count, Tensor x, Pass *p) {
+    bool plain = true, trains = false;
+    for (int i = 0; i < count; i++) trains |= is_trained(l[i]);
+    for (int i = 0; i < count; i++)
+        plain &= adapts_plainly(l[i], p) && (!l[i]->lora || is_trained(l[i]) == trains);
+    for (int i = 0; i < count; i++, write = ADD) {
+        if (plain)
+            backward_base(l[i], dx, write, dy[i], x, tensor_absent());
+        else
+            linear_backward(l[i], dx, write, dy[i], x, p);
+    }
+    if (!plain) return;
+    size_t mark = arena_mark(p->scratch);
+    Tensor du[MATRICES_MOST], grads[MATRICES_MOST];
+    Adapters a = adapters_of(l, count, tensor_rows(*dy), p);
+    if (trains && !a.kept) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
+    for (int k = 0; k < a.count; k++) {
+        du[k] = arena_like(p->scratch, a.u[k]);
+        grads[k] = l[a.of[k]]->lora->A->grad;
+        backward_ranks(l[a.of[k]], du[k], dy[a.of[k]], a.u[k], tensor_absent());
+    }
+    if (a.count && trains) matmul_ordered_several(TN, grads, ADD, du, &x, a.count, 1.0f);
+    if (a.count && tensor_present(dx)) matmul_ordered_several(NN, &dx, ADD, du, a.A, a.count, 1.0f);
+    arena_release(p->scratch, mark);
 }
 
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,

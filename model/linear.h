@@ -109,6 +109,10 @@ bool linear_reads_input(const Linear *l);
 /* dx (=|+=) dy W + adapter, absent dx: not needed; gradients of weight and adapter are added to.
  * Where outputs are clamped they are computed once more, to know which of them were. */
 void linear_backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, Pass *p);
+/* The same of several linears that read one x, at most three, from dy[i]; dx is the sum. */
+void linear_backward_several(const Linear *const *l, Tensor dx, Write write, const Tensor *dy,
+                             int count, Tensor x, Pass *p);
+
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
                              RowGroups groups, Pass *p);
 

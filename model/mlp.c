@@ -42,7 +42,7 @@ void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tenso
     if (linear_reads_input(&m->down_proj)) gelu_mul_forward(hidden, s->gate, s->up);
     linear_backward(&m->down_proj, dhidden, SET, dy, hidden, p);
     gelu_mul_backward(hidden, dhidden, dhidden, s->gate, s->up); /* hidden: dgate, dhidden: dup */
-    linear_backward(&m->up_proj, dx, write, dhidden, x, p);
-    linear_backward(&m->gate_proj, dx, ADD, hidden, x, p);
+    linear_backward_several((const Linear *[]){&m->gate_proj, &m->up_proj}, dx, write,
+                            (Tensor[]){hidden, dhidden}, 2, x, p);
     arena_release(p->scratch, mark);
 }

@@ -60,7 +60,7 @@ static const float *right_panel(float *buffer, Layout layout, Tensor b, int64_t 
     return buffer;
 }
 
-void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+static void ordered_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     int64_t M = tensor_rows(y), N = tensor_cols(y),
             K = layout == TN ? tensor_rows(a) : tensor_cols(a);
     int64_t m_panels = (M + PANEL_M - 1) / PANEL_M, n_panels = (N + PANEL_N - 1) / PANEL_N;
@@ -95,6 +95,13 @@ void CPU(matmul_ordered)(Layout layout, Tensor y, Write write, Tensor a, Tensor 
                 }
             }
     }
+}
+
+void CPU(matmul_ordered_several)(Layout layout, const Tensor *y, Write write, const Tensor *a,
+                                 const Tensor *b, int count, float alpha) {
+    for (int i = 0; i < count; i++)
+        ordered_product(layout, y[layout == NN ? 0 : i], write, a[layout == NT ? 0 : i],
+                        b[layout == TN ? 0 : i], alpha);
 }
 
 /* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K.
@@ -263,7 +270,7 @@ static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     if (layout == NT && tensor_rows(y) <= 4 && alpha == 1.0f && !LEVEL_PLAIN)
         few_rows(y, write, a, b);
     else if (!dense || !HAS_ONEDNN)
-        CPU(matmul_ordered)(layout, y, write, a, b, alpha);
+        ordered_product(layout, y, write, a, b, alpha);
     else if (packed)
         packed_product(layout, y, write, a, b);
     else

@@ -7,6 +7,10 @@
 #include "kernels/cuda/mma.h"
 #include "kernels/cuda/packed.h"
 
+extern "C" {
+#include "kernels/matmul.h"
+}
+
 /* Rows sorted by group; offsets NULL: one group of all rows. Where counts is given counts[g] rows
  * from offsets[g] on belong to g, else all up to offsets[g + 1]. */
 struct Groups {
@@ -289,20 +293,34 @@ DEVICE_FUNCTION void load_narrow(bf16 *big, bf16 *small, const float *p, int64_t
     }
 }
 
-/* y (=|+=) alpha a b, shapes as in gemm16. packs: eight columns of y can be read at a time. */
+/* Operands of a product as in gemm16, and its K; those of a sum of some. */
+struct NarrowTerm {
+    const float *a, *b;
+    int64_t K;
+};
+struct NarrowTerms {
+    NarrowTerm at[MATRICES_MOST];
+    int count;
+};
+
+/* y (M, N) (=|+=) alpha times the sum of the terms a b. packs: eight columns of y can be read at a
+ * time. */
 template <bool TA, bool TB>
 static __global__ void __launch_bounds__(NARROW_THREADS, 4)
-    gemm_narrow(bf16 *y, Write write, const float *a, const float *b, Shape shape, float alpha,
+    gemm_narrow(bf16 *y, Write write, NarrowTerms terms, int64_t M, int64_t N, float alpha,
                 bool packs) {
     __shared__ __align__(16) bf16 a_tiles[2][NARROW_ROWS * NARROW_STRIDE];
     __shared__ __align__(16) bf16 b_tiles[2][NARROW_COLUMNS * NARROW_STRIDE];
     int64_t m0 = (int64_t)blockIdx.y * NARROW_ROWS, n0 = (int64_t)blockIdx.x * NARROW_COLUMNS;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float sums[NARROW_COLUMNS / 32][4][4] = {}; /* [..][j]: columns 8 t + 2 j and 8 t + 2 j + 1 */
-    for (int64_t k = 0; k < shape.K; k += 16) {
-        if (k) __syncthreads();
-        load_narrow<NARROW_ROWS, TA, false>(a_tiles[0], a_tiles[1], a, m0, k, shape.M, shape.K);
-        load_narrow<NARROW_COLUMNS, TB, true>(b_tiles[0], b_tiles[1], b, n0, k, shape.N, shape.K);
+    for (int64_t k = 0, term = 0; term < terms.count;) {
+        NarrowTerm one = term == 0 ? terms.at[0] : term == 1 ? terms.at[1] : terms.at[2];
+        if (term || k) __syncthreads();
+        load_narrow<NARROW_ROWS, TA, false>(a_tiles[0], a_tiles[1], one.a, m0, k, M, one.K);
+        load_narrow<NARROW_COLUMNS, TB, true>(b_tiles[0], b_tiles[1], one.b, n0, k, N, one.K);
+        k += 16;
+        if (k >= one.K) k = 0, term++;
         __syncthreads();
         unsigned x[2][4];
 #pragma unroll
@@ -330,19 +348,19 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 4)
 #pragma unroll
     for (int p = 0; p < 2; p++) {
         int64_t m = m0 + 16 * warp + g + 8 * p;
-        if (m >= shape.M) continue;
+        if (m >= M) continue;
         uint4 old[NARROW_COLUMNS / 32];
 #pragma unroll
         for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
             old[i] = uint4{0, 0, 0, 0};
-            if (packs && write == ADD && n0 + 32 * i + 8 * t < shape.N)
-                old[i] = *(const uint4 *)(y + m * shape.N + n0 + 32 * i + 8 * t);
+            if (packs && write == ADD && n0 + 32 * i + 8 * t < N)
+                old[i] = *(const uint4 *)(y + m * N + n0 + 32 * i + 8 * t);
         }
 #pragma unroll
         for (int i = 0; i < NARROW_COLUMNS / 32; i++) {
             int64_t n = n0 + 32 * i + 8 * t;
-            bf16 *to = y + m * shape.N + n;
-            if (packs && n < shape.N) {
+            bf16 *to = y + m * N + n;
+            if (packs && n < N) {
                 unsigned was[4] = {old[i].x, old[i].y, old[i].z, old[i].w}, now[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++)
@@ -354,7 +372,7 @@ static __global__ void __launch_bounds__(NARROW_THREADS, 4)
             }
 #pragma unroll
             for (int c = 0; c < 8; c++) {
-                if (n + c >= shape.N) break;
+                if (n + c >= N) break;
                 float sum = alpha * sums[i][c / 2][2 * p + c % 2];
                 to[c] = to_bf16(write == ADD ? to_float(to[c]) + sum : sum);
             }

@@ -3,7 +3,7 @@
  * cuBLASLt has dense products of one dtype. A few rows against a weight are limited by reading it:
  * a warp for each of its rows. Packed weights meet few rows as they are; for many they are unpacked
  * a panel at a time. Where f32 meets bf16 it is taken apart into bf16 numbers, so that those
- * products too are the library's. Groups go to gemm.h. */
+ * products too are the library's, several of one input at once. Groups go to gemm.h. */
 #include "kernels/cuda/blaslt.h"
 #include "kernels/cuda/gemm_hopper.h"
 
@@ -193,94 +193,125 @@ static void by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
 
 /* ---- f32 among bf16 ---- */
 
-/* A float is the sum of three bf16 numbers, but for the last bits of very small ones. */
-#define PIECES 3
+/* A float is taken apart into two bf16 numbers: 17 bits of it, where what it meets has eight. */
+#define PIECES 2
 
-/* How the pieces of a (rows, cols) matrix lie: beside each other, or one matrix below the other. */
-struct Pieces {
-    int64_t rows, cols;
+/* Up to MATRICES_MOST matrices that make one of (rows, cols): beside each other, matrix i up to
+ * column ends[i], or below each other, up to row ends[i]. The pieces lie likewise: those of a row
+ * beside each other, or one whole below the other. */
+template <typename T> struct Stack {
+    T *parts[MATRICES_MOST];
+    int64_t ends[MATRICES_MOST], rows, cols;
     bool beside;
 };
 
-DEVICE_FUNCTION int64_t piece_at(const Pieces &p, int64_t i, int piece) {
-    if (!p.beside) return piece * p.rows * p.cols + i;
-    return (i / p.cols * PIECES + piece) * p.cols + i % p.cols;
+template <typename T> static Stack<T> stack_of(const Tensor *t, int count, bool beside) {
+    Stack<T> s = {};
+    s.beside = beside;
+    for (int i = 0; i < count; i++) {
+        s.parts[i] = data_of<T>(t[i]);
+        s.rows = (beside ? 0 : s.rows) + tensor_rows(t[i]);
+        s.cols = (beside ? s.cols : 0) + tensor_cols(t[i]);
+        s.ends[i] = beside ? s.cols : s.rows;
+    }
+    return s;
 }
 
-static __global__ void take_apart(bf16 *out, const float *x, Pieces pieces) {
-    FOR_GRID(i, pieces.rows * pieces.cols) {
-        float rest = x[i];
+/* Element i of the whole, in its own matrix. */
+template <typename T> DEVICE_FUNCTION T *element_of(const Stack<T> &s, int64_t i) {
+    int64_t row = i / s.cols, col = i % s.cols, begin = 0, at = s.beside ? col : row;
+    T *part = s.parts[0];
+    int64_t end = s.ends[0];
 #pragma unroll
-        for (int p = 0; p < PIECES; p++) {
-            bf16 part = to_bf16(rest);
-            out[piece_at(pieces, i, p)] = part;
-            rest -= to_float(part);
-        }
+    for (int k = 1; k < MATRICES_MOST; k++)
+        if (at >= end && s.ends[k]) begin = end, end = s.ends[k], part = s.parts[k];
+    return s.beside ? part + row * (end - begin) + col - begin
+                    : part + (row - begin) * s.cols + col;
+}
+
+template <typename T> DEVICE_FUNCTION int64_t piece_at(const Stack<T> &s, int64_t i, int piece) {
+    if (!s.beside) return piece * s.rows * s.cols + i;
+    return (i / s.cols * PIECES + piece) * s.cols + i % s.cols;
+}
+
+static __global__ void take_apart(bf16 *out, Stack<const float> x) {
+    FOR_GRID(i, x.rows * x.cols) {
+        float whole = *element_of(x, i);
+        bf16 big = to_bf16(whole);
+        out[piece_at(x, i, 0)] = big;
+        out[piece_at(x, i, 1)] = to_bf16(whole - to_float(big));
     }
 }
 
-/* y (=|+=) alpha times the sum of the pieces, smallest first. */
+/* y (=|+=) alpha times the sum of the pieces. */
 template <typename Y>
-static __global__ void put_together(Y *y, Write write, const float *x, Pieces pieces, float alpha) {
-    FOR_GRID(i, pieces.rows * pieces.cols) {
-        float sum = x[piece_at(pieces, i, 2)] + x[piece_at(pieces, i, 1)];
-        sum += x[piece_at(pieces, i, 0)];
-        y[i] = from_float<Y>((write == ADD ? to_float(y[i]) : 0.0f) + alpha * sum);
+static __global__ void put_together(Stack<Y> y, Write write, const float *x, float alpha) {
+    FOR_GRID(i, y.rows * y.cols) {
+        float sum = x[piece_at(y, i, 1)] + x[piece_at(y, i, 0)];
+        Y *to = element_of(y, i);
+        *to = from_float<Y>((write == ADD ? to_float(*to) : 0.0f) + alpha * sum);
     }
 }
 
-/* One operand is f32: its pieces make so many times the rows or columns of y. */
-static void product_of_pieces(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
-                              float alpha) {
-    const Device *device = a.device;
-    bool left = a.dtype == F32;
-    Tensor x = left ? a : b;
-    size_t apart = ((size_t)tensor_count(x) * PIECES * sizeof(bf16) + 255) / 256 * 256;
-    char *memory =
-        (char *)cuda_workspace(device, apart + (size_t)tensor_count(y) * PIECES * sizeof(float));
+/* One operand is f32: its pieces make so many times the rows or columns of y. Several share the
+ * other (NT, TN). */
+static void product_of_pieces(Layout layout, const Tensor *y, Write write, const Tensor *a,
+                              const Tensor *b, int count, float alpha) {
+    const Device *device = a->device;
+    bool left = a->dtype == F32;
+    Stack<const float> x =
+        stack_of<const float>(left ? a : b, count, left ? layout == TN : layout != NT);
+    int64_t K = layout == TN ? tensor_rows(*a) : tensor_cols(*a), M = 0, N = 0;
+    for (int i = 0; i < count; i++) {
+        M = (left ? M : 0) + tensor_rows(y[i]);
+        N = (left ? 0 : N) + tensor_cols(y[i]);
+    }
+    size_t apart = ((size_t)(x.rows * x.cols) * PIECES * sizeof(bf16) + 255) / 256 * 256;
+    char *memory = (char *)cuda_workspace(device, apart + (size_t)(M * N) * PIECES * sizeof(float));
     float *sums = (float *)(memory + apart);
-    Pieces of_x = {tensor_rows(x), tensor_cols(x), left ? layout == TN : layout != NT};
-    LAUNCH(device, (take_apart), grid_for(device, tensor_count(x), 256), 256, 0, (bf16 *)memory,
-           data_of<float>(x), of_x);
-    int64_t M = left ? PIECES * shape.M : shape.M, N = left ? shape.N : PIECES * shape.N;
-    blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a.data,
-                  layout == TN ? M : shape.K, left ? b.data : memory, BF16, M, N, shape.K, 1.0f);
-    Pieces pieces = {shape.M, shape.N, !left};
-    WITH_FLOAT(y.dtype, Y, {
-        LAUNCH(device, (put_together<Y>), grid_for(device, tensor_count(y), 256), 256, 0,
-               data_of<Y>(y), write, sums, pieces, alpha);
+    LAUNCH(device, (take_apart), grid_for(device, x.rows * x.cols, 256), 256, 0, (bf16 *)memory, x);
+    unsigned blocks = grid_for(device, M * N, 256);
+    (left ? M : N) *= PIECES;
+    blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a->data, layout == TN ? M : K,
+                  left ? b->data : memory, BF16, M, N, K, 1.0f);
+    WITH_FLOAT(y->dtype, Y, {
+        LAUNCH(device, (put_together<Y>), blocks, 256, 0, stack_of<Y>(y, count, !left), write, sums,
+               alpha);
     });
 }
 
-/* Both are f32 and y is not: what adapters add to their linear. */
-static void product_rounded(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Shape shape,
-                            float alpha) {
-    dim3 grid((unsigned)ceil_div(shape.N, NARROW_COLUMNS),
-              (unsigned)ceil_div(shape.M, NARROW_ROWS));
-    bool packs = shape.N % 8 == 0 && (uintptr_t)y.data % 16 == 0;
+/* Both are f32 and y is not: what adapters add to their linear, or several to their input (NN). */
+static void product_rounded(Layout layout, Tensor y, Write write, const Tensor *a, const Tensor *b,
+                            int count, float alpha) {
+    int64_t M = tensor_rows(y), N = tensor_cols(y);
+    dim3 grid((unsigned)ceil_div(N, NARROW_COLUMNS), (unsigned)ceil_div(M, NARROW_ROWS));
+    bool packs = N % 8 == 0 && (uintptr_t)y.data % 16 == 0;
     bf16 *to = data_of<bf16>(y);
-    const float *left = data_of<float>(a), *right = data_of<float>(b);
+    NarrowTerms terms = {};
+    for (int i = 0; i < count; i++)
+        terms.at[terms.count++] = {data_of<float>(a[i]), data_of<float>(b[i]),
+                                   layout == TN ? tensor_rows(a[i]) : tensor_cols(a[i])};
     if (layout == NT)
-        LAUNCH(a.device, (gemm_narrow<false, false>), grid, NARROW_THREADS, 0, to, write, left,
-               right, shape, alpha, packs);
+        LAUNCH(y.device, (gemm_narrow<false, false>), grid, NARROW_THREADS, 0, to, write, terms, M,
+               N, alpha, packs);
     else if (layout == NN)
-        LAUNCH(a.device, (gemm_narrow<false, true>), grid, NARROW_THREADS, 0, to, write, left,
-               right, shape, alpha, packs);
+        LAUNCH(y.device, (gemm_narrow<false, true>), grid, NARROW_THREADS, 0, to, write, terms, M,
+               N, alpha, packs);
     else
-        LAUNCH(a.device, (gemm_narrow<true, true>), grid, NARROW_THREADS, 0, to, write, left, right,
-               shape, alpha, packs);
+        LAUNCH(y.device, (gemm_narrow<true, true>), grid, NARROW_THREADS, 0, to, write, terms, M, N,
+               alpha, packs);
 }
 
 static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    Shape shape = {tensor_rows(y), tensor_cols(y), layout == TN ? tensor_rows(a) : tensor_cols(a)};
+    int64_t M = tensor_rows(y), N = tensor_cols(y),
+            K = layout == TN ? tensor_rows(a) : tensor_cols(a);
     if (a.dtype != b.dtype)
-        product_of_pieces(layout, y, write, a, b, shape, alpha);
+        product_of_pieces(layout, &y, write, &a, &b, 1, alpha);
     else if (a.dtype == F32 && y.dtype != F32)
-        product_rounded(layout, y, write, a, b, shape, alpha);
+        product_rounded(layout, y, write, &a, &b, 1, alpha);
     else
-        blaslt_matmul(a.device, layout, y.data, y.dtype, shape.N, write, a.data,
-                      layout == TN ? shape.M : shape.K, b.data, a.dtype, shape.M, shape.N, shape.K,
-                      alpha);
+        blaslt_matmul(a.device, layout, y.data, y.dtype, N, write, a.data, layout == TN ? M : K,
+                      b.data, a.dtype, M, N, K, alpha);
 }
 
 extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
@@ -300,10 +331,18 @@ extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tens
 
 /* The library's order of sums is its own, and fixed for a shape; unlike the host's, rows of zeros
  * may change bits. */
-extern "C" void cuda_matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b,
-                                    float alpha) {
-    CHECK(!dtype_is_packed(b.dtype), "matmul_ordered: b is %s", tensor_text(b));
-    dense_product(layout, y, write, a, b, alpha);
+extern "C" void cuda_matmul_ordered_several(Layout layout, const Tensor *y, Write write,
+                                            const Tensor *a, const Tensor *b, int count,
+                                            float alpha) {
+    if (layout != NN && (layout == NT ? b : a)->dtype == F32 &&
+        (layout == NT ? a : b)->dtype == BF16)
+        product_of_pieces(layout, y, write, a, b, count, alpha);
+    else if (layout == NN && a->dtype == F32 && b->dtype == F32 && y->dtype == BF16)
+        product_rounded(layout, *y, write, a, b, count, alpha);
+    else
+        for (int i = 0; i < count; i++)
+            dense_product(layout, y[layout == NN ? 0 : i], write, a[layout == NT ? 0 : i],
+                          b[layout == TN ? 0 : i], alpha);
 }
 
 /* ---- groups ---- */

@@ -539,6 +539,11 @@ GPU_CASE(products_of_packed_weights, s, dtype) {
         }
 }
 
+/* Floats that meet bf16 are two bf16 numbers on a GPU. */
+static double of_pieces(DType dtype) {
+    return dtype == F32 ? 3e-6 : 5e-6;
+}
+
 GPU_CASE(products_of_adapters, s, dtype) {
     static const int64_t rows[] = {5, 70, 1100};
     for (int i = 0; i < 3; i++) {
@@ -549,17 +554,36 @@ GPU_CASE(products_of_adapters, s, dtype) {
                du = SPACE(s, F32, N, R), dA = GIVEN(s, F32, 6, R, in),
                dB = GIVEN(s, F32, 7, out, R), dx = GIVEN(s, dtype, 8, N, in);
         matmul_ordered(NT, u, SET, x, A, 1.0f);
-        result(s, "u", u, 3e-6);
+        result(s, "u", u, of_pieces(dtype));
         matmul_ordered(NT, y, ADD, u, B, 2.0f);
         result(s, "y", y, 2 * near(dtype));
         matmul_ordered(NN, du, SET, dy, B, 2.0f);
-        result(s, "du", du, 3e-6);
+        result(s, "du", du, of_pieces(dtype));
         matmul_ordered(TN, dB, ADD, dy, u, 2.0f);
-        result(s, "dB", dB, 3e-6);
+        result(s, "dB", dB, of_pieces(dtype));
         matmul_ordered(TN, dA, ADD, du, x, 1.0f);
-        result(s, "dA", dA, 3e-6);
+        result(s, "dA", dA, of_pieces(dtype));
         matmul_ordered(NN, dx, ADD, du, A, 1.0f);
         result(s, "dx", dx, 2 * near(dtype));
+    }
+}
+
+GPU_CASE(products_of_several_adapters, s, dtype) {
+    for (int64_t N = 70; N <= 1100; N += 1030) {
+        Tensor x = GIVEN(s, dtype, 1, N, 72), dx = GIVEN(s, dtype, 2, N, 72),
+               u[] = {SPACE(s, F32, N, 6), SPACE(s, F32, N, 18), SPACE(s, F32, N, 8)},
+               A[] = {GIVEN(s, F32, 3, 6, 72), GIVEN(s, F32, 4, 18, 72), GIVEN(s, F32, 5, 8, 72)},
+               dA[] = {GIVEN(s, F32, 6, 6, 72), GIVEN(s, F32, 7, 18, 72), GIVEN(s, F32, 8, 8, 72)};
+        for (int n = 2; n <= 3; n++) {
+            matmul_ordered_several(NT, u, SET, &x, A, n, 1.0f);
+            matmul_ordered_several(TN, dA, ADD, u, &x, n, 1.0f);
+            matmul_ordered_several(NN, &dx, ADD, u, A, n, 0.01f);
+            for (int k = 0; k < n; k++) {
+                result(s, "u", u[k], of_pieces(dtype));
+                result(s, "dA", dA[k], of_pieces(dtype));
+            }
+            result(s, "dx", dx, 3 * near(dtype));
+        }
     }
 }
 

@@ -488,12 +488,12 @@ CASE(kernel_levels, every_instruction_level_gives_the_same_norms_and_products) {
            a = zeros(BF16, 5, 300), b = zeros(BF16, 5, 300);
     Tensor big = RANDOM_TENSOR(F32, 3, 40, 300), p = zeros(F32, 5, 40), q = zeros(F32, 5, 40);
     cpu_rmsnorm_forward_generic(a, tensor_absent(), x, w, tensor_absent(), 1e-6f);
-    cpu_matmul_ordered_generic(NT, p, SET, x, big, 1.0f);
+    cpu_matmul_ordered_several_generic(NT, &p, SET, &x, &big, 1, 1.0f);
     __typeof__(&rmsnorm_forward) norms[] = CPU_TWINS(rmsnorm_forward);
-    __typeof__(&matmul_ordered) products[] = CPU_TWINS(matmul_ordered);
+    __typeof__(&matmul_ordered_several) products[] = CPU_TWINS(matmul_ordered_several);
     for (int level = CPU_GENERIC + 1; level <= (int)cpu_level(); level++) {
         norms[level](b, tensor_absent(), x, w, tensor_absent(), 1e-6f);
-        products[level](NT, q, SET, x, big, 1.0f);
+        products[level](NT, &q, SET, &x, &big, 1, 1.0f);
         int different = 0; /* sums of another order may round the last bf16 bit the other way */
         for (int64_t i = 0; i < 1500; i++) {
             different += at(a, i) != at(b, i);
