@@ -15,6 +15,9 @@ void heads_forward(const HeadSet *sets, int count, Tensor cos, Tensor sin, float
               "heads: y %s of %s", tensor_text(s->y), tensor_text(s->x));
         CHECK(!tensor_present(s->weight) || tensor_count(s->weight) == C, "heads: weight %s",
               tensor_text(s->weight));
+        CHECK(!tensor_present(s->rstd) ||
+                  (s->rstd.dtype == F32 && tensor_count(s->rstd) == s->x.shape[0] * s->x.shape[1]),
+              "heads: rstd is not one a head");
         CHECK(!s->turns || (tensor_count(cos) == s->x.shape[0] * C / 2 && C % 2 == 0),
               "heads: tables are not (N, C/2)");
     }

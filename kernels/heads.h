@@ -1,5 +1,5 @@
-/* heads.h - what happens between the projections and attention where nothing is trained: heads are
- * normalised, some turned, and put where attention reads them. */
+/* heads.h - what happens between the projections and attention: heads are normalised, some turned,
+ * and put where attention reads them. */
 #ifndef HEADS_H
 #define HEADS_H
 
@@ -11,9 +11,10 @@
  *   y       (N, heads, C), or with `rows` (S, heads, C)   dtype of x
  *   x       (N, heads, C)   f32 | bf16; y may be x
  *   weight  (C)             f32 | bf16; absent means ones
- *   rows    (N)             i32 in [0, S), distinct: row n goes to y[rows[n]]; absent: to y[n] */
+ *   rows    (N)             i32 in [0, S), distinct: row n goes to y[rows[n]]; absent: to y[n]
+ *   rstd    (N, heads)      f32, kept for the backward pass; absent: not kept */
 typedef struct HeadSet {
-    Tensor y, x, weight, rows;
+    Tensor y, x, weight, rows, rstd;
     bool turns;
 } HeadSet;
 

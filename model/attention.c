@@ -64,18 +64,17 @@ static void project_heads(const Attention *a, AttentionSaved *s, Tensor x, Pass 
 }
 
 /* Heads normalised and turned: queries where attention reads them, keys and values into k and v, at
- * the rows `place` says where that is there. All at once where nothing of it is trained, and no
- * picture's axes turn apart. */
+ * the rows `place` says where that is there. All at once, unless a picture's axes turn apart. */
 static void make_heads(const Attention *a, AttentionSaved *s, Tensor k, Tensor v, Tensor place,
                        Pass *p) {
     const BlockConfig *c = &a->config;
     Tensor cos = p->rows->cos[c->kind], sin = p->rows->sin[c->kind];
-    if (!p->training && cos.ndim == 2) {
+    if (cos.ndim == 2) {
         HeadSet sets[HEAD_SETS] = {
-            [0] = {s->q, s->q_raw, a->q_norm.weight->value, tensor_absent(), true}};
+            [0] = {s->q, s->q_raw, a->q_norm.weight->value, tensor_absent(), s->q_rstd, true}};
         if (c->owns_kv) {
-            sets[1] = (HeadSet){k, s->k_raw, a->k_norm.weight->value, place, true};
-            sets[2] = (HeadSet){v, s->v_raw, tensor_absent(), place, false};
+            sets[1] = (HeadSet){k, s->k_raw, a->k_norm.weight->value, place, s->k_rstd, true};
+            sets[2] = (HeadSet){v, s->v_raw, tensor_absent(), place, s->v_rstd, false};
         }
         heads_forward(sets, c->owns_kv ? 3 : 1, cos, sin, c->eps);
         return;

@@ -12,6 +12,7 @@ static void head_row(const HeadSet *set, int64_t n, const float *weight, const f
     for (int64_t h = 0; h < heads; h++) {
         const float *row = load_f32(buffer, set->x, (n * heads + h) * C, C);
         float r = 1.0f / sqrtf(dot(row, row, C) / (float)C + eps);
+        if (set->rstd.data) ((float *)set->rstd.data)[n * heads + h] = r;
         scale_row(out, row, r, weight, C);
         if (set->turns) {
             round_to(set->x.dtype, out, C);

@@ -12,6 +12,7 @@ struct Set {
     void *y;
     const void *x, *weight;
     const int32_t *rows;
+    float *rstd;
     int heads;
     bool turns, wide; /* wide: weights are f32 */
 };
@@ -46,6 +47,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
         for (int j = 0; j < V; j++) sum += v[j] * v[j];
     }
     float r = 1.0f / sqrtf(warp_sum(sum) / (float)C + eps);
+    if (s.rstd && !lane) s.rstd[n * s.heads + h] = r;
     for (int d = lane * V; d < C; d += 32 * V) {
         float v[V], w[V];
         load(v, x + d);
@@ -77,9 +79,14 @@ extern "C" void cuda_heads_forward(const HeadSet *sets, int count, Tensor cosine
     for (int i = 0; i < count; i++) {
         const HeadSet *s = &sets[i];
         fits = fits && fits_packs(C, s->y, s->x, s->weight);
-        all.at[i] =
-            Set{s->y.data,          s->x.data, s->weight.data,        data_of<int32_t>(s->rows),
-                (int)s->x.shape[1], s->turns,  s->weight.dtype == F32};
+        all.at[i] = Set{s->y.data,
+                        s->x.data,
+                        s->weight.data,
+                        data_of<int32_t>(s->rows),
+                        data_of<float>(s->rstd),
+                        (int)s->x.shape[1],
+                        s->turns,
+                        s->weight.dtype == F32};
         all.heads += (int)s->x.shape[1];
     }
     unsigned blocks = (unsigned)ceil_div(N * all.heads, WARPS);

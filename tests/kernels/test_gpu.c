@@ -243,12 +243,15 @@ GPU_CASE(heads, s, dtype) {
                k1 = SPACE(s, dtype, 8, 2, C), v1 = SPACE(s, dtype, 8, 2, C),
                q2 = SPACE(s, dtype, N, 6, C), k2 = SPACE(s, dtype, 8, 2, C),
                v2 = SPACE(s, dtype, 8, 2, C);
-        HeadSet sets[] = {
-            {q2, q, wq, none, true}, {k2, k, wk, rows, true}, {v2, v, none, rows, false}};
+        Tensor q_rstd = SPACE(s, F32, N, 6), v_rstd = SPACE(s, F32, N, 2),
+               rstd[] = {SPACE(s, F32, N, 6), SPACE(s, F32, N, 2)};
+        HeadSet sets[] = {{q2, q, wq, none, rstd[0], true},
+                          {k2, k, wk, rows, none, true},
+                          {v2, v, none, rows, rstd[1], false}};
         heads_forward(sets, 3, cos, sin, 1e-6f);
-        rmsnorm_forward(q1, none, q, wq, none, 1e-6f);
+        rmsnorm_forward(q1, q_rstd, q, wq, none, 1e-6f);
         rmsnorm_forward(k0, none, k, wk, none, 1e-6f);
-        rmsnorm_forward(v0, none, v, none, none, 1e-6f);
+        rmsnorm_forward(v0, v_rstd, v, none, none, 1e-6f);
         rope_forward(q1, q1, cos, sin);
         rope_forward(k0, k0, cos, sin);
         store_rows(k1, k0, rows);
@@ -256,6 +259,8 @@ GPU_CASE(heads, s, dtype) {
         expect_equal("queries", q2, q1);
         expect_equal("keys", k2, k1);
         expect_equal("values", v2, v1);
+        expect_equal("1 / norm of queries", rstd[0], q_rstd);
+        expect_equal("1 / norm of values", rstd[1], v_rstd);
         result(s, "keys", k2, near(dtype));
         heads_forward(sets, 1, cos, sin, 1e-6f);
         expect_equal("queries alone", q2, q1);
