@@ -1,7 +1,7 @@
 #!/bin/sh
 # gpu.sh - everything that needs a GPU, in stages that each take less than ten minutes.
 #
-#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train long full qlora decode peers kernels
+#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train long full qlora decode peers peers4 kernels
 #
 # Takes what `make static` built, else builds for this machine. What a stage measures is added to FILE,
 # by default bench/results/DATE-gpu.md. Weights are random and drawn on the GPU: no file is needed.
@@ -92,6 +92,9 @@ for stage in $stages; do
         ;;
     peers) # transformers and peft on the same shapes
         python3 bench/gpu_peers.py train 2>/dev/null | tee -a "$file" || true
+        ;;
+    peers4) # QLoRA with bitsandbytes, where that can be imported
+        python3 bench/gpu_peers.py train --bits 4 --tokens 2048 --presets 26b-a4b,31b 2>/dev/null | tee -a "$file" || true
         ;;
     kernels) # which take the time (kernel_times.c)
         for preset in e2b 26b-a4b; do
