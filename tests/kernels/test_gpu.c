@@ -498,7 +498,7 @@ GPU_CASE(experts, s, dtype) {
     gather_rows(rows, x, source);
     combine_forward(y, rows, slot, share, experts, scale);
     result(s, "y", y, near(dtype));
-    Tensor drows = SPACE(s, dtype, M, D), dshare = SPACE(s, F32, N, A),
+    Tensor drows = GIVEN(s, dtype, 7, M, D), dshare = SPACE(s, F32, N, A),
            dscale = GIVEN(s, F32, 4, E), dy = GIVEN(s, dtype, 5, N, D),
            dlogits = SPACE(s, dtype, N, E), load = GIVEN(s, F32, 6, E);
     combine_backward(drows, dshare, dscale, dy, rows, slot, source, share, experts, scale);

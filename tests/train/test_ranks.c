@@ -420,19 +420,38 @@ CASE(ranks, the_plan_is_what_a_rank_takes) {
 }
 
 /* The same dataset and the same answers from three ranks as from one process. */
+/* Rows with and without media, so many that three ranks have some each. */
+static void many_rows(void) {
+    char *path = path_join(test_folder(), "rows.jsonl"), *few;
+    size_t size;
+    Text rows = {0};
+    small_media_rows();
+    EXPECT_OK(file_read(&few, &size, path, 1 << 20));
+    for (int i = 0; i < 30; i++) {
+        text_adds(&rows, few);
+        text_addf(&rows,
+                  "{\"messages\": [{\"role\": \"user\", \"content\": \"Row?\"}, {\"role\": "
+                  "\"assistant\", \"content\": \"%d\"}]}\n",
+                  i);
+    }
+    small_write("rows.jsonl", rows.bytes);
+    free(path), free(few);
+    text_free(&rows);
+}
+
 CASE(ranks, datasets_and_answers_are_those_of_one_process) {
     const char *f = test_folder();
     const char *exam = "--tasks demo/exam/gems_answer.yaml,demo/exam/gems_choice.yaml --data "
                        "demo/exam --chat-format small --limit 12 --bootstrap 100 --dtype f32";
     prepare("tiny --media");
-    small_media_rows();
+    many_rows();
     for (int n = 1; n <= 3; n += 2) {
         take_ranks(n);
         EXPECT_RUN(0,
                    "prepare %s/run.yaml data.train=%s/rows.jsonl data.eval=0.3 data.max_length=512 "
                    "data.image_tokens=70 --out %s/data%d.h5",
                    f, f, f, n);
-        EXPECT(strstr(program_out, "5 rows, 5 samples"), "%s", program_out);
+        EXPECT(strstr(program_out, "180 rows, 180 samples"), "%s", program_out);
         EXPECT_RUN(0, "eval --model %s/model %s --out %s/eval%d", f, exam, f, n);
         EXPECT(strstr(program_out, "gems_choice"), "%s", program_out);
     }
