@@ -50,11 +50,11 @@ void dropout(Tensor y, Tensor x, float p, uint64_t key) {
     ON_DEVICE(y, dropout)(y, x, p, key);
 }
 
-void scale_columns(Tensor y, Write write, Tensor x, Tensor weight) {
+void scale_columns(Tensor y, Write write, Tensor x, Tensor weight, float alpha) {
     CHECK(tensor_count(y) == tensor_count(x) && tensor_count(weight) == tensor_cols(x) &&
-              weight.dtype == F32,
+              (weight.dtype == F32 || weight.dtype == BF16),
           "scale_columns: %s by %s", tensor_text(x), tensor_text(weight));
-    ON_DEVICE(y, scale_columns)(y, write, x, weight);
+    ON_DEVICE(y, scale_columns)(y, write, x, weight, alpha);
 }
 
 void shift_columns(Tensor y, Tensor x, Tensor shift) {

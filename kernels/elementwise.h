@@ -31,8 +31,9 @@ KERNEL(gather_sums, Tensor y, Tensor x, Tensor slot);
 /* y = x * mask / (1 - p), mask[i] = uniform(key, i) >= p.   y may alias x */
 KERNEL(dropout, Tensor y, Tensor x, float p, uint64_t key);
 
-/* y[., o] (=|+=) x[., o] * weight[o].   y, x (N, D), weight (D) f32 */
-KERNEL(scale_columns, Tensor y, Write write, Tensor x, Tensor weight);
+/* y[., o] (=|+=) alpha * (x[., o] * weight[o]), the product rounded to x's dtype before the factor,
+ * unless that is 1.   y, x (N, D), weight (D) f32 | bf16 */
+KERNEL(scale_columns, Tensor y, Write write, Tensor x, Tensor weight, float alpha);
 
 /* y[., o] = x[., o] + shift[o].   y, x (N, D) one dtype; shift (D) f32 | bf16; y may alias x */
 KERNEL(shift_columns, Tensor y, Tensor x, Tensor shift);

@@ -22,6 +22,17 @@ void matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alph
     ON_DEVICE(a, matmul)(layout, y, write, a, b, alpha);
 }
 
+void matmul_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
+    CHECK(count > 0 && count <= MATRICES_MOST, "matmul_several: %d matrices", count);
+    for (int i = 0; i < count; i++) {
+        check_product(NT, y[i], a, b[i]);
+        CHECK(y[i].dtype == y->dtype, "matmul_several: %s and %s", tensor_text(*y),
+              tensor_text(y[i]));
+    }
+    if (!tensor_count(a)) return;
+    ON_DEVICE(a, matmul_several)(y, a, b, count);
+}
+
 void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     matmul_ordered_several(layout, &y, write, &a, &b, 1, alpha);
 }

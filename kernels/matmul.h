@@ -16,6 +16,10 @@ typedef enum Layout {
  * to the dtype of a */
 KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
+/* Several of NT that read one a, up to MATRICES_MOST: y[i] = a b[i]^T, bit for bit as alone. */
+#define MATRICES_MOST 3
+KERNEL(matmul_several, const Tensor *y, Tensor a, const Tensor *b, int count);
+
 /* The same in f32 with every element summed strictly in order of K, so rows of zeros in K change no
  * bit: the adapters' products. */
 void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
@@ -25,7 +29,6 @@ void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
  *   NN  y[0] += alpha a[i] b[i], in order  what they give back to it; write must be ADD for several
  *   TN  y[i] (=|+=) alpha a[i]^T b[0]
  * Operands of one kind are of one dtype. */
-#define MATRICES_MOST 3
 KERNEL(matmul_ordered_several, Layout layout, const Tensor *y, Write write, const Tensor *a,
        const Tensor *b, int count, float alpha);
 

@@ -233,7 +233,7 @@ static AudioHeads heads_of(const AudioAttention *a, const AudioConfig *c, const 
     activation_forward(h.scale, a->per_dim_scale->value, SOFTPLUS);
     scale_copy(h.scale, SET, h.scale, query_factor(C));
     scale_copy(h.q, SET, s->q, 1.0f);
-    scale_columns(h.q, SET, h.q, h.scale);
+    scale_columns(h.q, SET, h.q, h.scale, 1.0f);
     scale_copy(h.k, SET, s->k, key_factor());
     scale_copy(h.v, SET, s->v, 1.0f);
     arena_release(p->scratch, mark);
@@ -302,7 +302,7 @@ static void attend_backward(const AudioBlock *b, const AudioConfig *c, const Aud
                              heads.relative);
     project_backward(&a->relative_k_proj, tensor_absent(), SET, drelative, 1.0f, places, p);
     scale_backward(a, dq, s->q, C, p);
-    scale_columns(dq, SET, dq, heads.scale);
+    scale_columns(dq, SET, dq, heads.scale, 1.0f);
     norm_apply(&b->norm_pre_attn, h, s->attn_rstd, x);
     project_backward(&a->q_proj, dh, SET, dq, 1.0f, h, p);
     project_backward(&a->k_proj, dh, ADD, dk, key_factor(), h, p);

@@ -333,7 +333,7 @@ static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor 
     Tensor u = ranks_of(lora, tensor_rows(x), p), input = adapter_input(lora, x, p);
     adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
     adapter_product(l, NT, y, ADD, u, lora->B->value, offsets, lora->scale);
-    if (lora->magnitude) scale_columns(y, SET, y, lora->factor);
+    if (lora->magnitude) scale_columns(y, SET, y, lora->factor, 1.0f);
     arena_release(p->scratch, mark);
 }
 
@@ -404,7 +404,7 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
             quotient(lora->magnitude->grad, ADD, sums, lora->magnitude->value);
         }
         Tensor dz = arena_like(p->scratch, dy);
-        scale_columns(dz, SET, dy, lora->factor);
+        scale_columns(dz, SET, dy, lora->factor, 1.0f);
         dy = dz;
     }
     backward_base(l, dx, write, dy, x, offsets);
@@ -453,6 +453,8 @@ void linear_forward_several(const Linear *const *l, const Tensor *y, int count, 
     }
     if (together) {
         matmul_int8_several(y, x, take_codes(p, x), weights, count);
+    } else if (plain && !p->int8) {
+        matmul_several(y, x, weights, count);
     } else if (plain) {
         for (int i = 0; i < count; i++)
             multiply(y[i], x, i ? tensor_absent() : take_codes(p, x), weights[i], p->int8);

@@ -57,13 +57,14 @@ void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
     s->gate_up = ARENA_TENSOR(arena, dtype, M, 2 * c->moe_intermediate_size);
 }
 
+static float router_factor(const Moe *m) {
+    return 1.0f / sqrtf((float)m->config.hidden_size);
+}
+
 /* r = normed * scale * D^-1/2, in the two roundings of the reference. */
 static Tensor router_input(const Moe *m, const MoeSaved *s, Pass *p) {
-    int64_t D = m->config.hidden_size;
-    Tensor r = arena_like(p->scratch, s->normed), scale = ARENA_TENSOR(p->scratch, F32, D);
-    scale_copy(scale, SET, m->router_scale->value, 1.0f);
-    scale_columns(r, SET, s->normed, scale);
-    scale_copy(r, SET, r, 1.0f / sqrtf((float)D));
+    Tensor r = arena_like(p->scratch, s->normed);
+    scale_columns(r, SET, s->normed, m->router_scale->value, router_factor(m));
     return r;
 }
 
@@ -281,7 +282,7 @@ bool moe_reads_input(const Moe *m) {
 void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
                   Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    int64_t N = tensor_rows(x), E = m->config.num_experts, D = m->config.hidden_size;
+    int64_t N = tensor_rows(x), E = m->config.num_experts;
     Tensor dout = arena_like(p->scratch, s->out), dshare = arena_like(p->scratch, s->share);
     combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->source,
                      s->share, s->experts, m->per_expert_scale->value);
@@ -299,15 +300,12 @@ void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor 
            r = linear_reads_input(&m->router_proj) ? router_input(m, s, p) : tensor_absent();
     router_backward(dlogits, dshare, s->probs, s->share, s->experts, p->balance);
     linear_backward(&m->router_proj, dr, SET, dlogits, r, p);
-    Tensor factor = ARENA_TENSOR(p->scratch, F32, D);
-    float root = 1.0f / sqrtf((float)D);
     if (m->router_scale->trainable) {
-        scale_copy(dr, SET, dr, root);
+        scale_copy(dr, SET, dr, router_factor(m));
         dot_columns(m->router_scale->grad, dr, s->normed);
-        root = 1.0f;
     }
-    scale_copy(factor, SET, m->router_scale->value, root);
-    scale_columns(dr, SET, dr, factor);
+    scale_columns(dr, SET, dr, m->router_scale->value,
+                  m->router_scale->trainable ? 1.0f : router_factor(m));
     rmsnorm_backward(dx, ADD, tensor_absent(), dr, x, s->router_rstd, tensor_absent());
     arena_release(p->scratch, mark);
 }

@@ -152,16 +152,21 @@ void CPU(shift_columns)(Tensor y, Tensor x, Tensor shift) {
         }
 }
 
-void CPU(scale_columns)(Tensor y, Write write, Tensor x, Tensor weight) {
+void CPU(scale_columns)(Tensor y, Write write, Tensor x, Tensor weight, float alpha) {
     int64_t N = tensor_rows(x), D = tensor_cols(x);
-    const float *w = weight.data;
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < N; row++) FOR_CHUNKS(D) {
-            float a[CHUNK], b[CHUNK];
-            const float *in = load_f32(a, x, row * D + first, n);
-            const float *old = write == ADD ? load_f32(b, y, row * D + first, n) : NULL;
-            for (int64_t i = 0; i < n; i++) b[i] = (old ? old[i] : 0.0f) + in[i] * w[first + i];
-            store_f32(y, row * D + first, n, b);
+            float a[CHUNK], b[CHUNK], c[CHUNK];
+            const float *in = load_f32(a, x, row * D + first, n),
+                        *w = load_f32(b, weight, first, n);
+            for (int64_t i = 0; i < n; i++) c[i] = in[i] * w[i];
+            if (alpha != 1.0f) {
+                round_to(x.dtype, c, n);
+                for (int64_t i = 0; i < n; i++) c[i] *= alpha;
+            }
+            const float *old = write == ADD ? load_f32(a, y, row * D + first, n) : NULL;
+            for (int64_t i = 0; old && i < n; i++) c[i] += old[i];
+            store_f32(y, row * D + first, n, c);
         }
 }
 

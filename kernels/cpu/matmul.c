@@ -281,6 +281,10 @@ void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float
     product(layout, y, write, a, b, alpha);
 }
 
+void CPU(matmul_several)(const Tensor *y, Tensor a, const Tensor *b, int count) {
+    for (int i = 0; i < count; i++) product(NT, y[i], SET, a, b[i], 1.0f);
+}
+
 void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,
                          float alpha) {
     const int32_t *bounds = offsets.data;

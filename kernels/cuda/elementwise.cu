@@ -275,20 +275,35 @@ extern "C" void cuda_shift_columns(Tensor y, Tensor x, Tensor more) {
                }));
 }
 
-template <typename Y, typename X>
-static __global__ void times_columns(Y *y, Write write, const X *x, const float *weight,
+template <typename Y, typename X, typename W, int V>
+static __global__ void times_columns(Y *y, Write write, const X *x, const W *weight, float alpha,
                                      int64_t count, int64_t D) {
-    FOR_GRID(i, count)
-    y[i] = from_float<Y>((write == ADD ? to_float(y[i]) : 0.0f) + to_float(x[i]) * weight[i % D]);
+    FOR_GRID(i, count / V) {
+        float out[V], w[V], old[V];
+        load(out, x + i * V);
+        load(w, weight + i * V % D);
+        if (write == ADD) load(old, y + i * V);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            out[j] *= w[j];
+            if (alpha != 1.0f) out[j] = alpha * rounded<X>(out[j]);
+            if (write == ADD) out[j] += old[j];
+        }
+        store(y + i * V, out);
+    }
 }
 
-extern "C" void cuda_scale_columns(Tensor y, Write write, Tensor x, Tensor weight) {
+extern "C" void cuda_scale_columns(Tensor y, Write write, Tensor x, Tensor weight, float alpha) {
     int64_t count = tensor_count(y), D = tensor_cols(x);
+    bool fits = fits_packs(D, y, x, weight);
     if (!count) return;
-    WITH_FLOAT(y.dtype, Y, WITH_FLOAT(x.dtype, X, {
-                   LAUNCH(y.device, (times_columns<Y, X>), grid_for(y.device, count, 256), 256, 0,
-                          data_of<Y>(y), write, data_of<X>(x), data_of<float>(weight), count, D);
-               }));
+    WITH_FLOAT(y.dtype, Y,
+               WITH_FLOAT(x.dtype, X, WITH_FLOAT(weight.dtype, W, WITH_PACKS(fits, V, {
+                                                     LAUNCH(y.device, (times_columns<Y, X, W, V>),
+                                                            grid_for(y.device, count / V, 256), 256,
+                                                            0, data_of<Y>(y), write, data_of<X>(x),
+                                                            data_of<W>(weight), alpha, count, D);
+                                                 }))));
 }
 
 template <typename Y, typename X>

@@ -18,14 +18,28 @@ extern "C" {
 #define GROUPS_PANEL ((int64_t)256 << 20) /* elements of groups unpacked at a time */
 #define PANEL        ((int64_t)64 << 20)  /* elements of an unpacked panel */
 
-/* y (rows, N) (=|+=) alpha a b^T, rows <= M: a warp for each row of b, which it reads once. */
+/* A matrix b (N, K), and where its product goes. */
+template <typename Y> struct FewRows {
+    Y *y;
+    PackedView b;
+    int64_t N;
+};
+template <typename Y> struct FewRowsOfSeveral { FewRows<Y> at[MATRICES_MOST]; };
+
+/* y (rows, N) (=|+=) alpha a b^T of several b, rows <= M: a warp for each row of them, which it
+ * reads once. */
 template <int M, int D, typename Y, typename A>
 static __global__ void __launch_bounds__(256)
-    few_rows(Y *y, Write write, const A *a, PackedView b, int rows, int64_t N, int64_t K,
+    few_rows(FewRowsOfSeveral<Y> several, Write write, const A *a, int rows, int64_t K,
              float alpha) {
     int lane = threadIdx.x % 32;
     int64_t n = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
-    bool here = n < N;
+    FewRows<Y> one = several.at[0];
+#pragma unroll
+    for (int i = 1; i < MATRICES_MOST; i++)
+        if (n >= one.N) n -= one.N, one = several.at[i];
+    const PackedView &b = one.b;
+    bool here = n < one.N;
     if constexpr (D == BF16) /* the row's first 2 KB, while the last kernel ends */
         if (here && lane < 16 && lane * 64 < K) ask_for((const bf16 *)b.data + n * K + lane * 64);
     wait_for_last();
@@ -50,23 +64,28 @@ static __global__ void __launch_bounds__(256)
     for (int m = 0; m < M; m++) {
         float sum = warp_sum(sums[m]);
         if (!here || lane || m >= rows) continue;
-        float old = write == ADD ? to_float(y[m * N + n]) : 0.0f;
-        y[m * N + n] = from_float<Y>(old + alpha * sum);
+        Y *to = one.y + m * one.N + n;
+        *to = from_float<Y>((write == ADD ? to_float(*to) : 0.0f) + alpha * sum);
     }
 }
 
 template <int D, typename Y, typename A>
-static void launch_few_rows(Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    int64_t N = tensor_cols(y), K = tensor_cols(a);
+static void launch_few_rows(const Tensor *y, Write write, Tensor a, const Tensor *b, int count,
+                            float alpha) {
+    int64_t K = tensor_cols(a), N = 0;
+    FewRowsOfSeveral<Y> several = {};
+    for (int i = 0; i < count; i++) {
+        several.at[i] = FewRows<Y>{data_of<Y>(y[i]), view_of(b[i]), tensor_cols(y[i])};
+        N += tensor_cols(y[i]);
+    }
     unsigned grid = (unsigned)ceil_div(N, 8);
-    PackedView view = view_of(b);
     int rows = (int)tensor_rows(a);
     if (rows == 1)
-        LAUNCH_NEXT(a.device, (few_rows<1, D, Y, A>), grid, 256, data_of<Y>(y), write,
-                    data_of<A>(a), view, rows, N, K, alpha);
+        LAUNCH_NEXT(a.device, (few_rows<1, D, Y, A>), grid, 256, several, write, data_of<A>(a),
+                    rows, K, alpha);
     else
-        LAUNCH_NEXT(a.device, (few_rows<ROWS_FEW, D, Y, A>), grid, 256, data_of<Y>(y), write,
-                    data_of<A>(a), view, rows, N, K, alpha);
+        LAUNCH_NEXT(a.device, (few_rows<ROWS_FEW, D, Y, A>), grid, 256, several, write,
+                    data_of<A>(a), rows, K, alpha);
 }
 
 static bool takes_few_rows(Tensor a) {
@@ -317,7 +336,7 @@ static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor
 extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     if (layout == NT && takes_few_rows(a))
         WITH_FLOAT(y.dtype, Y, WITH_FLOAT(a.dtype, A, WITH_ANY(b.dtype, D, {
-                                              launch_few_rows<D, Y, A>(y, write, a, b, alpha);
+                                              launch_few_rows<D, Y, A>(&y, write, a, &b, 1, alpha);
                                           })));
     else if (!dtype_is_packed(b.dtype))
         dense_product(layout, y, write, a, b, alpha);
@@ -327,6 +346,17 @@ extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tens
                               alpha);
     else
         by_panels(layout, y, write, a, b, alpha);
+}
+
+extern "C" void cuda_matmul_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
+    bool alike = takes_few_rows(a);
+    for (int i = 1; i < count; i++) alike = alike && b[i].dtype == b->dtype;
+    if (alike)
+        WITH_FLOAT(y->dtype, Y, WITH_FLOAT(a.dtype, A, WITH_ANY(b->dtype, D, {
+                                               launch_few_rows<D, Y, A>(y, SET, a, b, count, 1.0f);
+                                           })));
+    else
+        for (int i = 0; i < count; i++) cuda_matmul(NT, y[i], SET, a, b[i], 1.0f);
 }
 
 /* The library's order of sums is its own, and fixed for a shape; unlike the host's, rows of zeros

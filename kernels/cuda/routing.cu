@@ -160,10 +160,51 @@ static __global__ void __launch_bounds__(256)
     for (int64_t m = last + threadIdx.x; m < end; m += 256) source[m] = -1;
 }
 
+/* All of it for few entries, in one block. */
+#define ENTRIES_FEW 256
+
+static __global__ void __launch_bounds__(ENTRIES_FEW)
+    sort_few(int32_t *offsets, int32_t *counts, int32_t *slot, int32_t *source,
+             const int32_t *experts, int entries, int A, int E, int64_t M) {
+    __shared__ int32_t of[ENTRIES_FEW], sizes[EXPERTS], begins[EXPERTS];
+    int i = threadIdx.x, before = 0;
+    for (int64_t m = i; m < M; m += ENTRIES_FEW) source[m] = -1;
+    if (i < entries) of[i] = experts[i];
+    __syncthreads();
+    for (int e = i; e < E; e += ENTRIES_FEW) {
+        int count = 0;
+        for (int k = 0; k < entries; k++) count += of[k] == e;
+        counts[e] = count;
+        sizes[e] = (count + ROUTING_ALIGN - 1) / ROUTING_ALIGN * ROUTING_ALIGN;
+    }
+    __syncthreads();
+    if (i == 0) {
+        int at = 0;
+#pragma unroll 8
+        for (int e = 0; e < E; e++) {
+            begins[e] = at;
+            at += sizes[e];
+        }
+        offsets[E] = at;
+    }
+    __syncthreads();
+    for (int e = i; e < E; e += ENTRIES_FEW) offsets[e] = begins[e];
+    if (i >= entries) return;
+    for (int k = 0; k < i; k++) before += of[k] == of[i];
+    slot[i] = begins[of[i]] + before;
+    source[slot[i]] = i / A;
+}
+
 extern "C" void cuda_routing_sort(Tensor offsets, Tensor counts, Tensor slot, Tensor source,
                                   Tensor experts) {
     int64_t E = tensor_count(counts), A = tensor_cols(experts), entries = tensor_count(experts);
     const Device *device = experts.device;
+    if (entries <= ENTRIES_FEW) {
+        LAUNCH(device, (sort_few), 1, ENTRIES_FEW, 0, data_of<int32_t>(offsets),
+               data_of<int32_t>(counts), data_of<int32_t>(slot), data_of<int32_t>(source),
+               data_of<int32_t>(experts), (int)entries, (int)A, (int)E, tensor_count(source));
+        return;
+    }
     LAUNCH(device, (count_rows), (unsigned)E, 256, 0, data_of<int32_t>(counts),
            data_of<int32_t>(experts), entries);
     LAUNCH(device, (place_groups), 1, 32, 0, data_of<int32_t>(offsets), data_of<int32_t>(counts),

@@ -381,7 +381,8 @@ GPU_CASE(factors_of_rows_and_columns, s, dtype) {
     Tensor x = GIVEN(s, dtype, 1, 150, 37), y = GIVEN(s, dtype, 2, 150, 37),
            w = GIVEN(s, F32, 3, 37), v = GIVEN(s, F32, 4, 150), sums = GIVEN(s, F32, 5, 37),
            z = GIVEN(s, F32, 6, 150, 37);
-    scale_columns(y, ADD, x, w);
+    scale_columns(y, ADD, x, w, 1.0f);
+    scale_columns(y, ADD, x, GIVEN(s, BF16, 7, 37), 0.3f);
     result(s, "columns", y, near(dtype));
     scale_rows(y, x, v);
     result(s, "rows", y, near(dtype));
@@ -479,8 +480,8 @@ FLOAT_CASE(the_best_logits_of_long_rows, s) {
 
 /* ---- experts ---- */
 
-GPU_CASE(experts, s, dtype) {
-    int64_t N = 437, E = 12, A = 3, D = 40, M = routing_rows(N, A, E);
+static void route(Side *s, DType dtype, int64_t N, int64_t E) {
+    int64_t A = 3, D = 40, M = routing_rows(N, A, E);
     Tensor logits = GIVEN(s, dtype, 1, N, E), probs = SPACE(s, F32, N, E),
            share = SPACE(s, F32, N, A), experts = SPACE(s, I32, N, A),
            offsets = SPACE(s, I32, E + 1), counts = SPACE(s, I32, E), slot = SPACE(s, I32, N, A),
@@ -511,6 +512,12 @@ GPU_CASE(experts, s, dtype) {
     result(s, "dlogits without a load", dlogits, near(dtype) + 1e-5);
 }
 
+GPU_CASE(experts, s, dtype) {
+    route(s, dtype, 437, 12);
+    route(s, dtype, 37, 12);
+    route(s, dtype, 2, 300);
+}
+
 /* ---- products ---- */
 
 GPU_CASE(products, s, dtype) {
@@ -526,6 +533,15 @@ GPU_CASE(products, s, dtype) {
         result(s, "a b", y, near(dtype));
         matmul(TN, g, ADD, a, d, 1.0f);
         result(s, "a^T b", g, near(dtype));
+        Tensor matrices[] = {b, GIVEN(s, dtype, 7, 11, K), GIVEN(s, dtype, 8, 24, K)},
+               many[] = {SPACE(s, dtype, M, N), SPACE(s, dtype, M, 11), SPACE(s, dtype, M, 24)};
+        matmul_several(many, a, matrices, 3);
+        for (int k = 0; k < 3; k++) {
+            Tensor one = SPACE(s, dtype, M, tensor_cols(many[k]));
+            matmul(NT, one, SET, a, matrices[k], 1.0f);
+            expect_equal("one of several", many[k], one);
+        }
+        result(s, "several", many[2], near(dtype));
     }
 }
 
