@@ -251,10 +251,14 @@ static void backward_rounded(const Linear *l, Tensor dx, Write write, Tensor dy,
 
 /* ---- activations in 8 bits ---- */
 
-/* Whether it is a product with activations in 8 bits, and adapters. */
+/* Whether it is one product, and adapters. */
+static bool is_bare(const Linear *l) {
+    return l->groups == 1 && !l->bias && !l->bounds[0] && !fake_quant_on(l->fake);
+}
+
+/* Whether that product is one with activations in 8 bits. */
 static bool is_int8(const Linear *l, const Pass *p) {
-    return p->int8 && l->groups == 1 && dtype_is_tiled(l->weight->value.dtype) && !l->bias &&
-           !l->bounds[0] && !fake_quant_on(l->fake);
+    return p->int8 && dtype_is_tiled(l->weight->value.dtype) && is_bare(l);
 }
 
 Tensor pass_codes(Pass *p, Tensor x, const Linear *reader) {
@@ -287,11 +291,10 @@ static Tensor ranks_of(const Lora *lora, int64_t N, Pass *p) {
     return ARENA_TENSOR(p->scratch, F32, N, lora->rank);
 }
 
-/* Whether the linear's adapter meets x as it is, and dy alone: so do others that read the same x,
- * and their products with it are one. */
+/* Whether the linear's adapter, if it has one, meets x as it is, and dy alone: so do others that
+ * read the same x, and their products with it are one. */
 static bool adapts_plainly(const Linear *l, const Pass *p) {
     const Lora *lora = l->lora;
-    if (fake_quant_on(l->fake) || l->bounds[0] || l->bias || l->groups > 1) return false;
     return !lora || (!lora->magnitude && !lora->next && !p->rows->adapters &&
                      !(p->training && lora->dropout > 0));
 }
@@ -445,36 +448,34 @@ void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
 
 void linear_forward_several(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p) {
     Tensor weights[MATRICES_MOST];
-    bool together = true, plain = true;
+    bool bare = true, int8 = true, plain = true;
     for (int i = 0; i < count; i++) {
         weights[i] = l[i]->weight->value;
-        together &= is_int8(l[i], p) && weights[i].dtype == weights[0].dtype;
+        bare &= is_bare(l[i]);
+        int8 &= is_int8(l[i], p) && weights[i].dtype == weights[0].dtype;
         plain &= adapts_plainly(l[i], p);
     }
-    if (together) {
-        matmul_int8_several(y, x, take_codes(p, x), weights, count);
-    } else if (plain && !p->int8) {
-        matmul_several(y, x, weights, count);
-    } else if (plain) {
-        for (int i = 0; i < count; i++)
-            multiply(y[i], x, i ? tensor_absent() : take_codes(p, x), weights[i], p->int8);
+    if (!bare || (p->int8 && !int8)) {
+        for (int i = 0; i < count; i++) linear_forward(l[i], y[i], x, p);
+        return;
     }
+    size_t mark = arena_mark(p->scratch);
+    if (int8)
+        matmul_int8_several(y, x, take_codes(p, x), weights, count);
+    else
+        matmul_several(y, x, weights, count);
     if (plain) {
-        size_t mark = arena_mark(p->scratch);
         Adapters a = adapters_of(l, count, tensor_rows(x), p);
         if (a.count) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
         for (int k = 0; k < a.count; k++) {
             const Lora *lora = l[a.of[k]]->lora;
             matmul_ordered(NT, y[a.of[k]], ADD, a.u[k], lora->B->value, lora->scale);
         }
-        arena_release(p->scratch, mark);
-        return;
     }
-    for (int i = 0; i < count; i++) {
-        if (!together) linear_forward(l[i], y[i], x, p);
-        for (const Lora *lora = l[i]->lora; together && lora; lora = lora->next)
+    for (int i = 0; i < count && !plain; i++)
+        for (const Lora *lora = l[i]->lora; lora; lora = lora->next)
             forward_adapter(l[i], lora, y[i], x, tensor_absent(), p);
-    }
+    arena_release(p->scratch, mark);
 }
 
 void linear_forward_grouped(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass *p) {
@@ -507,7 +508,8 @@ void linear_backward_several(const Linear *const *l, Tensor dx, Write write, con
     bool plain = true, trains = false;
     for (int i = 0; i < count; i++) trains |= is_trained(l[i]);
     for (int i = 0; i < count; i++)
-        plain &= adapts_plainly(l[i], p) && (!l[i]->lora || is_trained(l[i]) == trains);
+        plain &=
+            is_bare(l[i]) && adapts_plainly(l[i], p) && (!l[i]->lora || is_trained(l[i]) == trains);
     for (int i = 0; i < count; i++, write = ADD) {
         if (plain)
             backward_base(l[i], dx, write, dy[i], x, tensor_absent());
