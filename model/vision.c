@@ -176,11 +176,7 @@ void vision_backward(const Vision *v, VisionSaved *s, Tensor dout, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor dmeans = ARENA_TENSOR(p->scratch, F32, tensor_rows(dout), tensor_cols(dout));
     scale_copy(dmeans, SET, dout, 1.0f);
-    if (v->std_bias) {
-        Tensor scale = ARENA_TENSOR(p->scratch, F32, tensor_cols(dout));
-        scale_copy(scale, SET, v->std_scale->value, 1.0f);
-        scale_columns(dmeans, SET, dmeans, scale, 1.0f);
-    }
+    if (v->std_bias) scale_columns(dmeans, SET, dmeans, v->std_scale->value, 1.0f);
     Tensor d = arena_like(p->scratch, s->residual[L]);
     pool_rows_backward(d, dmeans, sqrtf((float)v->config.hidden_size));
     for (int l = L - 1; l >= 0; l--) {

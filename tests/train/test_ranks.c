@@ -419,7 +419,6 @@ CASE(ranks, the_plan_is_what_a_rank_takes) {
     EXPECT_EXIT(0, "\"ranks\": 4", "plan %s/run.yaml --gpu h200", f);
 }
 
-/* The same dataset and the same answers from three ranks as from one process. */
 /* Rows with and without media, so many that three ranks have some each. */
 static void many_rows(void) {
     char *path = path_join(test_folder(), "rows.jsonl"), *few;
@@ -439,6 +438,7 @@ static void many_rows(void) {
     text_free(&rows);
 }
 
+/* The same dataset and the same answers from three ranks as from one process. */
 CASE(ranks, datasets_and_answers_are_those_of_one_process) {
     const char *f = test_folder();
     const char *exam = "--tasks demo/exam/gems_answer.yaml,demo/exam/gems_choice.yaml --data "
