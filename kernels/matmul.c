@@ -22,15 +22,42 @@ void matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alph
     ON_DEVICE(a, matmul)(layout, y, write, a, b, alpha);
 }
 
-void matmul_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
+static bool has_term(const Term *terms, int i) {
+    return terms && tensor_present(terms[i].u);
+}
+
+static void check_term(const char *name, Layout layout, Tensor y, const Term *terms, int i) {
+    if (!has_term(terms, i)) return;
+    Tensor u = terms[i].u, v = terms[i].v;
+    check_product(layout, y, u, v);
+    CHECK(u.dtype == F32 && v.dtype == F32, "%s: terms %s %s", name, tensor_text(u),
+          tensor_text(v));
+}
+
+void matmul_several(const Tensor *y, Tensor a, const Tensor *b, const Term *terms, int count) {
     CHECK(count > 0 && count <= MATRICES_MOST, "matmul_several: %d matrices", count);
     for (int i = 0; i < count; i++) {
         check_product(NT, y[i], a, b[i]);
+        check_term("matmul_several", NT, y[i], terms, i);
         CHECK(y[i].dtype == y->dtype, "matmul_several: %s and %s", tensor_text(*y),
               tensor_text(y[i]));
     }
     if (!tensor_count(a)) return;
-    ON_DEVICE(a, matmul_several)(y, a, b, count);
+    ON_DEVICE(a, matmul_several)(y, a, b, terms, count);
+}
+
+void matmul_sum(Tensor y, Write write, const Tensor *a, const Tensor *b, const Term *terms,
+                int count) {
+    CHECK(count > 0 && count <= MATRICES_MOST, "matmul_sum: %d products", count);
+    const Term *first = NULL;
+    for (int i = 0; i < count; i++) {
+        check_product(NN, y, a[i], b[i]);
+        check_term("matmul_sum", NN, y, terms, i);
+        if (has_term(terms, i) && !first) first = &terms[i];
+        CHECK(!has_term(terms, i) || terms[i].scale == first->scale, "matmul_sum: two scales");
+    }
+    if (!tensor_count(y)) return;
+    ON_DEVICE(y, matmul_sum)(y, write, a, b, terms, count);
 }
 
 void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {

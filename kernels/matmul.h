@@ -16,12 +16,25 @@ typedef enum Layout {
  * to the dtype of a */
 KERNEL(matmul, Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
-/* Several of NT that read one a, up to MATRICES_MOST: y[i] = a b[i]^T, bit for bit as alone. */
-#define MATRICES_MOST 3
-KERNEL(matmul_several, const Tensor *y, Tensor a, const Tensor *b, int count);
+/* What an adapter adds to a product: scale u v, beside it in f32.
+ *   u (M, R), v (R, N), or (N, R) where the product's layout is NT   f32; u absent: nothing */
+typedef struct Term {
+    Tensor u, v;
+    float scale;
+} Term;
 
-/* The same in f32 with every element summed strictly in order of K, so rows of zeros in K change no
- * bit: the adapters' products. */
+/* Several of NT that read one a, up to MATRICES_MOST: y[i] = a b[i]^T + terms[i], bit for bit as
+ * alone. terms NULL: none of them has one. */
+#define MATRICES_MOST 3
+KERNEL(matmul_several, const Tensor *y, Tensor a, const Tensor *b, const Term *terms, int count);
+
+/* Several of NN that go to one y (M, N): y (=|+=) the sum of a[i] b[i] + terms[i], whose scale is
+ * one and the same. */
+KERNEL(matmul_sum, Tensor y, Write write, const Tensor *a, const Tensor *b, const Term *terms,
+       int count);
+
+/* A product in f32 with every element summed strictly in order of K, so rows of zeros in K change
+ * no bit: the adapters' products. */
 void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
 /* Several of them that share an operand, up to MATRICES_MOST:
@@ -61,8 +74,8 @@ static inline bool codes_fit(Tensor codes, Tensor x) {
 /* Bytes of a (M, K) rounded, where kernels of the device make that on the way; 0: they do not. */
 int64_t int8_codes(const Device *device, int64_t M, int64_t K);
 
-/* The same for rows sorted by group: counts[g] rows from offsets[g] on meet b[g]; rows between
- * groups are left alone.   offsets (G + 1), counts (G)  i32 */
+/* The same for rows sorted by group: counts[g] rows from offsets[g] on, a multiple of 8, meet b[g];
+ * rows between groups are left alone.   offsets (G + 1), counts (G)  i32 */
 KERNEL(grouped_matmul_int8, Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts);
 
 #endif

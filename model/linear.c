@@ -318,6 +318,22 @@ static Adapters adapters_of(const Linear *const *l, int count, int64_t N, Pass *
     return a;
 }
 
+/* y[i] = x W^T and what their adapters add, for linears that are bare and adapt plainly. */
+static void forward_plainly(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor weights[MATRICES_MOST];
+    Term terms[MATRICES_MOST] = {0};
+    for (int i = 0; i < count; i++) weights[i] = l[i]->weight->value;
+    Adapters a = adapters_of(l, count, tensor_rows(x), p);
+    if (a.count) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
+    for (int k = 0; k < a.count; k++) {
+        const Lora *lora = l[a.of[k]]->lora;
+        terms[a.of[k]] = (Term){a.u[k], lora->B->value, lora->scale};
+    }
+    matmul_several(y, x, weights, terms, count);
+    arena_release(p->scratch, mark);
+}
+
 /* y += scale x A^T B^T for the rows of that adapter. Rows of experts are in an order of their own,
  * so there all of them must belong to it, or none. */
 static void forward_adapter(const Linear *l, const Lora *lora, Tensor y, Tensor x, Tensor offsets,
@@ -348,9 +364,15 @@ static void forward(const Linear *l, Tensor y, Tensor x, RowGroups groups, Pass 
         arena_release(p->scratch, mark);
         return;
     }
+    bool int8 = p->int8 && dtype_is_tiled(l->weight->value.dtype);
+    if (l->groups == 1 && !int8 && adapts_plainly(l, p)) {
+        forward_plainly(&l, &y, 1, x, p);
+        arena_release(p->scratch, mark);
+        return;
+    }
     if (l->groups == 1)
-        multiply(y, x, take_codes(p, x), l->weight->value, p->int8);
-    else if (p->int8 && dtype_is_tiled(l->weight->value.dtype))
+        multiply(y, x, take_codes(p, x), l->weight->value, int8);
+    else if (int8)
         grouped_matmul_int8(y, x, l->weight->value, offsets, groups.counts);
     else
         grouped_matmul(NT, y, SET, x, l->weight->value, offsets, 1.0f);
@@ -363,21 +385,13 @@ bool linear_reads_input(const Linear *l) {
     return l->weight->trainable || l->lora || l->bounds[0];
 }
 
-/* Without the adapter. */
-static void backward_base(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,
-                          Tensor offsets) {
-    if (tensor_present(dx)) {
-        if (l->groups == 1)
-            matmul(NN, dx, write, dy, l->weight->value, 1.0f);
-        else
-            grouped_matmul(NN, dx, write, dy, l->weight->value, offsets, 1.0f);
-    }
-    if (l->weight->trainable) {
-        if (l->groups == 1)
-            matmul(TN, l->weight->grad, ADD, dy, x, 1.0f);
-        else
-            grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, 1.0f);
-    }
+/* The weight's own gradient. */
+static void backward_weight(const Linear *l, Tensor dy, Tensor x, Tensor offsets) {
+    if (!l->weight->trainable) return;
+    if (l->groups == 1)
+        matmul(TN, l->weight->grad, ADD, dy, x, 1.0f);
+    else
+        grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, 1.0f);
 }
 
 /* du = scale dy B, and B's gradient from u, which is read where that is wanted. */
@@ -385,6 +399,31 @@ static void backward_ranks(const Linear *l, Tensor du, Tensor dy, Tensor u, Tens
     const Lora *lora = l->lora;
     adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
     if (is_trained(l)) adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
+}
+
+/* Of linears that are bare and adapt plainly; the adapters are trained, all or none. */
+static void backward_plainly(const Linear *const *l, Tensor dx, Write write, const Tensor *dy,
+                             int count, Tensor x, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Tensor weights[MATRICES_MOST], du[MATRICES_MOST], grads[MATRICES_MOST];
+    Term terms[MATRICES_MOST] = {0};
+    Adapters a = adapters_of(l, count, tensor_rows(*dy), p);
+    bool trains = a.count && is_trained(l[a.of[0]]);
+    if (trains && !a.kept) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
+    for (int k = 0; k < a.count; k++) {
+        const Linear *of = l[a.of[k]];
+        du[k] = arena_like(p->scratch, a.u[k]);
+        grads[k] = of->lora->A->grad;
+        backward_ranks(of, du[k], dy[a.of[k]], a.u[k], tensor_absent());
+        terms[a.of[k]] = (Term){du[k], of->lora->A->value, 1.0f};
+    }
+    for (int i = 0; i < count; i++) {
+        weights[i] = l[i]->weight->value;
+        backward_weight(l[i], dy[i], x, tensor_absent());
+    }
+    if (tensor_present(dx)) matmul_sum(dx, write, dy, weights, terms, count);
+    if (trains) matmul_ordered_several(TN, grads, ADD, du, &x, a.count, 1.0f);
+    arena_release(p->scratch, mark);
 }
 
 static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x, RowGroups groups,
@@ -395,6 +434,10 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
     if (fake_quant_on(l->fake)) {
         backward_rounded(l, dx, write, dy, x, groups, p);
         arena_release(p->scratch, mark);
+        return;
+    }
+    if (l->groups == 1 && adapts_plainly(l, p)) {
+        backward_plainly(&l, dx, write, &dy, 1, x, p);
         return;
     }
     if (lora &&
@@ -410,7 +453,13 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
         scale_columns(dz, SET, dy, lora->factor, 1.0f);
         dy = dz;
     }
-    backward_base(l, dx, write, dy, x, offsets);
+    if (tensor_present(dx)) {
+        if (l->groups == 1)
+            matmul(NN, dx, write, dy, l->weight->value, 1.0f);
+        else
+            grouped_matmul(NN, dx, write, dy, l->weight->value, offsets, 1.0f);
+    }
+    backward_weight(l, dy, x, offsets);
     if (lora) {
         Tensor u = ranks_of(lora, tensor_rows(x), p), du = arena_like(p->scratch, u);
         Tensor input = adapter_input(lora, x, p);
@@ -448,7 +497,7 @@ void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
 
 void linear_forward_several(const Linear *const *l, const Tensor *y, int count, Tensor x, Pass *p) {
     Tensor weights[MATRICES_MOST];
-    bool bare = true, int8 = true, plain = true;
+    bool bare = true, int8 = p->int8, plain = true;
     for (int i = 0; i < count; i++) {
         weights[i] = l[i]->weight->value;
         bare &= is_bare(l[i]);
@@ -459,20 +508,16 @@ void linear_forward_several(const Linear *const *l, const Tensor *y, int count, 
         for (int i = 0; i < count; i++) linear_forward(l[i], y[i], x, p);
         return;
     }
+    if (plain && !int8) {
+        forward_plainly(l, y, count, x, p);
+        return;
+    }
     size_t mark = arena_mark(p->scratch);
     if (int8)
         matmul_int8_several(y, x, take_codes(p, x), weights, count);
     else
-        matmul_several(y, x, weights, count);
-    if (plain) {
-        Adapters a = adapters_of(l, count, tensor_rows(x), p);
-        if (a.count) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
-        for (int k = 0; k < a.count; k++) {
-            const Lora *lora = l[a.of[k]]->lora;
-            matmul_ordered(NT, y[a.of[k]], ADD, a.u[k], lora->B->value, lora->scale);
-        }
-    }
-    for (int i = 0; i < count && !plain; i++)
+        matmul_several(y, x, weights, NULL, count);
+    for (int i = 0; i < count; i++)
         for (const Lora *lora = l[i]->lora; lora; lora = lora->next)
             forward_adapter(l[i], lora, y[i], x, tensor_absent(), p);
     arena_release(p->scratch, mark);
@@ -510,25 +555,11 @@ void linear_backward_several(const Linear *const *l, Tensor dx, Write write, con
     for (int i = 0; i < count; i++)
         plain &=
             is_bare(l[i]) && adapts_plainly(l[i], p) && (!l[i]->lora || is_trained(l[i]) == trains);
-    for (int i = 0; i < count; i++, write = ADD) {
-        if (plain)
-            backward_base(l[i], dx, write, dy[i], x, tensor_absent());
-        else
-            linear_backward(l[i], dx, write, dy[i], x, p);
+    if (plain) {
+        backward_plainly(l, dx, write, dy, count, x, p);
+        return;
     }
-    if (!plain) return;
-    size_t mark = arena_mark(p->scratch);
-    Tensor du[MATRICES_MOST], grads[MATRICES_MOST];
-    Adapters a = adapters_of(l, count, tensor_rows(*dy), p);
-    if (trains && !a.kept) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
-    for (int k = 0; k < a.count; k++) {
-        du[k] = arena_like(p->scratch, a.u[k]);
-        grads[k] = l[a.of[k]]->lora->A->grad;
-        backward_ranks(l[a.of[k]], du[k], dy[a.of[k]], a.u[k], tensor_absent());
-    }
-    if (a.count && trains) matmul_ordered_several(TN, grads, ADD, du, &x, a.count, 1.0f);
-    if (a.count && tensor_present(dx)) matmul_ordered_several(NN, &dx, ADD, du, a.A, a.count, 1.0f);
-    arena_release(p->scratch, mark);
+    for (int i = 0; i < count; i++, write = ADD) linear_backward(l[i], dx, write, dy[i], x, p);
 }
 
 void linear_backward_grouped(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor x,

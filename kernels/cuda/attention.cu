@@ -340,17 +340,26 @@ struct GradientPlan {
     size_t spans_bytes, slab_bytes, parts_bytes;
 };
 
+/* Parts that the rows which see a tile of keys are taken in, so many blocks each: enough for all
+ * processors twice over, or one less where the last of them would leave most idle. */
+static int64_t parts_for(int64_t blocks, int64_t processors) {
+    auto used = [=](int64_t parts) {
+        return (double)(parts * blocks) /
+               (double)(ceil_div(parts * blocks, processors) * processors);
+    };
+    int64_t parts = ceil_div(2 * processors, blocks);
+    if (parts > 1 && used(parts - 1) > used(parts) + 0.05) parts--;
+    return parts < 8 ? parts : 8;
+}
+
 static GradientPlan plan_gradients(const Device *device, const Heads &heads) {
     GradientPlan p = {};
     p.width = slab_width(heads);
     p.tiles = ceil_div(heads.N * heads.group, HOPPER_ROWS);
     int64_t one = heads.K * HOPPER_ROWS * p.width, most = SLAB_MOST / one;
     p.slab_tiles = most < 1 ? 1 : most < p.tiles ? most : p.tiles;
-    /* Parts that the rows which see a tile of keys are taken in: enough blocks for all processors.
-     */
     int64_t blocks = ceil_div(heads.S, HOPPER_ROWS) * heads.K * 2 * heads.C / HOPPER_COLUMNS;
-    p.parts = ceil_div(2 * (int64_t)cuda_processors(device), blocks);
-    if (p.parts > 8) p.parts = 8;
+    p.parts = parts_for(blocks, cuda_processors(device));
     p.spans_bytes = ((size_t)p.tiles * 2 * sizeof(int) + 255) / 256 * 256;
     p.slab_bytes = (size_t)(p.slab_tiles * one) * sizeof(bf16);
     p.parts_bytes =
@@ -379,9 +388,8 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
         int64_t tiles = plan.tiles - first < plan.slab_tiles ? plan.tiles - first : plan.slab_tiles;
         Slab slab = {weights,    slopes,     spans + 2 * first, first * (HOPPER_ROWS / heads.group),
                      plan.width, (int)tiles, group_bits,        first == 0};
-        LAUNCH(device, (attention_slopes<C>),
-               dim3((unsigned)(plan.width / HOPPER_COLUMNS), (unsigned)tiles, K), HOPPER_THREADS,
-               gemm_hopper_bytes(), sides, heads, see, slab);
+        LAUNCH(device, (attention_slopes<C>), dim3(SLOPE_BLOCKS, (unsigned)tiles, K),
+               HOPPER_THREADS, gemm_hopper_bytes(), sides, heads, see, slab);
         LAUNCH(device, (query_products<C>), dim3(C / HOPPER_COLUMNS, (unsigned)tiles, K),
                HOPPER_THREADS, gemm_hopper_bytes(), sides, heads, slab);
         LAUNCH(device, (key_products<C>),

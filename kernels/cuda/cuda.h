@@ -85,18 +85,44 @@ bool cuda_launches_early(const Device *device);
         launch_config.numAttrs = cuda_launches_early(device) ? 1 : 0;                              \
         cuda_check(cudaLaunchKernelEx(&launch_config, UNWRAP kernel, __VA_ARGS__), #kernel);       \
     } while (0)
+/* The same in pairs of blocks (bulk.h); the kernel may have any shared memory. */
+#define LAUNCH_PAIRS(device, kernel, grid, block, shared, ...)                                     \
+    do {                                                                                           \
+        cudaLaunchAttribute launch_pairs = {};                                                     \
+        launch_pairs.id = cudaLaunchAttributeClusterDimension;                                     \
+        launch_pairs.val.clusterDim.x = 2;                                                         \
+        launch_pairs.val.clusterDim.y = launch_pairs.val.clusterDim.z = 1;                         \
+        cudaLaunchConfig_t launch_config = {};                                                     \
+        launch_config.gridDim = grid;                                                              \
+        launch_config.blockDim = block;                                                            \
+        launch_config.dynamicSmemBytes = shared;                                                   \
+        launch_config.stream = cuda_stream(device);                                                \
+        launch_config.attrs = &launch_pairs;                                                       \
+        launch_config.numAttrs = 1;                                                                \
+        cuda_check(cudaFuncSetAttribute(                                                           \
+                       UNWRAP kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(shared)), \
+                   #kernel);                                                                       \
+        cuda_check(cudaLaunchKernelEx(&launch_config, UNWRAP kernel, __VA_ARGS__), #kernel);       \
+    } while (0)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #define DEVICE_FUNCTION      static __device__ __forceinline__
 #define DEVICE_MEMBER        __device__ __forceinline__
 #else
-#define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
+#define LAUNCH_BLOCKS(device, kernel, grid, block, shared, cluster, ...)                           \
     do {                                                                                           \
         cuda_stream(device);                                                                       \
-        simt_launch(#kernel, grid, block, shared, [arguments = std::make_tuple(__VA_ARGS__)] {     \
-            std::apply([](auto... a) { UNWRAP kernel(a...); }, arguments);                         \
-        });                                                                                        \
+        simt_launch(                                                                               \
+            #kernel, grid, block, shared,                                                          \
+            [arguments = std::make_tuple(__VA_ARGS__)] {                                           \
+                std::apply([](auto... a) { UNWRAP kernel(a...); }, arguments);                     \
+            },                                                                                     \
+            cluster);                                                                              \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)
+#define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
+    LAUNCH_BLOCKS(device, kernel, grid, block, shared, 1, __VA_ARGS__)
+#define LAUNCH_PAIRS(device, kernel, grid, block, shared, ...)                                     \
+    LAUNCH_BLOCKS(device, kernel, grid, block, shared, 2, __VA_ARGS__)
 #define LAUNCH_NEXT(device, kernel, grid, block, ...)                                              \
     LAUNCH(device, kernel, grid, block, 0, __VA_ARGS__)
 #define DYNAMIC_SHARED(name) unsigned char *name = simt_thread->dynamic_shared
@@ -275,9 +301,20 @@ DEVICE_FUNCTION float quick_exp(float x) {
 #endif
 }
 
+/* 1 / x to its last bit but one; 0 of infinity. */
+DEVICE_FUNCTION float quick_inverse(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return 1.0f / x;
+#endif
+}
+
 /* tanh, of which one is added or subtracted or that is a bound: right to 1e-7. */
 DEVICE_FUNCTION float near_tanh(float z) {
-    return 1.0f - 2.0f / (1.0f + quick_exp(2.0f * z));
+    return 1.0f - 2.0f * quick_inverse(1.0f + quick_exp(2.0f * z));
 }
 
 DEVICE_FUNCTION float warp_sum(float x) {

@@ -3,7 +3,7 @@
  * The runtime opens the driver's library when it is first called, so the program starts without
  * one. Each GPU has one stream: everything happens in order, but for the copies that offload.h asks
  * for, which have another. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/bulk.h"
 
 extern "C" {
 #include "kernels/cuda/device.h"
@@ -138,6 +138,31 @@ size_t cuda_shared_most(const Device *device) {
 
 bool cuda_has_wgmma(const Device *device) {
     return gpu_of(device)->has_wgmma;
+}
+
+TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t cols, int tile_rows) {
+#ifdef __CUDACC__
+    static PFN_cuTensorMapEncodeTiled_v12000 encode;
+    if (!encode) {
+        cudaDriverEntryPointQueryResult found;
+        cuda_check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void **)&encode,
+                                                    12000, cudaEnableDefault, &found),
+                   "cuTensorMapEncodeTiled");
+    }
+    TileMap map;
+    cuuint64_t sizes[3] = {(cuuint64_t)cols, (cuuint64_t)rows, (cuuint64_t)groups},
+               strides[2] = {(cuuint64_t)cols * sizeof(bf16),
+                             (cuuint64_t)(rows * cols) * sizeof(bf16)};
+    cuuint32_t tile[3] = {TILE_COLUMNS, (cuuint32_t)tile_rows, 1}, steps[3] = {1, 1, 1};
+    CHECK(encode && !encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)data, sizes, strides,
+                            tile, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+          "tiles of %lld matrices (%lld, %lld)", (long long)groups, (long long)rows,
+          (long long)cols);
+    return map;
+#else
+    return TileMap{(const bf16 *)data, cols, rows, groups, tile_rows};
+#endif
 }
 
 bool cuda_launches_early(const Device *device) {

@@ -73,8 +73,12 @@ DEVICE_FUNCTION int key_of_column(int c) {
     return (c & ~31) + c % 8 / 2 * 8 + c / 8 % 4 * 2 + c % 2;
 }
 
-/* Weights and slopes of a tile of rows and HOPPER_COLUMNS keys. Grid: (tiles of keys, tiles of
- * rows, K). */
+/* Blocks that share the tiles of keys which a tile of rows sees: where rows see all keys a block
+ * has several, and where they see a window few have none. */
+#define SLOPE_BLOCKS 4
+
+/* Weights and slopes of a tile of rows and every SLOPE_BLOCKS-th tile of HOPPER_COLUMNS keys that
+ * it sees. Grid: (SLOPE_BLOCKS, tiles of rows, K). */
 template <int C>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     attention_slopes(GradientSides of, Heads heads, Sight see, Slab slab) {
@@ -82,74 +86,77 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     constexpr int COUNT = HOPPER_COLUMNS / 2, STEPS = C / HOPPER_DEPTH;
     DYNAMIC_SHARED(memory);
     __shared__ RowFacts<HOPPER_ROWS> facts;
-    int s0 = (int)blockIdx.x * HOPPER_COLUMNS, kv = blockIdx.z;
-    int low = slab.spans[2 * blockIdx.y], high = slab.spans[2 * blockIdx.y + 1];
-    if (low > high || (int)blockIdx.x < low / HOPPER_COLUMNS ||
-        (int)blockIdx.x > high / HOPPER_COLUMNS)
-        return;
-    int64_t n0 = slab.n0 + (int64_t)blockIdx.y * (HOPPER_ROWS / heads.group);
+    int kv = blockIdx.z, row_tile = (int)(gridDim.y - 1 - blockIdx.y); /* long sights first */
+    int low = slab.spans[2 * row_tile], high = slab.spans[2 * row_tile + 1];
+    int key_tile = low / HOPPER_COLUMNS + (int)blockIdx.x;
+    if (low > high || key_tile > high / HOPPER_COLUMNS) return;
+    int64_t n0 = slab.n0 + (int64_t)row_tile * (HOPPER_ROWS / heads.group);
     read_facts(&facts, heads, see, of.lse, of.delta, n0, kv);
-    int64_t row_at = (n0 * heads.H + kv * heads.group) * C,
-            key_at = ((int64_t)s0 * heads.K + kv) * C;
-    int rows = (int)min((int64_t)HOPPER_ROWS, (heads.N - n0) * heads.group),
-        keys = (int)min((int64_t)HOPPER_COLUMNS, heads.S - s0), width = heads.K * C;
+    int64_t row_at = (n0 * heads.H + kv * heads.group) * C;
+    int rows = (int)min((int64_t)HOPPER_ROWS, (heads.N - n0) * heads.group), width = heads.K * C;
     RowPlaces places(heads, slab);
-    Product<false, false> product(memory);
-    int step = 0, own = key_of_column(product.right.row) - product.right.row;
-    auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
-        if (step == 2 * STEPS) return;
-        int c = step % STEPS * HOPPER_DEPTH, from = known_here(own);
-        product.left.fetch(left_tile, (step < STEPS ? of.q : of.dy) + row_at + c, rows,
-                           HOPPER_DEPTH, places);
-        /* rows of the tile that are no keys are keys' once more: what they make is not seen */
-        product.right.fetch(right_tile, (step < STEPS ? of.k : of.v) + key_at + c, HOPPER_COLUMNS,
-                            HOPPER_DEPTH, [=](int r) { return min(r + from, keys - 1) * width; });
-        step++;
-    };
-    float sums[COUNT] = {};
-    unsigned packs[COUNT / 2];
-    int r = result_row(), t = threadIdx.x % 4;
-    bf16 *to = slab.weights +
-               (((int64_t)kv * slab.tiles + blockIdx.y) * HOPPER_ROWS + r) * slab.width + s0 +
-               8 * t;
-    auto write = [&](bf16 *matrix) {
+    for (; key_tile <= high / HOPPER_COLUMNS; key_tile += SLOPE_BLOCKS) {
+        Product<false, false> product(memory);
+        int s0 = key_tile * HOPPER_COLUMNS, keys = (int)min((int64_t)HOPPER_COLUMNS, heads.S - s0);
+        int64_t key_at = ((int64_t)s0 * heads.K + kv) * C;
+        int step = 0, own = key_of_column(product.right.row) - product.right.row;
+        auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
+            if (step == 2 * STEPS) return;
+            int c = step % STEPS * HOPPER_DEPTH, from = known_here(own);
+            product.left.fetch(left_tile, (step < STEPS ? of.q : of.dy) + row_at + c, rows,
+                               HOPPER_DEPTH, places);
+            /* rows of the tile that are no keys are keys' once more: what they make is not seen */
+            product.right.fetch(right_tile, (step < STEPS ? of.k : of.v) + key_at + c,
+                                HOPPER_COLUMNS, HOPPER_DEPTH,
+                                [=](int r) { return min(r + from, keys - 1) * width; });
+            step++;
+        };
+        float sums[COUNT] = {};
+        unsigned packs[COUNT / 2];
+        int r = result_row(), t = threadIdx.x % 4;
+        bf16 *to = slab.weights +
+                   (((int64_t)kv * slab.tiles + row_tile) * HOPPER_ROWS + r) * slab.width + s0 +
+                   8 * t;
+        auto write = [&](bf16 *matrix) {
 #pragma unroll
-        for (int m = 0; m < HOPPER_COLUMNS / 32; m++)
+            for (int m = 0; m < HOPPER_COLUMNS / 32; m++)
 #pragma unroll
-            for (int p = 0; p < 2; p++)
-                *(uint4 *)(matrix + 8 * p * slab.width + 32 * m) =
-                    uint4{packs[8 * m + p], packs[8 * m + 2 + p], packs[8 * m + 4 + p],
-                          packs[8 * m + 6 + p]};
-    };
-    product.start(fetch);
-    product.run(sums, STEPS, true, fetch);
+                for (int p = 0; p < 2; p++)
+                    *(uint4 *)(matrix + 8 * p * slab.width + 32 * m) =
+                        uint4{packs[8 * m + p], packs[8 * m + 2 + p], packs[8 * m + 4 + p],
+                              packs[8 * m + 6 + p]};
+        };
+        product.start(fetch);
+        product.run(sums, STEPS, true, fetch);
 #pragma unroll
-    for (int p = 0; p < 2; p++) {
-        float lse = facts.lse[r + 8 * p];
-        int ahead = s0 + 8 * t - facts.first[r + 8 * p], count = facts.count[r + 8 * p];
+        for (int p = 0; p < 2; p++) {
+            float lse = facts.lse[r + 8 * p];
+            int ahead = s0 + 8 * t - facts.first[r + 8 * p], count = facts.count[r + 8 * p];
 #pragma unroll
-        for (int j = 0; j < COUNT / 4; j++) {
-            int i = 4 * j + 2 * p, key = ahead + j / 4 * 32 + j % 4 * 2;
-            packs[2 * j + p] = pack_bf16(weight_of(sums[i], lse, key, count),
-                                         weight_of(sums[i + 1], lse, key + 1, count));
-            sums[i] = sums[i + 1] = 0;
+            for (int j = 0; j < COUNT / 4; j++) {
+                int i = 4 * j + 2 * p, key = ahead + j / 4 * 32 + j % 4 * 2;
+                packs[2 * j + p] = pack_bf16(weight_of(sums[i], lse, key, count),
+                                             weight_of(sums[i + 1], lse, key + 1, count));
+                sums[i] = sums[i + 1] = 0;
+            }
         }
-    }
-    write(to);
-    product.run(sums, STEPS, true, fetch);
+        write(to);
+        product.run(sums, STEPS, true, fetch);
 #pragma unroll
-    for (int p = 0; p < 2; p++) {
-        float delta = facts.delta[r + 8 * p];
+        for (int p = 0; p < 2; p++) {
+            float delta = facts.delta[r + 8 * p];
 #pragma unroll
-        for (int j = 0; j < COUNT / 4; j++) {
-            unsigned pair = packs[2 * j + p];
-            packs[2 * j + p] =
-                pack_bf16(__uint_as_float(pair << 16) * (sums[4 * j + 2 * p] - delta),
-                          __uint_as_float(pair & 0xffff0000u) * (sums[4 * j + 2 * p + 1] - delta));
+            for (int j = 0; j < COUNT / 4; j++) {
+                unsigned pair = packs[2 * j + p];
+                packs[2 * j + p] = pack_bf16(
+                    __uint_as_float(pair << 16) * (sums[4 * j + 2 * p] - delta),
+                    __uint_as_float(pair & 0xffff0000u) * (sums[4 * j + 2 * p + 1] - delta));
+            }
         }
+        write(to + (slab.slopes - slab.weights));
+        copies_wait<0>();
+        __syncthreads(); /* the last stage has been multiplied */
     }
-    write(to + (slab.slopes - slab.weights));
-    copies_wait<0>();
 #endif
 }
 

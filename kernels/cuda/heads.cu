@@ -22,11 +22,12 @@ struct Sets {
     int heads; /* of all */
 };
 
+/* Both halves of a head are turned by the same lane, P elements of each at a time. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(32 * WARPS)
     normalise_and_turn(Sets sets, const float *cosines, const float *sines, int64_t N, int C,
                        float eps) {
-    __shared__ float space[WARPS][HEAD_MOST];
+    constexpr int P = V > 1 ? V / 2 : 1;
     wait_for_last();
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = C / 2;
     int64_t k = (int64_t)blockIdx.x * WARPS + warp, n = k / sets.heads;
@@ -39,7 +40,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
     }
     const T *x = (const T *)s.x + (n * s.heads + h) * C;
     T *y = (T *)s.y + ((s.rows ? s.rows[n] : n) * s.heads + h) * C;
-    float *row = space[warp], sum = 0;
+    float sum = 0;
     for (int d = lane * V; d < C; d += 32 * V) {
         float v[V];
         load(v, x + d);
@@ -48,23 +49,34 @@ static __global__ void __launch_bounds__(32 * WARPS)
     }
     float r = 1.0f / sqrtf(warp_sum(sum) / (float)C + eps);
     if (s.rstd && !lane) s.rstd[n * s.heads + h] = r;
-    for (int d = lane * V; d < C; d += 32 * V) {
-        float v[V], w[V];
+    auto normal = [&](auto &v, int d) {
+        constexpr int COUNT = sizeof v / sizeof v[0];
+        float w[COUNT];
         load(v, x + d);
         if (s.weight && s.wide) load(w, (const float *)s.weight + d);
         if (s.weight && !s.wide) load(w, (const bf16 *)s.weight + d);
 #pragma unroll
-        for (int j = 0; j < V; j++) v[j] = s.weight ? v[j] * r * w[j] : v[j] * r;
-        if (!s.turns) store(y + d, v);
-#pragma unroll
-        for (int j = 0; j < V && s.turns; j++) row[d + j] = rounded<T>(v[j]);
+        for (int j = 0; j < COUNT; j++) v[j] = rounded<T>(s.weight ? v[j] * r * w[j] : v[j] * r);
+    };
+    for (int d = lane * V; d < C && !s.turns; d += 32 * V) {
+        float v[V];
+        normal(v, d);
+        store(y + d, v);
     }
-    if (!s.turns) return;
-    __syncwarp();
-    for (int i = lane; i < half; i += 32) {
-        float a = row[i], b = row[i + half], c = cosines[n * half + i], t = sines[n * half + i];
-        y[i] = from_float<T>(a * c - b * t);
-        y[i + half] = from_float<T>(b * c + a * t);
+    for (int i = lane * P; i < half && s.turns; i += 32 * P) {
+        float a[P], b[P], c[P], t[P];
+        load(c, cosines + n * half + i);
+        load(t, sines + n * half + i);
+        normal(a, i);
+        normal(b, i + half);
+#pragma unroll
+        for (int j = 0; j < P; j++) {
+            float x0 = a[j], x1 = b[j];
+            a[j] = x0 * c[j] - x1 * t[j];
+            b[j] = x1 * c[j] + x0 * t[j];
+        }
+        store(y + i, a);
+        store(y + i + half, b);
     }
 }
 

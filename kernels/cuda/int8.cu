@@ -239,7 +239,6 @@ template <typename Tile, typename Y>
 static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups,
                         const int8_t *codes, const float *scales) {
     int64_t M = tensor_rows(a), K = tensor_cols(a);
-    int64_t extra = groups.offsets ? groups.count : 0;
     Matrices<Tile, Y> all = {};
     for (int i = 0; i < MATRICES_MOST; i++) {
         const Tensor *mine = &y[i < count ? i : 0];
@@ -248,7 +247,8 @@ static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, G
         all.N[i] = tensor_cols(*mine);
         all.begin[i + 1] = all.begin[i] + (i < count ? (int)(all.N[i] / 16) : 0);
     }
-    dim3 grid((unsigned)all.begin[count], (unsigned)(ceil_div(M, 8) + extra));
+    /* groups begin at multiples of 8 rows: of M there are no more tiles than without them */
+    dim3 grid((unsigned)all.begin[count], (unsigned)ceil_div(M, 8));
     for (int i = count; i < MATRICES_MOST; i++) all.begin[i] = (int)grid.x;
     if (M == 1 && !groups.offsets)
         LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), grid, 32 * WARPS, all, codes, scales, M,
@@ -262,7 +262,6 @@ template <typename Tile, typename Y>
 static void launch(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups,
                    const int8_t *codes, const float *scales) {
     int64_t M = tensor_rows(a), K = tensor_cols(a);
-    int64_t extra = groups.offsets ? groups.count : 0;
     bool few = groups.offsets ? M < 32 * (int64_t)groups.count : M <= 16;
     if (few && (groups.offsets || M <= 2)) {
         launch_rows<Tile, Y>(y, a, b, count, groups, codes, scales);
@@ -273,11 +272,11 @@ static void launch(const Tensor *y, Tensor a, const Tensor *b, int count, Groups
         const Tile *tiles = (const Tile *)b[i].data;
         if (few)
             LAUNCH(a.device, (multiply<Tile, 1, true, Y>),
-                   dim3((unsigned)(N / 16), (unsigned)(ceil_div(M, 8) + extra)), 32 * WARPS, 0,
+                   dim3((unsigned)(N / 16), (unsigned)ceil_div(M, 8)), 32 * WARPS, 0,
                    data_of<Y>(y[i]), tiles, codes, scales, M, N, K, groups);
         else
             LAUNCH(a.device, (multiply<Tile, 8, false, Y>),
-                   dim3((unsigned)ceil_div(N, 16 * WARPS), (unsigned)(ceil_div(M, 64) + extra)),
+                   dim3((unsigned)ceil_div(N, 16 * WARPS), (unsigned)most_row_tiles(groups, M, 64)),
                    32 * WARPS, 0, data_of<Y>(y[i]), tiles, codes, scales, M, N, K, groups);
     }
 }

@@ -6,6 +6,7 @@
  * products too are the library's, several of one input at once. Groups go to gemm.h. */
 #include "kernels/cuda/blaslt.h"
 #include "kernels/cuda/gemm_hopper.h"
+#include "kernels/cuda/gemm_pairs.h"
 
 extern "C" {
 #include "kernels/elementwise.h"
@@ -113,11 +114,56 @@ static void launch_gemm_hopper(Tensor y, Write write, Tensor a, Tensor b, Shape 
            data_of<Y>(y), write, data_of<bf16>(a), data_of<bf16>(b), shape, groups, alpha);
 }
 
+/* The least share of the multiprocessors' time that products without groups must use: where the
+ * last tiles leave more of them idle, cuBLASLt has better sizes of tiles. */
+#define PAIRS_FILL 0.8
+
+/* How many pairs of blocks there are room for, and tiles for them. */
+static int64_t pairs_most(const Device *device) {
+    return cuda_processors(device) / PAIR;
+}
+static int64_t pair_tiles(const Shape &shape, const Groups &groups) {
+    return most_row_tiles(groups, shape.M, PAIRS_ROWS) * ceil_div(shape.N, PAIR * PAIRS_COLUMNS);
+}
+
+static bool fills_pairs(const Device *device, const Shape &shape) {
+    int64_t most = pairs_most(device), turns = ceil_div(pair_tiles(shape, Groups{}), most);
+    int64_t own = ceil_div(shape.M, PAIRS_ROWS) * shape.N; /* of all columns, also the last's */
+    return (double)own >= PAIRS_FILL * (double)(turns * most * PAIR * PAIRS_COLUMNS);
+}
+
+/* `more`: of K, what adapters add; (M, more) and (N, more) or (more, N). */
+template <bool TB, typename Y>
+static void launch_gemm_pairs(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
+                              float alpha, int more, const bf16 *more_a, const bf16 *more_b) {
+    const Device *device = a.device;
+    int count = groups.offsets ? groups.count : 1;
+    PairMaps maps = {};
+    maps.a = cuda_tile_map(a.data, 1, shape.M, shape.K, PAIRS_HALF);
+    maps.b = TB ? cuda_tile_map(b.data, count, shape.K, shape.N, PAIRS_DEPTH)
+                : cuda_tile_map(b.data, count, shape.N, shape.K, PAIRS_COLUMNS);
+    if (more) {
+        maps.more_a = cuda_tile_map(more_a, 1, shape.M, more, PAIRS_HALF);
+        maps.more_b = TB ? cuda_tile_map(more_b, 1, more, shape.N, PAIRS_DEPTH)
+                         : cuda_tile_map(more_b, 1, shape.N, more, PAIRS_COLUMNS);
+    }
+    int64_t tiles = pair_tiles(shape, groups), most = pairs_most(device);
+    LAUNCH_PAIRS(device, (gemm_pairs<TB, Y>), (unsigned)(tiles < most ? tiles : most) * PAIR,
+                 PAIRS_THREADS, gemm_pairs_bytes(count), data_of<Y>(y), write, maps, shape, more,
+                 groups, alpha);
+}
+
 template <typename S, bool TA, bool TB, int DB, typename Y>
 static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
                           float alpha) {
     if constexpr (std::is_same_v<S, LargeTiles>)
         if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b)) {
+            if constexpr (!TA) {
+                if (is_aligned(y)) {
+                    launch_gemm_pairs<TB, Y>(y, write, a, b, shape, groups, alpha, 0, NULL, NULL);
+                    return;
+                }
+            }
             launch_gemm_hopper<TA, TB, Y>(y, write, a, b, shape, groups, alpha);
             return;
         }
@@ -321,6 +367,58 @@ static void product_rounded(Layout layout, Tensor y, Write write, const Tensor *
                alpha, packs);
 }
 
+/* ---- with an adapter's term ---- */
+
+/* The term as bf16: K of three times its rank, for what is big of both, and small of either, and
+ * up to a multiple of 8, zeros. out (rows, more), or, TURNED, (more, rows); x is u or v. */
+struct TermSide {
+    bf16 *out;
+    const float *x;
+    int64_t rows;
+    bool turned, right;
+    float scale;
+};
+
+static __global__ void spread_term(TermSide left, TermSide right, int rank, int more) {
+    FOR_GRID(i, (left.rows + right.rows) * more) {
+        bool first = i < left.rows * more;
+        const TermSide &side = first ? left : right;
+        int64_t at = first ? i : i - left.rows * more;
+        int64_t row = side.turned ? at % side.rows : at / more;
+        int k = (int)(side.turned ? at / side.rows : at % more), part = k / rank, r = k % rank;
+        float x = 0;
+        if (part < 3) {
+            x = side.scale * side.x[side.turned ? r * side.rows + row : row * rank + r];
+            if (part == (side.right ? 2 : 1)) x -= rounded<bf16>(x);
+        }
+        side.out[at] = to_bf16(x);
+    }
+}
+
+/* Whether one kernel has the product and its term. */
+static bool takes_term(Layout layout, Tensor y, Tensor a, Tensor b) {
+    Shape shape = {tensor_rows(y), tensor_cols(y), tensor_cols(a)};
+    return (layout == NT || layout == NN) && y.dtype == BF16 && a.dtype == BF16 &&
+           b.dtype == BF16 && cuda_has_wgmma(a.device) && is_aligned(y) && is_aligned(a) &&
+           is_aligned(b) && fills_pairs(a.device, shape);
+}
+
+template <bool TB>
+static void product_with_term(Tensor y, Write write, Tensor a, Tensor b, const Term &term) {
+    const Device *device = a.device;
+    Shape shape = {tensor_rows(y), tensor_cols(y), tensor_cols(a)};
+    int rank = (int)tensor_cols(term.u), more = (3 * rank + 7) / 8 * 8;
+    size_t left = (size_t)(shape.M * more) * sizeof(bf16);
+    bf16 *more_a = (bf16 *)cuda_workspace(device, left + (size_t)(shape.N * more) * sizeof(bf16)),
+         *more_b = more_a + shape.M * more;
+    LAUNCH(device, (spread_term), grid_for(device, (shape.M + shape.N) * more, 256), 256, 0,
+           TermSide{more_a, data_of<float>(term.u), shape.M, false, false, term.scale},
+           TermSide{more_b, data_of<float>(term.v), shape.N, TB, true, 1.0f}, rank, more);
+    launch_gemm_pairs<TB, bf16>(y, write, a, b, shape, Groups{}, 1.0f, more, more_a, more_b);
+}
+
+/* ---- which product is whose ---- */
+
 static void dense_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
     int64_t M = tensor_rows(y), N = tensor_cols(y),
             K = layout == TN ? tensor_rows(a) : tensor_cols(a);
@@ -348,17 +446,6 @@ extern "C" void cuda_matmul(Layout layout, Tensor y, Write write, Tensor a, Tens
         by_panels(layout, y, write, a, b, alpha);
 }
 
-extern "C" void cuda_matmul_several(const Tensor *y, Tensor a, const Tensor *b, int count) {
-    bool alike = takes_few_rows(a);
-    for (int i = 1; i < count; i++) alike = alike && b[i].dtype == b->dtype;
-    if (alike)
-        WITH_FLOAT(y->dtype, Y, WITH_FLOAT(a.dtype, A, WITH_ANY(b->dtype, D, {
-                                               launch_few_rows<D, Y, A>(y, SET, a, b, count, 1.0f);
-                                           })));
-    else
-        for (int i = 0; i < count; i++) cuda_matmul(NT, y[i], SET, a, b[i], 1.0f);
-}
-
 /* The library's order of sums is its own, and fixed for a shape; unlike the host's, rows of zeros
  * may change bits. */
 extern "C" void cuda_matmul_ordered_several(Layout layout, const Tensor *y, Write write,
@@ -373,6 +460,46 @@ extern "C" void cuda_matmul_ordered_several(Layout layout, const Tensor *y, Writ
         for (int i = 0; i < count; i++)
             dense_product(layout, y[layout == NN ? 0 : i], write, a[layout == NT ? 0 : i],
                           b[layout == TN ? 0 : i], alpha);
+}
+
+extern "C" void cuda_matmul_several(const Tensor *y, Tensor a, const Tensor *b, const Term *terms,
+                                    int count) {
+    bool alike = takes_few_rows(a);
+    for (int i = 1; i < count; i++) alike = alike && b[i].dtype == b->dtype;
+    if (alike)
+        WITH_FLOAT(y->dtype, Y, WITH_FLOAT(a.dtype, A, WITH_ANY(b->dtype, D, {
+                                               launch_few_rows<D, Y, A>(y, SET, a, b, count, 1.0f);
+                                           })));
+    for (int i = 0; i < count; i++) {
+        bool adds = terms && tensor_present(terms[i].u);
+        if (!alike && adds && takes_term(NT, y[i], a, b[i])) {
+            product_with_term<false>(y[i], SET, a, b[i], terms[i]);
+            continue;
+        }
+        if (!alike) cuda_matmul(NT, y[i], SET, a, b[i], 1.0f);
+        if (adds) dense_product(NT, y[i], ADD, terms[i].u, terms[i].v, terms[i].scale);
+    }
+}
+
+/* Terms that no product took are added at once. */
+extern "C" void cuda_matmul_sum(Tensor y, Write write, const Tensor *a, const Tensor *b,
+                                const Term *terms, int count) {
+    Tensor u[MATRICES_MOST], v[MATRICES_MOST];
+    float scale = 0;
+    int left = 0;
+    for (int i = 0; i < count; i++, write = ADD) {
+        bool adds = terms && tensor_present(terms[i].u);
+        if (adds && takes_term(NN, y, a[i], b[i])) {
+            product_with_term<true>(y, write, a[i], b[i], terms[i]);
+            continue;
+        }
+        cuda_matmul(NN, y, write, a[i], b[i], 1.0f);
+        if (!adds) continue;
+        u[left] = terms[i].u;
+        v[left++] = terms[i].v;
+        scale = terms[i].scale;
+    }
+    if (left) cuda_matmul_ordered_several(NN, &y, ADD, u, v, left, scale);
 }
 
 /* ---- groups ---- */

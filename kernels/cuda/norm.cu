@@ -9,10 +9,14 @@ extern "C" {
 
 #define THREADS   256
 #define WARP_COLS 1024 /* rows up to here go to one warp */
+#define MANY      128  /* threads of a row where rows are many: more of those are under way */
 
-/* Threads of a row, and which of them and which row this is. */
+/* Threads of a block, ROW of them for each row; and which row is this thread's. */
+template <int ROW> __host__ __device__ constexpr int threads_of() {
+    return ROW == 32 ? THREADS : ROW;
+}
 template <int ROW> DEVICE_FUNCTION int64_t row_of() {
-    return (int64_t)blockIdx.x * (THREADS / ROW) + threadIdx.x / ROW;
+    return (int64_t)blockIdx.x * (threads_of<ROW>() / ROW) + threadIdx.x / ROW;
 }
 template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
     return ROW == 32 ? warp_sum(x) : block_sum(x, space);
@@ -23,10 +27,17 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
 #define HELD     4
 #define FEW_ROWS 64
 
+/* x rstd weight, which nothing that is added later joins in one rounding: as in pairs, so alone. */
+DEVICE_FUNCTION float normed(float x, float rstd, float weight) {
+    return __fmul_rn(x * rstd, weight);
+}
+
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
  * WHOLE: a row is held in registers, everything is read at once. */
 template <typename T, typename W, int V, int ROW, bool WHOLE>
-static __global__ void __launch_bounds__(THREADS, WHOLE ? 2 : 4)
+static __global__ void __launch_bounds__(threads_of<ROW>(), WHOLE         ? 2
+                                                            : ROW == MANY ? 12
+                                                                          : 4)
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
     wait_for_last();
@@ -56,7 +67,7 @@ static __global__ void __launch_bounds__(THREADS, WHOLE ? 2 : 4)
         float out[V];
 #pragma unroll
         for (int j = 0; j < V; j++) {
-            out[j] = weight ? to_float(a.v[j]) * r * to_float(w.v[j]) : to_float(a.v[j]) * r;
+            out[j] = normed(to_float(a.v[j]), r, weight ? to_float(w.v[j]) : 1.0f);
             if (residual) out[j] = rounded<T>(out[j]) + to_float(b.v[j]);
         }
         store(y + n * D + d, out);
@@ -92,15 +103,16 @@ static __global__ void __launch_bounds__(THREADS, WHOLE ? 2 : 4)
 
 template <typename T, typename W, int V, int ROW, typename... More>
 static void launch_rows(const Device *device, int64_t N, int64_t D, More... more) {
-    unsigned blocks = (unsigned)ceil_div(N, THREADS / ROW);
-    if (N <= FEW_ROWS && D <= (int64_t)HELD * ROW * V)
-        LAUNCH_NEXT(device, (forward<T, W, V, ROW, true>), blocks, THREADS, more...);
+    constexpr int BLOCK = threads_of<ROW>();
+    unsigned blocks = (unsigned)ceil_div(N, BLOCK / ROW);
+    if (ROW != MANY && N <= FEW_ROWS && D <= (int64_t)HELD * ROW * V)
+        LAUNCH_NEXT(device, (forward<T, W, V, ROW, ROW != MANY>), blocks, BLOCK, more...);
     else
-        LAUNCH_NEXT(device, (forward<T, W, V, ROW, false>), blocks, THREADS, more...);
+        LAUNCH_NEXT(device, (forward<T, W, V, ROW, false>), blocks, BLOCK, more...);
 }
 
 template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(threads_of<ROW>(), ROW == MANY ? 10 : 1)
     backward(T *dx, Write write, const T *dy, const T *x, const float *rstd, const W *weight,
              int64_t N, int64_t D) {
     __shared__ float space[32];
@@ -132,11 +144,14 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* Runs the statements with ROW the threads of a row. */
-#define WITH_ROW(D, ROW, ...)                                                                      \
+/* Runs the statements with ROW the threads of a row, of N. */
+#define WITH_ROW(N, D, ROW, ...)                                                                   \
     do {                                                                                           \
         if ((D) <= WARP_COLS) {                                                                    \
             constexpr int ROW = 32;                                                                \
+            __VA_ARGS__;                                                                           \
+        } else if ((N) > FEW_ROWS) {                                                               \
+            constexpr int ROW = MANY;                                                              \
             __VA_ARGS__;                                                                           \
         } else {                                                                                   \
             constexpr int ROW = THREADS;                                                           \
@@ -152,7 +167,7 @@ static void launch_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tenso
     DType weight_dtype = weight.data ? weight.dtype : F32;
     WITH_FLOAT(
         x.dtype, T,
-        WITH_FLOAT(weight_dtype, W, WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(D, ROW, {
+        WITH_FLOAT(weight_dtype, W, WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(N, D, ROW, {
                                                         launch_rows<T, W, V, ROW>(
                                                             x.device, N, D, data_of<T>(y),
                                                             data_of<float>(rstd), data_of<T>(x),
@@ -172,7 +187,7 @@ extern "C" void cuda_rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weigh
 
 /* A row of few is held in registers from one norm to the next. */
 template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(threads_of<ROW>())
     pair(T *y, T *next, Codes codes, const T *x, const W *weight, const T *residual, float scale,
          const W *next_weight, int64_t N, int64_t D, float eps) {
     __shared__ float space[2][32];
@@ -207,8 +222,8 @@ static __global__ void __launch_bounds__(THREADS)
         float out[V];
 #pragma unroll
         for (int j = 0; j < V; j++) {
-            float normed = to_float(held[i].v[j]) * r * to_float(factors[i].v[j]);
-            out[j] = rounded<T>(rounded<T>(normed) + to_float(more[i].v[j]));
+            float one = normed(to_float(held[i].v[j]), r, to_float(factors[i].v[j]));
+            out[j] = rounded<T>(rounded<T>(one) + to_float(more[i].v[j]));
             if (scale != 1.0f) out[j] = rounded<T>(scale * out[j]);
             held[i].v[j] = from_float<T>(out[j]);
             squares += out[j] * out[j];
@@ -224,7 +239,7 @@ static __global__ void __launch_bounds__(THREADS)
         float out[V];
 #pragma unroll
         for (int j = 0; j < V; j++)
-            out[j] = rounded<T>(to_float(held[i].v[j]) * r * to_float(others[i].v[j]));
+            out[j] = rounded<T>(normed(to_float(held[i].v[j]), r, to_float(others[i].v[j])));
         if (inside) store(next + n * D + d, out);
         if (codes.scales) store_codes(codes, n * D + d, out, inside);
     }
@@ -246,15 +261,15 @@ extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x,
         if (to.scales) round_activations(x.device, to, next);
         return;
     }
-    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(D, ROW, {
-                                          constexpr int V = (int)(16 / sizeof(T));
-                                          LAUNCH_NEXT(x.device, (pair<T, W, V, ROW>),
-                                                      (unsigned)ceil_div(N, THREADS / ROW), THREADS,
-                                                      data_of<T>(y), data_of<T>(next), to,
-                                                      data_of<T>(x), data_of<W>(weight),
-                                                      data_of<T>(residual), scale,
-                                                      data_of<W>(next_weight), N, D, eps);
-                                      })));
+    WITH_FLOAT(x.dtype, T,
+               WITH_FLOAT(weight.dtype, W, WITH_ROW(N, D, ROW, {
+                              constexpr int V = (int)(16 / sizeof(T));
+                              LAUNCH_NEXT(x.device, (pair<T, W, V, ROW>),
+                                          (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
+                                          threads_of<ROW>(), data_of<T>(y), data_of<T>(next), to,
+                                          data_of<T>(x), data_of<W>(weight), data_of<T>(residual),
+                                          scale, data_of<W>(next_weight), N, D, eps);
+                          })));
 }
 
 template <typename T> struct WeightTerm {
@@ -280,19 +295,20 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
     DType weight_dtype = weight.data ? weight.dtype : F32;
     WITH_FLOAT(x.dtype, T,
                WITH_FLOAT(weight_dtype, W,
-                          WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(D, ROW, {
+                          WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(N, D, ROW, {
                                               LAUNCH(x.device, (backward<T, W, V, ROW>),
-                                                     (unsigned)ceil_div(N, THREADS / ROW), THREADS,
-                                                     0, data_of<T>(dx), write, data_of<T>(dy),
-                                                     data_of<T>(x), data_of<float>(rstd),
-                                                     data_of<W>(weight), N, D);
+                                                     (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
+                                                     threads_of<ROW>(), 0, data_of<T>(dx), write,
+                                                     data_of<T>(dy), data_of<T>(x),
+                                                     data_of<float>(rstd), data_of<W>(weight), N,
+                                                     D);
                                           }))));
 }
 
 /* ---- layer norm ---- */
 
 template <typename T, typename W, int ROW>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(threads_of<ROW>())
     layer_forward(T *y, float *mean, float *rstd, const T *x, const W *weight, const W *bias,
                   int64_t N, int64_t D, float eps) {
     __shared__ float space[32];
@@ -314,7 +330,7 @@ static __global__ void __launch_bounds__(THREADS)
 }
 
 template <typename T, typename W, int ROW>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(threads_of<ROW>())
     layer_backward(T *dx, const T *dy, const T *x, const float *mean, const float *rstd,
                    const W *weight, int64_t N, int64_t D) {
     __shared__ float space[32];
@@ -340,12 +356,13 @@ extern "C" void cuda_layernorm_forward(Tensor y, Tensor mean, Tensor rstd, Tenso
                                        Tensor bias, float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     if (!N) return;
-    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(D, ROW, {
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(N, D, ROW, {
                                           LAUNCH(x.device, (layer_forward<T, W, ROW>),
-                                                 (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
-                                                 data_of<T>(y), data_of<float>(mean),
-                                                 data_of<float>(rstd), data_of<T>(x),
-                                                 data_of<W>(weight), data_of<W>(bias), N, D, eps);
+                                                 (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
+                                                 threads_of<ROW>(), 0, data_of<T>(y),
+                                                 data_of<float>(mean), data_of<float>(rstd),
+                                                 data_of<T>(x), data_of<W>(weight),
+                                                 data_of<W>(bias), N, D, eps);
                                       })));
 }
 
@@ -378,10 +395,11 @@ extern "C" void cuda_layernorm_backward(Tensor dx, Tensor dweight, Tensor dbias,
                    add_column_sums(x.device, data_of<float>(dbias), N, D,
                                    LayerBiasTerm<T>{data_of<T>(dy), D}));
     if (!dx.data) return;
-    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(D, ROW, {
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(weight.dtype, W, WITH_ROW(N, D, ROW, {
                                           LAUNCH(x.device, (layer_backward<T, W, ROW>),
-                                                 (unsigned)ceil_div(N, THREADS / ROW), THREADS, 0,
-                                                 data_of<T>(dx), data_of<T>(dy), data_of<T>(x),
+                                                 (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
+                                                 threads_of<ROW>(), 0, data_of<T>(dx),
+                                                 data_of<T>(dy), data_of<T>(x),
                                                  data_of<float>(mean), data_of<float>(rstd),
                                                  data_of<W>(weight), N, D);
                                       })));

@@ -171,6 +171,8 @@ DEVICE_FUNCTION void wgmma_close_group() {
 template <int LEFT> DEVICE_FUNCTION void wgmma_wait() {
 #if defined(__CUDACC__) && ON_HOPPER
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+#elif !defined(__CUDACC__)
+    simt_warpgroup_sync(); /* a product is done when it is for all four warps */
 #endif
 }
 /* After waiting: the compiler reads these results from here on, not before. */

@@ -16,7 +16,7 @@
 
 /* ---- threads ---- */
 
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_WARPGROUP, AT_BLOCK, AT_CLUSTER, DONE };
 
 struct Lane {
     SimtThread view;
@@ -34,12 +34,14 @@ struct Warp {
     size_t size;
 };
 
-static const size_t STACK = 256 * 1024, THREADS = 1024;
+static const size_t STACK = 256 * 1024, THREADS = 1024, CLUSTER = 2, WARPGROUP = 128;
 static std::vector<Lane> lanes(THREADS);
 static std::vector<Warp> warps(THREADS / 32);
 static char *stacks;
 static jmp_buf scheduler;
-static unsigned running, count, waiting, finished;
+/* Threads of a block, and of the cluster of blocks that run at once; which wait for their block. */
+static unsigned running, count, total, waiting[CLUSTER], at_warpgroup[THREADS / WARPGROUP],
+    at_cluster, finished, pauses;
 static const std::function<void()> *current_body;
 static const char *current_name = "no kernel";
 SimtThread *simt_thread;
@@ -57,7 +59,7 @@ static void leave(State state) {
 }
 
 static unsigned lanes_of(unsigned warp) {
-    return count - warp * 32 < 32 ? count - warp * 32 : 32;
+    return total - warp * 32 < 32 ? total - warp * 32 : 32;
 }
 
 const unsigned char *simt_exchange(const void *mine, size_t size) {
@@ -78,14 +80,34 @@ const unsigned char *simt_exchange(const void *mine, size_t size) {
     return set;
 }
 
-void __syncthreads() {
-    if (++waiting == count) {
-        waiting = 0;
-        for (unsigned i = 0; i < count; i++)
-            if (lanes[i].state == AT_BLOCK) lanes[i].state = READY;
+/* The thread waits; or, as the last of `all` from lane `first` on, lets them go on. */
+static void meet(State state, unsigned &arrived, unsigned first, unsigned all) {
+    if (++arrived < all) {
+        leave(state);
         return;
     }
-    leave(AT_BLOCK);
+    arrived = 0;
+    for (unsigned i = first; i < first + all; i++)
+        if (lanes[i].state == state) lanes[i].state = READY;
+}
+
+void __syncthreads() {
+    unsigned block = running / count;
+    meet(AT_BLOCK, waiting[block], block * count, count);
+}
+
+void simt_warpgroup_sync() {
+    unsigned group = running / WARPGROUP;
+    meet(AT_WARPGROUP, at_warpgroup[group], group * WARPGROUP, WARPGROUP);
+}
+
+void simt_cluster_sync() {
+    meet(AT_CLUSTER, at_cluster, 0, total);
+}
+
+void simt_pause() {
+    if (++pauses > 100000000) broken("threads wait for what never comes");
+    leave(READY);
 }
 
 unsigned __ballot_sync(unsigned, int value) {
@@ -119,31 +141,39 @@ static void resume(unsigned i) {
     setcontext(&context);
 }
 
-static void run_block(dim3 block) {
+/* The blocks of one cluster. */
+static void run_blocks(dim3 block) {
     static const bool reversed =
         getenv("LAPIDARY_SIMT_ORDER") && !strcmp(getenv("LAPIDARY_SIMT_ORDER"), "reversed");
-    waiting = finished = 0;
-    for (unsigned i = 0; i < (count + 31) / 32; i++) warps[i].arrived = 0;
-    for (unsigned i = 0; i < count; i++) {
+    at_cluster = finished = pauses = 0;
+    for (unsigned &w : waiting) w = 0;
+    for (unsigned &w : at_warpgroup) w = 0;
+    for (unsigned i = 0; i < (total + 31) / 32; i++) warps[i].arrived = 0;
+    for (unsigned i = 0; i < total; i++) {
         Lane &lane = lanes[i];
-        lane.view.thread = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
+        unsigned k = i % count;
+        lane.view.thread = dim3(k % block.x, k / block.x % block.y, k / block.x / block.y);
         lane.state = READY;
         lane.entered = false;
         lane.turn = 0;
     }
-    while (finished < count) {
+    while (finished < total) {
         bool moved = false;
-        for (unsigned k = 0; k < count; k++) {
-            unsigned i = reversed ? count - 1 - k : k;
+        for (unsigned k = 0; k < total; k++) {
+            unsigned i = reversed ? total - 1 - k : k;
             if (lanes[i].state != READY) continue;
             resume(i);
             moved = true;
         }
         if (!moved) broken("some threads wait for others that ended or wait elsewhere");
     }
-    for (unsigned i = 0; i < (count + 31) / 32; i++)
+    for (unsigned i = 0; i < (total + 31) / 32; i++)
         if (warps[i].arrived) broken("a thread ended while its warp waits for it");
-    if (waiting) broken("a thread ended while its block waits for it");
+    for (unsigned w : waiting)
+        if (w) broken("a thread ended while its block waits for it");
+    for (unsigned w : at_warpgroup)
+        if (w) broken("a thread ended while its warpgroup waits for it");
+    if (at_cluster) broken("a thread ended while its cluster waits for it");
 }
 
 /* ---- memory ---- */
@@ -274,10 +304,12 @@ static cudaError_t call(std::function<void()> work) {
     return cudaSuccess;
 }
 
-static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
+static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
                      const std::function<void()> &body) {
     count = block.x * block.y * block.z;
-    if (!count || count > THREADS || shared > 227 * 1024 || !grid.x || grid.x > 0x7fffffff ||
+    total = count * cluster;
+    if (!count || total > THREADS || cluster > CLUSTER || grid.x % cluster ||
+        (cluster > 1 && count % 32) || shared > 227 * 1024 || !grid.x || grid.x > 0x7fffffff ||
         !grid.y || grid.y > 65535 || !grid.z || grid.z > 65535) {
         fprintf(stderr, "simt: %s: %u threads, %zu bytes of shared memory, grid %u,%u,%u\n", name,
                 count, shared, grid.x, grid.y, grid.z);
@@ -290,7 +322,8 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
         if (blocks > most) most = blocks;
         return;
     }
-    std::vector<unsigned char> dynamic(shared + 1024);
+    size_t each = (shared + 1023) / 1024 * 1024;
+    std::vector<unsigned char> dynamic(each * cluster + 1024);
     unsigned char *aligned = dynamic.data() + (-(uintptr_t)dynamic.data() & 1023);
     if (!stacks) {
         stacks = (char *)mmap(NULL, THREADS * STACK, PROT_READ | PROT_WRITE,
@@ -300,23 +333,30 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared,
     current_name = name;
     current_body = &body;
     reach(true);
-    for (unsigned i = 0; i < grid.x * grid.y * grid.z; i++) {
-        memset(aligned, 0xff, shared);
-        for (unsigned k = 0; k < count; k++)
-            lanes[k].view = {dim3(), dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y),
-                             block, grid, aligned};
-        run_block(block);
+    for (unsigned i = 0; i < grid.x * grid.y * grid.z; i += cluster) {
+        memset(aligned, 0xff, each * cluster);
+        for (unsigned k = 0; k < total; k++) {
+            unsigned rank = k / count, b = i + rank;
+            lanes[k].view = {dim3(),
+                             dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y),
+                             block,
+                             grid,
+                             aligned + rank * each,
+                             rank,
+                             each};
+        }
+        run_blocks(block);
     }
     reach(false);
 }
 
-void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared,
-                 std::function<void()> body) {
+void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body,
+                 unsigned cluster) {
     if (fails("image")) {
         last_error = cudaErrorNoKernelImageForDevice;
         return;
     }
-    call([=] { run_grid(name, grid, block, shared, body); });
+    call([=] { run_grid(name, grid, block, shared, cluster, body); });
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,

@@ -25,6 +25,7 @@
 #define __shared__ static
 #define __constant__
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 
 struct dim3 {
@@ -50,6 +51,8 @@ struct alignas(16) uint4 {
 struct SimtThread {
     dim3 thread, block, block_size, grid_size;
     unsigned char *dynamic_shared;
+    unsigned cluster_rank;
+    size_t cluster_shared; /* bytes from one block's dynamic shared memory to the next one's */
 };
 extern SimtThread *simt_thread; /* the one that runs now */
 
@@ -66,6 +69,16 @@ void __syncthreads();
 /* Every lane of the warp gives `size` bytes; returns what lane i gave at i * 64. Valid until the
  * lane's next exchange. */
 const unsigned char *simt_exchange(const void *mine, size_t size);
+
+/* The four warps of this thread's warpgroup. */
+void simt_warpgroup_sync();
+
+/* All threads of a cluster: blocks that run at once, whose dynamic shared memory the others reach
+ * (static one they would share). */
+void simt_cluster_sync();
+
+/* Lets other threads run, in a loop that waits for what they do. */
+void simt_pause();
 
 static inline void __syncwarp(unsigned = 0xffffffffu) {
     char nothing = 0;
@@ -174,8 +187,8 @@ static inline int atomicAdd(int *p, int value) {
 
 /* Runs every thread of every block before it returns, or notes the launch where a graph is being
  * recorded. */
-void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared,
-                 std::function<void()> body);
+void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body,
+                 unsigned cluster = 1);
 
 /* ---- the runtime's functions, as far as Lapidary uses them ---- */
 

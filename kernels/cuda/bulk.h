@@ -1,0 +1,184 @@
+/* bulk.h - Hopper's copies of whole tiles into shared memory, one thread asking for them, into one
+ * or both blocks of a pair, and the barriers that count what has arrived (PTX ISA,
+ * "cp.async.bulk.tensor", "mbarrier"). Tiles lie as wgmma.h wants them.
+ *
+ * Code for sm_90a alone has these instructions; on the host copies are there at once. */
+#ifndef CUDA_BULK_H
+#define CUDA_BULK_H
+
+#include "kernels/cuda/wgmma.h"
+
+#define PAIR 2 /* blocks that run at once and reach each other's shared memory */
+
+/* ---- the matrices that tiles are cut from ---- */
+
+/* `groups` matrices of bf16, (rows, cols) each, and the tile that one copy brings: 64 columns by
+ * `tile_rows` rows. What lies outside a matrix comes as zeros. */
+#ifdef __CUDACC__
+#include <cudaTypedefs.h>
+typedef CUtensorMap TileMap;
+#else
+struct TileMap {
+    const bf16 *data;
+    int64_t cols, rows, groups;
+    int tile_rows;
+};
+#endif
+
+/* cols a multiple of 8, data of 16 bytes, tile_rows up to 256. Made on the host (device.cu). */
+TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t cols, int tile_rows);
+
+/* ---- barriers ---- */
+
+/* Lies in shared memory. A phase ends when so many threads have arrived, and all bytes that were
+ * announced. */
+#ifdef __CUDACC__
+typedef uint64_t Barrier;
+#else
+struct Barrier {
+    int32_t bytes;
+    uint16_t missing;
+    uint8_t threads, phase;
+};
+static inline void simt_step(Barrier *b) {
+    if (b->missing || b->bytes) return;
+    b->missing = b->threads;
+    b->phase ^= 1;
+}
+/* The same place in the shared memory of another block of the pair. */
+template <typename T> static T *simt_in_block(T *p, unsigned rank) {
+    ptrdiff_t blocks = (ptrdiff_t)rank - (ptrdiff_t)simt_thread->cluster_rank;
+    return (T *)((char *)p + blocks * (ptrdiff_t)simt_thread->cluster_shared);
+}
+#endif
+
+DEVICE_FUNCTION unsigned pair_rank() {
+#ifdef __CUDACC__
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+#else
+    return simt_thread->cluster_rank;
+#endif
+}
+
+/* Every thread of both blocks. */
+DEVICE_FUNCTION void pair_sync() {
+#if defined(__CUDACC__) && ON_HOPPER
+    asm volatile("barrier.cluster.arrive.release;\n"
+                 "barrier.cluster.wait.acquire;" ::
+                     : "memory");
+#elif !defined(__CUDACC__)
+    simt_cluster_sync();
+#endif
+}
+
+/* By one thread; pair_sync before anyone uses it. */
+DEVICE_FUNCTION void barrier_begin(Barrier *b, int threads) {
+#if defined(__CUDACC__) && ON_HOPPER
+    unsigned at = (unsigned)__cvta_generic_to_shared(b);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n"
+                 "fence.mbarrier_init.release.cluster;" ::"r"(at),
+                 "r"(threads)
+                 : "memory");
+#elif !defined(__CUDACC__)
+    *b = Barrier{0, (uint16_t)threads, (uint8_t)threads, 0};
+#endif
+}
+
+/* This thread arrives at its block's barrier, and so many bytes are to. */
+DEVICE_FUNCTION void barrier_announce(Barrier *b, int bytes) {
+#if defined(__CUDACC__) && ON_HOPPER
+    unsigned at = (unsigned)__cvta_generic_to_shared(b);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+                 : "memory");
+#elif !defined(__CUDACC__)
+    b->bytes += bytes;
+    b->missing--;
+    simt_step(b);
+#endif
+}
+
+/* This thread arrives at the barrier of block `rank` of the pair. */
+DEVICE_FUNCTION void barrier_arrive(Barrier *b, unsigned rank) {
+#if defined(__CUDACC__) && ON_HOPPER
+    unsigned at = (unsigned)__cvta_generic_to_shared(b);
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
+                 "r"(rank)
+                 : "memory");
+#elif !defined(__CUDACC__)
+    Barrier *there = simt_in_block(b, rank);
+    there->missing--;
+    simt_step(there);
+#endif
+}
+
+/* Until the phase of this parity has ended: 0 the first, 1 the second, 0 the third. */
+DEVICE_FUNCTION void barrier_wait(Barrier *b, unsigned parity) {
+#if defined(__CUDACC__) && ON_HOPPER
+    unsigned at = (unsigned)__cvta_generic_to_shared(b);
+    asm volatile("{ .reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" ::"r"(at),
+                 "r"(parity)
+                 : "memory");
+#elif !defined(__CUDACC__)
+    while (b->phase == parity) simt_pause();
+#endif
+}
+
+/* ---- copies ---- */
+
+/* The tile at (row, col) of a group's matrix, into shared memory at `to`, and its bytes to the
+ * barrier: of this block, or, to BOTH, of each block of the pair at the same place. */
+template <bool BOTH>
+DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t group, int64_t row,
+                               int64_t col) {
+#if defined(__CUDACC__) && ON_HOPPER
+    unsigned place = (unsigned)__cvta_generic_to_shared(to),
+             at = (unsigned)__cvta_generic_to_shared(b);
+    if (BOTH)
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(place),
+                     "l"(&map), "r"((int)col), "r"((int)row), "r"((int)group), "r"(at),
+                     "h"((uint16_t)3)
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(place),
+                     "l"(&map), "r"((int)col), "r"((int)row), "r"((int)group), "r"(at)
+                     : "memory");
+#elif !defined(__CUDACC__)
+    for (unsigned rank = 0; rank < PAIR; rank++) {
+        if (!BOTH && rank != simt_thread->cluster_rank) continue;
+        bf16 *tile = simt_in_block(to, rank);
+        for (int r = 0; r < map.tile_rows; r++)
+            for (int c = 0; c < 64; c++) {
+                bool here = row + r < map.rows && col + c < map.cols && group < map.groups;
+                tile[tile_at(r, c / 8 * 8, map.tile_rows) + c % 8] =
+                    here ? map.data[(group * map.rows + row + r) * map.cols + col + c] : bf16{0};
+            }
+        Barrier *there = simt_in_block(b, rank);
+        there->bytes -= map.tile_rows * 128;
+        simt_step(there);
+    }
+#endif
+}
+
+/* ---- registers ---- */
+
+/* How many registers each thread of the warpgroup has from here on: fewer than at the start, or
+ * more, which others must have given back. */
+template <int COUNT> DEVICE_FUNCTION void registers_fewer() {
+#if defined(__CUDACC__) && ON_HOPPER
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+template <int COUNT> DEVICE_FUNCTION void registers_more() {
+#if defined(__CUDACC__) && ON_HOPPER
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+
+#endif
