@@ -67,7 +67,9 @@ static void CUPTIAPI take(CUcontext context, uint32_t stream, uint8_t *buffer, s
                 (double)m->start, (double)m->end, NULL, 0);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
             const CUpti_ActivityMemset4 *m = (const CUpti_ActivityMemset4 *)record;
-            add("memset", (double)m->start, (double)m->end, NULL, 0);
+            char name[64];
+            snprintf(name, sizeof name, "memset of %llu bytes", (unsigned long long)m->bytes);
+            add(name, (double)m->start, (double)m->end, NULL, 0);
         }
     }
     free(buffer);

@@ -19,14 +19,15 @@ void gelu_mul_codes(Tensor y, Tensor codes, Tensor gate, Tensor up) {
     ON_DEVICE(y, gelu_mul_codes)(y, codes, gate, up);
 }
 
-void gelu_mul_backward(Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor up) {
+void gelu_mul_backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, Tensor gate, Tensor up) {
     check_gate(dy, gate, up);
+    if (tensor_present(y)) check_gate(y, gate, up);
     CHECK(tensor_count(dgate) == tensor_count(gate) && dgate.dtype == gate.dtype,
           "gelu_mul: dgate %s", tensor_text(dgate));
     CHECK(!tensor_present(dup) ||
               (tensor_count(dup) == tensor_count(gate) && dup.dtype == gate.dtype),
           "gelu_mul: dup %s", tensor_text(dup));
-    ON_DEVICE(dy, gelu_mul_backward)(dgate, dup, dy, gate, up);
+    ON_DEVICE(dy, gelu_mul_backward)(dgate, dup, y, dy, gate, up);
 }
 
 static void check_joined(Tensor y, Tensor both) {

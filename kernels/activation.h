@@ -13,9 +13,10 @@ KERNEL(gelu_mul_forward, Tensor y, Tensor gate, Tensor up);
  *   y, gate, up (M, F); codes u8 (int8_codes) */
 KERNEL(gelu_mul_codes, Tensor y, Tensor codes, Tensor gate, Tensor up);
 
-/* dgate = dy * up * gelu'(gate), dup = dy * gelu(gate).
- *   dup may alias dy, dgate may alias gate. dup absent: not needed. */
-KERNEL(gelu_mul_backward, Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor up);
+/* dgate = dy * up * gelu'(gate), dup = dy * gelu(gate), and once more y = gelu(gate) * up, bit for
+ * bit gelu_mul_forward's.
+ *   dup may alias dy, dgate may alias gate, y may not alias. dup, y absent: not needed. */
+KERNEL(gelu_mul_backward, Tensor dgate, Tensor dup, Tensor y, Tensor dy, Tensor gate, Tensor up);
 
 /* The same where each row of `both` (M, 2 F) holds gate, then up.   y (M, F) */
 KERNEL(gelu_mul_joined_forward, Tensor y, Tensor both);

@@ -164,7 +164,7 @@ void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_
         norm_backward(&b->post_per_layer_input_norm, dbranch, SET, dx, s->projected,
                       s->projected_rstd);
         linear_backward(&b->per_layer_projection, du, SET, dbranch, u, p);
-        gelu_mul_backward(u, dper_layer, du, s->gate, per_layer); /* u: dgate */
+        gelu_mul_backward(u, dper_layer, tensor_absent(), du, s->gate, per_layer); /* u: dgate */
         linear_backward(&b->per_layer_input_gate, dx, ADD, u, s->x2, p);
     }
     norm_backward(&b->post_feedforward_layernorm, dbranch, SET, dx, s->fed, s->fed_rstd);

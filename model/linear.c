@@ -401,28 +401,59 @@ static void backward_ranks(const Linear *l, Tensor du, Tensor dy, Tensor u, Tens
     if (is_trained(l)) adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
 }
 
-/* Of linears that are bare and adapt plainly; the adapters are trained, all or none. */
+/* dx and B's gradients, which read dy alone, of linears that are bare and adapt plainly; du[k]:
+ * what goes back through adapter k. */
+static void plainly_to_input(const Linear *const *l, const Adapters *a, Tensor *du, Tensor dx,
+                             Write write, const Tensor *dy, int count, Pass *p) {
+    Tensor weights[MATRICES_MOST];
+    Term terms[MATRICES_MOST] = {0};
+    for (int i = 0; i < count; i++) weights[i] = l[i]->weight->value;
+    for (int k = 0; k < a->count; k++) {
+        const Linear *of = l[a->of[k]];
+        du[k] = arena_like(p->scratch, a->u[k]);
+        backward_ranks(of, du[k], dy[a->of[k]], a->u[k], tensor_absent());
+        terms[a->of[k]] = (Term){du[k], of->lora->A->value, 1.0f};
+    }
+    if (tensor_present(dx)) matmul_sum(dx, write, dy, weights, terms, count);
+}
+
+/* The other gradients; the adapters are trained, all or none. */
+static void plainly_from_input(const Linear *const *l, const Adapters *a, const Tensor *du,
+                               const Tensor *dy, int count, Tensor x) {
+    Tensor grads[MATRICES_MOST];
+    for (int i = 0; i < count; i++) backward_weight(l[i], dy[i], x, tensor_absent());
+    if (!a->count || !is_trained(l[a->of[0]])) return;
+    for (int k = 0; k < a->count; k++) grads[k] = l[a->of[k]]->lora->A->grad;
+    matmul_ordered_several(TN, grads, ADD, du, &x, a->count, 1.0f);
+}
+
 static void backward_plainly(const Linear *const *l, Tensor dx, Write write, const Tensor *dy,
                              int count, Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    Tensor weights[MATRICES_MOST], du[MATRICES_MOST], grads[MATRICES_MOST];
-    Term terms[MATRICES_MOST] = {0};
+    Tensor du[MATRICES_MOST];
     Adapters a = adapters_of(l, count, tensor_rows(*dy), p);
-    bool trains = a.count && is_trained(l[a.of[0]]);
-    if (trains && !a.kept) matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
-    for (int k = 0; k < a.count; k++) {
-        const Linear *of = l[a.of[k]];
-        du[k] = arena_like(p->scratch, a.u[k]);
-        grads[k] = of->lora->A->grad;
-        backward_ranks(of, du[k], dy[a.of[k]], a.u[k], tensor_absent());
-        terms[a.of[k]] = (Term){du[k], of->lora->A->value, 1.0f};
-    }
-    for (int i = 0; i < count; i++) {
-        weights[i] = l[i]->weight->value;
-        backward_weight(l[i], dy[i], x, tensor_absent());
-    }
-    if (tensor_present(dx)) matmul_sum(dx, write, dy, weights, terms, count);
-    if (trains) matmul_ordered_several(TN, grads, ADD, du, &x, a.count, 1.0f);
+    if (a.count && is_trained(l[a.of[0]]) && !a.kept)
+        matmul_ordered_several(NT, a.u, SET, &x, a.A, a.count, 1.0f);
+    plainly_to_input(l, &a, du, dx, write, dy, count, p);
+    plainly_from_input(l, &a, du, dy, count, x);
+    arena_release(p->scratch, mark);
+}
+
+bool linear_parts_backward(const Linear *l, const Pass *p) {
+    return is_bare(l) && adapts_plainly(l, p) && (!is_trained(l) || tensor_present(l->lora->u));
+}
+
+Tensor linear_backward_to_input(const Linear *l, Tensor dx, Write write, Tensor dy, Pass *p) {
+    Tensor du = tensor_absent();
+    Adapters a = adapters_of(&l, 1, tensor_rows(dy), p);
+    plainly_to_input(&l, &a, &du, dx, write, &dy, 1, p);
+    return du;
+}
+
+void linear_backward_from_input(const Linear *l, Tensor du, Tensor dy, Tensor x, Pass *p) {
+    size_t mark = arena_mark(p->scratch);
+    Adapters a = adapters_of(&l, 1, tensor_rows(dy), p);
+    plainly_from_input(&l, &a, &du, &dy, 1, x);
     arena_release(p->scratch, mark);
 }
 

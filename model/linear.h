@@ -103,6 +103,13 @@ Tensor pass_codes(Pass *p, Tensor x, const Linear *reader);
 /* y (N, V) = x W^T for a matrix that is no linear's: the tied head. */
 void project(Tensor y, Tensor x, Tensor weight, bool int8);
 
+/* The way back of an x that is made on it, from the same as dx goes on to: first dx, and what goes
+ * back through the adapter, in scratch (absent: none); then the gradients that read x. Only where
+ * linear_parts_backward says that it can be taken apart. */
+bool linear_parts_backward(const Linear *l, const Pass *p);
+Tensor linear_backward_to_input(const Linear *l, Tensor dx, Write write, Tensor dy, Pass *p);
+void linear_backward_from_input(const Linear *l, Tensor du, Tensor dy, Tensor x, Pass *p);
+
 /* Whether the way back reads x; else it may be absent there, and need not be made again. */
 bool linear_reads_input(const Linear *l);
 

@@ -1,7 +1,7 @@
 /* mlp.c - the gated feed-forward: y = down_proj(gelu(gate_proj(x)) * up_proj(x)).
  *
- * gelu(gate) * up is cheap, so only gate and up are saved and the product is redone in backward;
- * keeping it would cost a third (N, F) tensor per block. */
+ * gelu(gate) * up is cheap, so only gate and up are saved and the product is made again on the way
+ * back, with the gradients of both; keeping it would cost a third (N, F) tensor per block. */
 #include "model/mlp.h"
 #include "kernels/activation.h"
 
@@ -38,11 +38,19 @@ void mlp_forward(const Mlp *m, MlpSaved *s, Tensor y, Tensor x, Pass *p) {
 void mlp_backward(const Mlp *m, const MlpSaved *s, Tensor dx, Write write, Tensor dy, Tensor x,
                   Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    Tensor hidden = arena_like(p->scratch, s->gate), dhidden = arena_like(p->scratch, s->gate);
-    if (linear_reads_input(&m->down_proj)) gelu_mul_forward(hidden, s->gate, s->up);
-    linear_backward(&m->down_proj, dhidden, SET, dy, hidden, p);
-    gelu_mul_backward(hidden, dhidden, dhidden, s->gate, s->up); /* hidden: dgate, dhidden: dup */
+    Tensor hidden = tensor_absent(), dgate = arena_like(p->scratch, s->gate),
+           dup = arena_like(p->scratch, s->gate);
+    if (linear_reads_input(&m->down_proj)) hidden = arena_like(p->scratch, s->gate);
+    if (linear_parts_backward(&m->down_proj, p)) {
+        Tensor du = linear_backward_to_input(&m->down_proj, dup, SET, dy, p);
+        gelu_mul_backward(dgate, dup, hidden, dup, s->gate, s->up);
+        linear_backward_from_input(&m->down_proj, du, dy, hidden, p);
+    } else {
+        if (tensor_present(hidden)) gelu_mul_forward(hidden, s->gate, s->up);
+        linear_backward(&m->down_proj, dup, SET, dy, hidden, p);
+        gelu_mul_backward(dgate, dup, tensor_absent(), dup, s->gate, s->up);
+    }
     linear_backward_several((const Linear *[]){&m->gate_proj, &m->up_proj}, dx, write,
-                            (Tensor[]){hidden, dhidden}, 2, x, p);
+                            (Tensor[]){dgate, dup}, 2, x, p);
     arena_release(p->scratch, mark);
 }

@@ -21,10 +21,10 @@ static void forward(Tensor y, int64_t first, Tensor gate, int64_t g, Tensor up, 
     store_f32(y, first, n, out);
 }
 
-/* The same places of the gradients; of dy from `first` on. */
-static void backward(Tensor dgate, Tensor dup, Tensor dy, int64_t first, Tensor gate, int64_t g,
-                     Tensor up, int64_t u, int64_t n) {
-    float a[CHUNK], b[CHUNK], c[CHUNK], gate_out[CHUNK], up_out[CHUNK];
+/* The same places of the gradients; of y, if it is there, and dy from `first` on. */
+static void backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, int64_t first, Tensor gate,
+                     int64_t g, Tensor up, int64_t u, int64_t n) {
+    float a[CHUNK], b[CHUNK], c[CHUNK], gate_out[CHUNK], up_out[CHUNK], gelu[CHUNK];
     const float *in = load_f32(a, gate, g, n), *factor = load_f32(b, up, u, n);
     const float *d = load_f32(c, dy, first, n);
 #pragma omp simd
@@ -32,8 +32,15 @@ static void backward(Tensor dgate, Tensor dup, Tensor dy, int64_t first, Tensor 
         float x = in[i], t = fast_tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
         float slope = 0.5f * (1.0f + t) +
                       0.5f * x * (1.0f - t * t) * GELU_FACTOR * (1.0f + 3.0f * GELU_CUBE * x * x);
+        gelu[i] = 0.5f * x * (1.0f + t);
         gate_out[i] = d[i] * factor[i] * slope;
-        up_out[i] = d[i] * (0.5f * x * (1.0f + t));
+        up_out[i] = d[i] * gelu[i];
+    }
+    if (y.data) {
+        round_to(y.dtype, gelu, n);
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) gelu[i] *= factor[i];
+        store_f32(y, first, n, gelu);
     }
     store_f32(dgate, g, n, gate_out);
     if (dup.data) store_f32(dup, u, n, up_out);
@@ -51,11 +58,11 @@ void CPU(gelu_mul_codes)(Tensor y, Tensor codes, Tensor gate, Tensor up) {
     CPU(gelu_mul_forward)(y, gate, up);
 }
 
-void CPU(gelu_mul_backward)(Tensor dgate, Tensor dup, Tensor dy, Tensor gate, Tensor up) {
+void CPU(gelu_mul_backward)(Tensor dgate, Tensor dup, Tensor y, Tensor dy, Tensor gate, Tensor up) {
     int64_t count = tensor_count(dy);
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < count; first += CHUNK)
-        backward(dgate, dup, dy, first, gate, first, up, first,
+        backward(dgate, dup, y, dy, first, gate, first, up, first,
                  count - first < CHUNK ? count - first : CHUNK);
 }
 
@@ -73,7 +80,7 @@ void CPU(gelu_mul_joined_backward)(Tensor dboth, Tensor dy, Tensor both) {
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t m = 0; m < M; m++)
         for (int64_t first = 0; first < F; first += CHUNK)
-            backward(dboth, dboth, dy, m * F + first, both, 2 * m * F + first, both,
+            backward(dboth, dboth, (Tensor){0}, dy, m * F + first, both, 2 * m * F + first, both,
                      (2 * m + 1) * F + first, F - first < CHUNK ? F - first : CHUNK);
 }
 

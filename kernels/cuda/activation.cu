@@ -31,7 +31,7 @@ static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, i
 }
 
 template <typename T, int V>
-static __global__ void backward(T *dgate, T *dup, const T *dy, const T *gate, const T *up,
+static __global__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up,
                                 int64_t rows, int64_t F, int64_t stride) {
     for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) FOR_GRID(i, F / V) {
             int64_t at = n * stride + i * V;
@@ -46,7 +46,9 @@ static __global__ void backward(T *dgate, T *dup, const T *dy, const T *gate, co
                                                       (1.0f + 3.0f * GELU_CUBE * x * x);
                 dg[j] = d[j] * u[j] * slope;
                 d[j] *= 0.5f * x * (1.0f + t);
+                u[j] *= rounded<T>(0.5f * x * (1.0f + t));
             }
+            if (y) store(y + n * F + i * V, u);
             store(dgate + at, dg);
             if (dup) store(dup + at, d);
         }
@@ -67,14 +69,14 @@ static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t rows, 
                }));
 }
 
-static void launch_backward(Tensor dgate, void *dup, Tensor dy, Tensor gate, const void *up,
-                            int64_t rows, int64_t stride, bool fits) {
+static void launch_backward(Tensor dgate, void *dup, Tensor y, Tensor dy, Tensor gate,
+                            const void *up, int64_t rows, int64_t stride, bool fits) {
     if (!tensor_count(dy)) return;
     int64_t F = tensor_count(dy) / rows;
     WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
                    LAUNCH(dy.device, (backward<T, V>), grid_of_rows(dy.device, rows, F / V), 256, 0,
-                          data_of<T>(dgate), (T *)dup, data_of<T>(dy), data_of<T>(gate),
-                          (const T *)up, rows, F, stride);
+                          data_of<T>(dgate), (T *)dup, data_of<T>(y), data_of<T>(dy),
+                          data_of<T>(gate), (const T *)up, rows, F, stride);
                }));
 }
 
@@ -118,11 +120,11 @@ extern "C" void cuda_gelu_mul_codes(Tensor y, Tensor codes, Tensor gate, Tensor 
     });
 }
 
-extern "C" void cuda_gelu_mul_backward(Tensor dgate, Tensor dup, Tensor dy, Tensor gate,
+extern "C" void cuda_gelu_mul_backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, Tensor gate,
                                        Tensor up) {
     int64_t count = tensor_count(dy);
-    bool fits = fits_packs(count, dgate, dup, dy, gate) && fits_packs(count, up);
-    launch_backward(dgate, dup.data, dy, gate, up.data, 1, count, fits);
+    bool fits = fits_packs(count, dgate, dup, dy, gate) && fits_packs(count, up, y);
+    launch_backward(dgate, dup.data, y, dy, gate, up.data, 1, count, fits);
 }
 
 /* The second half of joined rows. */
@@ -137,8 +139,8 @@ extern "C" void cuda_gelu_mul_joined_forward(Tensor y, Tensor both) {
 
 extern "C" void cuda_gelu_mul_joined_backward(Tensor dboth, Tensor dy, Tensor both) {
     int64_t F = tensor_cols(dy);
-    launch_backward(dboth, half_of(dboth, F), dy, both, half_of(both, F), tensor_rows(dy), 2 * F,
-                    fits_packs(F, dboth, dy, both));
+    launch_backward(dboth, half_of(dboth, F), Tensor(), dy, both, half_of(both, F), tensor_rows(dy),
+                    2 * F, fits_packs(F, dboth, dy, both));
 }
 
 DEVICE_FUNCTION float sigmoid(float x) {

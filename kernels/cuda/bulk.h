@@ -104,7 +104,7 @@ DEVICE_FUNCTION void barrier_arrive(Barrier *b, unsigned rank) {
 #if defined(__CUDACC__) && ON_HOPPER
     unsigned at = (unsigned)__cvta_generic_to_shared(b);
     asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(at),
+                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(at),
                  "r"(rank)
                  : "memory");
 #elif !defined(__CUDACC__)
@@ -119,7 +119,7 @@ DEVICE_FUNCTION void barrier_wait(Barrier *b, unsigned parity) {
 #if defined(__CUDACC__) && ON_HOPPER
     unsigned at = (unsigned)__cvta_generic_to_shared(b);
     asm volatile("{ .reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again; }" ::"r"(at),
                  "r"(parity)
                  : "memory");

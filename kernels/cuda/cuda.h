@@ -317,6 +317,13 @@ DEVICE_FUNCTION float near_tanh(float z) {
     return 1.0f - 2.0f * quick_inverse(1.0f + quick_exp(2.0f * z));
 }
 
+/* A pair turned by an angle, each product and sum rounded: the same bits in every kernel. */
+DEVICE_FUNCTION void turn_pair(float &a, float &b, float cosine, float sine) {
+    float first = __fadd_rn(__fmul_rn(a, cosine), -__fmul_rn(b, sine));
+    b = __fadd_rn(__fmul_rn(b, cosine), __fmul_rn(a, sine));
+    a = first;
+}
+
 DEVICE_FUNCTION float warp_sum(float x) {
 #ifdef __CUDACC__
 #pragma unroll

@@ -1,10 +1,11 @@
-/* gemm_pairs.h - products of many bf16 rows with bf16 weights on Hopper, whole or in groups, and
- * with what adapters add to them.
+/* gemm_pairs.h - products of many bf16 rows with bf16 weights on Hopper, whole or in groups; sums
+ * of several, and with what adapters add to them.
  *
- * Two blocks share 256 rows of a and have 128 columns of the result each. In each a warpgroup
- * brings tiles, K by 64 at a time: half of the rows, to both blocks, and its own part of b. Two
- * others multiply, 128 rows each. Four stages lie in shared memory, and the next tile's come while
- * the last one's results are written. A block goes on from tile to tile. */
+ * Two blocks share the rows of a tile, 256 or 384 of them, and have 128 columns of the result each.
+ * In each a warpgroup brings tiles, K by 64 at a time: every second 64 rows, to both blocks, and
+ * its own part of b. Two others multiply, of the 64 rows every second too. Three or four stages lie
+ * in shared memory, and the next tile's come while the last one's results are written. A block goes
+ * on from tile to tile. */
 #ifndef CUDA_GEMM_PAIRS_H
 #define CUDA_GEMM_PAIRS_H
 
@@ -12,28 +13,29 @@
 #include "kernels/cuda/gemm.h"
 
 #define PAIRS_THREADS (3 * WARPGROUP)
-#define PAIRS_ROWS    256
-#define PAIRS_HALF    (PAIRS_ROWS / 2)
+#define PAIRS_ROWS    64 /* of one product of a warpgroup */
 #define PAIRS_COLUMNS 128
 #define PAIRS_DEPTH   64
-#define PAIRS_STAGES  4
+#define PAIRS_FACTORS (MATRICES_MOST + 1) /* products of one sum: several, and adapters' */
 
-/* a, b and, of adapters, what K goes on with: rows of a that are u and columns of b that are B. */
+/* K goes through a[0] b[0], then a[1] b[1]; steps: of K, how many each has. */
 struct PairMaps {
-    TileMap a, b, more_a, more_b;
+    TileMap a[PAIRS_FACTORS], b[PAIRS_FACTORS];
+    int steps[PAIRS_FACTORS];
 };
 
-/* The shared memory of a block. */
-struct PairStage {
-    bf16 a[PAIRS_ROWS * PAIRS_DEPTH], b[PAIRS_COLUMNS * PAIRS_DEPTH];
+/* The shared memory of a block whose warpgroups have BLOCKS times 64 rows each. */
+template <int BLOCKS> struct PairMemory {
+    static constexpr int ROWS = 2 * BLOCKS * PAIRS_ROWS, STAGES = BLOCKS == 2 ? 4 : 3;
+    struct Stage {
+        bf16 a[2 * BLOCKS][PAIRS_ROWS * PAIRS_DEPTH], b[PAIRS_COLUMNS * PAIRS_DEPTH];
+    } stages[STAGES];
+    Barrier full[STAGES], empty[STAGES];
+    int count, pairs, tiles, steps; /* groups, pairs of columns, tiles, stages of a tile */
+    int starts[];                   /* see count_pair_tiles */
 };
-struct PairMemory {
-    PairStage stages[PAIRS_STAGES];
-    Barrier full[PAIRS_STAGES], empty[PAIRS_STAGES];
-    int starts[]; /* of each group: how many tiles of rows those before it have; and of all */
-};
-static inline size_t gemm_pairs_bytes(int groups) {
-    return sizeof(PairMemory) + (size_t)(groups + 1) * sizeof(int);
+template <int BLOCKS> static size_t gemm_pairs_bytes(int groups) {
+    return sizeof(PairMemory<BLOCKS>) + (size_t)(2 * groups + 1) * sizeof(int);
 }
 
 DEVICE_FUNCTION int64_t group_begin(const Groups &groups, int g) {
@@ -44,77 +46,93 @@ DEVICE_FUNCTION int64_t group_end(const Groups &groups, int g, int64_t M) {
     return groups.counts ? groups.offsets[g] + groups.counts[g] : groups.offsets[g + 1];
 }
 
-/* By one warp. */
-DEVICE_FUNCTION void count_row_tiles(int *starts, const Groups &groups, int count, int64_t M) {
+/* How many products of 64 rows the busier warpgroup has of so many rows. */
+DEVICE_FUNCTION int turns_of(int64_t rows) {
+    return (int)((rows + 2 * PAIRS_ROWS - 1) / (2 * PAIRS_ROWS));
+}
+
+/* Tiles of rows, long ones first, so that blocks end together: entry g of `starts` says how many
+ * there are before group g's tiles that take all turns, entry `count` + g how many before its last,
+ * if that takes fewer; the entry behind them how many there are. By one warp. */
+template <int BLOCKS>
+DEVICE_FUNCTION void count_pair_tiles(int *starts, const Groups &groups, int count, int64_t M) {
+    constexpr int ROWS = PairMemory<BLOCKS>::ROWS;
     int lane = threadIdx.x % 32, before = 0;
-    for (int base = 0; base < count; base += 32) {
-        int g = base + lane, tiles = 0;
-        if (g < count)
-            tiles = (int)((group_end(groups, g, M) - group_begin(groups, g) + PAIRS_ROWS - 1) /
-                          PAIRS_ROWS);
+    for (int base = 0; base < 2 * count; base += 32) {
+        int e = base + lane, g = e % count, tiles = 0;
+        if (e < 2 * count) {
+            int64_t rows = group_end(groups, g, M) - group_begin(groups, g), rest = rows % ROWS;
+            bool full = turns_of(rest) == BLOCKS;
+            tiles = e < count ? (int)(rows / ROWS) + full : rest && !full;
+        }
         int sum = tiles;
 #pragma unroll
         for (int d = 1; d < 32; d *= 2) {
             int other = __shfl_up_sync(0xffffffffu, sum, d);
             if (lane >= d) sum += other;
         }
-        if (g < count) starts[g] = before + sum - tiles;
+        if (e < 2 * count) starts[e] = before + sum - tiles;
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
-    if (!lane) starts[count] = before;
+    if (!lane) starts[2 * count] = before;
 }
 
 /* Rows first .. first + rows - 1 of group g, and which columns. */
 struct PairTile {
-    int g, rows;
-    int64_t first, column;
+    int g, rows, column;
+    int64_t first;
 };
 
-/* Tile number t: a group's tiles of rows, for each pair of columns. */
-DEVICE_FUNCTION PairTile find_pair_tile(const int *starts, const Groups &groups, int count,
-                                        int64_t M, int pairs, int64_t t, unsigned rank) {
-    int low = 0, high = count, row_tile = (int)(t / pairs);
+/* Tile number t: of an entry all tiles of rows, for each pair of columns. */
+template <int BLOCKS>
+DEVICE_FUNCTION PairTile find_pair_tile(const PairMemory<BLOCKS> *memory, const Groups &groups,
+                                        int64_t M, int t) {
+    constexpr int ROWS = PairMemory<BLOCKS>::ROWS;
+    const int *starts = memory->starts;
+    int count = memory->count, pairs = memory->pairs;
+    int low = 0, high = 2 * count, row_tile = t / pairs;
     while (high - low > 1) {
         int middle = (low + high) / 2;
         (starts[middle] <= row_tile ? low : high) = middle;
     }
-    int tiles = starts[low + 1] - starts[low], i = (int)(t - (int64_t)starts[low] * pairs);
-    int64_t first = group_begin(groups, low) + (int64_t)(i % tiles) * PAIRS_ROWS;
-    int64_t rows = group_end(groups, low, M) - first;
-    return PairTile{low, (int)(rows < PAIRS_ROWS ? rows : PAIRS_ROWS), first,
-                    ((int64_t)(i / tiles) * PAIR + rank) * PAIRS_COLUMNS};
+    int g = low % count, tiles = starts[low + 1] - starts[low], i = t - starts[low] * pairs;
+    int64_t begin = group_begin(groups, g), rows = group_end(groups, g, M) - begin;
+    int64_t first = low < count ? (int64_t)(i % tiles) * ROWS : rows / ROWS * ROWS;
+    return PairTile{g, (int)min(rows - first, (int64_t)ROWS),
+                    (i / tiles * PAIR + (int)pair_rank()) * PAIRS_COLUMNS, begin + first};
 }
 
-/* Which stage is next, and the parity of its phase. */
-struct Ring {
+/* Which of so many stages is next, and the parity of its phase. */
+template <int STAGES> struct Ring {
     int stage;
     unsigned parity;
     DEVICE_MEMBER void next() {
-        if (++stage < PAIRS_STAGES) return;
+        if (++stage < STAGES) return;
         stage = 0;
         parity ^= 1;
     }
 };
 
-/* The products of so many blocks of 64 rows of this warpgroup's half. */
-template <bool TB, int BLOCKS>
-DEVICE_FUNCTION void multiply_stages(float (&sums)[2][PAIRS_COLUMNS / 2], PairMemory *memory,
-                                     Ring &ring, int steps, int own) {
+/* What a warpgroup has of the products: the first COUNT of its 64 rows. */
+template <bool TB, int COUNT, int BLOCKS>
+DEVICE_FUNCTION void multiply_stages(float (&sums)[BLOCKS][PAIRS_COLUMNS / 2],
+                                     PairMemory<BLOCKS> *memory,
+                                     Ring<PairMemory<BLOCKS>::STAGES> &ring, int steps, int own) {
     int last = -1;
     auto release = [&](int stage) {
         if (threadIdx.x % WARPGROUP < PAIR)
             barrier_arrive(&memory->empty[stage], threadIdx.x % WARPGROUP);
     };
     for (int i = 0; i < steps; i++) {
-        const PairStage *s = &memory->stages[ring.stage];
+        const auto *s = &memory->stages[ring.stage];
         barrier_wait(&memory->full[ring.stage], ring.parity);
-        if constexpr (BLOCKS > 0) {
+        if constexpr (COUNT > 0) {
             wgmma_begin();
 #pragma unroll
             for (int kk = 0; kk < PAIRS_DEPTH; kk += 16)
 #pragma unroll
-                for (int j = 0; j < BLOCKS; j++)
-                    wgmma<false, TB>(sums[j], operand(s->a, own + 64 * j, kk, PAIRS_ROWS),
+                for (int j = 0; j < COUNT; j++)
+                    wgmma<false, TB>(sums[j], operand(s->a[own + 2 * j], 0, kk, PAIRS_ROWS),
                                      TB ? operand(s->b, kk, 0, PAIRS_DEPTH)
                                         : operand(s->b, 0, kk, PAIRS_COLUMNS));
             wgmma_close_group();
@@ -124,10 +142,10 @@ DEVICE_FUNCTION void multiply_stages(float (&sums)[2][PAIRS_COLUMNS / 2], PairMe
         last = ring.stage;
         ring.next();
     }
-    if constexpr (BLOCKS > 0) {
+    if constexpr (COUNT > 0) {
         wgmma_wait<0>();
 #pragma unroll
-        for (int j = 0; j < BLOCKS; j++) wgmma_results(sums[j]);
+        for (int j = 0; j < COUNT; j++) wgmma_results(sums[j]);
     }
     if (last >= 0) release(last);
 }
@@ -147,128 +165,150 @@ DEVICE_FUNCTION void turn_quad(unsigned (&w)[4]) {
     }
 }
 
-/* y (=|+=) alpha sums of 64 rows, of which `rows` are there: y is the first of this tile's. */
-template <typename Y>
-DEVICE_FUNCTION void store_results(Y *y, Write write, const float (&sums)[PAIRS_COLUMNS / 2],
-                                   int rows, int64_t columns, int64_t N, float alpha) {
-    int t = threadIdx.x % 4, row = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4;
+/* Rows of f32. */
+template <int>
+DEVICE_FUNCTION void store_line(float *y, Write write, const float (&sums)[PAIRS_COLUMNS / 2],
+                                int p, bool here, int columns, float alpha) {
 #pragma unroll
-    for (int p = 0; p < 2; p++) {
-        int m = row + 8 * p;
-        if constexpr (sizeof(Y) == sizeof(float)) {
+    for (int j = 0; j < PAIRS_COLUMNS / 8; j++) {
+        int n = 8 * j + threadIdx.x % 4 * 2;
+        if (!here || n >= columns) continue;
+        float pair[2] = {alpha * sums[4 * j + 2 * p], alpha * sums[4 * j + 2 * p + 1]};
+        if (write == ADD) {
+            float old[2];
+            load<2>(old, y + n);
+            pair[0] += old[0];
+            pair[1] += old[1];
+        }
+        store<2>(y + n, pair);
+    }
+}
+
+/* Of bf16: four lanes have a row, of which each reads and writes every fourth chunk of 16 bytes, as
+ * many at a time as there are registers for. */
+template <int AHEAD>
+DEVICE_FUNCTION void store_line(bf16 *y, Write write, const float (&sums)[PAIRS_COLUMNS / 2], int p,
+                                bool here, int columns, float alpha) {
+    int t = threadIdx.x % 4;
 #pragma unroll
-            for (int j = 0; j < PAIRS_COLUMNS / 8; j++) {
-                int n = 8 * j + 2 * t;
-                if (m >= rows || n >= columns) continue;
-                float pair[2] = {alpha * sums[4 * j + 2 * p], alpha * sums[4 * j + 2 * p + 1]};
-                if (write == ADD) {
-                    float old[2];
-                    load<2>(old, y + m * N + n);
-                    pair[0] += old[0];
-                    pair[1] += old[1];
-                }
-                store<2>(y + m * N + n, pair);
+    for (int first = 0; first < PAIRS_COLUMNS / 32; first += AHEAD) {
+        unsigned words[AHEAD][4] = {};
+        if (write == ADD) {
+#pragma unroll
+            for (int c = 0; c < AHEAD; c++) {
+                int n = 32 * (first + c) + 8 * t;
+                uint4 old = {0, 0, 0, 0};
+                if (here && n < columns) old = *(const uint4 *)(y + n);
+                words[c][0] = old.x, words[c][1] = old.y, words[c][2] = old.z, words[c][3] = old.w;
             }
-        } else {
 #pragma unroll
-            for (int j = 0; j < PAIRS_COLUMNS / 8; j += 4) { /* a lane writes one of four chunks */
-                int n = 8 * (j + t);
-                bool here = m < rows && n < columns;
-                uint4 *to = (uint4 *)(y + m * N + n);
-                unsigned old[4] = {}, out[4];
-                if (write == ADD) {
-                    if (here) {
-                        uint4 there = *to;
-                        old[0] = there.x, old[1] = there.y, old[2] = there.z, old[3] = there.w;
-                    }
-                    turn_quad(old);
-                }
+            for (int c = 0; c < AHEAD; c++) turn_quad(words[c]);
+        }
 #pragma unroll
-                for (int q = 0; q < 4; q++) {
-                    const float *x = &sums[4 * (j + q) + 2 * p];
-                    float low = alpha * x[0], high = alpha * x[1];
-                    if (write == ADD) {
-                        low += __uint_as_float(old[q] << 16);
-                        high += __uint_as_float(old[q] & 0xffff0000u);
-                    }
-                    out[q] = pack_bf16(low, high);
-                }
-                turn_quad(out);
-                if (here) *to = uint4{out[0], out[1], out[2], out[3]};
+        for (int c = 0; c < AHEAD; c++) {
+            int n = 32 * (first + c) + 8 * t;
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                const float *x = &sums[16 * (first + c) + 4 * q + 2 * p];
+                words[c][q] = pack_bf16(alpha * x[0] + __uint_as_float(words[c][q] << 16),
+                                        alpha * x[1] + __uint_as_float(words[c][q] & 0xffff0000u));
             }
+            turn_quad(words[c]);
+            if (here && n < columns)
+                *(uint4 *)(y + n) = uint4{words[c][0], words[c][1], words[c][2], words[c][3]};
         }
     }
 }
 
-/* y (=|+=) alpha (a b + more_a more_b), K of the second `more` elements; shapes as in gemm16 (NT,
- * NN). Rows of y, a and b a multiple of 16 bytes. Launched in pairs of blocks, any number. */
-template <bool TB, typename Y>
+/* y (=|+=) alpha times the sum of a b over the maps' factors; shapes as in gemm16 (NT, NN), one
+ * factor where there are groups. Rows of y a multiple of 16 bytes. Launched in pairs of blocks, any
+ * number. */
+template <bool TB, int BLOCKS, typename Y>
 static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
-    gemm_pairs(Y *y, Write write, const __grid_constant__ PairMaps maps, Shape shape, int more,
+    gemm_pairs(Y *y, Write write, const __grid_constant__ PairMaps maps, int64_t M, int64_t N,
                Groups groups, float alpha) {
 #if ON_HOPPER
+    typedef PairMemory<BLOCKS> Memory;
     DYNAMIC_SHARED(bytes);
-    PairMemory *memory = (PairMemory *)bytes;
-    int count = groups.offsets ? groups.count : 1;
-    if (threadIdx.x < 32) count_row_tiles(memory->starts, groups, count, shape.M);
-    if (!threadIdx.x)
-        for (int i = 0; i < PAIRS_STAGES; i++) {
-            barrier_begin(&memory->full[i], 1);
-            barrier_begin(&memory->empty[i], 2 * PAIR);
+    Memory *memory = (Memory *)bytes;
+    if (threadIdx.x < 32) {
+        int count = groups.offsets ? groups.count : 1;
+        count_pair_tiles<BLOCKS>(memory->starts, groups, count, M);
+        if (!threadIdx.x) {
+            memory->count = count;
+            memory->pairs = (int)((N + PAIR * PAIRS_COLUMNS - 1) / (PAIR * PAIRS_COLUMNS));
+            memory->tiles = memory->starts[2 * count] * memory->pairs;
+            memory->steps = 0;
+            for (int f = 0; f < PAIRS_FACTORS; f++) memory->steps += maps.steps[f];
+            for (int i = 0; i < Memory::STAGES; i++) {
+                barrier_begin(&memory->full[i], 1);
+                barrier_begin(&memory->empty[i], 2 * PAIR);
+            }
         }
+    }
     pair_sync();
-    unsigned rank = pair_rank();
-    int pairs = (int)((shape.N + PAIR * PAIRS_COLUMNS - 1) / (PAIR * PAIRS_COLUMNS)),
-        first_steps = (int)((shape.K + PAIRS_DEPTH - 1) / PAIRS_DEPTH),
-        steps = first_steps + (more + PAIRS_DEPTH - 1) / PAIRS_DEPTH;
-    int64_t tiles = (int64_t)memory->starts[count] * pairs;
-    Ring ring = {0, 0};
+    Ring<Memory::STAGES> ring = {0, 0};
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
-        for (int64_t t = blockIdx.x / PAIR; !threadIdx.x && t < tiles; t += gridDim.x / PAIR) {
-            PairTile tile = find_pair_tile(memory->starts, groups, count, shape.M, pairs, t, rank);
-            bool both = tile.rows > PAIRS_HALF; /* else the first block brings all rows there are */
-            int arrive = (int)sizeof(PairStage::b) + (int)sizeof(PairStage::a) / (both ? 1 : 2);
+        for (int t = (int)blockIdx.x / PAIR; !threadIdx.x && t < memory->tiles;
+             t += (int)gridDim.x / PAIR) {
+            PairTile tile = find_pair_tile(memory, groups, M, t);
+            int rank = (int)pair_rank(), steps = memory->steps;
+            int blocks = (tile.rows + PAIRS_ROWS - 1) / PAIRS_ROWS, factor = 0, k = 0;
+            int arrive = (int)sizeof memory->stages->b + blocks * (int)sizeof memory->stages->a[0];
             for (int i = 0; i < steps; i++) {
-                PairStage *s = &memory->stages[ring.stage];
+                auto *s = &memory->stages[ring.stage];
                 Barrier *full = &memory->full[ring.stage];
-                bool first = i < first_steps;
-                int64_t k = (int64_t)(first ? i : i - first_steps) * PAIRS_DEPTH;
+                while (k == maps.steps[factor] * PAIRS_DEPTH) factor++, k = 0;
+                const TileMap &a = maps.a[factor], &b = maps.b[factor];
                 barrier_wait(&memory->empty[ring.stage], ring.parity ^ 1);
                 barrier_announce(full, arrive);
-                if (both || !rank)
-                    copy_tile<true>(s->a + rank * PAIRS_HALF * PAIRS_DEPTH, full,
-                                    first ? maps.a : maps.more_a, 0, tile.first + rank * PAIRS_HALF,
-                                    k);
-                const TileMap &b = first ? maps.b : maps.more_b;
+                for (int j = rank; j < blocks; j += PAIR)
+                    copy_tile<true>(s->a[j], full, a, 0, tile.first + j * PAIRS_ROWS, k);
                 if (TB)
                     for (int j = 0; j < PAIRS_COLUMNS; j += TILE_COLUMNS)
                         copy_tile<false>(s->b + j * PAIRS_DEPTH, full, b, tile.g, k,
                                          tile.column + j);
                 else
                     copy_tile<false>(s->b, full, b, tile.g, tile.column, k);
+                k += PAIRS_DEPTH;
                 ring.next();
             }
         }
     } else {
         registers_more<232>();
-        int own = ((int)threadIdx.x / WARPGROUP - 1) * PAIRS_HALF;
-        for (int64_t t = blockIdx.x / PAIR; t < tiles; t += gridDim.x / PAIR) {
-            PairTile tile = find_pair_tile(memory->starts, groups, count, shape.M, pairs, t, rank);
-            int rows = tile.column < shape.N ? tile.rows - own : 0;
-            float sums[2][PAIRS_COLUMNS / 2] = {};
-            if (rows > 64)
-                multiply_stages<TB, 2>(sums, memory, ring, steps, own);
-            else if (rows > 0)
-                multiply_stages<TB, 1>(sums, memory, ring, steps, own);
+        int own = (int)threadIdx.x / WARPGROUP - 1;
+        for (int t = (int)blockIdx.x / PAIR; t < memory->tiles; t += (int)gridDim.x / PAIR) {
+            auto here = [&] { return find_pair_tile(memory, groups, M, known_here(t)); };
+            auto blocks_of = [&](const PairTile &tile) {
+                return tile.column < N ? turns_of(tile.rows - own * PAIRS_ROWS) : 0;
+            };
+            float sums[BLOCKS][PAIRS_COLUMNS / 2] = {};
+            int blocks = blocks_of(here());
+            if (BLOCKS > 2 && blocks > 2)
+                multiply_stages<TB, BLOCKS>(sums, memory, ring, memory->steps, own);
+            else if (blocks > 1)
+                multiply_stages<TB, 2>(sums, memory, ring, memory->steps, own);
+            else if (blocks > 0)
+                multiply_stages<TB, 1>(sums, memory, ring, memory->steps, own);
             else
-                multiply_stages<TB, 0>(sums, memory, ring, steps, own);
-            Y *to = y + (tile.first + own) * shape.N + tile.column;
+                multiply_stages<TB, 0>(sums, memory, ring, memory->steps, own);
+            PairTile tile =
+                here(); /* once more: nothing of it is kept where registers are scarce */
+            int line = own * PAIRS_ROWS + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4;
+            Y *to = y + (tile.first + line) * N + tile.column;
+            int rows = tile.rows - line, columns = (int)N - tile.column;
+            blocks = blocks_of(tile);
 #pragma unroll
-            for (int j = 0; j < 2; j++)
-                if (rows > 64 * j)
-                    store_results(to + 64 * j * shape.N, write, sums[j], rows - 64 * j,
-                                  shape.N - tile.column, shape.N, alpha);
+            for (int j = 0; j < BLOCKS; j++) {
+                if (j >= blocks) continue;
+#pragma unroll
+                for (int p = 0; p < 2; p++) /* a lane's two of 64 rows */
+                    store_line<BLOCKS == 2 ? 4 : 1>(to + 8 * p * N, write, sums[j], p,
+                                                    2 * PAIRS_ROWS * j + 8 * p < rows, columns,
+                                                    alpha);
+                to += 2 * PAIRS_ROWS * N;
+            }
         }
     }
     pair_sync(); /* neither ends while the other writes to it */

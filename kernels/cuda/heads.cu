@@ -70,11 +70,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
         normal(a, i);
         normal(b, i + half);
 #pragma unroll
-        for (int j = 0; j < P; j++) {
-            float x0 = a[j], x1 = b[j];
-            a[j] = x0 * c[j] - x1 * t[j];
-            b[j] = x1 * c[j] + x0 * t[j];
-        }
+        for (int j = 0; j < P; j++) turn_pair(a[j], b[j], c[j], t[j]);
         store(y + i, a);
         store(y + i + half, b);
     }

@@ -118,39 +118,53 @@ static void launch_gemm_hopper(Tensor y, Write write, Tensor a, Tensor b, Shape 
  * last tiles leave more of them idle, cuBLASLt has better sizes of tiles. */
 #define PAIRS_FILL 0.8
 
-/* How many pairs of blocks there are room for, and tiles for them. */
+/* How many pairs of blocks there are room for. */
 static int64_t pairs_most(const Device *device) {
     return cuda_processors(device) / PAIR;
 }
-static int64_t pair_tiles(const Shape &shape, const Groups &groups) {
-    return most_row_tiles(groups, shape.M, PAIRS_ROWS) * ceil_div(shape.N, PAIR * PAIRS_COLUMNS);
+
+static bool fills_pairs(const Device *device, int64_t M, int64_t N) {
+    int64_t most = pairs_most(device), tiles = ceil_div(M, PairMemory<2>::ROWS),
+            turns = ceil_div(tiles * ceil_div(N, PAIR * PAIRS_COLUMNS), most);
+    return (double)(tiles * N) >= PAIRS_FILL * (double)(turns * most * PAIR * PAIRS_COLUMNS);
 }
 
-static bool fills_pairs(const Device *device, const Shape &shape) {
-    int64_t most = pairs_most(device), turns = ceil_div(pair_tiles(shape, Groups{}), most);
-    int64_t own = ceil_div(shape.M, PAIRS_ROWS) * shape.N; /* of all columns, also the last's */
-    return (double)own >= PAIRS_FILL * (double)(turns * most * PAIR * PAIRS_COLUMNS);
+/* Puts another product a (M, K) b into the sum, of `groups` matrices b (N, K), or TB: (K, N). */
+template <bool TB>
+static void add_factor(PairMaps *maps, int factor, const void *a, const void *b, int groups,
+                       int64_t M, int64_t N, int64_t K) {
+    maps->a[factor] = cuda_tile_map(a, 1, M, K, PAIRS_ROWS);
+    maps->b[factor] = TB ? cuda_tile_map(b, groups, K, N, PAIRS_DEPTH)
+                         : cuda_tile_map(b, groups, N, K, PAIRS_COLUMNS);
+    maps->steps[factor] = (int)ceil_div(K, PAIRS_DEPTH);
 }
 
-/* `more`: of K, what adapters add; (M, more) and (N, more) or (more, N). */
-template <bool TB, typename Y>
-static void launch_gemm_pairs(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
-                              float alpha, int more, const bf16 *more_a, const bf16 *more_b) {
-    const Device *device = a.device;
+template <bool TB, int BLOCKS, typename Y>
+static void launch_gemm_pairs(Tensor y, Write write, const PairMaps &maps, Groups groups,
+                              float alpha) {
     int count = groups.offsets ? groups.count : 1;
+    int64_t M = tensor_rows(y), N = tensor_cols(y), most = pairs_most(y.device),
+            tiles = most_row_tiles(groups, M, PairMemory<BLOCKS>::ROWS) *
+                    ceil_div(N, PAIR * PAIRS_COLUMNS);
+    LAUNCH_PAIRS(y.device, (gemm_pairs<TB, BLOCKS, Y>),
+                 (unsigned)(tiles < most ? tiles : most) * PAIR, PAIRS_THREADS,
+                 gemm_pairs_bytes<BLOCKS>(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
+}
+
+/* Groups of such a size fit into one tall tile each, mostly: their weights are read once. */
+static bool are_tall(int64_t M, const Groups &groups) {
+    return M > 160 * (int64_t)groups.count && M < 352 * (int64_t)groups.count;
+}
+
+template <bool TB, typename Y>
+static void pairs_of_groups(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
+                            float alpha) {
     PairMaps maps = {};
-    maps.a = cuda_tile_map(a.data, 1, shape.M, shape.K, PAIRS_HALF);
-    maps.b = TB ? cuda_tile_map(b.data, count, shape.K, shape.N, PAIRS_DEPTH)
-                : cuda_tile_map(b.data, count, shape.N, shape.K, PAIRS_COLUMNS);
-    if (more) {
-        maps.more_a = cuda_tile_map(more_a, 1, shape.M, more, PAIRS_HALF);
-        maps.more_b = TB ? cuda_tile_map(more_b, 1, more, shape.N, PAIRS_DEPTH)
-                         : cuda_tile_map(more_b, 1, shape.N, more, PAIRS_COLUMNS);
-    }
-    int64_t tiles = pair_tiles(shape, groups), most = pairs_most(device);
-    LAUNCH_PAIRS(device, (gemm_pairs<TB, Y>), (unsigned)(tiles < most ? tiles : most) * PAIR,
-                 PAIRS_THREADS, gemm_pairs_bytes(count), data_of<Y>(y), write, maps, shape, more,
-                 groups, alpha);
+    add_factor<TB>(&maps, 0, a.data, b.data, groups.count, shape.M, shape.N, shape.K);
+    if (are_tall(shape.M, groups))
+        launch_gemm_pairs<TB, 3, Y>(y, write, maps, groups, alpha);
+    else
+        launch_gemm_pairs<TB, 2, Y>(y, write, maps, groups, alpha);
 }
 
 template <typename S, bool TA, bool TB, int DB, typename Y>
@@ -160,7 +174,7 @@ static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape
         if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b)) {
             if constexpr (!TA) {
                 if (is_aligned(y)) {
-                    launch_gemm_pairs<TB, Y>(y, write, a, b, shape, groups, alpha, 0, NULL, NULL);
+                    pairs_of_groups<TB, Y>(y, write, a, b, shape, groups, alpha);
                     return;
                 }
             }
@@ -367,54 +381,94 @@ static void product_rounded(Layout layout, Tensor y, Write write, const Tensor *
                alpha, packs);
 }
 
-/* ---- with an adapter's term ---- */
+/* ---- with adapters' terms ---- */
 
-/* The term as bf16: K of three times its rank, for what is big of both, and small of either, and
- * up to a multiple of 8, zeros. out (rows, more), or, TURNED, (more, rows); x is u or v. */
+/* A term as bf16: K of three times its rank, for what is big of both, and small of either, and up
+ * to a multiple of 8, zeros. out: `more` of a row's `stride`, or, TURNED, lines of `rows`; x: u or
+ * v. */
 struct TermSide {
     bf16 *out;
     const float *x;
-    int64_t rows;
+    int rows, stride;
     bool turned, right;
     float scale;
 };
 
-static __global__ void spread_term(TermSide left, TermSide right, int rank, int more) {
-    FOR_GRID(i, (left.rows + right.rows) * more) {
-        bool first = i < left.rows * more;
-        const TermSide &side = first ? left : right;
-        int64_t at = first ? i : i - left.rows * more;
-        int64_t row = side.turned ? at % side.rows : at / more;
-        int k = (int)(side.turned ? at / side.rows : at % more), part = k / rank, r = k % rank;
+/* Eight elements that lie side by side, number `i` of those: along K, or, turned, along rows. */
+DEVICE_FUNCTION void spread_eight(const TermSide &side, int i, int rank, int more) {
+    int across = (side.turned ? side.rows : more) / 8, line = i / across, at = i % across * 8;
+    Pack<bf16, 8> pack;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        int row = side.turned ? at + j : line, k = side.turned ? line : at + j;
+        int part = (k >= rank) + (k >= 2 * rank), r = k - part * rank;
         float x = 0;
-        if (part < 3) {
+        if (r < rank) {
             x = side.scale * side.x[side.turned ? r * side.rows + row : row * rank + r];
             if (part == (side.right ? 2 : 1)) x -= rounded<bf16>(x);
         }
-        side.out[at] = to_bf16(x);
+        pack.v[j] = to_bf16(x);
+    }
+    *(Pack<bf16, 8> *)(side.out + (int64_t)line * (side.turned ? side.rows : side.stride) + at) =
+        pack;
+}
+
+static __global__ void spread_term(TermSide left, TermSide right, int rank, int more) {
+    int first = left.rows * (more / 8), count = first + right.rows * (more / 8);
+    FOR_GRID(i, count) {
+        if (i < first)
+            spread_eight(left, (int)i, rank, more);
+        else
+            spread_eight(right, (int)i - first, rank, more);
     }
 }
 
-/* Whether one kernel has the product and its term. */
-static bool takes_term(Layout layout, Tensor y, Tensor a, Tensor b) {
-    Shape shape = {tensor_rows(y), tensor_cols(y), tensor_cols(a)};
-    return (layout == NT || layout == NN) && y.dtype == BF16 && a.dtype == BF16 &&
-           b.dtype == BF16 && cuda_has_wgmma(a.device) && is_aligned(y) && is_aligned(a) &&
-           is_aligned(b) && fills_pairs(a.device, shape);
+static bool has_term(const Term *terms, int i) {
+    return terms && tensor_present(terms[i].u);
+}
+
+/* What a term takes of K. */
+static int64_t spread_of(const Term &term) {
+    return (3 * tensor_cols(term.u) + 7) / 8 * 8;
+}
+
+/* Whether one kernel has these products and their terms. */
+static bool takes_terms(Tensor y, const Tensor *a, const Tensor *b, const Term *terms, int count) {
+    bool any = false, fits = y.dtype == BF16 && is_aligned(y) && cuda_has_wgmma(y.device) &&
+                             fills_pairs(y.device, tensor_rows(y), tensor_cols(y));
+    for (int i = 0; i < count; i++) {
+        any = any || has_term(terms, i);
+        fits = fits && a[i].dtype == BF16 && b[i].dtype == BF16 && is_aligned(a[i]) &&
+               is_aligned(b[i]);
+    }
+    return any && fits;
 }
 
 template <bool TB>
-static void product_with_term(Tensor y, Write write, Tensor a, Tensor b, const Term &term) {
-    const Device *device = a.device;
-    Shape shape = {tensor_rows(y), tensor_cols(y), tensor_cols(a)};
-    int rank = (int)tensor_cols(term.u), more = (3 * rank + 7) / 8 * 8;
-    size_t left = (size_t)(shape.M * more) * sizeof(bf16);
-    bf16 *more_a = (bf16 *)cuda_workspace(device, left + (size_t)(shape.N * more) * sizeof(bf16)),
-         *more_b = more_a + shape.M * more;
-    LAUNCH(device, (spread_term), grid_for(device, (shape.M + shape.N) * more, 256), 256, 0,
-           TermSide{more_a, data_of<float>(term.u), shape.M, false, false, term.scale},
-           TermSide{more_b, data_of<float>(term.v), shape.N, TB, true, 1.0f}, rank, more);
-    launch_gemm_pairs<TB, bf16>(y, write, a, b, shape, Groups{}, 1.0f, more, more_a, more_b);
+static void products_with_terms(Tensor y, Write write, const Tensor *a, const Tensor *b,
+                                const Term *terms, int count) {
+    const Device *device = y.device;
+    int64_t M = tensor_rows(y), N = tensor_cols(y), more = 0, at = 0;
+    PairMaps maps = {};
+    for (int i = 0; i < count; i++) {
+        add_factor<TB>(&maps, i, a[i].data, b[i].data, 1, M, N, tensor_cols(a[i]));
+        if (has_term(terms, i)) more += spread_of(terms[i]);
+    }
+    bf16 *left = (bf16 *)cuda_workspace(device, (size_t)((M + N) * more) * sizeof(bf16)),
+         *right = left + M * more;
+    for (int i = 0; i < count; i++) {
+        if (!has_term(terms, i)) continue;
+        int own = (int)spread_of(terms[i]);
+        LAUNCH(device, (spread_term), grid_for(device, (M + N) * own / 8, 256), 256, 0,
+               TermSide{left + at, data_of<float>(terms[i].u), (int)M, (int)more, false, false,
+                        terms[i].scale},
+               TermSide{right + at * (TB ? N : 1), data_of<float>(terms[i].v), (int)N, (int)more,
+                        TB, true, 1.0f},
+               (int)tensor_cols(terms[i].u), own);
+        at += own;
+    }
+    add_factor<TB>(&maps, count, left, right, 1, M, N, more);
+    launch_gemm_pairs<TB, 2, bf16>(y, write, maps, Groups{}, 1.0f);
 }
 
 /* ---- which product is whose ---- */
@@ -471,13 +525,13 @@ extern "C" void cuda_matmul_several(const Tensor *y, Tensor a, const Tensor *b, 
                                                launch_few_rows<D, Y, A>(y, SET, a, b, count, 1.0f);
                                            })));
     for (int i = 0; i < count; i++) {
-        bool adds = terms && tensor_present(terms[i].u);
-        if (!alike && adds && takes_term(NT, y[i], a, b[i])) {
-            product_with_term<false>(y[i], SET, a, b[i], terms[i]);
+        const Term *term = has_term(terms, i) ? &terms[i] : NULL;
+        if (!alike && takes_terms(y[i], &a, &b[i], term, 1)) {
+            products_with_terms<false>(y[i], SET, &a, &b[i], term, 1);
             continue;
         }
         if (!alike) cuda_matmul(NT, y[i], SET, a, b[i], 1.0f);
-        if (adds) dense_product(NT, y[i], ADD, terms[i].u, terms[i].v, terms[i].scale);
+        if (term) dense_product(NT, y[i], ADD, term->u, term->v, term->scale);
     }
 }
 
@@ -487,14 +541,13 @@ extern "C" void cuda_matmul_sum(Tensor y, Write write, const Tensor *a, const Te
     Tensor u[MATRICES_MOST], v[MATRICES_MOST];
     float scale = 0;
     int left = 0;
-    for (int i = 0; i < count; i++, write = ADD) {
-        bool adds = terms && tensor_present(terms[i].u);
-        if (adds && takes_term(NN, y, a[i], b[i])) {
-            product_with_term<true>(y, write, a[i], b[i], terms[i]);
-            continue;
-        }
-        cuda_matmul(NN, y, write, a[i], b[i], 1.0f);
-        if (!adds) continue;
+    if (takes_terms(y, a, b, terms, count)) {
+        products_with_terms<true>(y, write, a, b, terms, count);
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        cuda_matmul(NN, y, i ? ADD : write, a[i], b[i], 1.0f);
+        if (!has_term(terms, i)) continue;
         u[left] = terms[i].u;
         v[left++] = terms[i].v;
         scale = terms[i].scale;

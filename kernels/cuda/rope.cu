@@ -26,19 +26,15 @@ static __global__ void rotate(Y *y, const X *x, const float *cosines, const floa
         int64_t i = k * V % half, run = k * V / half, n = run / runs * axes + run % axes;
         const X *from = x + run * 2 * half + i;
         Y *to = y + run * 2 * half + i;
-        float a[V], b[V], c[V], s[V], first[V], second[V];
+        float a[V], b[V], c[V], s[V];
         load(a, from);
         load(b, from + half);
         load(c, cosines + n * half + i);
         load(s, sines + n * half + i);
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            float turn = sign * s[j];
-            first[j] = a[j] * c[j] - b[j] * turn;
-            second[j] = b[j] * c[j] + a[j] * turn;
-        }
-        store(to, first);
-        store(to + half, second);
+        for (int j = 0; j < V; j++) turn_pair(a[j], b[j], c[j], sign * s[j]);
+        store(to, a);
+        store(to + half, b);
     }
 }
 
