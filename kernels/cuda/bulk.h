@@ -166,6 +166,52 @@ DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t
 #endif
 }
 
+/* Asks for the tile to be brought nearer, before it is copied. */
+DEVICE_FUNCTION void ask_for_tile(const TileMap &map, int64_t group, int64_t row, int64_t col) {
+#if defined(__CUDACC__) && ON_HOPPER
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&map),
+                 "r"((int)col), "r"((int)row), "r"((int)group)
+                 : "memory");
+#elif !defined(__CUDACC__)
+    (void)map, (void)group, (void)row, (void)col;
+#endif
+}
+
+/* The tile in shared memory goes to (row, col) of the map's one matrix, but for what lies outside.
+ * Those who wrote it have said so (shared_for_products) and met. */
+DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t row, int64_t col) {
+#if defined(__CUDACC__) && ON_HOPPER
+    unsigned place = (unsigned)__cvta_generic_to_shared(from);
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(&map),
+                 "r"((int)col), "r"((int)row), "r"(0), "r"(place)
+                 : "memory");
+#elif !defined(__CUDACC__)
+    for (int r = 0; r < map.tile_rows; r++)
+        for (int c = 0; c < 64 && row + r < map.rows; c++)
+            if (col + c < map.cols)
+                ((bf16 *)map.data)[(row + r) * map.cols + col + c] =
+                    from[tile_at(r, c / 8 * 8, map.tile_rows) + c % 8];
+#endif
+}
+
+/* Until the tiles that this thread has stored may be written to again. */
+DEVICE_FUNCTION void stores_have_read() {
+#if defined(__CUDACC__) && ON_HOPPER
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
+/* The threads of this warpgroup, the block's number `which`. */
+DEVICE_FUNCTION void warpgroup_sync(int which) {
+#if defined(__CUDACC__) && ON_HOPPER
+    asm volatile("bar.sync %0, %1;" ::"r"(which + 1), "n"(WARPGROUP) : "memory");
+#elif !defined(__CUDACC__)
+    (void)which;
+    simt_warpgroup_sync();
+#endif
+}
+
 /* ---- registers ---- */
 
 /* How many registers each thread of the warpgroup has from here on: fewer than at the start, or

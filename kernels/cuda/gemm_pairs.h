@@ -16,11 +16,12 @@
 #define PAIRS_ROWS    64 /* of one product of a warpgroup */
 #define PAIRS_COLUMNS 128
 #define PAIRS_DEPTH   64
+#define PAIRS_AHEAD   8 /* of K, stages that groups' weights are asked for before */
 #define PAIRS_FACTORS (MATRICES_MOST + 1) /* products of one sum: several, and adapters' */
 
-/* K goes through a[0] b[0], then a[1] b[1]; steps: of K, how many each has. */
+/* K goes through a[0] b[0], then a[1] b[1]; steps: of K, how many each has. y: where it is bf16. */
 struct PairMaps {
-    TileMap a[PAIRS_FACTORS], b[PAIRS_FACTORS];
+    TileMap a[PAIRS_FACTORS], b[PAIRS_FACTORS], y;
     int steps[PAIRS_FACTORS];
 };
 
@@ -30,6 +31,7 @@ template <int BLOCKS> struct PairMemory {
     struct Stage {
         bf16 a[2 * BLOCKS][PAIRS_ROWS * PAIRS_DEPTH], b[PAIRS_COLUMNS * PAIRS_DEPTH];
     } stages[STAGES];
+    bf16 results[2][PAIRS_ROWS * PAIRS_COLUMNS]; /* of each warpgroup, on their way */
     Barrier full[STAGES], empty[STAGES];
     int count, pairs, tiles, steps; /* groups, pairs of columns, tiles, stages of a tile */
     int starts[];                   /* see count_pair_tiles */
@@ -166,7 +168,6 @@ DEVICE_FUNCTION void turn_quad(unsigned (&w)[4]) {
 }
 
 /* Rows of f32. */
-template <int>
 DEVICE_FUNCTION void store_line(float *y, Write write, const float (&sums)[PAIRS_COLUMNS / 2],
                                 int p, bool here, int columns, float alpha) {
 #pragma unroll
@@ -184,51 +185,78 @@ DEVICE_FUNCTION void store_line(float *y, Write write, const float (&sums)[PAIRS
     }
 }
 
-/* Of bf16: four lanes have a row, of which each reads and writes every fourth chunk of 16 bytes, as
- * many at a time as there are registers for. */
-template <int AHEAD>
+/* Of bf16: four lanes have a row, of which each reads and writes every fourth chunk of 16 bytes. */
 DEVICE_FUNCTION void store_line(bf16 *y, Write write, const float (&sums)[PAIRS_COLUMNS / 2], int p,
                                 bool here, int columns, float alpha) {
+    constexpr int CHUNKS = PAIRS_COLUMNS / 32;
     int t = threadIdx.x % 4;
+    unsigned words[CHUNKS][4] = {};
+    if (write == ADD) {
 #pragma unroll
-    for (int first = 0; first < PAIRS_COLUMNS / 32; first += AHEAD) {
-        unsigned words[AHEAD][4] = {};
-        if (write == ADD) {
-#pragma unroll
-            for (int c = 0; c < AHEAD; c++) {
-                int n = 32 * (first + c) + 8 * t;
-                uint4 old = {0, 0, 0, 0};
-                if (here && n < columns) old = *(const uint4 *)(y + n);
-                words[c][0] = old.x, words[c][1] = old.y, words[c][2] = old.z, words[c][3] = old.w;
-            }
-#pragma unroll
-            for (int c = 0; c < AHEAD; c++) turn_quad(words[c]);
+        for (int c = 0; c < CHUNKS; c++) {
+            int n = 32 * c + 8 * t;
+            uint4 old = {0, 0, 0, 0};
+            if (here && n < columns) old = *(const uint4 *)(y + n);
+            words[c][0] = old.x, words[c][1] = old.y, words[c][2] = old.z, words[c][3] = old.w;
         }
 #pragma unroll
-        for (int c = 0; c < AHEAD; c++) {
-            int n = 32 * (first + c) + 8 * t;
+        for (int c = 0; c < CHUNKS; c++) turn_quad(words[c]);
+    }
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const float *x = &sums[16 * (first + c) + 4 * q + 2 * p];
-                words[c][q] = pack_bf16(alpha * x[0] + __uint_as_float(words[c][q] << 16),
-                                        alpha * x[1] + __uint_as_float(words[c][q] & 0xffff0000u));
-            }
-            turn_quad(words[c]);
-            if (here && n < columns)
-                *(uint4 *)(y + n) = uint4{words[c][0], words[c][1], words[c][2], words[c][3]};
+    for (int c = 0; c < CHUNKS; c++) {
+        int n = 32 * c + 8 * t;
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            const float *x = &sums[16 * c + 4 * q + 2 * p];
+            words[c][q] = pack_bf16(alpha * x[0] + __uint_as_float(words[c][q] << 16),
+                                    alpha * x[1] + __uint_as_float(words[c][q] & 0xffff0000u));
         }
+        turn_quad(words[c]);
+        if (here && n < columns)
+            *(uint4 *)(y + n) = uint4{words[c][0], words[c][1], words[c][2], words[c][3]};
     }
 }
 
+/* 64 rows of results, by way of shared memory: the next products do not wait for them. */
+DEVICE_FUNCTION void send_results(const TileMap &y, bf16 *room,
+                                  const float (&sums)[PAIRS_COLUMNS / 2], int64_t first, int column,
+                                  int columns, float alpha, int own) {
+    bool leads = threadIdx.x % WARPGROUP == 0;
+    int row = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (leads) stores_have_read();
+    warpgroup_sync(own);
+#pragma unroll
+    for (int p = 0; p < 2; p++)
+#pragma unroll
+        for (int j = 0; j < PAIRS_COLUMNS / 8; j++)
+            *(unsigned *)(room + tile_at(row + 8 * p, 8 * j, PAIRS_ROWS) + 2 * t) =
+                pack_bf16(alpha * sums[4 * j + 2 * p], alpha * sums[4 * j + 2 * p + 1]);
+    shared_for_products();
+    warpgroup_sync(own);
+    for (int c = 0; c < PAIRS_COLUMNS && c < columns && leads; c += TILE_COLUMNS)
+        store_tile(y, room + c * PAIRS_ROWS, first, column + c);
+}
+
+/* Asks for a step of K of a group's weights. */
+template <bool TB>
+DEVICE_FUNCTION void ask_for_weights(const TileMap &b, const PairTile &tile, int k) {
+    if (TB)
+        for (int j = 0; j < PAIRS_COLUMNS; j += TILE_COLUMNS)
+            ask_for_tile(b, tile.g, k, tile.column + j);
+    else
+        ask_for_tile(b, tile.g, tile.column, k);
+}
+
 /* y (=|+=) alpha times the sum of a b over the maps' factors; shapes as in gemm16 (NT, NN), one
- * factor where there are groups. Rows of y a multiple of 16 bytes. Launched in pairs of blocks, any
- * number. */
+ * factor where there are groups, and SET where BLOCKS is 3. Rows of y a multiple of 16 bytes.
+ * Launched in pairs of blocks, any number. */
 template <bool TB, int BLOCKS, typename Y>
 static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
     gemm_pairs(Y *y, Write write, const __grid_constant__ PairMaps maps, int64_t M, int64_t N,
                Groups groups, float alpha) {
 #if ON_HOPPER
     typedef PairMemory<BLOCKS> Memory;
+    if (BLOCKS > 2) write = SET; /* and there are registers enough */
     DYNAMIC_SHARED(bytes);
     Memory *memory = (Memory *)bytes;
     if (threadIdx.x < 32) {
@@ -253,10 +281,18 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
         for (int t = (int)blockIdx.x / PAIR; !threadIdx.x && t < memory->tiles;
              t += (int)gridDim.x / PAIR) {
             PairTile tile = find_pair_tile(memory, groups, M, t);
-            int rank = (int)pair_rank(), steps = memory->steps;
+            int rank = (int)pair_rank(), steps = memory->steps, turn = (int)gridDim.x / PAIR;
             int blocks = (tile.rows + PAIRS_ROWS - 1) / PAIRS_ROWS, factor = 0, k = 0;
             int arrive = (int)sizeof memory->stages->b + blocks * (int)sizeof memory->stages->a[0];
+            PairTile next = tile;
             for (int i = 0; i < steps; i++) {
+                if (groups.offsets) {
+                    int far = i + PAIRS_AHEAD;
+                    if (far == steps && t + turn < memory->tiles)
+                        next = find_pair_tile(memory, groups, M, t + turn);
+                    ask_for_weights<TB>(maps.b[0], next,
+                                        (far < steps ? far : far - steps) * PAIRS_DEPTH);
+                }
                 auto *s = &memory->stages[ring.stage];
                 Barrier *full = &memory->full[ring.stage];
                 while (k == maps.steps[factor] * PAIRS_DEPTH) factor++, k = 0;
@@ -295,21 +331,27 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
                 multiply_stages<TB, 0>(sums, memory, ring, memory->steps, own);
             PairTile tile =
                 here(); /* once more: nothing of it is kept where registers are scarce */
-            int line = own * PAIRS_ROWS + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4;
-            Y *to = y + (tile.first + line) * N + tile.column;
-            int rows = tile.rows - line, columns = (int)N - tile.column;
+            int columns = (int)N - tile.column;
             blocks = blocks_of(tile);
 #pragma unroll
             for (int j = 0; j < BLOCKS; j++) {
                 if (j >= blocks) continue;
+                int row = (own + 2 * j) * PAIRS_ROWS, rows = tile.rows - row;
+                if constexpr (sizeof(Y) == sizeof(bf16))
+                    if (write == SET && rows >= PAIRS_ROWS) {
+                        send_results(maps.y, memory->results[own], sums[j], tile.first + row,
+                                     tile.column, columns, alpha, own);
+                        continue;
+                    }
 #pragma unroll
-                for (int p = 0; p < 2; p++) /* a lane's two of 64 rows */
-                    store_line<BLOCKS == 2 ? 4 : 1>(to + 8 * p * N, write, sums[j], p,
-                                                    2 * PAIRS_ROWS * j + 8 * p < rows, columns,
-                                                    alpha);
-                to += 2 * PAIRS_ROWS * N;
+                for (int p = 0; p < 2; p++) { /* a lane's two of 64 rows */
+                    int line = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + 8 * p;
+                    store_line(y + (tile.first + row + known_here(line)) * N + tile.column, write,
+                               sums[j], p, line < rows, columns, alpha);
+                }
             }
         }
+        if (threadIdx.x % WARPGROUP == 0) stores_have_read();
     }
     pair_sync(); /* neither ends while the other writes to it */
 #endif

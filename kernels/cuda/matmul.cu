@@ -140,12 +140,12 @@ static void add_factor(PairMaps *maps, int factor, const void *a, const void *b,
 }
 
 template <bool TB, int BLOCKS, typename Y>
-static void launch_gemm_pairs(Tensor y, Write write, const PairMaps &maps, Groups groups,
-                              float alpha) {
+static void launch_gemm_pairs(Tensor y, Write write, PairMaps maps, Groups groups, float alpha) {
     int count = groups.offsets ? groups.count : 1;
     int64_t M = tensor_rows(y), N = tensor_cols(y), most = pairs_most(y.device),
             tiles = most_row_tiles(groups, M, PairMemory<BLOCKS>::ROWS) *
                     ceil_div(N, PAIR * PAIRS_COLUMNS);
+    if (sizeof(Y) == sizeof(bf16)) maps.y = cuda_tile_map(y.data, 1, M, N, PAIRS_ROWS);
     LAUNCH_PAIRS(y.device, (gemm_pairs<TB, BLOCKS, Y>),
                  (unsigned)(tiles < most ? tiles : most) * PAIR, PAIRS_THREADS,
                  gemm_pairs_bytes<BLOCKS>(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
@@ -161,7 +161,7 @@ static void pairs_of_groups(Tensor y, Write write, Tensor a, Tensor b, Shape sha
                             float alpha) {
     PairMaps maps = {};
     add_factor<TB>(&maps, 0, a.data, b.data, groups.count, shape.M, shape.N, shape.K);
-    if (are_tall(shape.M, groups))
+    if (write == SET && are_tall(shape.M, groups))
         launch_gemm_pairs<TB, 3, Y>(y, write, maps, groups, alpha);
     else
         launch_gemm_pairs<TB, 2, Y>(y, write, maps, groups, alpha);
