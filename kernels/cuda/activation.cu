@@ -33,6 +33,7 @@ static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, i
 template <typename T, int V>
 static __global__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up,
                                 int64_t rows, int64_t F, int64_t stride) {
+    wait_for_last();
     for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) FOR_GRID(i, F / V) {
             int64_t at = n * stride + i * V;
             float g[V], u[V], d[V], dg[V];
@@ -74,9 +75,9 @@ static void launch_backward(Tensor dgate, void *dup, Tensor y, Tensor dy, Tensor
     if (!tensor_count(dy)) return;
     int64_t F = tensor_count(dy) / rows;
     WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
-                   LAUNCH(dy.device, (backward<T, V>), grid_of_rows(dy.device, rows, F / V), 256, 0,
-                          data_of<T>(dgate), (T *)dup, data_of<T>(y), data_of<T>(dy),
-                          data_of<T>(gate), (const T *)up, rows, F, stride);
+                   LAUNCH_NEXT(dy.device, (backward<T, V>), grid_of_rows(dy.device, rows, F / V),
+                               256, data_of<T>(dgate), (T *)dup, data_of<T>(y), data_of<T>(dy),
+                               data_of<T>(gate), (const T *)up, rows, F, stride);
                }));
 }
 

@@ -166,17 +166,6 @@ DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t
 #endif
 }
 
-/* Asks for the tile to be brought nearer, before it is copied. */
-DEVICE_FUNCTION void ask_for_tile(const TileMap &map, int64_t group, int64_t row, int64_t col) {
-#if defined(__CUDACC__) && ON_HOPPER
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(&map),
-                 "r"((int)col), "r"((int)row), "r"((int)group)
-                 : "memory");
-#elif !defined(__CUDACC__)
-    (void)map, (void)group, (void)row, (void)col;
-#endif
-}
-
 /* The tile in shared memory goes to (row, col) of the map's one matrix, but for what lies outside.
  * Those who wrote it have said so (shared_for_products) and met. */
 DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t row, int64_t col) {

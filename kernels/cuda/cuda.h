@@ -88,17 +88,19 @@ bool cuda_launches_early(const Device *device);
 /* The same in pairs of blocks (bulk.h); the kernel may have any shared memory. */
 #define LAUNCH_PAIRS(device, kernel, grid, block, shared, ...)                                     \
     do {                                                                                           \
-        cudaLaunchAttribute launch_pairs = {};                                                     \
-        launch_pairs.id = cudaLaunchAttributeClusterDimension;                                     \
-        launch_pairs.val.clusterDim.x = 2;                                                         \
-        launch_pairs.val.clusterDim.y = launch_pairs.val.clusterDim.z = 1;                         \
+        cudaLaunchAttribute launch_pairs[2] = {};                                                  \
+        launch_pairs[0].id = cudaLaunchAttributeClusterDimension;                                  \
+        launch_pairs[0].val.clusterDim.x = 2;                                                      \
+        launch_pairs[0].val.clusterDim.y = launch_pairs[0].val.clusterDim.z = 1;                   \
+        launch_pairs[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;                   \
+        launch_pairs[1].val.programmaticStreamSerializationAllowed = 1;                            \
         cudaLaunchConfig_t launch_config = {};                                                     \
         launch_config.gridDim = grid;                                                              \
         launch_config.blockDim = block;                                                            \
         launch_config.dynamicSmemBytes = shared;                                                   \
         launch_config.stream = cuda_stream(device);                                                \
-        launch_config.attrs = &launch_pairs;                                                       \
-        launch_config.numAttrs = 1;                                                                \
+        launch_config.attrs = launch_pairs;                                                        \
+        launch_config.numAttrs = cuda_launches_early(device) ? 2 : 1;                              \
         cuda_check(cudaFuncSetAttribute(                                                           \
                        UNWRAP kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(shared)), \
                    #kernel);                                                                       \
@@ -238,6 +240,35 @@ template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V
     for (int i = 0; i < V; i++) pack.v[i] = from_float<T>(x[i]);
     *(Pack<T, V> *)p = pack;
 }
+
+/* V elements that are kept as they lie in memory, for a compiler that gives each bf16 of a pack a
+ * register of its own. */
+template <typename T, int V> struct Kept {
+    static constexpr int WORDS = sizeof(T) * V / 4;
+    struct alignas(4 * WORDS < 16 ? 4 * WORDS : 16) Words {
+        unsigned at[WORDS];
+    } words;
+    DEVICE_MEMBER void read(const T *p) { words = *(const Words *)p; }
+    DEVICE_MEMBER void keep(const float (&x)[V]) {
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+            if constexpr (sizeof(T) == sizeof(float))
+                words.at[i] = __float_as_uint(x[i]);
+            else
+                words.at[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+    }
+    DEVICE_MEMBER float operator[](int i) const {
+        if constexpr (sizeof(T) == sizeof(float))
+            return __uint_as_float(words.at[i]);
+        else
+            return __uint_as_float(i % 2 ? words.at[i / 2] & 0xffff0000u : words.at[i / 2] << 16);
+    }
+};
+template <typename T> struct Kept<T, 1> {
+    T value;
+    DEVICE_MEMBER void read(const T *p) { value = *p; }
+    DEVICE_MEMBER float operator[](int) const { return to_float(value); }
+};
 
 /* Runs the statements with T the element type of a dtype. */
 #define WITH_FLOAT(dtype, T, ...)                                                                  \

@@ -16,7 +16,6 @@
 #define PAIRS_ROWS    64 /* of one product of a warpgroup */
 #define PAIRS_COLUMNS 128
 #define PAIRS_DEPTH   64
-#define PAIRS_AHEAD   8 /* of K, stages that groups' weights are asked for before */
 #define PAIRS_FACTORS (MATRICES_MOST + 1) /* products of one sum: several, and adapters' */
 
 /* K goes through a[0] b[0], then a[1] b[1]; steps: of K, how many each has. y: where it is bf16. */
@@ -237,16 +236,6 @@ DEVICE_FUNCTION void send_results(const TileMap &y, bf16 *room,
         store_tile(y, room + c * PAIRS_ROWS, first, column + c);
 }
 
-/* Asks for a step of K of a group's weights. */
-template <bool TB>
-DEVICE_FUNCTION void ask_for_weights(const TileMap &b, const PairTile &tile, int k) {
-    if (TB)
-        for (int j = 0; j < PAIRS_COLUMNS; j += TILE_COLUMNS)
-            ask_for_tile(b, tile.g, k, tile.column + j);
-    else
-        ask_for_tile(b, tile.g, tile.column, k);
-}
-
 /* y (=|+=) alpha times the sum of a b over the maps' factors; shapes as in gemm16 (NT, NN), one
  * factor where there are groups, and SET where BLOCKS is 3. Rows of y a multiple of 16 bytes.
  * Launched in pairs of blocks, any number. */
@@ -259,6 +248,12 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
     if (BLOCKS > 2) write = SET; /* and there are registers enough */
     DYNAMIC_SHARED(bytes);
     Memory *memory = (Memory *)bytes;
+    if (!threadIdx.x)
+        for (int i = 0; i < Memory::STAGES; i++) {
+            barrier_begin(&memory->full[i], 1);
+            barrier_begin(&memory->empty[i], 2 * PAIR);
+        }
+    wait_for_last();
     if (threadIdx.x < 32) {
         int count = groups.offsets ? groups.count : 1;
         count_pair_tiles<BLOCKS>(memory->starts, groups, count, M);
@@ -268,10 +263,6 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
             memory->tiles = memory->starts[2 * count] * memory->pairs;
             memory->steps = 0;
             for (int f = 0; f < PAIRS_FACTORS; f++) memory->steps += maps.steps[f];
-            for (int i = 0; i < Memory::STAGES; i++) {
-                barrier_begin(&memory->full[i], 1);
-                barrier_begin(&memory->empty[i], 2 * PAIR);
-            }
         }
     }
     pair_sync();
@@ -281,18 +272,10 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
         for (int t = (int)blockIdx.x / PAIR; !threadIdx.x && t < memory->tiles;
              t += (int)gridDim.x / PAIR) {
             PairTile tile = find_pair_tile(memory, groups, M, t);
-            int rank = (int)pair_rank(), steps = memory->steps, turn = (int)gridDim.x / PAIR;
+            int rank = (int)pair_rank(), steps = memory->steps;
             int blocks = (tile.rows + PAIRS_ROWS - 1) / PAIRS_ROWS, factor = 0, k = 0;
             int arrive = (int)sizeof memory->stages->b + blocks * (int)sizeof memory->stages->a[0];
-            PairTile next = tile;
             for (int i = 0; i < steps; i++) {
-                if (groups.offsets) {
-                    int far = i + PAIRS_AHEAD;
-                    if (far == steps && t + turn < memory->tiles)
-                        next = find_pair_tile(memory, groups, M, t + turn);
-                    ask_for_weights<TB>(maps.b[0], next,
-                                        (far < steps ? far : far - steps) * PAIRS_DEPTH);
-                }
                 auto *s = &memory->stages[ring.stage];
                 Barrier *full = &memory->full[ring.stage];
                 while (k == maps.steps[factor] * PAIRS_DEPTH) factor++, k = 0;

@@ -314,6 +314,7 @@ template <typename T> DEVICE_FUNCTION int64_t piece_at(const Stack<T> &s, int64_
 }
 
 static __global__ void take_apart(bf16 *out, Stack<const float> x) {
+    wait_for_last();
     FOR_GRID(i, x.rows * x.cols) {
         float whole = *element_of(x, i);
         bf16 big = to_bf16(whole);
@@ -325,6 +326,7 @@ static __global__ void take_apart(bf16 *out, Stack<const float> x) {
 /* y (=|+=) alpha times the sum of the pieces. */
 template <typename Y>
 static __global__ void put_together(Stack<Y> y, Write write, const float *x, float alpha) {
+    wait_for_last();
     FOR_GRID(i, y.rows * y.cols) {
         float sum = x[piece_at(y, i, 1)] + x[piece_at(y, i, 0)];
         Y *to = element_of(y, i);
@@ -348,14 +350,15 @@ static void product_of_pieces(Layout layout, const Tensor *y, Write write, const
     size_t apart = ((size_t)(x.rows * x.cols) * PIECES * sizeof(bf16) + 255) / 256 * 256;
     char *memory = (char *)cuda_workspace(device, apart + (size_t)(M * N) * PIECES * sizeof(float));
     float *sums = (float *)(memory + apart);
-    LAUNCH(device, (take_apart), grid_for(device, x.rows * x.cols, 256), 256, 0, (bf16 *)memory, x);
+    LAUNCH_NEXT(device, (take_apart), grid_for(device, x.rows * x.cols, 256), 256, (bf16 *)memory,
+                x);
     unsigned blocks = grid_for(device, M * N, 256);
     (left ? M : N) *= PIECES;
     blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a->data, layout == TN ? M : K,
                   left ? b->data : memory, BF16, M, N, K, 1.0f);
     WITH_FLOAT(y->dtype, Y, {
-        LAUNCH(device, (put_together<Y>), blocks, 256, 0, stack_of<Y>(y, count, !left), write, sums,
-               alpha);
+        LAUNCH_NEXT(device, (put_together<Y>), blocks, 256, stack_of<Y>(y, count, !left), write,
+                    sums, alpha);
     });
 }
 
@@ -414,6 +417,7 @@ DEVICE_FUNCTION void spread_eight(const TermSide &side, int i, int rank, int mor
 }
 
 static __global__ void spread_term(TermSide left, TermSide right, int rank, int more) {
+    wait_for_last();
     int first = left.rows * (more / 8), count = first + right.rows * (more / 8);
     FOR_GRID(i, count) {
         if (i < first)
@@ -459,12 +463,12 @@ static void products_with_terms(Tensor y, Write write, const Tensor *a, const Te
     for (int i = 0; i < count; i++) {
         if (!has_term(terms, i)) continue;
         int own = (int)spread_of(terms[i]);
-        LAUNCH(device, (spread_term), grid_for(device, (M + N) * own / 8, 256), 256, 0,
-               TermSide{left + at, data_of<float>(terms[i].u), (int)M, (int)more, false, false,
-                        terms[i].scale},
-               TermSide{right + at * (TB ? N : 1), data_of<float>(terms[i].v), (int)N, (int)more,
-                        TB, true, 1.0f},
-               (int)tensor_cols(terms[i].u), own);
+        LAUNCH_NEXT(device, (spread_term), grid_for(device, (M + N) * own / 8, 256), 256,
+                    TermSide{left + at, data_of<float>(terms[i].u), (int)M, (int)more, false, false,
+                             terms[i].scale},
+                    TermSide{right + at * (TB ? N : 1), data_of<float>(terms[i].v), (int)N,
+                             (int)more, TB, true, 1.0f},
+                    (int)tensor_cols(terms[i].u), own);
         at += own;
     }
     add_factor<TB>(&maps, count, left, right, 1, M, N, more);

@@ -22,22 +22,26 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
     return ROW == 32 ? warp_sum(x) : block_sum(x, space);
 }
 
-/* Packs of a row that a thread holds, in the kernel for few rows that are not longer. Many rows
- * want many threads on a processor instead. */
-#define HELD     4
-#define FEW_ROWS 64
+/* Packs of a row that a thread holds where rows are few, and the most where they are many; of
+ * longer ones what is added and written is read again. */
+#define HELD      4
+#define HELD_MANY 3
+#define FEW_ROWS  64
 
 /* x rstd weight, which nothing that is added later joins in one rounding: as in pairs, so alone. */
 DEVICE_FUNCTION float normed(float x, float rstd, float weight) {
     return __fmul_rn(x * rstd, weight);
 }
 
+/* Blocks of one multiprocessor, for what registers they may have. */
+template <typename W, int ROW, int KEPT> __host__ __device__ constexpr int blocks_of() {
+    return ROW != MANY ? (KEPT ? 2 : 4) : sizeof(W) > sizeof(bf16) ? 7 : KEPT > 2 ? 8 : 10;
+}
+
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
- * WHOLE: a row is held in registers, everything is read at once. */
-template <typename T, typename W, int V, int ROW, bool WHOLE>
-static __global__ void __launch_bounds__(threads_of<ROW>(), WHOLE         ? 2
-                                                            : ROW == MANY ? 12
-                                                                          : 4)
+ * KEPT: how many packs of a row a thread holds, all read at once; 0: a row is read twice. */
+template <typename T, typename W, int V, int ROW, int KEPT>
+static __global__ void __launch_bounds__(threads_of<ROW>(), (blocks_of<W, ROW, KEPT>()))
     forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
             float eps, bool given) {
     wait_for_last();
@@ -46,101 +50,148 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), WHOLE         ? 2
     bool here = n < N; /* every thread goes on to the sums */
     int lane = threadIdx.x % ROW;
     const T *row = x + n * D, *other = residual ? residual + n * D : NULL;
-    Pack<T, V> held[HELD] = {}, more[HELD] = {};
-    Pack<W, V> factors[HELD] = {};
+    constexpr int ROOM = KEPT ? KEPT : 1;
+    Kept<T, V> held[ROOM] = {}, more[ROOM] = {};
+    Kept<W, V> factors[ROOM] = {};
     float r = 0, sum = 0;
-    if constexpr (WHOLE) {
+    auto read_others = [&](int i, int64_t d) {
+        if (weight) factors[i].read(weight + d);
+        if (residual) more[i].read(other + d);
+    };
+    if constexpr (KEPT > 0) {
 #pragma unroll
-        for (int i = 0; i < HELD; i++) {
+        for (int i = 0; i < KEPT; i++) {
             int64_t d = (lane + i * ROW) * V;
             if (!here || d >= D) break;
-            held[i] = *(const Pack<T, V> *)(row + d);
-            if (weight) factors[i] = *(const Pack<W, V> *)(weight + d);
-            if (residual) more[i] = *(const Pack<T, V> *)(other + d);
+            held[i].read(row + d);
+            read_others(i, d);
         }
     }
-    auto add_square = [&](const Pack<T, V> &pack) {
+    auto add_squares = [&](const Kept<T, V> &pack) {
 #pragma unroll
-        for (int j = 0; j < V; j++) sum += to_float(pack.v[j]) * to_float(pack.v[j]);
+        for (int j = 0; j < V; j++) sum += pack[j] * pack[j];
     };
-    auto write = [&](int64_t d, const Pack<T, V> &a, const Pack<W, V> &w, const Pack<T, V> &b) {
+    auto write = [&](int i, int64_t d) {
         float out[V];
 #pragma unroll
         for (int j = 0; j < V; j++) {
-            out[j] = normed(to_float(a.v[j]), r, weight ? to_float(w.v[j]) : 1.0f);
-            if (residual) out[j] = rounded<T>(out[j]) + to_float(b.v[j]);
+            out[j] = normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
+            if (residual) out[j] = rounded<T>(out[j]) + more[i][j];
         }
         store(y + n * D + d, out);
     };
     if (given) {
         r = here ? rstd[n] : 0;
     } else {
-        if constexpr (WHOLE) {
+        if constexpr (KEPT > 0) {
 #pragma unroll
-            for (int i = 0; i < HELD; i++)
-                if (here && (lane + i * ROW) * V < D) add_square(held[i]);
+            for (int i = 0; i < KEPT; i++)
+                if (here && (lane + i * ROW) * V < D) add_squares(held[i]);
         } else {
-            for (int64_t d = lane * V; here && d < D; d += ROW * V)
-                add_square(*(const Pack<T, V> *)(row + d));
+            for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+                held[0].read(row + d);
+                add_squares(held[0]);
+            }
         }
         r = 1.0f / sqrtf(row_sum<ROW>(sum, space) / (float)D + eps);
         if (here && rstd && !lane) rstd[n] = r;
     }
-    if constexpr (WHOLE) {
+    if constexpr (KEPT > 0) {
 #pragma unroll
-        for (int i = 0; i < HELD; i++)
-            if (here && (lane + i * ROW) * V < D)
-                write((lane + i * ROW) * V, held[i], factors[i], more[i]);
+        for (int i = 0; i < KEPT; i++)
+            if (here && (lane + i * ROW) * V < D) write(i, (lane + i * ROW) * V);
     } else {
         for (int64_t d = lane * V; here && d < D; d += ROW * V) {
-            held[0] = *(const Pack<T, V> *)(row + d);
-            if (weight) factors[0] = *(const Pack<W, V> *)(weight + d);
-            if (residual) more[0] = *(const Pack<T, V> *)(other + d);
-            write(d, held[0], factors[0], more[0]);
+            held[0].read(row + d);
+            read_others(0, d);
+            write(0, d);
         }
     }
 }
+
+/* Runs the statements with KEPT the packs that a thread holds of N rows. */
+#define WITH_KEPT(N, D, V, ROW, KEPT, ...)                                                         \
+    do {                                                                                           \
+        if (ROW == MANY && (D) <= 2 * MANY * (V)) {                                                \
+            constexpr int KEPT = ROW == MANY ? 2 : 0;                                              \
+            __VA_ARGS__;                                                                           \
+        } else if (ROW == MANY && (D) <= HELD_MANY * MANY * (V)) {                                 \
+            constexpr int KEPT = ROW == MANY ? HELD_MANY : 0;                                      \
+            __VA_ARGS__;                                                                           \
+        } else if (ROW != MANY && (N) <= FEW_ROWS && (D) <= (int64_t)HELD * ROW * (V)) {           \
+            constexpr int KEPT = ROW != MANY ? HELD : 0;                                           \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int KEPT = 0;                                                                \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
 
 template <typename T, typename W, int V, int ROW, typename... More>
 static void launch_rows(const Device *device, int64_t N, int64_t D, More... more) {
     constexpr int BLOCK = threads_of<ROW>();
     unsigned blocks = (unsigned)ceil_div(N, BLOCK / ROW);
-    if (ROW != MANY && N <= FEW_ROWS && D <= (int64_t)HELD * ROW * V)
-        LAUNCH_NEXT(device, (forward<T, W, V, ROW, ROW != MANY>), blocks, BLOCK, more...);
-    else
-        LAUNCH_NEXT(device, (forward<T, W, V, ROW, false>), blocks, BLOCK, more...);
+    WITH_KEPT(N, D, V, ROW, KEPT,
+              { LAUNCH_NEXT(device, (forward<T, W, V, ROW, KEPT>), blocks, BLOCK, more...); });
 }
 
-template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(threads_of<ROW>(), ROW == MANY ? 10 : 1)
+template <typename T, typename W, int V, int ROW, int KEPT>
+static __global__ void
+__launch_bounds__(threads_of<ROW>(), ROW == MANY ? (blocks_of<W, ROW, KEPT>()) - (KEPT == 0) : 1)
     backward(T *dx, Write write, const T *dy, const T *x, const float *rstd, const W *weight,
              int64_t N, int64_t D) {
+    wait_for_last();
     __shared__ float space[32];
     int64_t n = row_of<ROW>();
     bool here = n < N;
     int lane = threadIdx.x % ROW;
+    constexpr int ROOM = KEPT ? KEPT : 1;
+    Kept<T, V> slopes[ROOM] = {}, held[ROOM] = {};
+    Kept<W, V> factors[ROOM] = {};
     float sum = 0, r = here ? rstd[n] : 0;
-    for (int64_t d = lane * V; here && d < D; d += ROW * V) {
-        float g[V], a[V], w[V];
-        load(g, dy + n * D + d);
-        load(a, x + n * D + d);
-        if (weight) load(w, weight + d);
+    auto read = [&](int i, int64_t d) {
+        slopes[i].read(dy + n * D + d);
+        held[i].read(x + n * D + d);
+        if (weight) factors[i].read(weight + d);
+    };
+    auto slope = [&](int i, int j) { return weight ? slopes[i][j] * factors[i][j] : slopes[i][j]; };
+    auto add_products = [&](int i) {
 #pragma unroll
-        for (int i = 0; i < V; i++) sum += (weight ? g[i] * w[i] : g[i]) * a[i];
+        for (int j = 0; j < V; j++) sum += slope(i, j) * held[i][j];
+    };
+    if constexpr (KEPT > 0) {
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (here && (lane + i * ROW) * V < D) read(i, (lane + i * ROW) * V);
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (here && (lane + i * ROW) * V < D) add_products(i);
+    } else {
+        for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+            read(0, d);
+            add_products(0);
+        }
     }
     float mean = row_sum<ROW>(sum, space) / (float)D * r * r;
-    for (int64_t d = lane * V; here && d < D; d += ROW * V) {
-        float g[V], a[V], w[V], old[V];
-        load(g, dy + n * D + d);
-        load(a, x + n * D + d);
-        if (weight) load(w, weight + d);
+    auto finish = [&](int i, int64_t d) {
+        float old[V], out[V];
         if (write == ADD) load(old, dx + n * D + d);
 #pragma unroll
-        for (int i = 0; i < V; i++) {
-            float step = r * ((weight ? g[i] * w[i] : g[i]) - a[i] * mean);
-            g[i] = write == ADD ? old[i] + step : step;
+        for (int j = 0; j < V; j++) {
+            float step = r * (slope(i, j) - held[i][j] * mean);
+            out[j] = write == ADD ? old[j] + step : step;
         }
-        store(dx + n * D + d, g);
+        store(dx + n * D + d, out);
+    };
+    if constexpr (KEPT > 0) {
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+            if (here && (lane + i * ROW) * V < D) finish(i, (lane + i * ROW) * V);
+    } else {
+        for (int64_t d = lane * V; here && d < D; d += ROW * V) {
+            read(0, d);
+            finish(0, d);
+        }
     }
 }
 
@@ -194,26 +245,28 @@ static __global__ void __launch_bounds__(threads_of<ROW>())
     int64_t n = row_of<ROW>();
     bool here = n < N;
     int lane = threadIdx.x % ROW;
-    Pack<W, V> factors[HELD] = {}, others[HELD] = {};
+    Kept<W, V> factors[HELD] = {}, others[HELD] = {};
 #pragma unroll
     for (int i = 0; i < HELD; i++) { /* weights are there before the last kernel ends */
         int64_t d = (lane + i * ROW) * V;
         if (!here || d >= D) break;
-        factors[i] = *(const Pack<W, V> *)(weight + d);
-        others[i] = *(const Pack<W, V> *)(next_weight + d);
+        factors[i].read(weight + d);
+        others[i].read(next_weight + d);
     }
     wait_for_last();
-    Pack<T, V> held[HELD] = {}, more[HELD] = {};
+    Kept<T, V> held[HELD] = {}, more[HELD] = {};
     float sum = 0, squares = 0;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int64_t d = (lane + i * ROW) * V;
         if (!here || d >= D) break;
-        held[i] = *(const Pack<T, V> *)(x + n * D + d);
-        more[i] = *(const Pack<T, V> *)(residual + n * D + d);
-#pragma unroll
-        for (int j = 0; j < V; j++) sum += to_float(held[i].v[j]) * to_float(held[i].v[j]);
+        held[i].read(x + n * D + d);
+        more[i].read(residual + n * D + d);
     }
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += held[i][j] * held[i][j];
     float r = 1.0f / sqrtf(row_sum<ROW>(sum, space[0]) / (float)D + eps);
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
@@ -222,13 +275,13 @@ static __global__ void __launch_bounds__(threads_of<ROW>())
         float out[V];
 #pragma unroll
         for (int j = 0; j < V; j++) {
-            float one = normed(to_float(held[i].v[j]), r, to_float(factors[i].v[j]));
-            out[j] = rounded<T>(rounded<T>(one) + to_float(more[i].v[j]));
+            float one = normed(held[i][j], r, factors[i][j]);
+            out[j] = rounded<T>(rounded<T>(one) + more[i][j]);
             if (scale != 1.0f) out[j] = rounded<T>(scale * out[j]);
-            held[i].v[j] = from_float<T>(out[j]);
             squares += out[j] * out[j];
         }
         store(y + n * D + d, out);
+        held[i].keep(out);
     }
     r = 1.0f / sqrtf(row_sum<ROW>(squares, space[1]) / (float)D + eps);
 #pragma unroll
@@ -238,8 +291,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>())
         if (!codes.scales && !inside) break;
         float out[V];
 #pragma unroll
-        for (int j = 0; j < V; j++)
-            out[j] = rounded<T>(normed(to_float(held[i].v[j]), r, to_float(others[i].v[j])));
+        for (int j = 0; j < V; j++) out[j] = rounded<T>(normed(held[i][j], r, others[i][j]));
         if (inside) store(next + n * D + d, out);
         if (codes.scales) store_codes(codes, n * D + d, out, inside);
     }
@@ -295,14 +347,16 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
     DType weight_dtype = weight.data ? weight.dtype : F32;
     WITH_FLOAT(x.dtype, T,
                WITH_FLOAT(weight_dtype, W,
-                          WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(N, D, ROW, {
-                                              LAUNCH(x.device, (backward<T, W, V, ROW>),
-                                                     (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
-                                                     threads_of<ROW>(), 0, data_of<T>(dx), write,
-                                                     data_of<T>(dy), data_of<T>(x),
-                                                     data_of<float>(rstd), data_of<W>(weight), N,
-                                                     D);
-                                          }))));
+                          WITH_LONG_PACKS(
+                              T, D, fits, V, WITH_ROW(N, D, ROW, {
+                                  WITH_KEPT(N, D, V, ROW, KEPT, {
+                                      LAUNCH_NEXT(x.device, (backward<T, W, V, ROW, KEPT>),
+                                                  (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
+                                                  threads_of<ROW>(), data_of<T>(dx), write,
+                                                  data_of<T>(dy), data_of<T>(x),
+                                                  data_of<float>(rstd), data_of<W>(weight), N, D);
+                                  });
+                              }))));
 }
 
 /* ---- layer norm ---- */
