@@ -396,10 +396,10 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
                dim3(2 * C / HOPPER_COLUMNS, key_tiles, (unsigned)plan.parts), HOPPER_THREADS,
                gemm_hopper_bytes(), sides, heads, slab);
     }
-    int64_t count = heads.S * heads.K * heads.C;
-    for (int i = 0; i < 2 && plan.parts > 1; i++)
-        LAUNCH(device, (join_gradients), grid_for(device, count, 256), 256, 0, i ? dv : dk,
-               i ? sides.dv : sides.dk, count, (int)plan.parts);
+    int64_t count = heads.S * heads.K * heads.C; /* a multiple of 256 */
+    if (plan.parts > 1)
+        LAUNCH_NEXT(device, (join_gradients), grid_for(device, count / 2, 256), 256, dk, dv,
+                    partial, count, (int)plan.parts);
 }
 
 extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y,

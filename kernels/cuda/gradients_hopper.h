@@ -281,12 +281,23 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #endif
 }
 
-/* The parts of a gradient, added in order. */
-static __global__ void join_gradients(float *d, const float *parts, int64_t count, int splits) {
-    FOR_GRID(i, count) {
-        float sum = 0;
-        for (int p = 0; p < splits; p++) sum += parts[p * count + i];
-        d[i] += sum;
+/* The parts of dk, and of dv behind them, added in order. */
+static __global__ void join_gradients(float *dk, float *dv, const float *parts, int64_t count,
+                                      int splits) {
+    wait_for_last();
+    FOR_GRID(i, 2 * count / 4) {
+        bool values = 4 * i >= count;
+        int64_t at = 4 * i - (values ? count : 0);
+        float *to = (values ? dv : dk) + at, sum[4] = {}, x[4];
+        for (int p = 0; p < splits; p++) {
+            load(x, parts + ((values ? splits : 0) + p) * count + at);
+#pragma unroll
+            for (int j = 0; j < 4; j++) sum[j] += x[j];
+        }
+        load(x, to);
+#pragma unroll
+        for (int j = 0; j < 4; j++) sum[j] += x[j];
+        store(to, sum);
     }
 }
 

@@ -123,10 +123,19 @@ static int64_t pairs_most(const Device *device) {
     return cuda_processors(device) / PAIR;
 }
 
-static bool fills_pairs(const Device *device, int64_t M, int64_t N) {
-    int64_t most = pairs_most(device), tiles = ceil_div(M, PairMemory<2>::ROWS),
-            turns = ceil_div(tiles * ceil_div(N, PAIR * PAIRS_COLUMNS), most);
-    return (double)(tiles * N) >= PAIRS_FILL * (double)(turns * most * PAIR * PAIRS_COLUMNS);
+/* The share of it that y (M, N) in tiles of so many rows uses. */
+static double pairs_fill(const Device *device, int64_t rows, int64_t M, int64_t N) {
+    int64_t most = pairs_most(device), columns = PAIR * PAIRS_COLUMNS,
+            turns = ceil_div(ceil_div(M, rows) * ceil_div(N, columns), most);
+    return (double)(M * N) / (double)(turns * most * rows * columns);
+}
+
+/* How many times 64 rows a warpgroup gets of y, which must not be added to for three; 0: neither
+ * fills the device. */
+static int pairs_blocks(const Device *device, Write write, int64_t M, int64_t N) {
+    double two = pairs_fill(device, PairMemory<2>::ROWS, M, N),
+           three = write == SET ? pairs_fill(device, PairMemory<3>::ROWS, M, N) : 0;
+    return fmax(two, three) < PAIRS_FILL ? 0 : three > two + 0.05 ? 3 : 2;
 }
 
 /* Puts another product a (M, K) b into the sum, of `groups` matrices b (N, K), or TB: (K, N). */
@@ -437,9 +446,10 @@ static int64_t spread_of(const Term &term) {
 }
 
 /* Whether one kernel has these products and their terms. */
-static bool takes_terms(Tensor y, const Tensor *a, const Tensor *b, const Term *terms, int count) {
+static bool takes_terms(Tensor y, Write write, const Tensor *a, const Tensor *b, const Term *terms,
+                        int count) {
     bool any = false, fits = y.dtype == BF16 && is_aligned(y) && cuda_has_wgmma(y.device) &&
-                             fills_pairs(y.device, tensor_rows(y), tensor_cols(y));
+                             pairs_blocks(y.device, write, tensor_rows(y), tensor_cols(y));
     for (int i = 0; i < count; i++) {
         any = any || has_term(terms, i);
         fits = fits && a[i].dtype == BF16 && b[i].dtype == BF16 && is_aligned(a[i]) &&
@@ -472,7 +482,10 @@ static void products_with_terms(Tensor y, Write write, const Tensor *a, const Te
         at += own;
     }
     add_factor<TB>(&maps, count, left, right, 1, M, N, more);
-    launch_gemm_pairs<TB, 2, bf16>(y, write, maps, Groups{}, 1.0f);
+    if (pairs_blocks(device, write, M, N) == 3)
+        launch_gemm_pairs<TB, 3, bf16>(y, write, maps, Groups{}, 1.0f);
+    else
+        launch_gemm_pairs<TB, 2, bf16>(y, write, maps, Groups{}, 1.0f);
 }
 
 /* ---- which product is whose ---- */
@@ -530,7 +543,7 @@ extern "C" void cuda_matmul_several(const Tensor *y, Tensor a, const Tensor *b, 
                                            })));
     for (int i = 0; i < count; i++) {
         const Term *term = has_term(terms, i) ? &terms[i] : NULL;
-        if (!alike && takes_terms(y[i], &a, &b[i], term, 1)) {
+        if (!alike && takes_terms(y[i], SET, &a, &b[i], term, 1)) {
             products_with_terms<false>(y[i], SET, &a, &b[i], term, 1);
             continue;
         }
@@ -545,7 +558,7 @@ extern "C" void cuda_matmul_sum(Tensor y, Write write, const Tensor *a, const Te
     Tensor u[MATRICES_MOST], v[MATRICES_MOST];
     float scale = 0;
     int left = 0;
-    if (takes_terms(y, a, b, terms, count)) {
+    if (takes_terms(y, write, a, b, terms, count)) {
         products_with_terms<true>(y, write, a, b, terms, count);
         return;
     }

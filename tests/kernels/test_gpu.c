@@ -614,9 +614,10 @@ GPU_CASE(products_of_several_adapters, s, dtype) {
 /* What adapters add to products, inside those whose tiles fill the device, and beside others; as
  * in bf16 the second sum is not rounded before, they are nearer to what is meant. */
 GPU_CASE(products_with_terms, s, dtype) {
-    static const int64_t sizes[][3] = {{300, 520, 72}, {1030, 264, 200}, {70, 40, 64}, {3, 24, 64}};
-    for (int i = 0; i < 4; i++) {
-        int64_t M = sizes[i][0], N = sizes[i][1], K = sizes[i][2], R = 5 + 18 * i;
+    static const int64_t sizes[][3] = {
+        {510, 248, 248}, {380, 1000, 40}, {380, 40, 1016}, {70, 40, 64}, {3, 24, 64}};
+    for (int i = 0; i < 5; i++) {
+        int64_t M = sizes[i][0], N = sizes[i][1], K = sizes[i][2], R = 5 + 7 * i;
         Tensor x = GIVEN(s, dtype, 1, M, K),
                W[] = {GIVEN(s, dtype, 2, N, K), GIVEN(s, dtype, 3, 24, K)},
                y[] = {SPACE(s, dtype, M, N), SPACE(s, dtype, M, 24)},
