@@ -1,9 +1,9 @@
-/* gemm_hopper.h - products of bf16 rows on Hopper's tensor cores: gemm16's twin for groups, and the
- * loop of any such product.
+/* gemm_hopper.h - products of bf16 rows on Hopper's tensor cores whose operands threads bring, from
+ * wherever rows lie: the loop of any such product, and groups' sums over rows (TN).
  *
- * Two warpgroups share a tile of 128 by 256, K goes by 64 at a time. At the end of a group, or of
- * the columns, what a tile has not half of is not multiplied. Four stages of both operands
- * lie in shared memory: two are multiplied, one behind the other, while two arrive. */
+ * Two warpgroups share a tile of 128 by 256, K goes by 64 at a time. Of a tile's columns, what
+ * there is not half of is not multiplied. Four stages of both operands lie in shared memory: two
+ * are multiplied, one behind the other, while two arrive. */
 #ifndef CUDA_GEMM_HOPPER_H
 #define CUDA_GEMM_HOPPER_H
 
@@ -119,48 +119,33 @@ DEVICE_FUNCTION int result_row() {
     return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
-/* y (=|+=) alpha a b for the rows or group that is the block's; shapes as in gemm16, all a multiple
- * of 8 along the rows of memory. */
-template <bool TA, bool TB, typename Y>
+/* y[g] (=|+=) alpha a^T b over the rows of group g (TN, as in gemm16); M and N multiples of 8.
+ * Grid: (tiles of N, tiles of M, groups). */
+template <typename Y>
 static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
-    gemm_hopper(Y *y, Write write, const bf16 *a, const bf16 *b, Shape shape, Groups groups,
-                float alpha) {
+    gemm_hopper(Y *y, Write write, const bf16 *a, const bf16 *b, int64_t M, int64_t N,
+                const int32_t *offsets, float alpha) {
 #if ON_HOPPER
     DYNAMIC_SHARED(memory);
-    int64_t M = shape.M, N = shape.N, n0 = (int64_t)blockIdx.x * HOPPER_COLUMNS, m0, m_end, k0 = 0,
-            k_end = shape.K;
-    if (TA) { /* one matrix of sums for each group */
-        m0 = (int64_t)blockIdx.y * HOPPER_ROWS;
-        m_end = M;
-        k0 = groups.offsets[blockIdx.z];
-        k_end = groups.offsets[blockIdx.z + 1];
-        y += blockIdx.z * M * N;
-    } else {
-        RowTile rows = find_rows<HOPPER_ROWS>(groups, M, blockIdx.y);
-        if (rows.first == rows.last) return;
-        m0 = rows.first;
-        m_end = rows.last;
-        b += rows.g * N * shape.K;
-    }
-    int left_rows = (int)min((int64_t)HOPPER_ROWS, m_end - m0),
-        right_rows = (int)min((int64_t)HOPPER_COLUMNS, N - n0);
-    int64_t left_width = TA ? M : shape.K, right_width = TB ? N : shape.K, k = k0;
-    a += TA ? k0 * M + m0 : m0 * shape.K;
-    b += TB ? k0 * N + n0 : n0 * shape.K;
-    Product<TA, TB> product(memory);
+    int64_t n0 = (int64_t)blockIdx.x * HOPPER_COLUMNS, m0 = (int64_t)blockIdx.y * HOPPER_ROWS,
+            k = offsets[blockIdx.z], k_end = offsets[blockIdx.z + 1];
+    int left_rows = (int)min((int64_t)HOPPER_ROWS, M - m0),
+        right_rows = (int)min((int64_t)HOPPER_COLUMNS, N - n0),
+        steps = (int)((k_end - k + HOPPER_DEPTH - 1) / HOPPER_DEPTH);
+    y += blockIdx.z * M * N;
+    a += k * M + m0;
+    b += k * N + n0;
+    Product<true, true> product(memory);
     auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
         if (k >= k_end) return;
         int depth = (int)min((int64_t)HOPPER_DEPTH, k_end - k);
-        product.left.fetch_lines(left_tile, a, TA ? depth : left_rows, TA ? left_rows : depth,
-                                 left_width);
-        product.right.fetch_lines(right_tile, b, TB ? depth : right_rows, TB ? right_rows : depth,
-                                  right_width);
-        a += HOPPER_DEPTH * (TA ? M : 1);
-        b += HOPPER_DEPTH * (TB ? N : 1);
+        product.left.fetch_lines(left_tile, a, depth, left_rows, M);
+        product.right.fetch_lines(right_tile, b, depth, right_rows, N);
+        a += HOPPER_DEPTH * M;
+        b += HOPPER_DEPTH * N;
         k += HOPPER_DEPTH;
     };
     float sums[HOPPER_COLUMNS / 2] = {};
-    int steps = (int)((k_end - k0 + HOPPER_DEPTH - 1) / HOPPER_DEPTH);
     bool busy = (int)threadIdx.x / WARPGROUP * 64 < left_rows;
     product.start(fetch);
     if (right_rows > HOPPER_COLUMNS / 2)
@@ -173,7 +158,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #pragma unroll
         for (int p = 0; p < 2; p++) {
             int64_t m = m0 + result_row() + 8 * p, n = n0 + 8 * j + threadIdx.x % 4 * 2;
-            if (m >= m_end || n >= N) continue;
+            if (m >= M || n >= N) continue;
             float pair[2] = {alpha * sums[4 * j + 2 * p], alpha * sums[4 * j + 2 * p + 1]};
             if (write == ADD) {
                 float old[2];

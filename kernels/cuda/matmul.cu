@@ -103,17 +103,6 @@ static bool is_aligned(Tensor t) {
     return tensor_cols(t) % 8 == 0 && (uintptr_t)t.data % 16 == 0;
 }
 
-template <bool TA, bool TB, typename Y>
-static void launch_gemm_hopper(Tensor y, Write write, Tensor a, Tensor b, Shape shape,
-                               Groups groups, float alpha) {
-    int64_t tiles =
-        TA ? ceil_div(shape.M, HOPPER_ROWS) : most_row_tiles(groups, shape.M, HOPPER_ROWS);
-    dim3 grid((unsigned)ceil_div(shape.N, HOPPER_COLUMNS), (unsigned)tiles,
-              (unsigned)(TA ? groups.count : 1));
-    LAUNCH(a.device, (gemm_hopper<TA, TB, Y>), grid, HOPPER_THREADS, gemm_hopper_bytes(),
-           data_of<Y>(y), write, data_of<bf16>(a), data_of<bf16>(b), shape, groups, alpha);
-}
-
 /* The least share of the multiprocessors' time that products without groups must use: where the
  * last tiles leave more of them idle, cuBLASLt has better sizes of tiles. */
 #define PAIRS_FILL 0.8
@@ -176,18 +165,24 @@ static void pairs_of_groups(Tensor y, Write write, Tensor a, Tensor b, Shape sha
         launch_gemm_pairs<TB, 2, Y>(y, write, maps, groups, alpha);
 }
 
+template <typename Y>
+static void sums_of_groups(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
+                           float alpha) {
+    dim3 grid((unsigned)ceil_div(shape.N, HOPPER_COLUMNS), (unsigned)ceil_div(shape.M, HOPPER_ROWS),
+              (unsigned)groups.count);
+    LAUNCH(a.device, (gemm_hopper<Y>), grid, HOPPER_THREADS, gemm_hopper_bytes(), data_of<Y>(y),
+           write, data_of<bf16>(a), data_of<bf16>(b), shape.M, shape.N, groups.offsets, alpha);
+}
+
 template <typename S, bool TA, bool TB, int DB, typename Y>
 static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
                           float alpha) {
     if constexpr (std::is_same_v<S, LargeTiles>)
-        if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b)) {
-            if constexpr (!TA) {
-                if (is_aligned(y)) {
-                    pairs_of_groups<TB, Y>(y, write, a, b, shape, groups, alpha);
-                    return;
-                }
-            }
-            launch_gemm_hopper<TA, TB, Y>(y, write, a, b, shape, groups, alpha);
+        if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b) && is_aligned(y)) {
+            if constexpr (TA)
+                sums_of_groups<Y>(y, write, a, b, shape, groups, alpha);
+            else
+                pairs_of_groups<TB, Y>(y, write, a, b, shape, groups, alpha);
             return;
         }
     dim3 grid((unsigned)ceil_div(shape.N, S::BN),
