@@ -22,10 +22,6 @@ void matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alph
     ON_DEVICE(a, matmul)(layout, y, write, a, b, alpha);
 }
 
-static bool has_term(const Term *terms, int i) {
-    return terms && tensor_present(terms[i].u);
-}
-
 static void check_term(const char *name, Layout layout, Tensor y, const Term *terms, int i) {
     if (!has_term(terms, i)) return;
     Tensor u = terms[i].u, v = terms[i].v;

@@ -23,6 +23,11 @@ typedef struct Term {
     float scale;
 } Term;
 
+/* Whether product i of several has one; terms NULL: none has. */
+static inline bool has_term(const Term *terms, int i) {
+    return terms && tensor_present(terms[i].u);
+}
+
 /* Several of NT that read one a, up to MATRICES_MOST: y[i] = a b[i]^T + terms[i], bit for bit as
  * alone. terms NULL: none of them has one. */
 #define MATRICES_MOST 3

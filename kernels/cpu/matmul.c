@@ -281,21 +281,21 @@ void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float
     product(layout, y, write, a, b, alpha);
 }
 
-static void add_term(Layout layout, Tensor y, const Term *term) {
-    if (tensor_present(term->u)) ordered_product(layout, y, ADD, term->u, term->v, term->scale);
+static void add_term(Layout layout, Tensor y, const Term *terms, int i) {
+    if (has_term(terms, i)) ordered_product(layout, y, ADD, terms[i].u, terms[i].v, terms[i].scale);
 }
 
 void CPU(matmul_several)(const Tensor *y, Tensor a, const Tensor *b, const Term *terms, int count) {
     for (int i = 0; i < count; i++) {
         product(NT, y[i], SET, a, b[i], 1.0f);
-        if (terms) add_term(NT, y[i], &terms[i]);
+        add_term(NT, y[i], terms, i);
     }
 }
 
 void CPU(matmul_sum)(Tensor y, Write write, const Tensor *a, const Tensor *b, const Term *terms,
                      int count) {
     for (int i = 0; i < count; i++) product(NN, y, i ? ADD : write, a[i], b[i], 1.0f);
-    for (int i = 0; i < count && terms; i++) add_term(NN, y, &terms[i]);
+    for (int i = 0; i < count; i++) add_term(NN, y, terms, i);
 }
 
 void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,

@@ -45,9 +45,10 @@ static __global__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *ga
                 float x = g[j], t = gelu_tanh(x);
                 float slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * GELU_FACTOR *
                                                       (1.0f + 3.0f * GELU_CUBE * x * x);
+                float gelu = 0.5f * x * (1.0f + t);
                 dg[j] = d[j] * u[j] * slope;
-                d[j] *= 0.5f * x * (1.0f + t);
-                u[j] *= rounded<T>(0.5f * x * (1.0f + t));
+                d[j] *= gelu;
+                u[j] *= rounded<T>(gelu);
             }
             if (y) store(y + n * F + i * V, u);
             store(dgate + at, dg);

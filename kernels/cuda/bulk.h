@@ -8,8 +8,6 @@
 
 #include "kernels/cuda/wgmma.h"
 
-#define PAIR 2 /* blocks that run at once and reach each other's shared memory */
-
 /* ---- the matrices that tiles are cut from ---- */
 
 /* `groups` matrices of bf16, (rows, cols) each, and the tile that one copy brings: 64 columns by
@@ -40,7 +38,10 @@ struct Barrier {
     uint16_t missing;
     uint8_t threads, phase;
 };
-static inline void simt_step(Barrier *b) {
+/* So many threads have arrived, and so many bytes more, or fewer, are to. */
+static inline void simt_count(Barrier *b, int threads, int bytes) {
+    b->missing = (uint16_t)(b->missing - threads);
+    b->bytes += bytes;
     if (b->missing || b->bytes) return;
     b->missing = b->threads;
     b->phase ^= 1;
@@ -93,9 +94,7 @@ DEVICE_FUNCTION void barrier_announce(Barrier *b, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
                  : "memory");
 #elif !defined(__CUDACC__)
-    b->bytes += bytes;
-    b->missing--;
-    simt_step(b);
+    simt_count(b, 1, bytes);
 #endif
 }
 
@@ -108,9 +107,7 @@ DEVICE_FUNCTION void barrier_arrive(Barrier *b, unsigned rank) {
                  "r"(rank)
                  : "memory");
 #elif !defined(__CUDACC__)
-    Barrier *there = simt_in_block(b, rank);
-    there->missing--;
-    simt_step(there);
+    simt_count(simt_in_block(b, rank), 1, 0);
 #endif
 }
 
@@ -159,9 +156,7 @@ DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t
                 tile[tile_at(r, c / 8 * 8, map.tile_rows) + c % 8] =
                     here ? map.data[(group * map.rows + row + r) * map.cols + col + c] : bf16{0};
             }
-        Barrier *there = simt_in_block(b, rank);
-        there->bytes -= map.tile_rows * 128;
-        simt_step(there);
+        simt_count(simt_in_block(b, rank), 0, -map.tile_rows * 128);
     }
 #endif
 }

@@ -56,11 +56,12 @@ bool cuda_launches_early(const Device *device);
 
 /* LAUNCH(device, (kernel<...>), grid, block, shared bytes, arguments...) */
 #define UNWRAP(...) __VA_ARGS__
+#define PAIR        2 /* blocks that run at once and reach each other's shared memory */
 #ifdef __CUDACC__
-#define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
+/* Lets the kernel take so much dynamic shared memory; asked once for each device. */
+#define ALLOW_SHARED(device, kernel, shared)                                                       \
     do {                                                                                           \
-        cudaStream_t launch_stream = cuda_stream(device);                                          \
-        static size_t launch_shared[CUDA_DEVICES]; /* what the kernel may take on each device */   \
+        static size_t launch_shared[CUDA_DEVICES]; /* what it may take on each device */           \
         if ((shared) > 48 * 1024 && (shared) > launch_shared[(device)->index]) {                   \
             cuda_check(cudaFuncSetAttribute(UNWRAP kernel,                                         \
                                             cudaFuncAttributeMaxDynamicSharedMemorySize,           \
@@ -68,6 +69,11 @@ bool cuda_launches_early(const Device *device);
                        #kernel);                                                                   \
             launch_shared[(device)->index] = (shared);                                             \
         }                                                                                          \
+    } while (0)
+#define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
+    do {                                                                                           \
+        cudaStream_t launch_stream = cuda_stream(device);                                          \
+        ALLOW_SHARED(device, kernel, shared);                                                      \
         UNWRAP kernel<<<grid, block, shared, launch_stream>>>(__VA_ARGS__);                        \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)
@@ -85,12 +91,12 @@ bool cuda_launches_early(const Device *device);
         launch_config.numAttrs = cuda_launches_early(device) ? 1 : 0;                              \
         cuda_check(cudaLaunchKernelEx(&launch_config, UNWRAP kernel, __VA_ARGS__), #kernel);       \
     } while (0)
-/* The same in pairs of blocks (bulk.h); the kernel may have any shared memory. */
+/* The same in pairs of blocks (bulk.h), with dynamic shared memory. */
 #define LAUNCH_PAIRS(device, kernel, grid, block, shared, ...)                                     \
     do {                                                                                           \
         cudaLaunchAttribute launch_pairs[2] = {};                                                  \
         launch_pairs[0].id = cudaLaunchAttributeClusterDimension;                                  \
-        launch_pairs[0].val.clusterDim.x = 2;                                                      \
+        launch_pairs[0].val.clusterDim.x = PAIR;                                                   \
         launch_pairs[0].val.clusterDim.y = launch_pairs[0].val.clusterDim.z = 1;                   \
         launch_pairs[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;                   \
         launch_pairs[1].val.programmaticStreamSerializationAllowed = 1;                            \
@@ -101,9 +107,7 @@ bool cuda_launches_early(const Device *device);
         launch_config.stream = cuda_stream(device);                                                \
         launch_config.attrs = launch_pairs;                                                        \
         launch_config.numAttrs = cuda_launches_early(device) ? 2 : 1;                              \
-        cuda_check(cudaFuncSetAttribute(                                                           \
-                       UNWRAP kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(shared)), \
-                   #kernel);                                                                       \
+        ALLOW_SHARED(device, kernel, shared);                                                      \
         cuda_check(cudaLaunchKernelEx(&launch_config, UNWRAP kernel, __VA_ARGS__), #kernel);       \
     } while (0)
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -124,7 +128,7 @@ bool cuda_launches_early(const Device *device);
 #define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
     LAUNCH_BLOCKS(device, kernel, grid, block, shared, 1, __VA_ARGS__)
 #define LAUNCH_PAIRS(device, kernel, grid, block, shared, ...)                                     \
-    LAUNCH_BLOCKS(device, kernel, grid, block, shared, 2, __VA_ARGS__)
+    LAUNCH_BLOCKS(device, kernel, grid, block, shared, PAIR, __VA_ARGS__)
 #define LAUNCH_NEXT(device, kernel, grid, block, ...)                                              \
     LAUNCH(device, kernel, grid, block, 0, __VA_ARGS__)
 #define DYNAMIC_SHARED(name) unsigned char *name = simt_thread->dynamic_shared

@@ -28,6 +28,26 @@ struct Shape {
 
 /* ---- which tile is a block's ---- */
 
+/* Rows of group g of M: first and behind the last. */
+DEVICE_FUNCTION int64_t group_begin(const Groups &groups, int g) {
+    return groups.offsets ? groups.offsets[g] : 0;
+}
+DEVICE_FUNCTION int64_t group_end(const Groups &groups, int g, int64_t M) {
+    if (!groups.offsets) return M;
+    return groups.counts ? groups.offsets[g] + groups.counts[g] : groups.offsets[g + 1];
+}
+
+/* Of this lane and all before it. */
+DEVICE_FUNCTION int warp_running_sum(int x) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        int other = __shfl_up_sync(0xffffffffu, x, d);
+        if (lane >= d) x += other;
+    }
+    return x;
+}
+
 /* Rows first .. last - 1 of group g. */
 struct RowTile {
     int g;
@@ -49,15 +69,10 @@ template <int BM> DEVICE_FUNCTION RowTile find_rows(const Groups &groups, int64_
         int before = 0;
         for (int base = 0; base < groups.count; base += 32) {
             int g = base + lane;
-            int begin = g < groups.count ? groups.offsets[g] : 0, end = 0;
+            int begin = 0, end = 0;
             if (g < groups.count)
-                end = groups.counts ? begin + groups.counts[g] : groups.offsets[g + 1];
-            int tiles = (end - begin + BM - 1) / BM, sum = tiles;
-#pragma unroll
-            for (int d = 1; d < 32; d *= 2) {
-                int other = __shfl_up_sync(0xffffffffu, sum, d);
-                if (lane >= d) sum += other;
-            }
+                begin = (int)group_begin(groups, g), end = (int)group_end(groups, g, M);
+            int tiles = (end - begin + BM - 1) / BM, sum = warp_running_sum(tiles);
             int64_t mine = tile - (before + sum - tiles);
             if (mine >= 0 && mine < tiles) {
                 found[0] = g;

@@ -39,14 +39,6 @@ template <int BLOCKS> static size_t gemm_pairs_bytes(int groups) {
     return sizeof(PairMemory<BLOCKS>) + (size_t)(2 * groups + 1) * sizeof(int);
 }
 
-DEVICE_FUNCTION int64_t group_begin(const Groups &groups, int g) {
-    return groups.offsets ? groups.offsets[g] : 0;
-}
-DEVICE_FUNCTION int64_t group_end(const Groups &groups, int g, int64_t M) {
-    if (!groups.offsets) return M;
-    return groups.counts ? groups.offsets[g] + groups.counts[g] : groups.offsets[g + 1];
-}
-
 /* How many products of 64 rows the busier warpgroup has of so many rows. */
 DEVICE_FUNCTION int turns_of(int64_t rows) {
     return (int)((rows + 2 * PAIRS_ROWS - 1) / (2 * PAIRS_ROWS));
@@ -66,12 +58,7 @@ DEVICE_FUNCTION void count_pair_tiles(int *starts, const Groups &groups, int cou
             bool full = turns_of(rest) == BLOCKS;
             tiles = e < count ? (int)(rows / ROWS) + full : rest && !full;
         }
-        int sum = tiles;
-#pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            int other = __shfl_up_sync(0xffffffffu, sum, d);
-            if (lane >= d) sum += other;
-        }
+        int sum = warp_running_sum(tiles);
         if (e < 2 * count) starts[e] = before + sum - tiles;
         before += __shfl_sync(0xffffffffu, sum, 31);
     }

@@ -431,10 +431,6 @@ static __global__ void spread_term(TermSide left, TermSide right, int rank, int 
     }
 }
 
-static bool has_term(const Term *terms, int i) {
-    return terms && tensor_present(terms[i].u);
-}
-
 /* What a term takes of K. */
 static int64_t spread_of(const Term &term) {
     return (3 * tensor_cols(term.u) + 7) / 8 * 8;
