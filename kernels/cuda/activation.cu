@@ -18,47 +18,44 @@ template <typename T, int V>
 static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, int64_t F,
                                int64_t stride) {
     wait_for_last();
-    for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) FOR_GRID(i, F / V) {
-            int64_t at = n * stride + i * V;
-            float g[V], u[V];
-            load(g, gate + at);
-            load(u, up + at);
+    FOR_GRID(i, rows * (F / V)) {
+        RowPack pack = row_pack(i, F / V);
+        int64_t at = pack.row * stride + pack.at * V;
+        float g[V], u[V];
+        load(g, gate + at);
+        load(u, up + at);
 #pragma unroll
-            for (int j = 0; j < V; j++)
-                g[j] = rounded<T>(0.5f * g[j] * (1.0f + gelu_tanh(g[j]))) * u[j];
-            store(y + n * F + i * V, g);
-        }
+        for (int j = 0; j < V; j++)
+            g[j] = rounded<T>(0.5f * g[j] * (1.0f + gelu_tanh(g[j]))) * u[j];
+        store(y + i * V, g);
+    }
 }
 
 template <typename T, int V>
 static __global__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up,
                                 int64_t rows, int64_t F, int64_t stride) {
     wait_for_last();
-    for (int64_t n = blockIdx.y; n < rows; n += gridDim.y) FOR_GRID(i, F / V) {
-            int64_t at = n * stride + i * V;
-            float g[V], u[V], d[V], dg[V];
-            load(g, gate + at);
-            load(u, up + at);
-            load(d, dy + n * F + i * V);
+    FOR_GRID(i, rows * (F / V)) {
+        RowPack pack = row_pack(i, F / V);
+        int64_t at = pack.row * stride + pack.at * V;
+        float g[V], u[V], d[V], dg[V];
+        load(g, gate + at);
+        load(u, up + at);
+        load(d, dy + i * V);
 #pragma unroll
-            for (int j = 0; j < V; j++) {
-                float x = g[j], t = gelu_tanh(x);
-                float slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * GELU_FACTOR *
-                                                      (1.0f + 3.0f * GELU_CUBE * x * x);
-                float gelu = 0.5f * x * (1.0f + t);
-                dg[j] = d[j] * u[j] * slope;
-                d[j] *= gelu;
-                u[j] *= rounded<T>(gelu);
-            }
-            if (y) store(y + n * F + i * V, u);
-            store(dgate + at, dg);
-            if (dup) store(dup + at, d);
+        for (int j = 0; j < V; j++) {
+            float x = g[j], t = gelu_tanh(x);
+            float slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * GELU_FACTOR *
+                                                  (1.0f + 3.0f * GELU_CUBE * x * x);
+            float gelu = 0.5f * x * (1.0f + t);
+            dg[j] = d[j] * u[j] * slope;
+            d[j] *= gelu;
+            u[j] *= rounded<T>(gelu);
         }
-}
-
-/* A thread for each pack of a row, of as many rows at once as a grid can have. */
-static dim3 grid_of_rows(const Device *device, int64_t rows, int64_t packs) {
-    return dim3(grid_for(device, packs, 256), (unsigned)(rows < 65535 ? rows : 65535));
+        if (y) store(y + i * V, u);
+        store(dgate + at, dg);
+        if (dup) store(dup + at, d);
+    }
 }
 
 static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t rows, int64_t stride,
@@ -66,8 +63,9 @@ static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t rows, 
     if (!tensor_count(y)) return;
     int64_t F = tensor_count(y) / rows;
     WITH_FLOAT(y.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
-                   LAUNCH_NEXT(y.device, (forward<T, V>), grid_of_rows(y.device, rows, F / V), 256,
-                               data_of<T>(y), data_of<T>(gate), (const T *)up, rows, F, stride);
+                   LAUNCH_NEXT(y.device, (forward<T, V>), grid_for(y.device, rows * (F / V), 256),
+                               256, data_of<T>(y), data_of<T>(gate), (const T *)up, rows, F,
+                               stride);
                }));
 }
 
@@ -76,9 +74,10 @@ static void launch_backward(Tensor dgate, void *dup, Tensor y, Tensor dy, Tensor
     if (!tensor_count(dy)) return;
     int64_t F = tensor_count(dy) / rows;
     WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
-                   LAUNCH_NEXT(dy.device, (backward<T, V>), grid_of_rows(dy.device, rows, F / V),
-                               256, data_of<T>(dgate), (T *)dup, data_of<T>(y), data_of<T>(dy),
-                               data_of<T>(gate), (const T *)up, rows, F, stride);
+                   LAUNCH_NEXT(dy.device, (backward<T, V>),
+                               grid_for(dy.device, rows * (F / V), 256), 256, data_of<T>(dgate),
+                               (T *)dup, data_of<T>(y), data_of<T>(dy), data_of<T>(gate),
+                               (const T *)up, rows, F, stride);
                }));
 }
 

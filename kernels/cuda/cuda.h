@@ -378,6 +378,17 @@ DEVICE_FUNCTION float warp_max(float x) {
 #endif
 }
 
+/* Of this lane and all before it. */
+DEVICE_FUNCTION int warp_running_sum(int x) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        int other = __shfl_up_sync(0xffffffffu, x, d);
+        if (lane >= d) x += other;
+    }
+    return x;
+}
+
 /* Over all threads of the block, the same value in each, in an order that only the block's size
  * decides. `space`: 32 floats of shared memory of the caller's. */
 DEVICE_FUNCTION float block_sum(float x, float *space) {
@@ -408,6 +419,16 @@ static inline int64_t ceil_div(int64_t a, int64_t b) {
 static inline unsigned grid_for(const Device *device, int64_t items, int threads) {
     int64_t blocks = ceil_div(items, threads), most = (int64_t)cuda_processors(device) * 16;
     return (unsigned)(blocks < 1 ? 1 : blocks < most ? blocks : most);
+}
+
+/* Pack i of rows that have `each`: its row, and its number there. */
+struct RowPack {
+    int64_t row, at;
+};
+DEVICE_FUNCTION RowPack row_pack(int64_t i, int64_t each) {
+    if ((i | each) >> 32) return RowPack{i / each, i % each}; /* some hundred instructions */
+    unsigned row = (unsigned)i / (unsigned)each;
+    return RowPack{row, (unsigned)i - row * (unsigned)each};
 }
 
 /* Every index of `count` that is this thread's, in a grid of any width. */

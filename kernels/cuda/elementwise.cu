@@ -129,20 +129,31 @@ extern "C" void cuda_add_scaled(Tensor y, Tensor a, Tensor b, float alpha) {
 
 /* ---- rows ---- */
 
-/* Rows move as words of type U: y[m] = x[rows[m]]. */
+/* Rows move as words of type U: y[m] = x[rows[m]], a warp a row. */
 template <typename U>
-static __global__ void gather(U *y, const U *x, const int32_t *rows, int64_t M, int64_t words) {
-    FOR_GRID(i, M * words) {
-        int64_t from = rows[i / words];
-        y[i] = from < 0 ? U{} : x[from * words + i % words];
+static __global__ void __launch_bounds__(256)
+    gather(U *y, const U *x, const int32_t *rows, int64_t M, int64_t words) {
+    constexpr int HELD = 4; /* words that are read at once */
+    int64_t m = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
+    if (m >= M) return;
+    int64_t from = rows[m];
+    for (int64_t first = threadIdx.x % 32; first < words; first += HELD * 32) {
+        U held[HELD] = {};
+#pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if (from >= 0 && first + k * 32 < words) held[k] = x[from * words + first + k * 32];
+#pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if (first + k * 32 < words) y[m * words + first + k * 32] = held[k];
     }
 }
 
 template <typename U>
 static __global__ void scatter(U *y, const U *x, const int32_t *rows, int64_t M, int64_t words) {
     FOR_GRID(i, M * words) {
-        int64_t to = rows[i / words];
-        if (to >= 0) y[to * words + i % words] = x[i];
+        RowPack word = row_pack(i, words);
+        int64_t to = rows[word.row];
+        if (to >= 0) y[to * words + word.at] = x[i];
     }
 }
 
@@ -177,7 +188,7 @@ extern "C" void cuda_gather_rows(Tensor y, Tensor x, Tensor rows) {
     if (!M || !bytes) return;
     WITH_WORDS(bytes, y.data, x.data, U, {
         int64_t words = bytes / (int64_t)sizeof(U);
-        LAUNCH(y.device, (gather<U>), grid_for(y.device, M * words, 256), 256, 0, data_of<U>(y),
+        LAUNCH(y.device, (gather<U>), (unsigned)ceil_div(M, 8), 256, 0, data_of<U>(y),
                data_of<U>(x), data_of<int32_t>(rows), M, words);
     });
 }
@@ -203,11 +214,12 @@ extern "C" void cuda_scatter_rows(Tensor y, Write write, Tensor x, Tensor rows) 
 template <typename T, int V>
 static __global__ void add_gathered(T *y, const T *x, const int32_t *slot, int64_t N, int64_t A,
                                     int64_t D) {
-    FOR_GRID(i, N * D / V) {
-        int64_t n = i * V / D, d = i * V % D;
+    FOR_GRID(i, N * (D / V)) {
+        RowPack pack = row_pack(i, D / V);
         float sum[V] = {0}, a[V];
+#pragma unroll 4
         for (int64_t k = 0; k < A; k++) {
-            load(a, x + slot[n * A + k] * D + d);
+            load(a, x + slot[pack.row * A + k] * D + pack.at * V);
 #pragma unroll
             for (int j = 0; j < V; j++) sum[j] += a[j];
         }
@@ -219,8 +231,8 @@ extern "C" void cuda_gather_sums(Tensor y, Tensor x, Tensor slot) {
     int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
     bool fits = fits_packs(D, y, x);
     if (!N || !D) return;
-    WITH_FLOAT(y.dtype, T, WITH_PACKS(fits, V, {
-                   LAUNCH(y.device, (add_gathered<T, V>), grid_for(y.device, N * D / V, 256), 256,
+    WITH_FLOAT(y.dtype, T, WITH_LONG_PACKS(T, D, fits, V, {
+                   LAUNCH(y.device, (add_gathered<T, V>), grid_for(y.device, N * (D / V), 256), 256,
                           0, data_of<T>(y), data_of<T>(x), data_of<int32_t>(slot), N, A, D);
                }));
 }
@@ -228,8 +240,8 @@ extern "C" void cuda_gather_sums(Tensor y, Tensor x, Tensor slot) {
 template <typename U>
 static __global__ void swap(U *y, const U *x, int64_t I, int64_t J, int64_t words) {
     FOR_GRID(k, I * J * words) {
-        int64_t w = k % words, i = k / words % I, j = k / words / I;
-        y[k] = x[(i * J + j) * words + w];
+        RowPack word = row_pack(k, words), row = row_pack(word.row, I);
+        y[k] = x[(row.at * J + row.row) * words + word.at];
     }
 }
 

@@ -37,17 +37,6 @@ DEVICE_FUNCTION int64_t group_end(const Groups &groups, int g, int64_t M) {
     return groups.counts ? groups.offsets[g] + groups.counts[g] : groups.offsets[g + 1];
 }
 
-/* Of this lane and all before it. */
-DEVICE_FUNCTION int warp_running_sum(int x) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        int other = __shfl_up_sync(0xffffffffu, x, d);
-        if (lane >= d) x += other;
-    }
-    return x;
-}
-
 /* Rows first .. last - 1 of group g. */
 struct RowTile {
     int g;

@@ -1,11 +1,13 @@
 /* gemm_pairs.h - products of many bf16 rows with bf16 weights on Hopper, whole or in groups; sums
  * of several, and with what adapters add to them.
  *
- * Two blocks share the rows of a tile, 256 or 384 of them, and have 128 columns of the result each.
- * In each a warpgroup brings tiles, K by 64 at a time: every second 64 rows, to both blocks, and
- * its own part of b. Two others multiply, of the 64 rows every second too. Three or four stages lie
- * in shared memory, and the next tile's come while the last one's results are written. A block goes
- * on from tile to tile. */
+ * Two blocks share the rows of a tile, 256 or 384 of them, and have 128 columns of the result each;
+ * where columns are left for one block alone, each has half of the rows. In each a warpgroup brings
+ * tiles, K by 64 at a time: every second 64 rows, to both blocks, and its own part of b. Two others
+ * multiply, of the 64 rows every second too. What is multiplied at once, a stage, takes of the
+ * shared memory what its rows need: three stages of 384 rows lie there, four of 256, six of 128;
+ * the next tile's come while the last one's results are written. A block goes on from tile to tile.
+ */
 #ifndef CUDA_GEMM_PAIRS_H
 #define CUDA_GEMM_PAIRS_H
 
@@ -24,20 +26,22 @@ struct PairMaps {
     int steps[PAIRS_FACTORS];
 };
 
-/* The shared memory of a block whose warpgroups have BLOCKS times 64 rows each. */
-template <int BLOCKS> struct PairMemory {
-    static constexpr int ROWS = 2 * BLOCKS * PAIRS_ROWS, STAGES = BLOCKS == 2 ? 4 : 3;
-    struct Stage {
-        bf16 a[2 * BLOCKS][PAIRS_ROWS * PAIRS_DEPTH], b[PAIRS_COLUMNS * PAIRS_DEPTH];
-    } stages[STAGES];
-    bf16 results[2][PAIRS_ROWS * PAIRS_COLUMNS]; /* of each warpgroup, on their way */
-    Barrier full[STAGES], empty[STAGES];
+/* The shared memory of a block is a ring of units, each b's 128 columns or twice 64 rows of a: a
+ * stage is one of b and as many of a as there are. */
+#define PAIRS_UNITS 12
+struct PairMemory {
+    bf16 units[PAIRS_UNITS][PAIRS_COLUMNS * PAIRS_DEPTH];
+    bf16 results[2][PAIRS_ROWS * PAIRS_COLUMNS];   /* of each warpgroup, on their way */
+    Barrier full[PAIRS_UNITS], empty[PAIRS_UNITS]; /* full: of a stage, at its first unit */
     int count, pairs, tiles, steps; /* groups, pairs of columns, tiles, stages of a tile */
     int starts[];                   /* see count_pair_tiles */
 };
-template <int BLOCKS> static size_t gemm_pairs_bytes(int groups) {
-    return sizeof(PairMemory<BLOCKS>) + (size_t)(2 * groups + 1) * sizeof(int);
+static inline size_t gemm_pairs_bytes(int groups) {
+    return sizeof(PairMemory) + (size_t)(2 * groups + 1) * sizeof(int);
 }
+
+/* Rows of a tile whose warpgroups have BLOCKS times 64 each. */
+template <int BLOCKS> static constexpr int PAIRS_TILE = 2 * BLOCKS *PAIRS_ROWS;
 
 /* How many products of 64 rows the busier warpgroup has of so many rows. */
 DEVICE_FUNCTION int turns_of(int64_t rows) {
@@ -49,7 +53,7 @@ DEVICE_FUNCTION int turns_of(int64_t rows) {
  * if that takes fewer; the entry behind them how many there are. By one warp. */
 template <int BLOCKS>
 DEVICE_FUNCTION void count_pair_tiles(int *starts, const Groups &groups, int count, int64_t M) {
-    constexpr int ROWS = PairMemory<BLOCKS>::ROWS;
+    constexpr int ROWS = PAIRS_TILE<BLOCKS>;
     int lane = threadIdx.x % 32, before = 0;
     for (int base = 0; base < 2 * count; base += 32) {
         int e = base + lane, g = e % count, tiles = 0;
@@ -65,19 +69,22 @@ DEVICE_FUNCTION void count_pair_tiles(int *starts, const Groups &groups, int cou
     if (!lane) starts[2 * count] = before;
 }
 
-/* Rows first .. first + rows - 1 of group g, and which columns. */
+/* A block's rows first .. first + rows - 1 of group g, and from where on its columns; the units of
+ * a that its stages have, and those of the other block. APART: the rows are not those of the other
+ * block, but the columns. */
 struct PairTile {
-    int g, rows, column;
+    int g, rows, column, units;
+    bool apart;
     int64_t first;
 };
 
 /* Tile number t: of an entry all tiles of rows, for each pair of columns. */
 template <int BLOCKS>
-DEVICE_FUNCTION PairTile find_pair_tile(const PairMemory<BLOCKS> *memory, const Groups &groups,
-                                        int64_t M, int t) {
-    constexpr int ROWS = PairMemory<BLOCKS>::ROWS;
+DEVICE_FUNCTION PairTile find_pair_tile(const PairMemory *memory, const Groups &groups, int64_t M,
+                                        int64_t N, int t) {
+    constexpr int ROWS = PAIRS_TILE<BLOCKS>;
     const int *starts = memory->starts;
-    int count = memory->count, pairs = memory->pairs;
+    int count = memory->count, pairs = memory->pairs, rank = (int)pair_rank();
     int low = 0, high = 2 * count, row_tile = t / pairs;
     while (high - low > 1) {
         int middle = (low + high) / 2;
@@ -86,49 +93,78 @@ DEVICE_FUNCTION PairTile find_pair_tile(const PairMemory<BLOCKS> *memory, const 
     int g = low % count, tiles = starts[low + 1] - starts[low], i = t - starts[low] * pairs;
     int64_t begin = group_begin(groups, g), rows = group_end(groups, g, M) - begin;
     int64_t first = low < count ? (int64_t)(i % tiles) * ROWS : rows / ROWS * ROWS;
-    return PairTile{g, (int)min(rows - first, (int64_t)ROWS),
-                    (i / tiles * PAIR + (int)pair_rank()) * PAIRS_COLUMNS, begin + first};
+    PairTile tile = {g,
+                     (int)min(rows - first, (int64_t)ROWS),
+                     i / tiles * PAIR * PAIRS_COLUMNS,
+                     0,
+                     false,
+                     begin + first};
+    tile.apart = tile.column + PAIRS_COLUMNS >= N;
+    if (tile.apart) {
+        int half = turns_of(tile.rows) * PAIRS_ROWS;
+        tile.units = turns_of(min(tile.rows, half));
+        tile.rows = max(0, min(half, tile.rows - rank * half));
+        tile.first += rank * half;
+    } else {
+        tile.units = turns_of(tile.rows);
+        tile.column += rank * PAIRS_COLUMNS;
+    }
+    return tile;
 }
 
-/* Which of so many stages is next, and the parity of its phase. */
-template <int STAGES> struct Ring {
-    int stage;
-    unsigned parity;
-    DEVICE_MEMBER void next() {
-        if (++stage < STAGES) return;
-        stage = 0;
-        parity ^= 1;
+DEVICE_FUNCTION int unit_after(int at, int i) {
+    return at + i < PAIRS_UNITS ? at + i : at + i - PAIRS_UNITS;
+}
+
+/* Where the next stage begins, and the parity of the next phase of each unit's barrier. */
+struct Ring {
+    int at;
+    unsigned parities;
+    DEVICE_MEMBER int unit(int i) const { return unit_after(at, i); }
+    DEVICE_MEMBER unsigned next_parity(int unit) {
+        parities ^= 1u << unit;
+        return ~parities >> unit & 1;
     }
 };
 
-/* What a warpgroup has of the products: the first COUNT of its 64 rows. */
+/* What a warpgroup has of the products: the first COUNT of its 64 rows. `units`: of a stage. */
 template <bool TB, int COUNT, int BLOCKS>
-DEVICE_FUNCTION void multiply_stages(float (&sums)[BLOCKS][PAIRS_COLUMNS / 2],
-                                     PairMemory<BLOCKS> *memory,
-                                     Ring<PairMemory<BLOCKS>::STAGES> &ring, int steps, int own) {
+DEVICE_FUNCTION void multiply_stages(float (&sums)[BLOCKS][PAIRS_COLUMNS / 2], PairMemory *memory,
+                                     Ring &ring, int steps, int units, int own) {
     int last = -1;
-    auto release = [&](int stage) {
-        if (threadIdx.x % WARPGROUP < PAIR)
-            barrier_arrive(&memory->empty[stage], threadIdx.x % WARPGROUP);
+    int unit = threadIdx.x % WARPGROUP / PAIR, block = threadIdx.x % PAIR;
+    bool releases = unit < units; /* this thread does, of one unit in one block */
+    auto release = [&](int at) {
+        if (releases) barrier_arrive(&memory->empty[unit_after(at, unit)], block);
     };
     for (int i = 0; i < steps; i++) {
-        const auto *s = &memory->stages[ring.stage];
-        barrier_wait(&memory->full[ring.stage], ring.parity);
+        Barrier *full = &memory->full[ring.at];
+        unsigned parity = ring.next_parity(ring.at);
+        if (!barrier_has_ended(full, parity)) { /* what is done does not wait for it */
+            if (COUNT > 0) wgmma_wait<0>();
+            if (last >= 0) release(last);
+            last = -1;
+            barrier_wait(full, parity);
+        }
         if constexpr (COUNT > 0) {
+            const bf16 *b = memory->units[ring.at];
             wgmma_begin();
 #pragma unroll
             for (int kk = 0; kk < PAIRS_DEPTH; kk += 16)
 #pragma unroll
-                for (int j = 0; j < COUNT; j++)
-                    wgmma<false, TB>(sums[j], operand(s->a[own + 2 * j], 0, kk, PAIRS_ROWS),
-                                     TB ? operand(s->b, kk, 0, PAIRS_DEPTH)
-                                        : operand(s->b, 0, kk, PAIRS_COLUMNS));
+                for (int j = 0; j < COUNT; j++) {
+                    const bf16 *a =
+                        memory->units[ring.unit(1 + j)] + own * PAIRS_ROWS * PAIRS_DEPTH;
+                    wgmma<false, TB>(sums[j], operand(a, 0, kk, PAIRS_ROWS),
+                                     TB ? operand(b, kk, 0, PAIRS_DEPTH)
+                                        : operand(b, 0, kk, PAIRS_COLUMNS));
+                }
             wgmma_close_group();
             wgmma_wait<1>();
         }
         if (last >= 0) release(last);
-        last = ring.stage;
-        ring.next();
+        last = ring.at;
+        ring.at = ring.unit(units);
     }
     if constexpr (COUNT > 0) {
         wgmma_wait<0>();
@@ -231,12 +267,11 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
     gemm_pairs(Y *y, Write write, const __grid_constant__ PairMaps maps, int64_t M, int64_t N,
                Groups groups, float alpha) {
 #if ON_HOPPER
-    typedef PairMemory<BLOCKS> Memory;
     if (BLOCKS > 2) write = SET; /* and there are registers enough */
     DYNAMIC_SHARED(bytes);
-    Memory *memory = (Memory *)bytes;
+    PairMemory *memory = (PairMemory *)bytes;
     if (!threadIdx.x)
-        for (int i = 0; i < Memory::STAGES; i++) {
+        for (int i = 0; i < PAIRS_UNITS; i++) {
             barrier_begin(&memory->full[i], 1);
             barrier_begin(&memory->empty[i], 2 * PAIR);
         }
@@ -253,54 +288,64 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
         }
     }
     pair_sync();
-    Ring<Memory::STAGES> ring = {0, 0};
+    Ring ring = {0, 0};
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
         for (int t = (int)blockIdx.x / PAIR; !threadIdx.x && t < memory->tiles;
              t += (int)gridDim.x / PAIR) {
-            PairTile tile = find_pair_tile(memory, groups, M, t);
-            int rank = (int)pair_rank(), steps = memory->steps;
-            int blocks = (tile.rows + PAIRS_ROWS - 1) / PAIRS_ROWS, factor = 0, k = 0;
-            int arrive = (int)sizeof memory->stages->b + blocks * (int)sizeof memory->stages->a[0];
+            PairTile tile = find_pair_tile<BLOCKS>(memory, groups, M, N, t);
+            int steps = memory->steps, factor = 0, k = 0;
+            int blocks = (tile.rows + PAIRS_ROWS - 1) / PAIRS_ROWS;
+            int own = tile.apart ? 1 : PAIR, begin = tile.apart ? 0 : (int)pair_rank();
+            int arrive = (int)sizeof memory->units[0] * (2 + blocks) / 2;
             for (int i = 0; i < steps; i++) {
-                auto *s = &memory->stages[ring.stage];
-                Barrier *full = &memory->full[ring.stage];
+                Barrier *full = &memory->full[ring.at];
+                bf16 *to = memory->units[ring.at];
                 while (k == maps.steps[factor] * PAIRS_DEPTH) factor++, k = 0;
                 const TileMap &a = maps.a[factor], &b = maps.b[factor];
-                barrier_wait(&memory->empty[ring.stage], ring.parity ^ 1);
+                for (int u = 0; u <= tile.units; u++) {
+                    int unit = ring.unit(u);
+                    barrier_wait(&memory->empty[unit], ring.next_parity(unit) ^ 1);
+                }
                 barrier_announce(full, arrive);
-                for (int j = rank; j < blocks; j += PAIR)
-                    copy_tile<true>(s->a[j], full, a, 0, tile.first + j * PAIRS_ROWS, k);
+                for (int j = begin; j < blocks; j += own) {
+                    bf16 *rows =
+                        memory->units[ring.unit(1 + j / 2)] + j % 2 * (PAIRS_ROWS * PAIRS_DEPTH);
+                    int64_t row = tile.first + j * PAIRS_ROWS;
+                    if (tile.apart)
+                        copy_tile<false>(rows, full, a, 0, row, k);
+                    else
+                        copy_tile<true>(rows, full, a, 0, row, k);
+                }
                 if (TB)
                     for (int j = 0; j < PAIRS_COLUMNS; j += TILE_COLUMNS)
-                        copy_tile<false>(s->b + j * PAIRS_DEPTH, full, b, tile.g, k,
-                                         tile.column + j);
+                        copy_tile<false>(to + j * PAIRS_DEPTH, full, b, tile.g, k, tile.column + j);
                 else
-                    copy_tile<false>(s->b, full, b, tile.g, tile.column, k);
+                    copy_tile<false>(to, full, b, tile.g, tile.column, k);
                 k += PAIRS_DEPTH;
-                ring.next();
+                ring.at = ring.unit(1 + tile.units);
             }
         }
     } else {
         registers_more<232>();
         int own = (int)threadIdx.x / WARPGROUP - 1;
         for (int t = (int)blockIdx.x / PAIR; t < memory->tiles; t += (int)gridDim.x / PAIR) {
-            auto here = [&] { return find_pair_tile(memory, groups, M, known_here(t)); };
+            auto here = [&] { return find_pair_tile<BLOCKS>(memory, groups, M, N, known_here(t)); };
             auto blocks_of = [&](const PairTile &tile) {
-                return tile.column < N ? turns_of(tile.rows - own * PAIRS_ROWS) : 0;
+                return turns_of(tile.rows - own * PAIRS_ROWS);
             };
             float sums[BLOCKS][PAIRS_COLUMNS / 2] = {};
-            int blocks = blocks_of(here());
+            PairTile tile = here();
+            int blocks = blocks_of(tile), units = 1 + tile.units, steps = memory->steps;
             if (BLOCKS > 2 && blocks > 2)
-                multiply_stages<TB, BLOCKS>(sums, memory, ring, memory->steps, own);
+                multiply_stages<TB, BLOCKS>(sums, memory, ring, steps, units, own);
             else if (blocks > 1)
-                multiply_stages<TB, 2>(sums, memory, ring, memory->steps, own);
+                multiply_stages<TB, 2>(sums, memory, ring, steps, units, own);
             else if (blocks > 0)
-                multiply_stages<TB, 1>(sums, memory, ring, memory->steps, own);
+                multiply_stages<TB, 1>(sums, memory, ring, steps, units, own);
             else
-                multiply_stages<TB, 0>(sums, memory, ring, memory->steps, own);
-            PairTile tile =
-                here(); /* once more: nothing of it is kept where registers are scarce */
+                multiply_stages<TB, 0>(sums, memory, ring, steps, units, own);
+            tile = here(); /* once more: nothing of it is kept where registers are scarce */
             int columns = (int)N - tile.column;
             blocks = blocks_of(tile);
 #pragma unroll

@@ -22,59 +22,92 @@ struct Sets {
     int heads; /* of all */
 };
 
-/* Both halves of a head are turned by the same lane, P elements of each at a time. */
-template <typename T, int V>
+/* Both halves of a head are turned by the same lane, P elements of each at a time. A lane has up to
+ * ROUNDS packs of a head and asks for all that it reads before it sums. */
+template <typename T, int V, int ROUNDS>
 static __global__ void __launch_bounds__(32 * WARPS)
-    normalise_and_turn(Sets sets, const float *cosines, const float *sines, int64_t N, int C,
+    normalise_and_turn(Sets sets, const float *cosines, const float *sines, int N, int C,
                        float eps) {
-    constexpr int P = V > 1 ? V / 2 : 1;
+    constexpr int P = V > 1 ? V / 2 : 1, TURNS = V > 1 ? ROUNDS : ROUNDS / 2;
     wait_for_last();
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = C / 2;
-    int64_t k = (int64_t)blockIdx.x * WARPS + warp, n = k / sets.heads;
+    int k = (int)blockIdx.x * WARPS + warp, n = k / sets.heads, h = k % sets.heads;
     if (n >= N) return;
-    int h = (int)(k % sets.heads);
     Set s = sets.at[0];
     for (int i = 1; i < HEAD_SETS && h >= s.heads; i++) {
         h -= s.heads;
         s = sets.at[i];
     }
-    const T *x = (const T *)s.x + (n * s.heads + h) * C;
-    T *y = (T *)s.y + ((s.rows ? s.rows[n] : n) * s.heads + h) * C;
-    float sum = 0;
-    for (int d = lane * V; d < C; d += 32 * V) {
-        float v[V];
-        load(v, x + d);
+    const T *x = (const T *)s.x + ((int64_t)n * s.heads + h) * C;
+    T *y = (T *)s.y + ((int64_t)(s.rows ? s.rows[n] : n) * s.heads + h) * C;
+    Kept<T, V> whole[ROUNDS] = {};
+    Kept<T, P> low[TURNS] = {}, high[TURNS] = {};
+    Kept<float, P> cosine[TURNS] = {}, sine[TURNS] = {};
 #pragma unroll
-        for (int j = 0; j < V; j++) sum += v[j] * v[j];
+    for (int i = 0; i < ROUNDS; i++)
+        if ((lane + 32 * i) * V < C) whole[i].read(x + (lane + 32 * i) * V);
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        int at = (lane + 32 * i) * P;
+        if (!s.turns || at >= half) break;
+        low[i].read(x + at);
+        high[i].read(x + half + at);
+        cosine[i].read(cosines + (int64_t)n * half + at);
+        sine[i].read(sines + (int64_t)n * half + at);
     }
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            if ((lane + 32 * i) * V < C) sum += whole[i][j] * whole[i][j];
     float r = 1.0f / sqrtf(warp_sum(sum) / (float)C + eps);
-    if (s.rstd && !lane) s.rstd[n * s.heads + h] = r;
-    auto normal = [&](auto &v, int d) {
+    if (s.rstd && !lane) s.rstd[(int64_t)n * s.heads + h] = r;
+    auto normal = [&](auto &v, const auto &pack, int d) {
         constexpr int COUNT = sizeof v / sizeof v[0];
         float w[COUNT];
-        load(v, x + d);
         if (s.weight && s.wide) load(w, (const float *)s.weight + d);
         if (s.weight && !s.wide) load(w, (const bf16 *)s.weight + d);
 #pragma unroll
-        for (int j = 0; j < COUNT; j++) v[j] = rounded<T>(s.weight ? v[j] * r * w[j] : v[j] * r);
+        for (int j = 0; j < COUNT; j++)
+            v[j] = rounded<T>(s.weight ? pack[j] * r * w[j] : pack[j] * r);
     };
-    for (int d = lane * V; d < C && !s.turns; d += 32 * V) {
+#pragma unroll
+    for (int i = 0; i < ROUNDS; i++) {
+        int d = (lane + 32 * i) * V;
+        if (s.turns || d >= C) break;
         float v[V];
-        normal(v, d);
+        normal(v, whole[i], d);
         store(y + d, v);
     }
-    for (int i = lane * P; i < half && s.turns; i += 32 * P) {
-        float a[P], b[P], c[P], t[P];
-        load(c, cosines + n * half + i);
-        load(t, sines + n * half + i);
-        normal(a, i);
-        normal(b, i + half);
 #pragma unroll
-        for (int j = 0; j < P; j++) turn_pair(a[j], b[j], c[j], t[j]);
-        store(y + i, a);
-        store(y + i + half, b);
+    for (int i = 0; i < TURNS; i++) {
+        int at = (lane + 32 * i) * P;
+        if (!s.turns || at >= half) break;
+        float a[P], b[P];
+        normal(a, low[i], at);
+        normal(b, high[i], half + at);
+#pragma unroll
+        for (int j = 0; j < P; j++) turn_pair(a[j], b[j], cosine[i][j], sine[i][j]);
+        store(y + at, a);
+        store(y + half + at, b);
     }
 }
+
+/* Runs the statements with ROUNDS the packs of a head that a lane has. */
+#define WITH_ROUNDS(C, V, ROUNDS, ...)                                                             \
+    do {                                                                                           \
+        if (V > 1 && (C) <= 32 * V) {                                                              \
+            constexpr int ROUNDS = V > 1 ? 1 : 2;                                                  \
+            __VA_ARGS__;                                                                           \
+        } else if ((C) <= 64 * V) {                                                                \
+            constexpr int ROUNDS = 2;                                                              \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int ROUNDS = HEAD_MOST / (32 * V);                                           \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
 
 extern "C" void cuda_heads_forward(const HeadSet *sets, int count, Tensor cosines, Tensor sines,
                                    float eps) {
@@ -98,8 +131,10 @@ extern "C" void cuda_heads_forward(const HeadSet *sets, int count, Tensor cosine
         all.heads += (int)s->x.shape[1];
     }
     unsigned blocks = (unsigned)ceil_div(N * all.heads, WARPS);
-    WITH_FLOAT(sets->x.dtype, T, WITH_LONG_PACKS(T, C, fits, V, {
-                   LAUNCH_NEXT(device, (normalise_and_turn<T, V>), blocks, 32 * WARPS, all,
-                               data_of<float>(cosines), data_of<float>(sines), N, C, eps);
-               }));
+    WITH_FLOAT(sets->x.dtype, T,
+               WITH_LONG_PACKS(T, C, fits, V, WITH_ROUNDS(C, V, ROUNDS, {
+                                   LAUNCH_NEXT(device, (normalise_and_turn<T, V, ROUNDS>), blocks,
+                                               32 * WARPS, all, data_of<float>(cosines),
+                                               data_of<float>(sines), (int)N, C, eps);
+                               })));
 }

@@ -5,7 +5,7 @@
  * exact and joined with both scales in f32, in order of K. A warp takes 16 weight rows and up to 64
  * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
  * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
- * core: there a lane has four columns of four weight rows. */
+ * core: there a lane has half the columns of a weight row. */
 #include "kernels/cuda/codes.h"
 #include "kernels/cuda/gemm.h"
 
@@ -131,37 +131,45 @@ static __global__ void __launch_bounds__(32 * WARPS)
 /* Rows of activations that the kernel without tensor cores takes at a time. */
 #define ROWS_DOT 8
 
-/* A lane's part of a tile, for four weight rows from 4 (lane % 4) on: four columns of each of its
- * two blocks. What they make with activations a and b of those columns. */
-DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ4_0 *tile, unsigned a, unsigned b) {
-    uint4 all = *((const uint4 *)tile->qs + threadIdx.x % 32);
-    const unsigned words[4] = {all.x, all.y, all.z, all.w};
-    int less_a = __dp4a((int)0xf8f8f8f8u, (int)a, 0), /* codes are 8 too high */
-        less_b = __dp4a((int)0xf8f8f8f8u, (int)b, 0);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sums[i][0] = __dp4a((int)(words[i] & 0x0f0f0f0fu), (int)a, less_a);
-        sums[i][1] = __dp4a((int)(words[i] >> 4 & 0x0f0f0f0fu), (int)b, less_b);
-    }
-}
-DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ8_0 *tile, unsigned a, unsigned b) {
-    const uint4 *from = (const uint4 *)tile->qs + threadIdx.x % 32;
-    uint4 first = from[0], second = from[32];
-    const unsigned words[2][4] = {{first.x, first.y, first.z, first.w},
-                                  {second.x, second.y, second.z, second.w}};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sums[i][0] = __dp4a((int)(words[0][i] ^ 0x80808080u), (int)a, 0);
-        sums[i][1] = __dp4a((int)(words[1][i] ^ 0x80808080u), (int)b, 0);
-    }
+DEVICE_FUNCTION unsigned and_xor(unsigned x, unsigned mask, unsigned flip) {
+#ifdef __CUDACC__
+    unsigned y;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(flip));
+    return y;
+#else
+    return (x & mask) ^ flip;
+#endif
 }
 
-/* Four f16 side by side. */
-DEVICE_FUNCTION void read_scales(float (&d)[4], const uint16_t *from) {
-    uint2 all = *(const uint2 *)from;
-    d[0] = f16_value((uint16_t)all.x), d[1] = f16_value((uint16_t)(all.x >> 16));
-    d[2] = f16_value((uint16_t)all.y), d[3] = f16_value((uint16_t)(all.y >> 16));
-}
+/* A lane's part of a tile: of weight row lane % 16 the half lane / 16 of each block's columns. */
+template <typename Tile> struct LanePart {
+    static constexpr bool SMALL = sizeof(Tile) == sizeof(TileQ4_0);
+    static constexpr int WORDS = SMALL ? 4 : 8, FACTOR = SMALL ? 16 : 1;
+    static constexpr int AHEAD = SMALL ? 4 : 2; /* tiles that are read at once */
+    unsigned words[WORDS];
+    uint16_t d[2];
+    DEVICE_MEMBER void read(const Tile *tile) {
+        int half = threadIdx.x % 32 / 16, row = threadIdx.x % 16;
+#pragma unroll
+        for (int i = 0; i < WORDS; i++)
+            words[i] = *(const unsigned *)&tile->qs[i / 4 * 8 + half * 4 + i % 4][4 * row];
+        d[0] = tile->d[0][row];
+        d[1] = tile->d[1][row];
+    }
+    /* FACTOR times block b with its activations: codes get their sign by their top bit, and those
+     * of 4 bits stay in the upper half of a byte. */
+    DEVICE_MEMBER int dot(int b, const uint4 &activations) const {
+        const unsigned x[4] = {activations.x, activations.y, activations.z, activations.w};
+        int sum = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            unsigned word = SMALL ? words[i] << (b ? 0 : 4) : words[WORDS - 8 + 4 * b + i];
+            sum =
+                __dp4a((int)and_xor(word, SMALL ? 0xf0f0f0f0u : ~0u, 0x80808080u), (int)x[i], sum);
+        }
+        return sum;
+    }
+};
 
 /* Matrices that one launch multiplies: block `begin` of i and on has 16 rows each of matrix i. */
 template <typename Tile, typename Y> struct Matrices {
@@ -195,37 +203,37 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     int64_t n0 = (int64_t)block * 16;
     int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
     const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
-    const int8_t *x = codes + rows.first * K + lane / 4 * 4;
+    const int8_t *x = codes + rows.first * K + lane / 16 * 16;
     const float *steps = scales + rows.first * blocks;
-    float sums[ROWS][4] = {};
-#pragma unroll 4
-    for (int tile = warp; tile < across; tile += WARPS) {
-        float d0[4], d1[4];
-        read_scales(d0, &mine[tile].d[0][lane % 4 * 4]);
-        read_scales(d1, &mine[tile].d[1][lane % 4 * 4]);
+    constexpr int AHEAD = LanePart<Tile>::AHEAD;
+    float sums[ROWS] = {};
+    for (int first = warp; first < across; first += AHEAD * WARPS) {
+        LanePart<Tile> read[AHEAD];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (ROWS > 1 && r >= count) break;
-            const int8_t *from = x + r * K + tile * TILE_WIDTH;
-            float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
-            int whole[4][2];
-            dot_tile(whole, mine + tile, *(const unsigned *)from, *(const unsigned *)(from + 32));
+        for (int i = 0; i < AHEAD; i++)
+            if (first + i * WARPS < across) read[i].read(mine + first + i * WARPS);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                sums[r][i] += (float)whole[i][0] * (d0[i] * step.x);
-                sums[r][i] += (float)whole[i][1] * (d1[i] * step.y);
+        for (int i = 0; i < AHEAD; i++) {
+            int tile = first + i * WARPS;
+            if (tile >= across) break;
+            const LanePart<Tile> &part = read[i];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                if (ROWS > 1 && r >= count) break;
+                const int8_t *from = x + r * K + tile * TILE_WIDTH;
+                float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
+                sums[r] +=
+                    (float)part.dot(0, *(const uint4 *)from) * (f16_value(part.d[0]) * step.x);
+                sums[r] += (float)part.dot(1, *(const uint4 *)(from + 32)) *
+                           (f16_value(part.d[1]) * step.y);
             }
         }
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float sum = sums[r][i];
-#pragma unroll
-            for (int d = 16; d >= 4; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            if (lane < 4) parts[warp][16 * r + 4 * lane + i] = sum;
-        }
+    for (int r = 0; r < ROWS; r++) {
+        float sum = sums[r] + __shfl_xor_sync(0xffffffffu, sums[r], 16);
+        if (lane < 16) parts[warp][16 * r + lane] = sum * (1.0f / LanePart<Tile>::FACTOR);
+    }
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
         float sum = 0;

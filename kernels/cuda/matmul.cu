@@ -122,8 +122,8 @@ static double pairs_fill(const Device *device, int64_t rows, int64_t M, int64_t 
 /* How many times 64 rows a warpgroup gets of y, which must not be added to for three; 0: neither
  * fills the device. */
 static int pairs_blocks(const Device *device, Write write, int64_t M, int64_t N) {
-    double two = pairs_fill(device, PairMemory<2>::ROWS, M, N),
-           three = write == SET ? pairs_fill(device, PairMemory<3>::ROWS, M, N) : 0;
+    double two = pairs_fill(device, PAIRS_TILE<2>, M, N),
+           three = write == SET ? pairs_fill(device, PAIRS_TILE<3>, M, N) : 0;
     return fmax(two, three) < PAIRS_FILL ? 0 : three > two + 0.05 ? 3 : 2;
 }
 
@@ -141,12 +141,12 @@ template <bool TB, int BLOCKS, typename Y>
 static void launch_gemm_pairs(Tensor y, Write write, PairMaps maps, Groups groups, float alpha) {
     int count = groups.offsets ? groups.count : 1;
     int64_t M = tensor_rows(y), N = tensor_cols(y), most = pairs_most(y.device),
-            tiles = most_row_tiles(groups, M, PairMemory<BLOCKS>::ROWS) *
-                    ceil_div(N, PAIR * PAIRS_COLUMNS);
+            tiles =
+                most_row_tiles(groups, M, PAIRS_TILE<BLOCKS>) * ceil_div(N, PAIR * PAIRS_COLUMNS);
     if (sizeof(Y) == sizeof(bf16)) maps.y = cuda_tile_map(y.data, 1, M, N, PAIRS_ROWS);
     LAUNCH_PAIRS(y.device, (gemm_pairs<TB, BLOCKS, Y>),
                  (unsigned)(tiles < most ? tiles : most) * PAIR, PAIRS_THREADS,
-                 gemm_pairs_bytes<BLOCKS>(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
+                 gemm_pairs_bytes(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
 }
 
 /* Groups of such a size fit into one tall tile each, mostly: their weights are read once. */

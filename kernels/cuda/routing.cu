@@ -6,6 +6,7 @@ extern "C" {
 }
 
 #define EXPERTS 1024 /* the most there can be */
+#define SORTERS 32   /* warps that look for an expert's rows: a lane for each */
 
 /* ---- the router: a warp a row, its probabilities in shared memory ---- */
 
@@ -98,66 +99,68 @@ extern "C" void cuda_router_backward(Tensor dlogits, Tensor dshare, Tensor probs
 /* A block for each expert, whose warps have the entries between them: warp w those from w * each
  * on. visit(entry, the lanes with one of the block's expert) for 32 at a time, in order. */
 template <typename Visit>
-DEVICE_FUNCTION void own_entries(const int32_t *experts, int64_t entries, Visit visit) {
-    int64_t each = (entries + 255) / 256 * 32, first = threadIdx.x / 32 * each;
-    int64_t end = min(first + each, entries);
+DEVICE_FUNCTION void own_entries(const int32_t *experts, int entries, Visit visit) {
+    int each = (entries + 32 * SORTERS - 1) / (32 * SORTERS) * 32;
+    int first = (int)threadIdx.x / 32 * each, end = min(first + each, entries);
 #pragma unroll 4
     for (; first < end; first += 32) {
-        int64_t i = first + threadIdx.x % 32;
+        int i = first + (int)threadIdx.x % 32;
         visit(i, __ballot_sync(0xffffffffu, i < end && experts[i] == (int)blockIdx.x));
     }
 }
 
 /* How many entries of its expert a warp's share has. */
-DEVICE_FUNCTION int own_count(const int32_t *experts, int64_t entries) {
+DEVICE_FUNCTION int own_count(const int32_t *experts, int entries) {
     int count = 0;
-    own_entries(experts, entries, [&](int64_t, unsigned set) { count += __popc(set); });
+    own_entries(experts, entries, [&](int, unsigned set) { count += __popc(set); });
     return count;
 }
 
-static __global__ void __launch_bounds__(256)
-    count_rows(int32_t *counts, const int32_t *experts, int64_t entries) {
-    __shared__ int parts[8];
+static __global__ void __launch_bounds__(32 * SORTERS)
+    count_rows(int32_t *counts, const int32_t *experts, int entries) {
+    __shared__ int parts[SORTERS];
     int count = own_count(experts, entries), total = 0;
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = count;
     __syncthreads();
     if (threadIdx.x) return;
-    for (int w = 0; w < 8; w++) total += parts[w];
+    for (int w = 0; w < SORTERS; w++) total += parts[w];
     counts[blockIdx.x] = total;
 }
 
+/* By one warp. */
 static __global__ void place_groups(int32_t *offsets, const int32_t *counts, int E) {
-    if (threadIdx.x) return;
-    int32_t at = 0;
-    for (int e = 0; e < E; e++) {
-        offsets[e] = at;
-        at += (counts[e] + ROUTING_ALIGN - 1) / ROUTING_ALIGN * ROUTING_ALIGN;
+    int32_t before = 0;
+    for (int base = 0; base < E; base += 32) {
+        int e = base + (int)threadIdx.x, rows = e < E ? counts[e] : 0;
+        rows = (rows + ROUTING_ALIGN - 1) / ROUTING_ALIGN * ROUTING_ALIGN;
+        int sum = warp_running_sum(rows);
+        if (e < E) offsets[e] = before + sum - rows;
+        before += __shfl_sync(0xffffffffu, sum, 31);
     }
-    offsets[E] = at;
+    if (!threadIdx.x) offsets[E] = before;
 }
 
 /* Rows of an expert, in order; -1 behind them up to where the next begins, or to the end. */
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(32 * SORTERS)
     place_rows(int32_t *slot, int32_t *source, const int32_t *offsets, const int32_t *experts,
-               int64_t entries, int A, int E, int64_t M) {
-    __shared__ int parts[8];
+               int entries, int A, int E, int64_t M) {
+    __shared__ int parts[SORTERS];
     int count = own_count(experts, entries), last = offsets[blockIdx.x], next = last;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (!lane) parts[warp] = count;
     __syncthreads();
-    for (int w = 0; w < 8; w++) {
-        if (w < warp) next += parts[w];
-        last += parts[w];
-    }
-    own_entries(experts, entries, [&](int64_t i, unsigned set) {
+    int sum = warp_running_sum(parts[lane]);
+    next += __shfl_sync(0xffffffffu, sum, warp) - count;
+    last += __shfl_sync(0xffffffffu, sum, 31);
+    own_entries(experts, entries, [&](int i, unsigned set) {
         int place = next + __popc(set & ((1u << lane) - 1));
         next += __popc(set);
         if (!(set >> lane & 1)) return;
         slot[i] = place;
-        source[place] = (int32_t)(i / A);
+        source[place] = i / A;
     });
     int64_t end = (int)blockIdx.x + 1 == E ? M : offsets[blockIdx.x + 1];
-    for (int64_t m = last + threadIdx.x; m < end; m += 256) source[m] = -1;
+    for (int64_t m = last + threadIdx.x; m < end; m += 32 * SORTERS) source[m] = -1;
 }
 
 /* All of it for few entries, in one block. */
@@ -205,13 +208,13 @@ extern "C" void cuda_routing_sort(Tensor offsets, Tensor counts, Tensor slot, Te
                data_of<int32_t>(experts), (int)entries, (int)A, (int)E, tensor_count(source));
         return;
     }
-    LAUNCH(device, (count_rows), (unsigned)E, 256, 0, data_of<int32_t>(counts),
-           data_of<int32_t>(experts), entries);
+    LAUNCH(device, (count_rows), (unsigned)E, 32 * SORTERS, 0, data_of<int32_t>(counts),
+           data_of<int32_t>(experts), (int)entries);
     LAUNCH(device, (place_groups), 1, 32, 0, data_of<int32_t>(offsets), data_of<int32_t>(counts),
            (int)E);
-    LAUNCH(device, (place_rows), (unsigned)E, 256, 0, data_of<int32_t>(slot),
-           data_of<int32_t>(source), data_of<int32_t>(offsets), data_of<int32_t>(experts), entries,
-           (int)A, (int)E, tensor_count(source));
+    LAUNCH(device, (place_rows), (unsigned)E, 32 * SORTERS, 0, data_of<int32_t>(slot),
+           data_of<int32_t>(source), data_of<int32_t>(offsets), data_of<int32_t>(experts),
+           (int)entries, (int)A, (int)E, tensor_count(source));
 }
 
 /* ---- the join ---- */
@@ -220,12 +223,14 @@ template <typename T, typename S, int V>
 static __global__ void combine(T *y, const T *rows, const int32_t *slot, const float *share,
                                const int32_t *experts, const S *scale, int64_t N, int64_t D,
                                int A) {
-    FOR_GRID(i, N * D / V) {
-        int64_t n = i * V / D, d = i * V % D;
+    FOR_GRID(i, N * (D / V)) {
+        RowPack pack = row_pack(i, D / V);
         float sum[V] = {0}, a[V];
+#pragma unroll 4
         for (int k = 0; k < A; k++) {
-            float weight = share[n * A + k] * to_float(scale[experts[n * A + k]]);
-            load(a, rows + slot[n * A + k] * D + d);
+            int64_t choice = pack.row * A + k;
+            float weight = share[choice] * to_float(scale[experts[choice]]);
+            load(a, rows + slot[choice] * D + pack.at * V);
 #pragma unroll
             for (int j = 0; j < V; j++) sum[j] += weight * a[j];
         }
@@ -243,27 +248,41 @@ static __global__ void __launch_bounds__(256)
     for (int64_t d = threadIdx.x % 32 * V; d < D; d += 32 * V) store(rows + m * D + d, zeros);
 }
 
-/* A block for each (row, choice): its row's gradient, and <dy, row> into dshare. */
+/* A warp for each (row, choice): its row's gradient, and <dy, row> into dshare. */
 template <typename T, typename S, int V>
 static __global__ void __launch_bounds__(256)
     combine_rows(T *drows, float *dshare, const T *dy, const T *rows, const int32_t *slot,
-                 const float *share, const int32_t *experts, const S *scale, int64_t D, int A) {
-    __shared__ float space[32];
-    int64_t i = blockIdx.x, n = i / A, m = slot[i];
+                 const float *share, const int32_t *experts, const S *scale, int64_t entries,
+                 int64_t D, int A) {
+    constexpr int HELD = 4; /* packs that are read at once */
+    int64_t i = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
+    if (i >= entries) return;
+    int64_t n = i / A, m = slot[i], lane = threadIdx.x % 32;
     float weight = share[i] * to_float(scale[experts[i]]), product = 0;
-    for (int64_t d = threadIdx.x * V; d < D; d += 256 * V) {
-        float g[V], a[V];
-        load(g, dy + n * D + d);
-        load(a, rows + m * D + d);
+    for (int64_t first = lane * V; first < D; first += HELD * 32 * V) {
+        Kept<T, V> slopes[HELD], results[HELD];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            product += g[j] * a[j];
-            g[j] *= weight;
+        for (int k = 0; k < HELD; k++) {
+            int64_t d = first + k * 32 * V;
+            if (d >= D) break;
+            slopes[k].read(dy + n * D + d);
+            results[k].read(rows + m * D + d);
         }
-        store(drows + m * D + d, g);
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            int64_t d = first + k * 32 * V;
+            if (d >= D) break;
+            float out[V];
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                product += slopes[k][j] * results[k][j];
+                out[j] = weight * slopes[k][j];
+            }
+            store(drows + m * D + d, out);
+        }
     }
-    product = block_sum(product, space);
-    if (!threadIdx.x) dshare[i] = product;
+    product = warp_sum(product);
+    if (!lane) dshare[i] = product;
 }
 
 /* A block for each expert: dscale[e] += sum of share * product over the rows it got. */
@@ -289,9 +308,9 @@ extern "C" void cuda_combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor 
     int64_t N = tensor_rows(y), D = tensor_cols(y), A = tensor_cols(slot);
     bool fits = fits_packs(D, y, rows);
     if (!N) return;
-    WITH_FLOAT(y.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_PACKS(fits, V, {
+    WITH_FLOAT(y.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_LONG_PACKS(T, D, fits, V, {
                                           LAUNCH(y.device, (combine<T, S, V>),
-                                                 grid_for(y.device, N * D / V, 256), 256, 0,
+                                                 grid_for(y.device, N * (D / V), 256), 256, 0,
                                                  data_of<T>(y), data_of<T>(rows),
                                                  data_of<int32_t>(slot), data_of<float>(share),
                                                  data_of<int32_t>(experts), data_of<S>(scale), N, D,
@@ -311,13 +330,14 @@ extern "C" void cuda_combine_backward(Tensor drows, Tensor dshare, Tensor dscale
                    LAUNCH(device, (clear_padding<T, V>), (unsigned)ceil_div(M, 8), 256, 0,
                           data_of<T>(drows), data_of<int32_t>(source), M, D);
                }));
-    WITH_FLOAT(dy.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_PACKS(fits, V, {
+    WITH_FLOAT(dy.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_LONG_PACKS(T, D, fits, V, {
                                            LAUNCH(device, (combine_rows<T, S, V>),
-                                                  (unsigned)entries, 256, 0, data_of<T>(drows),
-                                                  data_of<float>(dshare), data_of<T>(dy),
-                                                  data_of<T>(rows), data_of<int32_t>(slot),
-                                                  data_of<float>(share), data_of<int32_t>(experts),
-                                                  data_of<S>(scale), D, (int)A);
+                                                  (unsigned)ceil_div(entries, 8), 256, 0,
+                                                  data_of<T>(drows), data_of<float>(dshare),
+                                                  data_of<T>(dy), data_of<T>(rows),
+                                                  data_of<int32_t>(slot), data_of<float>(share),
+                                                  data_of<int32_t>(experts), data_of<S>(scale),
+                                                  entries, D, (int)A);
                                        })));
     if (dscale.data)
         LAUNCH(device, (add_scales), (unsigned)tensor_count(dscale), 256, 0, data_of<float>(dscale),
