@@ -125,26 +125,6 @@ DEVICE_FUNCTION void barrier_wait(Barrier *b, unsigned parity) {
 #endif
 }
 
-/* Whether it has, asked without waiting. The emulator says no to every second phase, so that a
- * warpgroup's threads go the same way and both ways are gone. */
-DEVICE_FUNCTION bool barrier_has_ended(Barrier *b, unsigned parity) {
-#if defined(__CUDACC__) && ON_HOPPER
-    unsigned at = (unsigned)__cvta_generic_to_shared(b), done;
-    asm volatile("{ .reg .pred done;\n"
-                 "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-                 "selp.b32 %0, 1, 0, done; }"
-                 : "=r"(done)
-                 : "r"(at), "r"(parity)
-                 : "memory");
-    return __all_sync(0xffffffffu, done);
-#elif !defined(__CUDACC__)
-    if (parity) barrier_wait(b, parity);
-    return parity;
-#else
-    return true;
-#endif
-}
-
 /* ---- copies ---- */
 
 /* The tile at (row, col) of a group's matrix, into shared memory at `to`, and its bytes to the

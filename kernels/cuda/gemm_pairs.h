@@ -6,8 +6,8 @@
  * tiles, K by 64 at a time: every second 64 rows, to both blocks, and its own part of b. Two others
  * multiply, of the 64 rows every second too. What is multiplied at once, a stage, takes of the
  * shared memory what its rows need: three stages of 384 rows lie there, four of 256, six of 128;
- * the next tile's come while the last one's results are written. A block goes on from tile to tile.
- */
+ * the next tile's come while the last one's results are written. A block goes on from tile to tile,
+ * those of most rows first. */
 #ifndef CUDA_GEMM_PAIRS_H
 #define CUDA_GEMM_PAIRS_H
 
@@ -26,18 +26,19 @@ struct PairMaps {
     int steps[PAIRS_FACTORS];
 };
 
-/* The shared memory of a block is a ring of units, each b's 128 columns or twice 64 rows of a: a
- * stage is one of b and as many of a as there are. */
-#define PAIRS_UNITS 12
+/* Stages lie in units, each b's 128 columns or twice 64 rows of a: a stage is one of b and as many
+ * of a as the tile has. */
+#define PAIRS_UNITS  12
+#define PAIRS_STAGES (PAIRS_UNITS / 2)
 struct PairMemory {
     bf16 units[PAIRS_UNITS][PAIRS_COLUMNS * PAIRS_DEPTH];
-    bf16 results[2][PAIRS_ROWS * PAIRS_COLUMNS];   /* of each warpgroup, on their way */
-    Barrier full[PAIRS_UNITS], empty[PAIRS_UNITS]; /* full: of a stage, at its first unit */
+    bf16 results[2][PAIRS_ROWS * PAIRS_COLUMNS]; /* of each warpgroup, on their way */
+    Barrier full[PAIRS_STAGES], empty[PAIRS_STAGES];
     int count, pairs, tiles, steps; /* groups, pairs of columns, tiles, stages of a tile */
     int starts[];                   /* see count_pair_tiles */
 };
-static inline size_t gemm_pairs_bytes(int groups) {
-    return sizeof(PairMemory) + (size_t)(2 * groups + 1) * sizeof(int);
+template <int BLOCKS> static size_t gemm_pairs_bytes(int groups) {
+    return sizeof(PairMemory) + (size_t)(BLOCKS * groups + 1) * sizeof(int);
 }
 
 /* Rows of a tile whose warpgroups have BLOCKS times 64 each. */
@@ -48,32 +49,31 @@ DEVICE_FUNCTION int turns_of(int64_t rows) {
     return (int)((rows + 2 * PAIRS_ROWS - 1) / (2 * PAIRS_ROWS));
 }
 
-/* Tiles of rows, long ones first, so that blocks end together: entry g of `starts` says how many
- * there are before group g's tiles that take all turns, entry `count` + g how many before its last,
- * if that takes fewer; the entry behind them how many there are. By one warp. */
+/* Tiles of rows, long ones first, so that blocks end together and stages change their size seldom:
+ * entry c count + g of `starts` says how many there are before group g's tiles of BLOCKS - c turns:
+ * all that are whole, then its last. The entry behind them: how many there are. By one warp. */
 template <int BLOCKS>
 DEVICE_FUNCTION void count_pair_tiles(int *starts, const Groups &groups, int count, int64_t M) {
     constexpr int ROWS = PAIRS_TILE<BLOCKS>;
     int lane = threadIdx.x % 32, before = 0;
-    for (int base = 0; base < 2 * count; base += 32) {
+    for (int base = 0; base < BLOCKS * count; base += 32) {
         int e = base + lane, g = e % count, tiles = 0;
-        if (e < 2 * count) {
-            int64_t rows = group_end(groups, g, M) - group_begin(groups, g), rest = rows % ROWS;
-            bool full = turns_of(rest) == BLOCKS;
-            tiles = e < count ? (int)(rows / ROWS) + full : rest && !full;
+        if (e < BLOCKS * count) {
+            int64_t rows = group_end(groups, g, M) - group_begin(groups, g);
+            tiles =
+                (turns_of(rows % ROWS) == BLOCKS - e / count) + (e < count) * (int)(rows / ROWS);
         }
         int sum = warp_running_sum(tiles);
-        if (e < 2 * count) starts[e] = before + sum - tiles;
+        if (e < BLOCKS * count) starts[e] = before + sum - tiles;
         before += __shfl_sync(0xffffffffu, sum, 31);
     }
-    if (!lane) starts[2 * count] = before;
+    if (!lane) starts[BLOCKS * count] = before;
 }
 
-/* A block's rows first .. first + rows - 1 of group g, and from where on its columns; the units of
- * a that its stages have, and those of the other block. APART: the rows are not those of the other
- * block, but the columns. */
+/* A block's rows first .. first + rows - 1 of group g, and from where on its columns. `turns`: of
+ * the rows of both blocks. APART: the other block has the same columns, but rows of its own. */
 struct PairTile {
-    int g, rows, column, units;
+    int g, rows, column, turns;
     bool apart;
     int64_t first;
 };
@@ -85,7 +85,7 @@ DEVICE_FUNCTION PairTile find_pair_tile(const PairMemory *memory, const Groups &
     constexpr int ROWS = PAIRS_TILE<BLOCKS>;
     const int *starts = memory->starts;
     int count = memory->count, pairs = memory->pairs, rank = (int)pair_rank();
-    int low = 0, high = 2 * count, row_tile = t / pairs;
+    int low = 0, high = BLOCKS * count, row_tile = t / pairs;
     while (high - low > 1) {
         int middle = (low + high) / 2;
         (starts[middle] <= row_tile ? low : high) = middle;
@@ -93,78 +93,58 @@ DEVICE_FUNCTION PairTile find_pair_tile(const PairMemory *memory, const Groups &
     int g = low % count, tiles = starts[low + 1] - starts[low], i = t - starts[low] * pairs;
     int64_t begin = group_begin(groups, g), rows = group_end(groups, g, M) - begin;
     int64_t first = low < count ? (int64_t)(i % tiles) * ROWS : rows / ROWS * ROWS;
-    PairTile tile = {g,
-                     (int)min(rows - first, (int64_t)ROWS),
-                     i / tiles * PAIR * PAIRS_COLUMNS,
-                     0,
-                     false,
-                     begin + first};
-    tile.apart = tile.column + PAIRS_COLUMNS >= N;
+    int left = (int)min(rows - first, (int64_t)ROWS), column = i / tiles * PAIR * PAIRS_COLUMNS;
+    PairTile tile = {g, left, column, turns_of(left), column + PAIRS_COLUMNS >= N, begin + first};
     if (tile.apart) {
-        int half = turns_of(tile.rows) * PAIRS_ROWS;
-        tile.units = turns_of(min(tile.rows, half));
-        tile.rows = max(0, min(half, tile.rows - rank * half));
+        int half = tile.turns * PAIRS_ROWS;
+        tile.rows = max(0, min(half, left - rank * half));
         tile.first += rank * half;
     } else {
-        tile.units = turns_of(tile.rows);
         tile.column += rank * PAIRS_COLUMNS;
     }
     return tile;
 }
 
-DEVICE_FUNCTION int unit_after(int at, int i) {
-    return at + i < PAIRS_UNITS ? at + i : at + i - PAIRS_UNITS;
-}
-
-/* Where the next stage begins, and the parity of the next phase of each unit's barrier. */
+/* Which stage is next, of stages of so many units, and the parity of the next phase of each. */
 struct Ring {
-    int at;
+    int stage, units;
     unsigned parities;
-    DEVICE_MEMBER int unit(int i) const { return unit_after(at, i); }
-    DEVICE_MEMBER unsigned next_parity(int unit) {
-        parities ^= 1u << unit;
-        return ~parities >> unit & 1;
+    DEVICE_MEMBER int count() const { return PAIRS_UNITS / units; }
+    DEVICE_MEMBER unsigned parity(int i) const { return parities >> i & 1; }
+    DEVICE_MEMBER void next() {
+        parities ^= 1u << stage;
+        if (++stage == count()) stage = 0;
     }
 };
 
-/* What a warpgroup has of the products: the first COUNT of its 64 rows. `units`: of a stage. */
+/* What a warpgroup has of the products: the first COUNT of its 64 rows. */
 template <bool TB, int COUNT, int BLOCKS>
 DEVICE_FUNCTION void multiply_stages(float (&sums)[BLOCKS][PAIRS_COLUMNS / 2], PairMemory *memory,
-                                     Ring &ring, int steps, int units, int own) {
+                                     Ring &ring, int steps, int own) {
     int last = -1;
-    int unit = threadIdx.x % WARPGROUP / PAIR, block = threadIdx.x % PAIR;
-    bool releases = unit < units; /* this thread does, of one unit in one block */
-    auto release = [&](int at) {
-        if (releases) barrier_arrive(&memory->empty[unit_after(at, unit)], block);
+    auto release = [&](int stage) {
+        if (threadIdx.x % WARPGROUP < PAIR)
+            barrier_arrive(&memory->empty[stage], threadIdx.x % WARPGROUP);
     };
     for (int i = 0; i < steps; i++) {
-        Barrier *full = &memory->full[ring.at];
-        unsigned parity = ring.next_parity(ring.at);
-        if (!barrier_has_ended(full, parity)) { /* what is done does not wait for it */
-            if (COUNT > 0) wgmma_wait<0>();
-            if (last >= 0) release(last);
-            last = -1;
-            barrier_wait(full, parity);
-        }
+        const bf16 *b = memory->units[ring.stage * ring.units];
+        const bf16 *a = memory->units[ring.stage * ring.units + 1] + own * PAIRS_ROWS * PAIRS_DEPTH;
+        barrier_wait(&memory->full[ring.stage], ring.parity(ring.stage));
         if constexpr (COUNT > 0) {
-            const bf16 *b = memory->units[ring.at];
             wgmma_begin();
 #pragma unroll
             for (int kk = 0; kk < PAIRS_DEPTH; kk += 16)
 #pragma unroll
-                for (int j = 0; j < COUNT; j++) {
-                    const bf16 *a =
-                        memory->units[ring.unit(1 + j)] + own * PAIRS_ROWS * PAIRS_DEPTH;
-                    wgmma<false, TB>(sums[j], operand(a, 0, kk, PAIRS_ROWS),
-                                     TB ? operand(b, kk, 0, PAIRS_DEPTH)
-                                        : operand(b, 0, kk, PAIRS_COLUMNS));
-                }
+                for (int j = 0; j < COUNT; j++)
+                    wgmma<false, TB>(
+                        sums[j], operand(a + j * 2 * PAIRS_ROWS * PAIRS_DEPTH, 0, kk, PAIRS_ROWS),
+                        TB ? operand(b, kk, 0, PAIRS_DEPTH) : operand(b, 0, kk, PAIRS_COLUMNS));
             wgmma_close_group();
             wgmma_wait<1>();
         }
         if (last >= 0) release(last);
-        last = ring.at;
-        ring.at = ring.unit(units);
+        last = ring.stage;
+        ring.next();
     }
     if constexpr (COUNT > 0) {
         wgmma_wait<0>();
@@ -271,7 +251,7 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
     DYNAMIC_SHARED(bytes);
     PairMemory *memory = (PairMemory *)bytes;
     if (!threadIdx.x)
-        for (int i = 0; i < PAIRS_UNITS; i++) {
+        for (int i = 0; i < PAIRS_STAGES; i++) {
             barrier_begin(&memory->full[i], 1);
             barrier_begin(&memory->empty[i], 2 * PAIR);
         }
@@ -282,13 +262,13 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
         if (!threadIdx.x) {
             memory->count = count;
             memory->pairs = (int)((N + PAIR * PAIRS_COLUMNS - 1) / (PAIR * PAIRS_COLUMNS));
-            memory->tiles = memory->starts[2 * count] * memory->pairs;
+            memory->tiles = memory->starts[BLOCKS * count] * memory->pairs;
             memory->steps = 0;
             for (int f = 0; f < PAIRS_FACTORS; f++) memory->steps += maps.steps[f];
         }
     }
     pair_sync();
-    Ring ring = {0, 0};
+    Ring ring = {0, 1 + BLOCKS, 0};
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
         for (int t = (int)blockIdx.x / PAIR; !threadIdx.x && t < memory->tiles;
@@ -296,21 +276,23 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
             PairTile tile = find_pair_tile<BLOCKS>(memory, groups, M, N, t);
             int steps = memory->steps, factor = 0, k = 0;
             int blocks = (tile.rows + PAIRS_ROWS - 1) / PAIRS_ROWS;
-            int own = tile.apart ? 1 : PAIR, begin = tile.apart ? 0 : (int)pair_rank();
+            int apart = tile.apart ? 1 : PAIR, begin = tile.apart ? 0 : (int)pair_rank();
             int arrive = (int)sizeof memory->units[0] * (2 + blocks) / 2;
+            if (ring.units != 1 + tile.turns) { /* all that lies there has been used */
+                for (int i = 0; i < ring.count(); i++)
+                    barrier_wait(&memory->empty[i], ring.parity(i) ^ 1);
+                ring.units = 1 + tile.turns;
+                ring.stage = 0;
+            }
             for (int i = 0; i < steps; i++) {
-                Barrier *full = &memory->full[ring.at];
-                bf16 *to = memory->units[ring.at];
+                Barrier *full = &memory->full[ring.stage];
+                bf16 *to = memory->units[ring.stage * ring.units];
                 while (k == maps.steps[factor] * PAIRS_DEPTH) factor++, k = 0;
                 const TileMap &a = maps.a[factor], &b = maps.b[factor];
-                for (int u = 0; u <= tile.units; u++) {
-                    int unit = ring.unit(u);
-                    barrier_wait(&memory->empty[unit], ring.next_parity(unit) ^ 1);
-                }
+                barrier_wait(&memory->empty[ring.stage], ring.parity(ring.stage) ^ 1);
                 barrier_announce(full, arrive);
-                for (int j = begin; j < blocks; j += own) {
-                    bf16 *rows =
-                        memory->units[ring.unit(1 + j / 2)] + j % 2 * (PAIRS_ROWS * PAIRS_DEPTH);
+                for (int j = begin; j < blocks; j += apart) {
+                    bf16 *rows = to + PAIRS_COLUMNS * PAIRS_DEPTH + j * PAIRS_ROWS * PAIRS_DEPTH;
                     int64_t row = tile.first + j * PAIRS_ROWS;
                     if (tile.apart)
                         copy_tile<false>(rows, full, a, 0, row, k);
@@ -323,7 +305,7 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
                 else
                     copy_tile<false>(to, full, b, tile.g, tile.column, k);
                 k += PAIRS_DEPTH;
-                ring.at = ring.unit(1 + tile.units);
+                ring.next();
             }
         }
     } else {
@@ -336,15 +318,16 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
             };
             float sums[BLOCKS][PAIRS_COLUMNS / 2] = {};
             PairTile tile = here();
-            int blocks = blocks_of(tile), units = 1 + tile.units, steps = memory->steps;
+            int blocks = blocks_of(tile);
+            if (ring.units != 1 + tile.turns) ring.units = 1 + tile.turns, ring.stage = 0;
             if (BLOCKS > 2 && blocks > 2)
-                multiply_stages<TB, BLOCKS>(sums, memory, ring, steps, units, own);
+                multiply_stages<TB, BLOCKS>(sums, memory, ring, memory->steps, own);
             else if (blocks > 1)
-                multiply_stages<TB, 2>(sums, memory, ring, steps, units, own);
+                multiply_stages<TB, 2>(sums, memory, ring, memory->steps, own);
             else if (blocks > 0)
-                multiply_stages<TB, 1>(sums, memory, ring, steps, units, own);
+                multiply_stages<TB, 1>(sums, memory, ring, memory->steps, own);
             else
-                multiply_stages<TB, 0>(sums, memory, ring, steps, units, own);
+                multiply_stages<TB, 0>(sums, memory, ring, memory->steps, own);
             tile = here(); /* once more: nothing of it is kept where registers are scarce */
             int columns = (int)N - tile.column;
             blocks = blocks_of(tile);

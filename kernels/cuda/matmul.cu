@@ -146,7 +146,7 @@ static void launch_gemm_pairs(Tensor y, Write write, PairMaps maps, Groups group
     if (sizeof(Y) == sizeof(bf16)) maps.y = cuda_tile_map(y.data, 1, M, N, PAIRS_ROWS);
     LAUNCH_PAIRS(y.device, (gemm_pairs<TB, BLOCKS, Y>),
                  (unsigned)(tiles < most ? tiles : most) * PAIR, PAIRS_THREADS,
-                 gemm_pairs_bytes(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
+                 gemm_pairs_bytes<BLOCKS>(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
 }
 
 /* Groups of such a size fit into one tall tile each, mostly: their weights are read once. */
