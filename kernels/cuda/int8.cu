@@ -6,6 +6,7 @@
  * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
  * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
  * core: there a lane has half the columns of a weight row. */
+#include "kernels/cuda/bulk.h"
 #include "kernels/cuda/codes.h"
 #include "kernels/cuda/gemm.h"
 
@@ -145,7 +146,7 @@ DEVICE_FUNCTION unsigned and_xor(unsigned x, unsigned mask, unsigned flip) {
 template <typename Tile> struct LanePart {
     static constexpr bool SMALL = sizeof(Tile) == sizeof(TileQ4_0);
     static constexpr int WORDS = SMALL ? 4 : 8, FACTOR = SMALL ? 16 : 1;
-    static constexpr int AHEAD = SMALL ? 4 : 2; /* tiles that are read at once */
+    static constexpr int TOGETHER = SMALL ? 2 : 1; /* tiles that are read at once */
     unsigned words[WORDS];
     uint16_t d[2];
     DEVICE_MEMBER void read(const Tile *tile) {
@@ -179,53 +180,95 @@ template <typename Tile, typename Y> struct Matrices {
     int begin[MATRICES_MOST + 1];
 };
 
-/* ROWS of activations at most; the warps share K of 16 weight rows. */
-template <typename Tile, int ROWS, typename Y>
-static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
+/* On Hopper a warp's tiles come into shared memory by its copy engine, some while others are
+ * multiplied: no registers wait for them. */
+#define SLOTS 4 /* of a warp: TOGETHER tiles each */
+template <typename Tile> struct alignas(128) TileRing {
+    Tile tiles[WARPS][SLOTS][LanePart<Tile>::TOGETHER];
+    Barrier full[WARPS][SLOTS];
+};
+
+/* ROWS of activations at most; the warps share K of 16 weight rows, each every eighth TOGETHER.
+ * With RING weights are read before the last kernel ends: none that is launched early writes them.
+ */
+template <typename Tile, int ROWS, bool RING, typename Y>
+static __global__ void __launch_bounds__(32 * WARPS, ROWS > 1 ? 2
+                                                     : RING   ? 6
+                                                              : 4)
     multiply_rows(Matrices<Tile, Y> all, const int8_t *codes, const float *scales, int64_t M,
                   int64_t K, Groups groups) {
+    constexpr int TOGETHER = LanePart<Tile>::TOGETHER;
     __shared__ float parts[WARPS][16 * ROWS];
+    __shared__ std::conditional_t<RING, TileRing<Tile>, char> ring;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = (int)blockIdx.x;
     int which = (block >= all.begin[1]) + (block >= all.begin[2]);
     Y *y = which == 0 ? all.y[0] : which == 1 ? all.y[1] : all.y[2];
     const Tile *tiles = which == 0 ? all.tiles[0] : which == 1 ? all.tiles[1] : all.tiles[2];
     int64_t N = which == 0 ? all.N[0] : which == 1 ? all.N[1] : all.N[2];
     block -= which == 0 ? 0 : which == 1 ? all.begin[1] : all.begin[2];
-    if (!groups.offsets) { /* the warp's first tiles, while the last kernel ends */
-        int tile = warp + lane / 8 * WARPS, line = lane % 8 * 128;
-        const Tile *first = tiles + (int64_t)block * (K / TILE_WIDTH) + tile;
-        if (tile < K / TILE_WIDTH && line < (int)sizeof(Tile)) ask_for((const char *)first + line);
+    int64_t n0 = (int64_t)block * 16;
+    int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
+    const Tile *mine = tiles + block * (int64_t)across;
+    auto ask = [&](int first) { /* for the warp's tiles from there on */
+                                if constexpr (RING) {
+                                    int slot = first / (WARPS * TOGETHER) % SLOTS;
+                                    int bytes = min(TOGETHER, across - first) * (int)sizeof(Tile);
+                                    if (lane || first >= across) return;
+                                    barrier_announce(&ring.full[warp][slot], bytes);
+                                    copy_bytes(ring.tiles[warp][slot], &ring.full[warp][slot],
+                                               mine + first, bytes);
+                                }
+    };
+    auto ask_first = [&] {
+        for (int i = 0; i < SLOTS; i++) ask((i * WARPS + warp) * TOGETHER);
+    };
+    if constexpr (RING) {
+        if (!lane)
+            for (int i = 0; i < SLOTS; i++) barrier_begin(&ring.full[warp][i], 1);
+        __syncwarp();
+        if (!groups.offsets) ask_first();
+    } else if (!groups.offsets) { /* the warp's first tiles */
+        int tile = warp * TOGETHER + lane / 8 * WARPS, line = lane % 8 * 128;
+        if (tile < across && line < (int)sizeof(Tile)) ask_for((const char *)(mine + tile) + line);
     }
     wait_for_last();
     RowTile rows = find_rows<8>(groups, M, blockIdx.y);
     int count = (int)(rows.last - rows.first);
     if (!count) return;
-    int64_t n0 = (int64_t)block * 16;
-    int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
-    const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
+    if (groups.offsets) {
+        mine += rows.g * N / 16 * across;
+        ask_first();
+    }
     const int8_t *x = codes + rows.first * K + lane / 16 * 16;
     const float *steps = scales + rows.first * blocks;
-    constexpr int AHEAD = LanePart<Tile>::AHEAD;
     float sums[ROWS] = {};
-    for (int first = warp; first < across; first += AHEAD * WARPS) {
-        LanePart<Tile> read[AHEAD];
+    for (int first = warp * TOGETHER, turn = 0; first < across; first += WARPS * TOGETHER, turn++) {
+        LanePart<Tile> read[TOGETHER];
+        const Tile *from_here = mine + first;
+        if constexpr (RING) {
+            barrier_wait(&ring.full[warp][turn % SLOTS], turn / SLOTS % 2);
+            from_here = ring.tiles[warp][turn % SLOTS];
+        }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (first + i * WARPS < across) read[i].read(mine + first + i * WARPS);
+        for (int i = 0; i < TOGETHER; i++)
+            if (first + i < across) read[i].read(from_here + i);
+        if constexpr (RING) {
+            __syncwarp();
+            ask(first + SLOTS * WARPS * TOGETHER);
+        }
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            int tile = first + i * WARPS;
+        for (int i = 0; i < TOGETHER; i++) {
+            int tile = first + i;
             if (tile >= across) break;
-            const LanePart<Tile> &part = read[i];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 if (ROWS > 1 && r >= count) break;
                 const int8_t *from = x + r * K + tile * TILE_WIDTH;
                 float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
-                sums[r] +=
-                    (float)part.dot(0, *(const uint4 *)from) * (f16_value(part.d[0]) * step.x);
-                sums[r] += (float)part.dot(1, *(const uint4 *)(from + 32)) *
-                           (f16_value(part.d[1]) * step.y);
+                sums[r] += (float)read[i].dot(0, *(const uint4 *)from) *
+                           (f16_value(read[i].d[0]) * step.x);
+                sums[r] += (float)read[i].dot(1, *(const uint4 *)(from + 32)) *
+                           (f16_value(read[i].d[1]) * step.y);
             }
         }
     }
@@ -241,6 +284,17 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
         y[(rows.first + i / 16) * N + n0 + i % 16] = from_float<Y>(sum);
     }
 }
+
+#define WITH_RING(device, RING, ...)                                                               \
+    do {                                                                                           \
+        if (cuda_has_wgmma(device)) {                                                              \
+            constexpr bool RING = true;                                                            \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr bool RING = false;                                                           \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
 
 /* Rows that are too few for tensor cores: all matrices at once. */
 template <typename Tile, typename Y>
@@ -258,12 +312,15 @@ static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, G
     /* groups begin at multiples of 8 rows: of M there are no more tiles than without them */
     dim3 grid((unsigned)all.begin[count], (unsigned)ceil_div(M, 8));
     for (int i = count; i < MATRICES_MOST; i++) all.begin[i] = (int)grid.x;
-    if (M == 1 && !groups.offsets)
-        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), grid, 32 * WARPS, all, codes, scales, M,
-                    K, groups);
-    else
-        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), grid, 32 * WARPS, all, codes,
-                    scales, M, K, groups);
+    bool one = M == 1 && !groups.offsets;
+    WITH_RING(a.device, RING, {
+        if (one)
+            LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, RING, Y>), grid, 32 * WARPS, all, codes,
+                        scales, M, K, groups);
+        else
+            LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, RING, Y>), grid, 32 * WARPS, all,
+                        codes, scales, M, K, groups);
+    });
 }
 
 template <typename Tile, typename Y>
