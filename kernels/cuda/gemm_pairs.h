@@ -105,15 +105,19 @@ DEVICE_FUNCTION PairTile find_pair_tile(const PairMemory *memory, const Groups &
     return tile;
 }
 
-/* Which stage is next, of stages of so many units, and the parity of the next phase of each. */
+/* Which stage is next, of `count` of so many units, and the parity of the next phase of each. */
 struct Ring {
-    int stage, units;
+    int stage, units, count;
     unsigned parities;
-    DEVICE_MEMBER int count() const { return PAIRS_UNITS / units; }
+    DEVICE_MEMBER void begin(int stage_units) {
+        stage = 0;
+        units = stage_units;
+        count = PAIRS_UNITS / units;
+    }
     DEVICE_MEMBER unsigned parity(int i) const { return parities >> i & 1; }
     DEVICE_MEMBER void next() {
         parities ^= 1u << stage;
-        if (++stage == count()) stage = 0;
+        if (++stage == count) stage = 0;
     }
 };
 
@@ -268,7 +272,7 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
         }
     }
     pair_sync();
-    Ring ring = {0, 1 + BLOCKS, 0};
+    Ring ring = {0, 1 + BLOCKS, PAIRS_UNITS / (1 + BLOCKS), 0};
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
         for (int t = (int)blockIdx.x / PAIR; !threadIdx.x && t < memory->tiles;
@@ -279,10 +283,9 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
             int apart = tile.apart ? 1 : PAIR, begin = tile.apart ? 0 : (int)pair_rank();
             int arrive = (int)sizeof memory->units[0] * (2 + blocks) / 2;
             if (ring.units != 1 + tile.turns) { /* all that lies there has been used */
-                for (int i = 0; i < ring.count(); i++)
+                for (int i = 0; i < ring.count; i++)
                     barrier_wait(&memory->empty[i], ring.parity(i) ^ 1);
-                ring.units = 1 + tile.turns;
-                ring.stage = 0;
+                ring.begin(1 + tile.turns);
             }
             for (int i = 0; i < steps; i++) {
                 Barrier *full = &memory->full[ring.stage];
@@ -319,7 +322,7 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
             float sums[BLOCKS][PAIRS_COLUMNS / 2] = {};
             PairTile tile = here();
             int blocks = blocks_of(tile);
-            if (ring.units != 1 + tile.turns) ring.units = 1 + tile.turns, ring.stage = 0;
+            if (ring.units != 1 + tile.turns) ring.begin(1 + tile.turns);
             if (BLOCKS > 2 && blocks > 2)
                 multiply_stages<TB, BLOCKS>(sums, memory, ring, memory->steps, own);
             else if (blocks > 1)

@@ -22,7 +22,7 @@
 
 #include <math.h>
 
-#define OUTS 48
+#define OUTS 64
 
 /* One run of a case on one device: its tensors are made by the same calls there, and what comes out
  * is kept as floats. */
@@ -569,9 +569,11 @@ static double of_pieces(DType dtype) {
 }
 
 GPU_CASE(products_of_adapters, s, dtype) {
-    static const int64_t rows[] = {5, 70, 1100};
-    for (int i = 0; i < 3; i++) {
-        int64_t N = rows[i], R = 4 + i, in = 72, out = 40;
+    static const int64_t sizes[][4] = {{5, 4, 72, 40},    {70, 5, 72, 40},     {1100, 6, 72, 40},
+                                       {70, 8, 128, 64},  {1100, 16, 64, 192}, {130, 32, 192, 128},
+                                       {70, 48, 128, 64}, {33, 64, 64, 64}};
+    for (int i = 0; i < 8; i++) {
+        int64_t N = sizes[i][0], R = sizes[i][1], in = sizes[i][2], out = sizes[i][3];
         Tensor x = GIVEN(s, dtype, 1, N, in), A = GIVEN(s, F32, 2, R, in),
                B = GIVEN(s, F32, 3, out, R), u = SPACE(s, F32, N, R),
                y = GIVEN(s, dtype, 4, N, out), dy = GIVEN(s, dtype, 5, N, out),
@@ -593,11 +595,14 @@ GPU_CASE(products_of_adapters, s, dtype) {
 }
 
 GPU_CASE(products_of_several_adapters, s, dtype) {
-    for (int64_t N = 70; N <= 1100; N += 1030) {
-        Tensor x = GIVEN(s, dtype, 1, N, 72), dx = GIVEN(s, dtype, 2, N, 72),
-               u[] = {SPACE(s, F32, N, 6), SPACE(s, F32, N, 18), SPACE(s, F32, N, 8)},
-               A[] = {GIVEN(s, F32, 3, 6, 72), GIVEN(s, F32, 4, 18, 72), GIVEN(s, F32, 5, 8, 72)},
-               dA[] = {GIVEN(s, F32, 6, 6, 72), GIVEN(s, F32, 7, 18, 72), GIVEN(s, F32, 8, 8, 72)};
+    static const int64_t sizes[][5] = {
+        {1100, 72, 6, 18, 8}, {1100, 192, 16, 16, 16}, {130, 128, 8, 16, 8}, {70, 64, 16, 8, 24}};
+    for (int i = 0; i < 4; i++) {
+        int64_t N = sizes[i][0], K = sizes[i][1], R = sizes[i][2], S = sizes[i][3], T = sizes[i][4];
+        Tensor x = GIVEN(s, dtype, 1, N, K), dx = GIVEN(s, dtype, 2, N, K),
+               u[] = {SPACE(s, F32, N, R), SPACE(s, F32, N, S), SPACE(s, F32, N, T)},
+               A[] = {GIVEN(s, F32, 3, R, K), GIVEN(s, F32, 4, S, K), GIVEN(s, F32, 5, T, K)},
+               dA[] = {GIVEN(s, F32, 6, R, K), GIVEN(s, F32, 7, S, K), GIVEN(s, F32, 8, T, K)};
         for (int n = 2; n <= 3; n++) {
             matmul_ordered_several(NT, u, SET, &x, A, n, 1.0f);
             matmul_ordered_several(TN, dA, ADD, u, &x, n, 1.0f);
