@@ -161,21 +161,6 @@ DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t
 #endif
 }
 
-/* So many bytes side by side, a multiple of 16, into shared memory at `to`, and to the barrier. */
-DEVICE_FUNCTION void copy_bytes(void *to, Barrier *b, const void *from, int bytes) {
-#if defined(__CUDACC__) && ON_HOPPER
-    unsigned place = (unsigned)__cvta_generic_to_shared(to),
-             at = (unsigned)__cvta_generic_to_shared(b);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                 " [%0], [%1], %2, [%3];" ::"r"(place),
-                 "l"(from), "r"(bytes), "r"(at)
-                 : "memory");
-#elif !defined(__CUDACC__)
-    memcpy(to, from, (size_t)bytes);
-    simt_count(b, 0, -bytes);
-#endif
-}
-
 /* The tile in shared memory goes to (row, col) of the map's one matrix, but for what lies outside.
  * Those who wrote it have said so (shared_for_products) and met. */
 DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t row, int64_t col) {

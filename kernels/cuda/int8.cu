@@ -5,8 +5,7 @@
  * exact and joined with both scales in f32, in order of K. A warp takes 16 weight rows and up to 64
  * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
  * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
- * core: there a lane has half the columns of a weight row. */
-#include "kernels/cuda/bulk.h"
+ * core: there a lane has four columns of four weight rows. */
 #include "kernels/cuda/codes.h"
 #include "kernels/cuda/gemm.h"
 
@@ -142,33 +141,47 @@ DEVICE_FUNCTION unsigned and_xor(unsigned x, unsigned mask, unsigned flip) {
 #endif
 }
 
-/* A lane's part of a tile: of weight row lane % 16 the half lane / 16 of each block's columns. */
+/* Four f16 side by side. */
+DEVICE_FUNCTION void read_scales(float (&d)[4], const uint2 &all) {
+    d[0] = f16_value((uint16_t)all.x), d[1] = f16_value((uint16_t)(all.x >> 16));
+    d[2] = f16_value((uint16_t)all.y), d[3] = f16_value((uint16_t)(all.y >> 16));
+}
+
+/* A lane's part of a tile: of four weight rows from 4 (lane % 4) on, four columns of each of the
+ * two blocks. */
 template <typename Tile> struct LanePart {
     static constexpr bool SMALL = sizeof(Tile) == sizeof(TileQ4_0);
-    static constexpr int WORDS = SMALL ? 4 : 8, FACTOR = SMALL ? 16 : 1;
-    static constexpr int TOGETHER = SMALL ? 2 : 1; /* tiles that are read at once */
-    unsigned words[WORDS];
-    uint16_t d[2];
+    static constexpr int FACTOR = SMALL ? 16 : 1;
+    static constexpr int EARLY =
+        SMALL ? 4 : 2;          /* tiles read at once, and while the last kernel ends */
+    uint4 words[SMALL ? 1 : 2]; /* a word of four columns for each row; of 4 bits, of both blocks */
+    uint2 d[2];                 /* f16 of each row */
     DEVICE_MEMBER void read(const Tile *tile) {
-        int half = threadIdx.x % 32 / 16, row = threadIdx.x % 16;
-#pragma unroll
-        for (int i = 0; i < WORDS; i++)
-            words[i] = *(const unsigned *)&tile->qs[i / 4 * 8 + half * 4 + i % 4][4 * row];
-        d[0] = tile->d[0][row];
-        d[1] = tile->d[1][row];
+        int lane = threadIdx.x % 32;
+        words[0] = ((const uint4 *)tile->qs)[lane];
+        if constexpr (!SMALL) words[1] = ((const uint4 *)tile->qs)[32 + lane];
+        d[0] = *(const uint2 *)&tile->d[0][lane % 4 * 4];
+        d[1] = *(const uint2 *)&tile->d[1][lane % 4 * 4];
     }
-    /* FACTOR times block b with its activations: codes get their sign by their top bit, and those
-     * of 4 bits stay in the upper half of a byte. */
-    DEVICE_MEMBER int dot(int b, const uint4 &activations) const {
-        const unsigned x[4] = {activations.x, activations.y, activations.z, activations.w};
-        int sum = 0;
+    /* Adds what they make with activations a and b of the columns, whose scales are `step`, FACTOR
+     * times: codes get their sign by their top bit, and those of 4 bits stay in a byte's upper
+     * half. */
+    DEVICE_MEMBER void add(float (&sums)[4], unsigned a, unsigned b, float2 step) const {
+        const uint4 &second = words[SMALL ? 0 : 1];
+        const unsigned low[4] = {words[0].x, words[0].y, words[0].z, words[0].w},
+                       high[4] = {second.x, second.y, second.z, second.w};
+        float d0[4], d1[4];
+        read_scales(d0, d[0]);
+        read_scales(d1, d[1]);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            unsigned word = SMALL ? words[i] << (b ? 0 : 4) : words[WORDS - 8 + 4 * b + i];
-            sum =
-                __dp4a((int)and_xor(word, SMALL ? 0xf0f0f0f0u : ~0u, 0x80808080u), (int)x[i], sum);
+            constexpr unsigned mask = SMALL ? 0xf0f0f0f0u : ~0u;
+            int first =
+                    __dp4a((int)and_xor(low[i] << (SMALL ? 4 : 0), mask, 0x80808080u), (int)a, 0),
+                other = __dp4a((int)and_xor(high[i], mask, 0x80808080u), (int)b, 0);
+            sums[i] += (float)first * (d0[i] * step.x);
+            sums[i] += (float)other * (d1[i] * step.y);
         }
-        return sum;
     }
 };
 
@@ -180,26 +193,13 @@ template <typename Tile, typename Y> struct Matrices {
     int begin[MATRICES_MOST + 1];
 };
 
-/* On Hopper a warp's tiles come into shared memory by its copy engine, some while others are
- * multiplied: no registers wait for them. */
-#define SLOTS 4 /* of a warp: TOGETHER tiles each */
-template <typename Tile> struct alignas(128) TileRing {
-    Tile tiles[WARPS][SLOTS][LanePart<Tile>::TOGETHER];
-    Barrier full[WARPS][SLOTS];
-};
-
-/* ROWS of activations at most; the warps share K of 16 weight rows, each every eighth TOGETHER.
- * With RING weights are read before the last kernel ends: none that is launched early writes them.
- */
-template <typename Tile, int ROWS, bool RING, typename Y>
-static __global__ void __launch_bounds__(32 * WARPS, ROWS > 1 ? 2
-                                                     : RING   ? 6
-                                                              : 4)
+/* ROWS of activations at most; the warps share K of 16 weight rows. Weights are read before the
+ * last kernel ends: none that is launched early writes them. */
+template <typename Tile, int ROWS, typename Y>
+static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     multiply_rows(Matrices<Tile, Y> all, const int8_t *codes, const float *scales, int64_t M,
                   int64_t K, Groups groups) {
-    constexpr int TOGETHER = LanePart<Tile>::TOGETHER;
     __shared__ float parts[WARPS][16 * ROWS];
-    __shared__ std::conditional_t<RING, TileRing<Tile>, char> ring;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = (int)blockIdx.x;
     int which = (block >= all.begin[1]) + (block >= all.begin[2]);
     Y *y = which == 0 ? all.y[0] : which == 1 ? all.y[1] : all.y[2];
@@ -209,74 +209,53 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS > 1 ? 2
     int64_t n0 = (int64_t)block * 16;
     int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
     const Tile *mine = tiles + block * (int64_t)across;
-    auto ask = [&](int first) { /* for the warp's tiles from there on */
-                                if constexpr (RING) {
-                                    int slot = first / (WARPS * TOGETHER) % SLOTS;
-                                    int bytes = min(TOGETHER, across - first) * (int)sizeof(Tile);
-                                    if (lane || first >= across) return;
-                                    barrier_announce(&ring.full[warp][slot], bytes);
-                                    copy_bytes(ring.tiles[warp][slot], &ring.full[warp][slot],
-                                               mine + first, bytes);
-                                }
+    constexpr int EARLY = LanePart<Tile>::EARLY;
+    LanePart<Tile> first[EARLY];
+    auto read_first = [&] {
+#pragma unroll
+        for (int i = 0; i < EARLY; i++)
+            if (warp + i * WARPS < across) first[i].read(mine + warp + i * WARPS);
     };
-    auto ask_first = [&] {
-        for (int i = 0; i < SLOTS; i++) ask((i * WARPS + warp) * TOGETHER);
-    };
-    if constexpr (RING) {
-        if (!lane)
-            for (int i = 0; i < SLOTS; i++) barrier_begin(&ring.full[warp][i], 1);
-        __syncwarp();
-        if (!groups.offsets) ask_first();
-    } else if (!groups.offsets) { /* the warp's first tiles */
-        int tile = warp * TOGETHER + lane / 8 * WARPS, line = lane % 8 * 128;
-        if (tile < across && line < (int)sizeof(Tile)) ask_for((const char *)(mine + tile) + line);
-    }
+    if (!groups.offsets) read_first();
     wait_for_last();
     RowTile rows = find_rows<8>(groups, M, blockIdx.y);
     int count = (int)(rows.last - rows.first);
     if (!count) return;
     if (groups.offsets) {
         mine += rows.g * N / 16 * across;
-        ask_first();
+        read_first();
     }
-    const int8_t *x = codes + rows.first * K + lane / 16 * 16;
+    const int8_t *x = codes + rows.first * K + lane / 4 * 4;
     const float *steps = scales + rows.first * blocks;
-    float sums[ROWS] = {};
-    for (int first = warp * TOGETHER, turn = 0; first < across; first += WARPS * TOGETHER, turn++) {
-        LanePart<Tile> read[TOGETHER];
-        const Tile *from_here = mine + first;
-        if constexpr (RING) {
-            barrier_wait(&ring.full[warp][turn % SLOTS], turn / SLOTS % 2);
-            from_here = ring.tiles[warp][turn % SLOTS];
-        }
+    float sums[ROWS][4] = {};
+    auto add = [&](const LanePart<Tile> &part, int tile) {
 #pragma unroll
-        for (int i = 0; i < TOGETHER; i++)
-            if (first + i < across) read[i].read(from_here + i);
-        if constexpr (RING) {
-            __syncwarp();
-            ask(first + SLOTS * WARPS * TOGETHER);
+        for (int r = 0; r < ROWS; r++) {
+            if (ROWS > 1 && r >= count) break;
+            const int8_t *from = x + r * K + tile * TILE_WIDTH;
+            part.add(sums[r], *(const unsigned *)from, *(const unsigned *)(from + 32),
+                     *(const float2 *)(steps + r * blocks + 2 * tile));
         }
+    };
 #pragma unroll
-        for (int i = 0; i < TOGETHER; i++) {
-            int tile = first + i;
-            if (tile >= across) break;
-#pragma unroll
-            for (int r = 0; r < ROWS; r++) {
-                if (ROWS > 1 && r >= count) break;
-                const int8_t *from = x + r * K + tile * TILE_WIDTH;
-                float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
-                sums[r] += (float)read[i].dot(0, *(const uint4 *)from) *
-                           (f16_value(read[i].d[0]) * step.x);
-                sums[r] += (float)read[i].dot(1, *(const uint4 *)(from + 32)) *
-                           (f16_value(read[i].d[1]) * step.y);
-            }
-        }
+    for (int i = 0; i < EARLY; i++)
+        if (warp + i * WARPS < across) add(first[i], warp + i * WARPS);
+#pragma unroll(EARLY) /* reads of several tiles under way */
+    for (int tile = warp + EARLY * WARPS; tile < across; tile += WARPS) {
+        LanePart<Tile> part;
+        part.read(mine + tile);
+        add(part, tile);
     }
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-        float sum = sums[r] + __shfl_xor_sync(0xffffffffu, sums[r], 16);
-        if (lane < 16) parts[warp][16 * r + lane] = sum * (1.0f / LanePart<Tile>::FACTOR);
-    }
+    for (int r = 0; r < ROWS; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float sum = sums[r][i];
+#pragma unroll
+            for (int d = 16; d >= 4; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            if (lane < 4)
+                parts[warp][16 * r + 4 * lane + i] = sum * (1.0f / LanePart<Tile>::FACTOR);
+        }
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
         float sum = 0;
@@ -284,17 +263,6 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS > 1 ? 2
         y[(rows.first + i / 16) * N + n0 + i % 16] = from_float<Y>(sum);
     }
 }
-
-#define WITH_RING(device, RING, ...)                                                               \
-    do {                                                                                           \
-        if (cuda_has_wgmma(device)) {                                                              \
-            constexpr bool RING = true;                                                            \
-            __VA_ARGS__;                                                                           \
-        } else {                                                                                   \
-            constexpr bool RING = false;                                                           \
-            __VA_ARGS__;                                                                           \
-        }                                                                                          \
-    } while (0)
 
 /* Rows that are too few for tensor cores: all matrices at once. */
 template <typename Tile, typename Y>
@@ -312,15 +280,12 @@ static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, G
     /* groups begin at multiples of 8 rows: of M there are no more tiles than without them */
     dim3 grid((unsigned)all.begin[count], (unsigned)ceil_div(M, 8));
     for (int i = count; i < MATRICES_MOST; i++) all.begin[i] = (int)grid.x;
-    bool one = M == 1 && !groups.offsets;
-    WITH_RING(a.device, RING, {
-        if (one)
-            LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, RING, Y>), grid, 32 * WARPS, all, codes,
-                        scales, M, K, groups);
-        else
-            LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, RING, Y>), grid, 32 * WARPS, all,
-                        codes, scales, M, K, groups);
-    });
+    if (M == 1 && !groups.offsets)
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), grid, 32 * WARPS, all, codes, scales, M,
+                    K, groups);
+    else
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), grid, 32 * WARPS, all, codes,
+                    scales, M, K, groups);
 }
 
 template <typename Tile, typename Y>

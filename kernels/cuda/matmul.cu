@@ -7,7 +7,6 @@
 #include "kernels/cuda/blaslt.h"
 #include "kernels/cuda/gemm_hopper.h"
 #include "kernels/cuda/gemm_pairs.h"
-#include "kernels/cuda/gemm_thin.h"
 
 extern "C" {
 #include "kernels/elementwise.h"
@@ -275,98 +274,6 @@ static void by_panels(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
     }
 }
 
-/* ---- few columns of f32 ---- */
-
-#define THIN_BLOCKS 264 /* of a product: two for each multiprocessor of the largest */
-
-/* How many blocks share what is summed over, of so many pieces. */
-static unsigned thin_splits(int64_t tiles, int64_t pieces) {
-    int64_t splits = THIN_BLOCKS / tiles;
-    return (unsigned)(splits < 1 ? 1 : splits < pieces ? splits : pieces);
-}
-
-template <int TILES, bool TB>
-static void launch_thin_rows(ThinMatrices all, Write write, Tensor a, float alpha) {
-    int64_t M = tensor_rows(a), K = tensor_cols(a);
-    unsigned tiles = (unsigned)ceil_div(M, THIN_ROWS), splits = thin_splits(tiles, K / THIN_DEPTH);
-    float *sums =
-        (float *)cuda_workspace(a.device, splits * (size_t)(M * 8 * TILES) * sizeof(float));
-    LAUNCH_NEXT(a.device, (thin_rows<TILES, TB>), dim3(tiles, splits), 32 * THIN_WARPS, all, write,
-                data_of<bf16>(a), M, K, alpha, sums);
-}
-
-/* y (M, r) of a (M, K), NT or NN; whether these shapes fit. */
-static bool thin_rows_product(Layout layout, const Tensor *y, Write write, Tensor a,
-                              const Tensor *b, int count, float alpha) {
-    ThinMatrices all = {};
-    int R = 0;
-    bool fits = is_aligned(a) && tensor_cols(a) % THIN_DEPTH == 0 && tensor_rows(a) > 0 &&
-                ceil_div(tensor_rows(a), THIN_ROWS) <= THIN_MOST;
-    for (int i = 0; i < MATRICES_MOST; i++) {
-        if (i < count) {
-            fits = fits && tensor_cols(y[i]) % 8 == 0 && y[i].dtype == F32 &&
-                   (uintptr_t)b[i].data % 16 == 0;
-            R += (int)tensor_cols(y[i]);
-            all.b[i] = data_of<float>(b[i]);
-            all.y[i] = data_of<float>(y[i]);
-        }
-        all.ends[i] = R;
-    }
-    if (!fits || R > 8 * THIN_TILES || (layout == NN && R != 8 && R != 16 && R != 32)) return false;
-    if (layout == NN && R == 8)
-        launch_thin_rows<1, true>(all, write, a, alpha);
-    else if (layout == NN && R == 16)
-        launch_thin_rows<2, true>(all, write, a, alpha);
-    else if (layout == NN)
-        launch_thin_rows<4, true>(all, write, a, alpha);
-    else if (R <= 8)
-        launch_thin_rows<1, false>(all, write, a, alpha);
-    else if (R <= 16)
-        launch_thin_rows<2, false>(all, write, a, alpha);
-    else if (R <= 32)
-        launch_thin_rows<4, false>(all, write, a, alpha);
-    else
-        launch_thin_rows<THIN_TILES, false>(all, write, a, alpha);
-    return true;
-}
-
-template <int GROUPS, bool TURNED>
-static void launch_thin_columns(ThinGroups groups, Write write, Tensor x, float alpha) {
-    int64_t M = tensor_rows(x), C = tensor_cols(x);
-    unsigned tiles = (unsigned)(C / THIN_DEPTH),
-             splits = thin_splits(tiles, ceil_div(M, 16 * THIN_WARPS));
-    float *sums =
-        (float *)cuda_workspace(x.device, splits * (size_t)(GROUPS * 16 * C) * sizeof(float));
-    LAUNCH_NEXT(x.device, (thin_columns<GROUPS, TURNED>), dim3(tiles, splits), 32 * THIN_WARPS,
-                groups, write, data_of<bf16>(x), M, C, alpha, sums);
-}
-
-/* y (r, C) = u^T x of several u, or, turned, (C, r); whether these shapes fit. */
-static bool thin_columns_product(const Tensor *y, Write write, Tensor x, const Tensor *u, int count,
-                                 bool turned, float alpha) {
-    ThinGroups groups = {};
-    int used = 0;
-    bool fits = is_aligned(x) && tensor_cols(x) % THIN_DEPTH == 0 && tensor_rows(x) > 0 &&
-                tensor_cols(x) / THIN_DEPTH <= THIN_MOST;
-    for (int i = 0; i < count; i++) {
-        int rank = (int)tensor_cols(u[i]);
-        fits = fits && rank % 8 == 0 && y[i].dtype == F32 && (uintptr_t)u[i].data % 8 == 0;
-        for (int first = 0; first < rank; first += 16, used++)
-            if (used < MATRICES_MOST)
-                groups.at[used] = {data_of<float>(u[i]), data_of<float>(y[i]), first, rank};
-    }
-    if (!fits || used > MATRICES_MOST) return false;
-    if (used == 1 && turned)
-        launch_thin_columns<1, true>(groups, write, x, alpha);
-    else if (used == 1)
-        launch_thin_columns<1, false>(groups, write, x, alpha);
-    else if (turned)
-        launch_thin_columns<MATRICES_MOST, true>(groups, write, x, alpha);
-    else
-        launch_thin_columns<MATRICES_MOST, false>(groups, write, x, alpha);
-    return true;
-}
-
 /* ---- f32 among bf16 ---- */
 
 /* A float is taken apart into two bf16 numbers: 17 bits of it, where what it meets has eight. */
@@ -437,10 +344,6 @@ static void product_of_pieces(Layout layout, const Tensor *y, Write write, const
                               const Tensor *b, int count, float alpha) {
     const Device *device = a->device;
     bool left = a->dtype == F32;
-    if (layout == TN
-            ? thin_columns_product(y, write, left ? *b : *a, left ? a : b, count, !left, alpha)
-            : !left && thin_rows_product(layout, y, write, *a, b, count, alpha))
-        return;
     Stack<const float> x =
         stack_of<const float>(left ? a : b, count, left ? layout == TN : layout != NT);
     int64_t K = layout == TN ? tensor_rows(*a) : tensor_cols(*a), M = 0, N = 0;

@@ -162,14 +162,6 @@ static inline float __fdiv_rn(float a, float b) {
 template <typename T> T __ldg(const T *p) {
     return *p;
 }
-/* Four bytes of both words, a digit of `which` for each. */
-static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned which) {
-    uint64_t both = (uint64_t)y << 32 | x;
-    unsigned out = 0;
-    for (int i = 0; i < 4; i++) out |= (unsigned)(both >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
-    return out;
-}
-static inline void __threadfence() {}
 static inline int __dp4a(int a, int b, int c) {
     int8_t x[4], y[4];
     memcpy(x, &a, 4);
