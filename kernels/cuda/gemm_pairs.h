@@ -26,14 +26,24 @@ struct PairMaps {
     int steps[PAIRS_FACTORS];
 };
 
+/* A block's rows first .. first + rows - 1 of group g, and from where on its columns. `turns`: of
+ * the rows of both blocks. APART: the other block has the same columns, but rows of its own. */
+struct PairTile {
+    int g, rows, column, turns;
+    bool apart;
+    int64_t first;
+};
+
 /* Stages lie in units, each b's 128 columns or twice 64 rows of a: a stage is one of b and as many
  * of a as the tile has. */
 #define PAIRS_UNITS  12
 #define PAIRS_STAGES (PAIRS_UNITS / 2)
+#define PAIRS_TOLD   (PAIRS_STAGES + 2) /* tiles, each of a stage or more, that may be under way */
 struct PairMemory {
     bf16 units[PAIRS_UNITS][PAIRS_COLUMNS * PAIRS_DEPTH];
     bf16 results[2][PAIRS_ROWS * PAIRS_COLUMNS]; /* of each warpgroup, on their way */
-    Barrier full[PAIRS_STAGES], empty[PAIRS_STAGES];
+    Barrier full[PAIRS_STAGES], empty[PAIRS_STAGES], told[PAIRS_TOLD];
+    PairTile tile[PAIRS_TOLD];      /* what the copying thread tells of them */
     int count, pairs, tiles, steps; /* groups, pairs of columns, tiles, stages of a tile */
     int starts[];                   /* see count_pair_tiles */
 };
@@ -69,14 +79,6 @@ DEVICE_FUNCTION void count_pair_tiles(int *starts, const Groups &groups, int cou
     }
     if (!lane) starts[BLOCKS * count] = before;
 }
-
-/* A block's rows first .. first + rows - 1 of group g, and from where on its columns. `turns`: of
- * the rows of both blocks. APART: the other block has the same columns, but rows of its own. */
-struct PairTile {
-    int g, rows, column, turns;
-    bool apart;
-    int64_t first;
-};
 
 /* Tile number t: of an entry all tiles of rows, for each pair of columns. */
 template <int BLOCKS>
@@ -259,6 +261,8 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
             barrier_begin(&memory->full[i], 1);
             barrier_begin(&memory->empty[i], 2 * PAIR);
         }
+    if (!threadIdx.x)
+        for (int i = 0; i < PAIRS_TOLD; i++) barrier_begin(&memory->told[i], 1);
     wait_for_last();
     if (threadIdx.x < 32) {
         int count = groups.offsets ? groups.count : 1;
@@ -273,11 +277,14 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
     }
     pair_sync();
     Ring ring = {0, 1 + BLOCKS, PAIRS_UNITS / (1 + BLOCKS), 0};
+    int turn = 0; /* tiles that were this block's */
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
         for (int t = (int)blockIdx.x / PAIR; !threadIdx.x && t < memory->tiles;
              t += (int)gridDim.x / PAIR) {
             PairTile tile = find_pair_tile<BLOCKS>(memory, groups, M, N, t);
+            memory->tile[turn % PAIRS_TOLD] = tile;
+            barrier_announce(&memory->told[turn++ % PAIRS_TOLD], 0);
             int steps = memory->steps, factor = 0, k = 0;
             int blocks = (tile.rows + PAIRS_ROWS - 1) / PAIRS_ROWS;
             int apart = tile.apart ? 1 : PAIR, begin = tile.apart ? 0 : (int)pair_rank();
@@ -315,13 +322,11 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
         registers_more<232>();
         int own = (int)threadIdx.x / WARPGROUP - 1;
         for (int t = (int)blockIdx.x / PAIR; t < memory->tiles; t += (int)gridDim.x / PAIR) {
-            auto here = [&] { return find_pair_tile<BLOCKS>(memory, groups, M, N, known_here(t)); };
-            auto blocks_of = [&](const PairTile &tile) {
-                return turns_of(tile.rows - own * PAIRS_ROWS);
-            };
+            const PairTile &tile = memory->tile[turn % PAIRS_TOLD];
+            barrier_wait(&memory->told[turn % PAIRS_TOLD], turn / PAIRS_TOLD % 2);
+            turn++;
             float sums[BLOCKS][PAIRS_COLUMNS / 2] = {};
-            PairTile tile = here();
-            int blocks = blocks_of(tile);
+            int blocks = turns_of(tile.rows - own * PAIRS_ROWS);
             if (ring.units != 1 + tile.turns) ring.begin(1 + tile.turns);
             if (BLOCKS > 2 && blocks > 2)
                 multiply_stages<TB, BLOCKS>(sums, memory, ring, memory->steps, own);
@@ -331,9 +336,7 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
                 multiply_stages<TB, 1>(sums, memory, ring, memory->steps, own);
             else
                 multiply_stages<TB, 0>(sums, memory, ring, memory->steps, own);
-            tile = here(); /* once more: nothing of it is kept where registers are scarce */
             int columns = (int)N - tile.column;
-            blocks = blocks_of(tile);
 #pragma unroll
             for (int j = 0; j < BLOCKS; j++) {
                 if (j >= blocks) continue;

@@ -131,59 +131,37 @@ static __global__ void __launch_bounds__(32 * WARPS)
 /* Rows of activations that the kernel without tensor cores takes at a time. */
 #define ROWS_DOT 8
 
-DEVICE_FUNCTION unsigned and_xor(unsigned x, unsigned mask, unsigned flip) {
-#ifdef __CUDACC__
-    unsigned y;
-    asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(y) : "r"(x), "r"(mask), "r"(flip));
-    return y;
-#else
-    return (x & mask) ^ flip;
-#endif
+/* A lane's part of a tile, for four weight rows from 4 (lane % 4) on: four columns of each of its
+ * two blocks. What they make with activations a and b of those columns. */
+DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ4_0 *tile, unsigned a, unsigned b) {
+    uint4 all = *((const uint4 *)tile->qs + threadIdx.x % 32);
+    const unsigned words[4] = {all.x, all.y, all.z, all.w};
+    int less_a = __dp4a((int)0xf8f8f8f8u, (int)a, 0), /* codes are 8 too high */
+        less_b = __dp4a((int)0xf8f8f8f8u, (int)b, 0);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sums[i][0] = __dp4a((int)(words[i] & 0x0f0f0f0fu), (int)a, less_a);
+        sums[i][1] = __dp4a((int)(words[i] >> 4 & 0x0f0f0f0fu), (int)b, less_b);
+    }
+}
+DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ8_0 *tile, unsigned a, unsigned b) {
+    const uint4 *from = (const uint4 *)tile->qs + threadIdx.x % 32;
+    uint4 first = from[0], second = from[32];
+    const unsigned words[2][4] = {{first.x, first.y, first.z, first.w},
+                                  {second.x, second.y, second.z, second.w}};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sums[i][0] = __dp4a((int)(words[0][i] ^ 0x80808080u), (int)a, 0);
+        sums[i][1] = __dp4a((int)(words[1][i] ^ 0x80808080u), (int)b, 0);
+    }
 }
 
 /* Four f16 side by side. */
-DEVICE_FUNCTION void read_scales(float (&d)[4], const uint2 &all) {
+DEVICE_FUNCTION void read_scales(float (&d)[4], const uint16_t *from) {
+    uint2 all = *(const uint2 *)from;
     d[0] = f16_value((uint16_t)all.x), d[1] = f16_value((uint16_t)(all.x >> 16));
     d[2] = f16_value((uint16_t)all.y), d[3] = f16_value((uint16_t)(all.y >> 16));
 }
-
-/* A lane's part of a tile: of four weight rows from 4 (lane % 4) on, four columns of each of the
- * two blocks. */
-template <typename Tile> struct LanePart {
-    static constexpr bool SMALL = sizeof(Tile) == sizeof(TileQ4_0);
-    static constexpr int FACTOR = SMALL ? 16 : 1;
-    static constexpr int EARLY =
-        SMALL ? 4 : 2;          /* tiles read at once, and while the last kernel ends */
-    uint4 words[SMALL ? 1 : 2]; /* a word of four columns for each row; of 4 bits, of both blocks */
-    uint2 d[2];                 /* f16 of each row */
-    DEVICE_MEMBER void read(const Tile *tile) {
-        int lane = threadIdx.x % 32;
-        words[0] = ((const uint4 *)tile->qs)[lane];
-        if constexpr (!SMALL) words[1] = ((const uint4 *)tile->qs)[32 + lane];
-        d[0] = *(const uint2 *)&tile->d[0][lane % 4 * 4];
-        d[1] = *(const uint2 *)&tile->d[1][lane % 4 * 4];
-    }
-    /* Adds what they make with activations a and b of the columns, whose scales are `step`, FACTOR
-     * times: codes get their sign by their top bit, and those of 4 bits stay in a byte's upper
-     * half. */
-    DEVICE_MEMBER void add(float (&sums)[4], unsigned a, unsigned b, float2 step) const {
-        const uint4 &second = words[SMALL ? 0 : 1];
-        const unsigned low[4] = {words[0].x, words[0].y, words[0].z, words[0].w},
-                       high[4] = {second.x, second.y, second.z, second.w};
-        float d0[4], d1[4];
-        read_scales(d0, d[0]);
-        read_scales(d1, d[1]);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            constexpr unsigned mask = SMALL ? 0xf0f0f0f0u : ~0u;
-            int first =
-                    __dp4a((int)and_xor(low[i] << (SMALL ? 4 : 0), mask, 0x80808080u), (int)a, 0),
-                other = __dp4a((int)and_xor(high[i], mask, 0x80808080u), (int)b, 0);
-            sums[i] += (float)first * (d0[i] * step.x);
-            sums[i] += (float)other * (d1[i] * step.y);
-        }
-    }
-};
 
 /* Matrices that one launch multiplies: block `begin` of i and on has 16 rows each of matrix i. */
 template <typename Tile, typename Y> struct Matrices {
@@ -193,8 +171,7 @@ template <typename Tile, typename Y> struct Matrices {
     int begin[MATRICES_MOST + 1];
 };
 
-/* ROWS of activations at most; the warps share K of 16 weight rows. Weights are read before the
- * last kernel ends: none that is launched early writes them. */
+/* ROWS of activations at most; the warps share K of 16 weight rows. */
 template <typename Tile, int ROWS, typename Y>
 static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     multiply_rows(Matrices<Tile, Y> all, const int8_t *codes, const float *scales, int64_t M,
@@ -206,45 +183,39 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     const Tile *tiles = which == 0 ? all.tiles[0] : which == 1 ? all.tiles[1] : all.tiles[2];
     int64_t N = which == 0 ? all.N[0] : which == 1 ? all.N[1] : all.N[2];
     block -= which == 0 ? 0 : which == 1 ? all.begin[1] : all.begin[2];
-    int64_t n0 = (int64_t)block * 16;
-    int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
-    const Tile *mine = tiles + block * (int64_t)across;
-    constexpr int EARLY = LanePart<Tile>::EARLY;
-    LanePart<Tile> first[EARLY];
-    auto read_first = [&] {
-#pragma unroll
-        for (int i = 0; i < EARLY; i++)
-            if (warp + i * WARPS < across) first[i].read(mine + warp + i * WARPS);
-    };
-    if (!groups.offsets) read_first();
+    if (!groups.offsets) { /* the warp's first tiles, while the last kernel ends */
+        int tile = warp + lane / 8 * WARPS, line = lane % 8 * 128;
+        const Tile *first = tiles + (int64_t)block * (K / TILE_WIDTH) + tile;
+        if (tile < K / TILE_WIDTH && line < (int)sizeof(Tile)) ask_for((const char *)first + line);
+    }
     wait_for_last();
     RowTile rows = find_rows<8>(groups, M, blockIdx.y);
     int count = (int)(rows.last - rows.first);
     if (!count) return;
-    if (groups.offsets) {
-        mine += rows.g * N / 16 * across;
-        read_first();
-    }
+    int64_t n0 = (int64_t)block * 16;
+    int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
+    const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
     const int8_t *x = codes + rows.first * K + lane / 4 * 4;
     const float *steps = scales + rows.first * blocks;
     float sums[ROWS][4] = {};
-    auto add = [&](const LanePart<Tile> &part, int tile) {
+#pragma unroll 4
+    for (int tile = warp; tile < across; tile += WARPS) {
+        float d0[4], d1[4];
+        read_scales(d0, &mine[tile].d[0][lane % 4 * 4]);
+        read_scales(d1, &mine[tile].d[1][lane % 4 * 4]);
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             if (ROWS > 1 && r >= count) break;
             const int8_t *from = x + r * K + tile * TILE_WIDTH;
-            part.add(sums[r], *(const unsigned *)from, *(const unsigned *)(from + 32),
-                     *(const float2 *)(steps + r * blocks + 2 * tile));
-        }
-    };
+            float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
+            int whole[4][2];
+            dot_tile(whole, mine + tile, *(const unsigned *)from, *(const unsigned *)(from + 32));
 #pragma unroll
-    for (int i = 0; i < EARLY; i++)
-        if (warp + i * WARPS < across) add(first[i], warp + i * WARPS);
-#pragma unroll(EARLY) /* reads of several tiles under way */
-    for (int tile = warp + EARLY * WARPS; tile < across; tile += WARPS) {
-        LanePart<Tile> part;
-        part.read(mine + tile);
-        add(part, tile);
+            for (int i = 0; i < 4; i++) {
+                sums[r][i] += (float)whole[i][0] * (d0[i] * step.x);
+                sums[r][i] += (float)whole[i][1] * (d1[i] * step.y);
+            }
+        }
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -253,8 +224,7 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
             float sum = sums[r][i];
 #pragma unroll
             for (int d = 16; d >= 4; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            if (lane < 4)
-                parts[warp][16 * r + 4 * lane + i] = sum * (1.0f / LanePart<Tile>::FACTOR);
+            if (lane < 4) parts[warp][16 * r + 4 * lane + i] = sum;
         }
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
