@@ -149,6 +149,11 @@ static void launch_gemm_pairs(Tensor y, Write write, PairMaps maps, Groups group
                  gemm_pairs_bytes<BLOCKS>(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
 }
 
+/* Whether shared memory has room for where so many groups' tiles begin. */
+template <int BLOCKS> static bool pairs_fit(const Device *device, const Groups &groups) {
+    return gemm_pairs_bytes<BLOCKS>(groups.count) <= cuda_shared_most(device);
+}
+
 /* Groups of such a size fit into one tall tile each, mostly: their weights are read once. */
 static bool are_tall(int64_t M, const Groups &groups) {
     return M > 160 * (int64_t)groups.count && M < 352 * (int64_t)groups.count;
@@ -159,7 +164,7 @@ static void pairs_of_groups(Tensor y, Write write, Tensor a, Tensor b, Shape sha
                             float alpha) {
     PairMaps maps = {};
     add_factor<TB>(&maps, 0, a.data, b.data, groups.count, shape.M, shape.N, shape.K);
-    if (write == SET && are_tall(shape.M, groups))
+    if (write == SET && are_tall(shape.M, groups) && pairs_fit<3>(y.device, groups))
         launch_gemm_pairs<TB, 3, Y>(y, write, maps, groups, alpha);
     else
         launch_gemm_pairs<TB, 2, Y>(y, write, maps, groups, alpha);
@@ -178,7 +183,8 @@ template <typename S, bool TA, bool TB, int DB, typename Y>
 static void launch_gemm16(Tensor y, Write write, Tensor a, Tensor b, Shape shape, Groups groups,
                           float alpha) {
     if constexpr (std::is_same_v<S, LargeTiles>)
-        if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b) && is_aligned(y)) {
+        if (cuda_has_wgmma(a.device) && is_aligned(a) && is_aligned(b) && is_aligned(y) &&
+            (TA || pairs_fit<2>(a.device, groups))) {
             if constexpr (TA)
                 sums_of_groups<Y>(y, write, a, b, shape, groups, alpha);
             else

@@ -672,6 +672,16 @@ GPU_CASE(products_of_groups, s, dtype) {
     grouped(s, dtype, NF4, 100, 136, 256, some);
 }
 
+/* So many that a Hopper's shared memory has no room for them. */
+GPU_CASE(products_of_many_groups, s, dtype) {
+    int32_t bounds[401];
+    for (int i = 0; i <= 400; i++) bounds[i] = 32 * i;
+    Tensor a = GIVEN(s, dtype, 1, 12800, 16), b = GIVEN(s, dtype, 2, 400, 16, 16),
+           y = SPACE(s, dtype, 12800, 16);
+    grouped_matmul(NT, y, SET, a, b, ints(s, bounds, 401, 1), 1.0f);
+    result(s, "y", y, near(dtype));
+}
+
 /* As on a GPU that is no Hopper. */
 CASE(gpu, products_of_groups_on_any_gpu) {
     setenv("LAPIDARY_HOPPER", "0", 1);
