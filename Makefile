@@ -95,6 +95,7 @@ $(BUILD)/%.cu.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  nvcc $@"
 	@$(NVCC) $(NVFLAGS) -MMD -MP -MF $(@:.o=.d) -c -o $@ $< 2>$(@:.o=.log) || { grep -v 'ptxas info\|bytes stack' $(@:.o=.log) >&2; exit 1; }
+	@! grep 'instructions are serialized' $(@:.o=.log) >&2 || { rm -f $@; exit 1; }
 
 # Quantisers round every product: the same bytes at every level and as the peers write them.
 $(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o $(BUILD)/kernels/cpu/int8.$(l).o \
@@ -224,8 +225,8 @@ check:
 	@$(MAKE) --no-print-directory SANITIZE=asan all runner
 	@SANITIZE=asan tests/run.sh quick
 
-# What each of the GPU's kernels takes, from the compiler's own account; spilled registers are errors
-# of the build.
+# What each of the GPU's kernels takes, from the compiler's own account; spilled registers and
+# tensor-core products that wait for each other are errors of the build.
 registers: all
 	@kernels/cuda/registers.sh $(CUDA_SOURCES:%.cu=$(BUILD)/%.cu.log)
 
