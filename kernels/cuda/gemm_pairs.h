@@ -256,13 +256,13 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
     if (BLOCKS > 2) write = SET; /* and there are registers enough */
     DYNAMIC_SHARED(bytes);
     PairMemory *memory = (PairMemory *)bytes;
-    if (!threadIdx.x)
+    if (!threadIdx.x) {
         for (int i = 0; i < PAIRS_STAGES; i++) {
             barrier_begin(&memory->full[i], 1);
             barrier_begin(&memory->empty[i], 2 * PAIR);
         }
-    if (!threadIdx.x)
         for (int i = 0; i < PAIRS_TOLD; i++) barrier_begin(&memory->told[i], 1);
+    }
     wait_for_last();
     if (threadIdx.x < 32) {
         int count = groups.offsets ? groups.count : 1;
