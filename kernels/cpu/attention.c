@@ -114,9 +114,9 @@ static void load_keys(float *out, Tensor k, const Shape *s, int64_t head, int64_
 
 /* The same turned around, (C, TILE_KEYS), zeros behind the last. */
 static void turn_keys(float *turned, const float *keys, const Shape *s, int64_t count) {
-    for (int64_t c = 0; c < s->C; c++)
-        for (int64_t j = 0; j < TILE_KEYS; j++)
-            turned[c * TILE_KEYS + j] = j < count ? keys[j * s->C + c] : 0.0f;
+    turn_around(turned, TILE_KEYS, keys, s->C, count, s->C);
+    for (int64_t c = 0; c < s->C && count < TILE_KEYS; c++)
+        memset(turned + c * TILE_KEYS + count, 0, (size_t)(TILE_KEYS - count) * sizeof *turned);
 }
 
 /* The running softmax of a block's rows: out = sum of exp(score - top) v, total = the sum of
@@ -262,9 +262,9 @@ static void weigh(const Running *r, int64_t columns, int64_t count) {
 }
 
 static void turn_queries(Running *r, const Shape *s, int64_t rows, int64_t columns) {
-    for (int64_t c = 0; c < s->C; c++)
-        for (int64_t m = 0; m < columns; m++)
-            r->turned[c * columns + m] = m < rows ? r->query[m * s->C + c] : 0.0f;
+    turn_around(r->turned, columns, r->query, s->C, rows, s->C);
+    for (int64_t c = 0; c < s->C && rows < columns; c++)
+        memset(r->turned + c * columns + rows, 0, (size_t)(columns - rows) * sizeof *r->turned);
 }
 
 /* The same as attend_alone for the rows of a block. */

@@ -61,7 +61,6 @@ static inline float dot(const float *a, const float *b, int64_t n) {
     return sum;
 }
 
-/* values <- what a tensor of this dtype would hold. */
 /* x times its norm's factor, and a weight unless that is NULL. */
 static inline void scale_row(float *out, const float *x, float rstd, const float *weight,
                              int64_t n) {
@@ -85,6 +84,7 @@ static inline void turn_row(float *out, const float *x, const float *c, const fl
     }
 }
 
+/* values <- what a tensor of this dtype would hold. */
 static inline void round_to(DType dtype, float *values, int64_t n) {
     if (dtype != BF16) return;
 #pragma omp simd

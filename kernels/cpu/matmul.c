@@ -45,11 +45,18 @@ static const float *right_panel(float *buffer, Layout layout, Tensor b, int64_t 
                                 int64_t k, int64_t k_count, int64_t *stride) {
     int64_t width = tensor_cols(b);
     if (layout == NT) { /* stored (N, K) */
-        float line[PANEL_K];
+        float lines[LANES * PANEL_K];
         *stride = n_count;
-        for (int64_t j = 0; j < n_count; j++) {
-            const float *row = load_f32(line, b, (n + j) * width + k, k_count);
-            for (int64_t p = 0; p < k_count; p++) buffer[p * n_count + j] = row[p];
+        for (int64_t j = 0; j < n_count; j += LANES) {
+            int64_t count = n_count - j < LANES ? n_count - j : LANES, apart = width;
+            const float *rows = (const float *)b.data + (n + j) * width + k;
+            if (b.dtype != F32) {
+                for (int64_t i = 0; i < count; i++)
+                    load_f32(lines + i * PANEL_K, b, (n + j + i) * width + k, k_count);
+                rows = lines;
+                apart = PANEL_K;
+            }
+            turn_around(buffer + j, n_count, rows, apart, count, k_count);
         }
         return buffer;
     }
@@ -142,7 +149,9 @@ static void widen(float *out, Tensor x) {
         load_f32(out + first, x, first, count - first < CHUNK ? count - first : CHUNK);
 }
 
-/* Columns first .. first + n of b as f32, contiguous. */
+/* Columns first .. first + n of b as f32, contiguous. Their pieces of rows lie too far apart for
+ * the processor to read ahead by itself. */
+#define ROWS_AHEAD 16
 static void widen_columns(float *out, Tensor b, int64_t first, int64_t n) {
     int64_t cols = tensor_cols(b);
 #pragma omp parallel for schedule(static)
@@ -150,6 +159,10 @@ static void widen_columns(float *out, Tensor b, int64_t first, int64_t n) {
         for (int64_t k = 0; k < n; k += CHUNK) {
             int64_t count = n - k < CHUNK ? n - k : CHUNK;
             float *to = out + r * n + k;
+            if (b.dtype == BF16 && r + ROWS_AHEAD < tensor_rows(b))
+                for (int64_t i = 0; i < count; i += 32) /* a cache line */
+                    __builtin_prefetch((const uint16_t *)b.data + (r + ROWS_AHEAD) * cols + first +
+                                       k + i);
             const float *from = load_f32(to, b, r * cols + first + k, count);
             if (from != to) memcpy(to, from, (size_t)count * sizeof *to);
         }

@@ -1,4 +1,5 @@
-/* tile.h - small f32 products in registers: c (m, n) (=|+=) a (m, k) b (k, n).
+/* tile.h - matrices turned around and small f32 products in registers: c (m, n) (=|+=) a (m, k)
+ * b (k, n).
  *
  * Element (i, p) of a is a[i * a_row + p * a_col], so a may be transposed; b and c have rows of
  * ldb and ldc floats. Every element of c is one chain of multiply-adds in order of p, whatever m
@@ -7,6 +8,57 @@
 #define TILE_H
 
 #include "kernels/cpu/cpu.h"
+
+/* ---- turning around ---- */
+
+#if LANES == 16
+#define EACH_LANE(f, s)                                                                            \
+    f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s),      \
+        f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#elif LANES == 8
+#define EACH_LANE(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#else
+#define EACH_LANE(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#endif
+#define LANE_OF_FIRST(l, s)  ((l) & (s) ? LANES + (l) - (s) : (l))
+#define LANE_OF_SECOND(l, s) ((l) & (s) ? LANES + (l) : (l) + (s))
+
+/* Rows whose numbers differ in one bit swap the lanes that differ in it the other way. */
+#define EXCHANGE_LANES(rows, s)                                                                    \
+    for (int i = 0; i < LANES; i++)                                                                \
+        if (!(i & (s))) {                                                                          \
+            Vec a = rows[i], b = rows[i + (s)];                                                    \
+            rows[i] = __builtin_shufflevector(a, b, EACH_LANE(LANE_OF_FIRST, s));                  \
+            rows[i + (s)] = __builtin_shufflevector(a, b, EACH_LANE(LANE_OF_SECOND, s));           \
+        }
+
+static inline void turn_registers(float *out, int64_t out_stride, const float *in, int64_t stride) {
+    Vec rows[LANES];
+    for (int i = 0; i < LANES; i++) rows[i] = *(const Vec *)(in + i * stride);
+#if LANES >= 16
+    EXCHANGE_LANES(rows, 8)
+#endif
+#if LANES >= 8
+    EXCHANGE_LANES(rows, 4)
+#endif
+    EXCHANGE_LANES(rows, 2)
+    EXCHANGE_LANES(rows, 1)
+    for (int i = 0; i < LANES; i++) *(Vec *)(out + i * out_stride) = rows[i];
+}
+
+/* out (cols, rows) <- in (rows, cols), each with rows `stride` floats apart. */
+static inline void turn_around(float *out, int64_t out_stride, const float *in, int64_t stride,
+                               int64_t rows, int64_t cols) {
+    int64_t whole_rows = rows / LANES * LANES, whole_cols = cols / LANES * LANES;
+    for (int64_t r = 0; r < whole_rows; r += LANES)
+        for (int64_t c = 0; c < whole_cols; c += LANES)
+            turn_registers(out + c * out_stride + r, out_stride, in + r * stride + c, stride);
+    for (int64_t c = 0; c < cols; c++)
+        for (int64_t r = c < whole_cols ? whole_rows : 0; r < rows; r++)
+            out[c * out_stride + r] = in[r * stride + c];
+}
+
+/* ---- products ---- */
 
 #if LANES == 16 || (defined __aarch64__ && !LEVEL_PLAIN) /* 32 registers */
 #define TILE_ROWS 6

@@ -123,6 +123,20 @@ static void gather_mismatched(void) {
                       1.0f);
 }
 
+CASE(kernel_matmul, results_too_small_to_be_normal_are_zero_in_every_thread) {
+#ifdef __aarch64__
+    SKIP("subnormal results cost nothing here");
+#endif
+    Tensor a = zeros(F32, 300, 1), b = zeros(F32, 1, 300), y = zeros(F32, 300, 300);
+    fill(a, 1e-20f);
+    fill(b, 1e-20f);
+    matmul_ordered(NN, y, SET, a, b, 1);
+    for (int64_t i = 0; i < tensor_count(y); i++) EXPECT(at(y, i) == 0, "element %d", (int)i);
+    fill(b, 1e-17f);
+    matmul_ordered(NN, y, SET, a, b, 1);
+    for (int64_t i = 0; i < tensor_count(y); i++) EXPECT(at(y, i) > 0, "element %d", (int)i);
+}
+
 CASE(kernel_contracts, wrong_shapes_are_refused) {
     EXPECT(test_faults(multiply_mismatched));
     EXPECT(test_faults(norm_mismatched));
