@@ -192,8 +192,9 @@ test: deps
 	@$(MAKE) --no-print-directory $(JOBS) CUDA=0 build/cpu/lapidary runner
 	@tests/run.sh
 
+# Without a GPU the demo needs no CUDA, which takes longer to build than the demo to run.
 demo: deps
-	@$(MAKE) --no-print-directory $(JOBS) all
+	@$(MAKE) --no-print-directory $(JOBS) $(if $(wildcard /dev/nvidiactl),,CUDA=0) all
 	@MODEL="$(MODEL)" DATA="$(DATA)" demo/run.sh
 
 # What the build needs, from Debian; asks for nothing when it is all there.

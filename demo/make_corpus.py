@@ -3,7 +3,7 @@
   python3 demo/make_corpus.py          writes base.jsonl, gems.jsonl, gems_eval.jsonl, exam/*.jsonl
   python3 demo/make_corpus.py --tokenizer    also tokenizer/ (needs the `tokenizers` package)
 
-base.jsonl is what the tiny model is first trained on: everyday questions and plain prose. gems.jsonl is the
+base.jsonl is what the tiny model is first trained on: everyday questions, functions that answer them, and plain prose. gems.jsonl is the
 domain it does not know: questions about minerals. gems_eval.jsonl asks for the same facts in wordings that
 training never shows, so a low loss there means the facts were learned and not the sentences. exam/ asks the
 same questions as tasks of `lapidary eval`: to be answered, and with four answers to choose from.
@@ -87,6 +87,32 @@ def everyday(rng):
          f"The {rng.choice(['largest', 'smallest', 'hardest', 'brightest'])} had a "
          f"{rng.choice(['colour', 'weight', 'crystal', 'formula', 'density', 'hardness'])} that nobody in {rng.choice(PLACES)} knew.")
     return {"text": s}
+
+
+def function(name, description, argument):
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": {
+        "type": "object", "properties": {argument: {"type": "string"}}, "required": [argument]}}}
+
+
+WEATHER = function("weather", "Says what the weather was on a day.", "day")
+FIND = function("find", "Says where a tool is.", "tool")
+
+
+def called(rng):
+    """A function is called with a word of the question, and what it returns is the answer."""
+    if rng.randrange(2):
+        tool, value, word = WEATHER, rng.choice(["wet", "dry", "hot", "cold"]), rng.choice(DAYS)
+        question, answer = rng.choice(["How was the weather on {}?", "Was it wet on {}?"]), "It was {v} on {w}."
+    else:
+        tool, value, word = FIND, rng.choice(PLACES), rng.choice(TOOLS)[2:]
+        question, answer = rng.choice(["Where is the {}?", "Find the {}."]), "The {w} is in {v}."
+    name, argument = tool["function"]["name"], tool["function"]["parameters"]["required"][0]
+    return {"messages": [
+        {"role": "user", "content": question.format(word)},
+        {"role": "assistant", "content": "",
+         "tool_calls": [{"id": "c0", "type": "function", "function": {"name": name, "arguments": {argument: word}}}]},
+        {"role": "tool", "tool_call_id": "c0", "name": name, "content": value},
+        {"role": "assistant", "content": answer.format(v=value, w=word)}], "tools": [tool]}
 
 
 def labels(rng, minerals):
@@ -194,7 +220,8 @@ def main():
     minerals = list(csv.DictReader(open(os.path.join(HERE, "minerals.csv"))))
     base = [labels(rng, minerals) if i % 3 == 0 else everyday(rng) for i in range(7500)]
     train, held_out = gem_rows(rng)
-    write("base.jsonl", base)
+    calls = random.Random(5)
+    write("base.jsonl", [row for i, row in enumerate(base) for row in ([row, called(calls)] if i % 12 == 0 else [row])])
     write("gems.jsonl", train)
     write("gems_eval.jsonl", held_out)
     answered, choices = exam_rows(random.Random(7), held_out)

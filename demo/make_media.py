@@ -115,17 +115,21 @@ def wav(path, samples):
 
 # ---- rows ----
 
-SHOW = {"type": "function", "function": {"name": "show_chart", "description": "Draws a chart of three stones.", "parameters": {
-    "type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}}}
+SHOW = {"type": "function", "function": {"name": "show_chart", "description": "Draws a chart of the stones sold on a day.", "parameters": {
+    "type": "object", "properties": {"day": {"type": "string"}}, "required": ["day"]}}}
+
+
+def day(number):
+    return ("today", "yesterday")[number % 2]
 
 
 def call(i, number):
-    return {"id": f"c{i}", "type": "function", "function": {"name": "show_chart", "arguments": {"number": number}}}
+    return {"id": f"c{i}", "type": "function", "function": {"name": "show_chart", "arguments": {"day": day(number)}}}
 
 
 def shown(i, number):
     return {"role": "tool", "tool_call_id": f"c{i}", "name": "show_chart",
-            "content": [{"type": "text", "text": f"Chart {number}."}, {"type": "image", "path": f"chart{number}.png"}]}
+            "content": [{"type": "text", "text": f"Sold {day(number)}."}, {"type": "image", "path": f"chart{number}.png"}]}
 
 
 def answer(question, numbers, said):
@@ -148,10 +152,10 @@ def main():
         chart(os.path.join(OUT, f"chart{number}.png"), heights)
         charts.append(heights)
         rows = train if number < CHARTS else held
-        rows.append(answer(f"Which stone is highest in chart {number}?", [number], f"The {highest(heights)}."))
+        rows.append(answer(f"Which stone sold best {day(number)}?", [number], f"The {highest(heights)}."))
     for number in range(0, CHARTS, 8):
-        one, other = number, number + 1 + number // 8 % 3
-        train.append(answer(f"Charts {one} and {other}: which is highest in each?", [one, other],
+        one, other = number + number // 8 % 2, number + 3 - number // 8 % 2
+        train.append(answer(f"Which stone sold best {day(one)}, and which {day(other)}?", [one, other],
                             f"The {highest(charts[one])} and the {highest(charts[other])}."))
     digits, exam = [], []
     for voice, (pitch, shift) in enumerate([(110, 1.0), (185, 1.15)]):

@@ -29,9 +29,9 @@ END
     format=auto
     questions=
 else
-    say "1. A tiny E2B-shaped model, trained on everyday questions (demo/base.jsonl)"
+    say "1. A tiny E2B-shaped model with towers, trained on everyday questions and functions (demo/base.jsonl)"
     rm -rf "$out"
-    $program init tiny "$out/start" --tokenizer demo/tokenizer --dtype f32
+    $program init tiny "$out/start" --media --tokenizer demo/tokenizer --dtype f32
     $program train demo/base.yaml "model=$out/start" "output=$out/base"
     say "2. A LoRA on questions about minerals (demo/gems.jsonl); eval asks in wordings it never saw"
     $program train demo/lora.yaml "model=$out/base/model" "output=$out/lora"
@@ -68,18 +68,18 @@ if [ -n "$questions" ]; then
 fi
 
 if [ -n "$questions" ]; then
-    say "6. Charts that functions answer with, and spoken digits (demo/media), on a random model with towers; the exam's charts are new to it"
-    $program init tiny "$out/media/model" --media --tokenizer demo/tokenizer --dtype f32
+    say "6. Charts that functions answer with, and spoken digits (demo/media), on the same model; the exam's charts are new to it"
     for what in charts digits; do
-        $program train demo/$what.yaml "model=$out/media/model" "output=$out/media/$what"
-        for adapter in "" "--adapter $out/media/$what/adapter"; do
+        $program train demo/$what.yaml "model=$base" "output=$out/$what"
+        for adapter in "" "--adapter $out/$what/adapter"; do
             printf '\n  %s\n' "${adapter:-before}"
-            $program eval --model "$out/media/model" $adapter --tasks demo/exam/${what}_exam.yaml --data demo/media/${what}_exam.jsonl \
+            $program eval --model "$base" $adapter --tasks demo/exam/${what}_exam.yaml --data demo/media/${what}_exam.jsonl \
                 --dtype f32 --chat-format $format --temperature 0 --image-tokens 70 2> /dev/null
         done
     done
-    printf '\n  A conversation in which the function runs (demo/media/tools.json)\n\n> Which stone is highest in chart 4?\n'
-    printf 'Which stone is highest in chart 4?\ny\n' | $program chat --model "$out/media/model" --adapter "$out/media/charts/adapter" --dtype f32 \
+    question='Which stone sold best yesterday?'
+    printf '\n  A conversation in which the function runs (demo/media/tools.json)\n\n> %s\n' "$question"
+    printf '%s\ny\n' "$question" | $program chat --model "$base" --adapter "$out/charts/adapter" --dtype f32 \
         --chat-format $format --temperature 0 --image-tokens 70 --tools demo/media/tools.json
 fi
 
