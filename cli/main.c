@@ -1,7 +1,6 @@
 /* main.c - picks the command; prints its error once; ends with its exit status. */
 #include "cli/command.h"
 #include "kernels/comm.h"
-#include "kernels/device.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -60,7 +59,6 @@ int main(int argc, char **argv) {
         return argc < 2 ? 2 : 0;
     }
     signal(SIGPIPE, SIG_IGN);
-    cpu_flush_subnormals();
     for (size_t i = 0; i < COMMANDS; i++) {
         if (strcmp(commands[i].name, argv[1])) continue;
         settle_threads(argv);

@@ -10,8 +10,6 @@
 #include <string.h>
 #ifdef __aarch64__
 #include <sys/auxv.h>
-#else
-#include <xmmintrin.h>
 #endif
 #include <sys/mman.h>
 #include <unistd.h>
@@ -31,8 +29,6 @@ bool cpu_has_bf16_products(void) {
     return false;
 }
 
-void cpu_flush_subnormals(void) {} /* they cost nothing here */
-
 #else
 
 static const char *const level_names[CPU_LEVELS] = {"generic", "avx2", "avx512"};
@@ -51,10 +47,6 @@ static CpuLevel best_level(void) {
 /* Without these instructions oneDNN would emulate them, at a third of f32's speed. */
 bool cpu_has_bf16_products(void) {
     return cpu_level() == CPU_AVX512 && __builtin_cpu_supports("avx512bf16");
-}
-
-void cpu_flush_subnormals(void) {
-    _MM_SET_FLUSH_ZERO_MODE(_MM_FLUSH_ZERO_ON);
 }
 
 #endif

@@ -41,11 +41,6 @@ Device *device_measure(void);
 CpuLevel cpu_level(void);
 const char *cpu_level_name(void);
 
-/* From here on results below 1.2e-38 are 0, in this thread and those it starts: the probabilities
- * of attention fall there, and x86-64 takes a hundred cycles over each (a step of E2B 1.2 times as
- * long). Operands keep their values. The program begins with it. */
-void cpu_flush_subnormals(void);
-
 /* Whether the CPU multiplies bf16 natively well enough for dense products to stay in bf16. */
 bool cpu_has_bf16_products(void);
 

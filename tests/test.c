@@ -181,7 +181,6 @@ int main(int argc, char **argv) {
     Totals totals = {0};
     int jobs = jobs_of(), busy = 0;
     TestCase *next = first_case;
-    cpu_flush_subnormals();
     while (next || busy) {
         for (int i = 0; i < jobs; i++) {
             while (next && !is_wanted(next, argc - 1, argv + 1)) next = next->next;
