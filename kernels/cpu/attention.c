@@ -113,11 +113,13 @@ static void load_keys(float *out, Tensor k, const Shape *s, int64_t head, int64_
     }
 }
 
-/* The same turned around, (C, TILE_KEYS), zeros behind the last. */
-static void turn_keys(float *turned, const float *keys, const Shape *s, int64_t count) {
-    turn_around(turned, TILE_KEYS, keys, s->C, count, s->C);
-    for (int64_t c = 0; c < s->C && count < TILE_KEYS; c++)
-        memset(turned + c * TILE_KEYS + count, 0, (size_t)(TILE_KEYS - count) * sizeof *turned);
+/* Rows of heads turned around, (C, width), zeros behind the last. */
+static void turn_rows(float *turned, int64_t width, const float *rows, const Shape *s,
+                      int64_t count) {
+    turn_around(turned, width, rows, s->C, count, s->C);
+    if (count == width) return;
+    for (int64_t c = 0; c < s->C; c++)
+        memset(turned + c * width + count, 0, (size_t)(width - count) * sizeof *turned);
 }
 
 /* The running softmax of a block's rows: out = sum of exp(score - top) v, total = the sum of
@@ -262,12 +264,6 @@ static void weigh(const Running *r, int64_t columns, int64_t count) {
     for (int64_t m = 0; m < columns; m++) total[m] += best[m];
 }
 
-static void turn_queries(Running *r, const Shape *s, int64_t rows, int64_t columns) {
-    turn_around(r->turned, columns, r->query, s->C, rows, s->C);
-    for (int64_t c = 0; c < s->C && rows < columns; c++)
-        memset(r->turned + c * columns + rows, 0, (size_t)(columns - rows) * sizeof *r->turned);
-}
-
 /* The same as attend_alone for the rows of a block. */
 static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Tensor q, Tensor k,
                    Tensor v, int64_t begin, int64_t end, const int32_t *from, const int32_t *to) {
@@ -277,7 +273,7 @@ static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Ten
         return;
     }
     load_block(r->query, q, s, b, head);
-    turn_queries(r, s, rows, columns);
+    turn_rows(r->turned, columns, r->query, s, rows);
     memset(r->out, 0, (size_t)(rows * s->C) * sizeof *r->out);
     for (int64_t m = 0; m < columns; m++) r->top[m] = -INFINITY, r->total[m] = 0;
     for (int64_t key = begin; key < end; key += TILE_KEYS) {
@@ -472,9 +468,9 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor 
                     for (int64_t key = b.first; key <= b.last; key += TILE_KEYS) {
                         int64_t count = s.S - key < TILE_KEYS ? s.S - key : TILE_KEYS;
                         load_keys(keys, v, &s, head, key, count);
-                        turn_keys(values_t, keys, &s, count);
+                        turn_rows(values_t, TILE_KEYS, keys, &s, count);
                         load_keys(keys, k, &s, head, key, count);
-                        turn_keys(keys_t, keys, &s, count);
+                        turn_rows(keys_t, TILE_KEYS, keys, &s, count);
                         tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys_t, TILE_KEYS,
                                      prob, TILE_KEYS, false);
                         tile_product(m_count, TILE_KEYS, s.C, dout, s.C, 1, values_t, TILE_KEYS,
