@@ -5,7 +5,8 @@
  * exact and joined with both scales in f32, in order of K. A warp takes 16 weight rows and up to 64
  * rows of activations; where those are few, the warps of a block share K, each every eighth tile,
  * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
- * core: there a lane has four columns of four weight rows. */
+ * core: there tiles pass through shared memory, which keeps many under way, and a lane has 16
+ * columns of two weight rows. */
 #include "kernels/cuda/codes.h"
 #include "kernels/cuda/gemm.h"
 
@@ -131,36 +132,48 @@ static __global__ void __launch_bounds__(32 * WARPS)
 /* Rows of activations that the kernel without tensor cores takes at a time. */
 #define ROWS_DOT 8
 
-/* A lane's part of a tile, for four weight rows from 4 (lane % 4) on: four columns of each of its
- * two blocks. What they make with activations a and b of those columns. */
-DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ4_0 *tile, unsigned a, unsigned b) {
-    uint4 all = *((const uint4 *)tile->qs + threadIdx.x % 32);
-    const unsigned words[4] = {all.x, all.y, all.z, all.w};
-    int less_a = __dp4a((int)0xf8f8f8f8u, (int)a, 0), /* codes are 8 too high */
-        less_b = __dp4a((int)0xf8f8f8f8u, (int)b, 0);
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sums[i][0] = __dp4a((int)(words[i] & 0x0f0f0f0fu), (int)a, less_a);
-        sums[i][1] = __dp4a((int)(words[i] >> 4 & 0x0f0f0f0fu), (int)b, less_b);
-    }
-}
-DEVICE_FUNCTION void dot_tile(int (&sums)[4][2], const TileQ8_0 *tile, unsigned a, unsigned b) {
-    const uint4 *from = (const uint4 *)tile->qs + threadIdx.x % 32;
-    uint4 first = from[0], second = from[32];
-    const unsigned words[2][4] = {{first.x, first.y, first.z, first.w},
-                                  {second.x, second.y, second.z, second.w}};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        sums[i][0] = __dp4a((int)(words[0][i] ^ 0x80808080u), (int)a, 0);
-        sums[i][1] = __dp4a((int)(words[1][i] ^ 0x80808080u), (int)b, 0);
-    }
-}
+/* Tiles that lie side by side, on their way to a warp through shared memory. */
+template <typename Tile> struct Stage {
+    static constexpr int TILES = sizeof(Tile) < 1024 ? 2 : 1;
+    Tile tiles[TILES];
+};
 
-/* Four f16 side by side. */
-DEVICE_FUNCTION void read_scales(float (&d)[4], const uint16_t *from) {
-    uint2 all = *(const uint2 *)from;
-    d[0] = f16_value((uint16_t)all.x), d[1] = f16_value((uint16_t)(all.x >> 16));
-    d[2] = f16_value((uint16_t)all.y), d[3] = f16_value((uint16_t)(all.y >> 16));
+/* A lane's part of a tile: 16 columns of one of its two blocks, of two weight rows. Codes have no
+ * sign; those of 4 bits of the second block stay 16 times too large. */
+template <typename Tile> struct Part {
+    static constexpr bool NIBBLES = sizeof(Tile::qs) == TILE_HEIGHT * TILE_WIDTH / 2;
+    int rows, block, column, quads; /* the first row, the block, the first column of it; in qs */
+    unsigned mask, zero;            /* zero: what the code of 0 is, four times, below 0 */
+    DEVICE_MEMBER Part()
+        : rows(threadIdx.x % 8 * 2), block(threadIdx.x / 8 % 2), column(threadIdx.x / 16 % 2 * 16),
+          quads(column / 4 + (NIBBLES ? 0 : 8 * block)), mask(!NIBBLES ? 0xffffffffu
+                                                              : block  ? 0xf0f0f0f0u
+                                                                       : 0x0f0f0f0fu),
+          zero(NIBBLES && !block ? 0xf8f8f8f8u : 0x80808080u) {}
+    DEVICE_MEMBER float factor() const { return NIBBLES && block ? 1.0f / 16 : 1.0f; }
+
+    /* Four columns of both rows, number j of those. */
+    DEVICE_MEMBER uint2 codes(const Tile *tile, int j) const {
+        uint2 pair = *(const uint2 *)&tile->qs[quads + j][4 * rows];
+        return uint2{pair.x & mask, pair.y & mask};
+    }
+    /* What products of codes with these activations are too much by, below 0. */
+    DEVICE_MEMBER int excess(const uint4 &x) const {
+        int sum = __dp4a((int)zero, (int)x.x, __dp4a((int)zero, (int)x.y, 0));
+        return __dp4a((int)zero, (int)x.z, __dp4a((int)zero, (int)x.w, sum));
+    }
+};
+
+/* sum + <four bytes without a sign, four with one>. */
+DEVICE_FUNCTION int dot_mixed(unsigned a, unsigned b, int sum) {
+#ifdef __CUDACC__
+    int y;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(sum));
+    return y;
+#else
+    for (int i = 0; i < 32; i += 8) sum += (int)(a >> i & 255) * (int)(int8_t)(b >> i);
+    return sum;
+#endif
 }
 
 /* Matrices that one launch multiplies: block `begin` of i and on has 16 rows each of matrix i. */
@@ -176,61 +189,105 @@ template <typename Tile, int ROWS, typename Y>
 static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     multiply_rows(Matrices<Tile, Y> all, const int8_t *codes, const float *scales, int64_t M,
                   int64_t K, Groups groups) {
+    constexpr int TILES = Stage<Tile>::TILES, SIZE = TILES * (int)sizeof(Tile);
+    constexpr int STAGES = ROWS == 1 ? 5 : 4; /* under way to a warp */
     __shared__ float parts[WARPS][16 * ROWS];
+    __shared__ __align__(16) Stage<Tile> rings[WARPS][STAGES];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = (int)blockIdx.x;
     int which = (block >= all.begin[1]) + (block >= all.begin[2]);
     Y *y = which == 0 ? all.y[0] : which == 1 ? all.y[1] : all.y[2];
     const Tile *tiles = which == 0 ? all.tiles[0] : which == 1 ? all.tiles[1] : all.tiles[2];
     int64_t N = which == 0 ? all.N[0] : which == 1 ? all.N[1] : all.N[2];
     block -= which == 0 ? 0 : which == 1 ? all.begin[1] : all.begin[2];
-    if (!groups.offsets) { /* the warp's first tiles, while the last kernel ends */
-        int tile = warp + lane / 8 * WARPS, line = lane % 8 * 128;
-        const Tile *first = tiles + (int64_t)block * (K / TILE_WIDTH) + tile;
-        if (tile < K / TILE_WIDTH && line < (int)sizeof(Tile)) ask_for((const char *)first + line);
-    }
+    int across = (int)(K / TILE_WIDTH), left = across * (int)sizeof(Tile) - warp * SIZE;
+    const char *next = (const char *)(tiles + (int64_t)block * across) + warp * SIZE;
+    Stage<Tile> *ring = rings[warp], *stage = ring;
+    auto bring = [&](Stage<Tile> *to) { /* the warp's next; zeros behind the last tile */
+#pragma unroll
+                                        for (int at = 16 * lane; at < SIZE; at += 16 * 32)
+                                            copy_16((char *)to + at, next + at, at < left);
+                                        copies_close_group();
+                                        next += WARPS * SIZE;
+                                        left -= WARPS * SIZE;
+    };
+    auto start = [&] {
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) bring(ring + i);
+    };
+    bool grouped = ROWS > 1 && groups.offsets;
+    if (!grouped) start(); /* weights come while the last kernel ends */
     wait_for_last();
-    RowTile rows = find_rows<8>(groups, M, blockIdx.y);
+    RowTile rows = ROWS > 1 ? find_rows<8>(groups, M, blockIdx.y) : RowTile{0, 0, 1};
     int count = (int)(rows.last - rows.first);
     if (!count) return;
-    int64_t n0 = (int64_t)block * 16;
-    int across = (int)(K / TILE_WIDTH), blocks = (int)(K / 32);
-    const Tile *mine = tiles + (rows.g * N + n0) / 16 * across;
-    const int8_t *x = codes + rows.first * K + lane / 4 * 4;
-    const float *steps = scales + rows.first * blocks;
-    float sums[ROWS][4] = {};
-#pragma unroll 4
-    for (int tile = warp; tile < across; tile += WARPS) {
-        float d0[4], d1[4];
-        read_scales(d0, &mine[tile].d[0][lane % 4 * 4]);
-        read_scales(d1, &mine[tile].d[1][lane % 4 * 4]);
+    if (grouped) {
+        next += rows.g * (N / 16) * across * (int64_t)sizeof(Tile);
+        start();
+    }
+    Part<Tile> part;
+    const int8_t *x = codes + rows.first * K + part.block * 32 + part.column;
+    const float *steps = scales + rows.first * (K / 32) + part.block;
+    float sums[ROWS][2] = {};
+    Stage<Tile> *used = ring + STAGES - 1;
+    uint4 near[TILES], next_near[TILES]; /* of the first row: read a turn ahead */
+    float step[TILES], next_step[TILES];
+    auto read = [&](uint4 &to, float &factor, int tile, int r) {
+        tile = min(tile, across - 1);
+        to = *(const uint4 *)(x + r * K + tile * TILE_WIDTH);
+        factor = steps[r * (K / 32) + 2 * tile];
+    };
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            if (ROWS > 1 && r >= count) break;
-            const int8_t *from = x + r * K + tile * TILE_WIDTH;
-            float2 step = *(const float2 *)(steps + r * blocks + 2 * tile);
-            int whole[4][2];
-            dot_tile(whole, mine + tile, *(const unsigned *)from, *(const unsigned *)(from + 32));
+    for (int u = 0; u < TILES; u++) read(next_near[u], next_step[u], warp * TILES + u, 0);
+    for (int tile = warp * TILES; tile < across; tile += WARPS * TILES) {
+        copies_wait<STAGES - 2>();
+        __syncwarp(); /* the stage is there for all lanes, and the one before has been used */
+        bring(used);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                sums[r][i] += (float)whole[i][0] * (d0[i] * step.x);
-                sums[r][i] += (float)whole[i][1] * (d1[i] * step.y);
+        for (int u = 0; u < TILES; u++) {
+            near[u] = next_near[u], step[u] = next_step[u];
+            if (tile + WARPS * TILES < across)
+                read(next_near[u], next_step[u], tile + WARPS * TILES + u, 0);
+        }
+#pragma unroll
+        for (int u = 0; u < TILES; u++) {
+            const Tile *mine = &stage->tiles[u];
+            unsigned both = *(const unsigned *)&mine->d[part.block][part.rows];
+            float d0 = f16_value((uint16_t)both), d1 = f16_value((uint16_t)(both >> 16));
+            uint2 w[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) w[j] = part.codes(mine, j);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                if (r >= count) break;
+                if (r) read(near[u], step[u], tile + u, r);
+                const unsigned a[4] = {near[u].x, near[u].y, near[u].z, near[u].w};
+                int low = part.excess(near[u]), high = low;
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    low = dot_mixed(w[j].x, a[j], low);
+                    high = dot_mixed(w[j].y, a[j], high);
+                }
+                sums[r][0] += (float)low * (d0 * step[u]);
+                sums[r][1] += (float)high * (d1 * step[u]);
             }
         }
+        used = stage;
+        stage = stage == ring + STAGES - 1 ? ring : stage + 1;
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float sum = sums[r][i];
+        for (int i = 0; i < 2; i++) {
+            float sum = part.factor() * sums[r][i];
 #pragma unroll
-            for (int d = 16; d >= 4; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-            if (lane < 4) parts[warp][16 * r + 4 * lane + i] = sum;
+            for (int d = 16; d >= 8; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            if (lane < 8) parts[warp][16 * r + part.rows + i] = sum;
         }
     __syncthreads();
     for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
         float sum = 0;
         for (int w = 0; w < WARPS; w++) sum += parts[w][i];
-        y[(rows.first + i / 16) * N + n0 + i % 16] = from_float<Y>(sum);
+        y[(rows.first + i / 16) * N + (int64_t)block * 16 + i % 16] = from_float<Y>(sum);
     }
 }
 

@@ -704,17 +704,18 @@ FLOAT_CASE(products_of_adapters_in_groups, s) {
 
 GPU_CASE(products_with_activations_in_8_bits, s, dtype) {
     static const DType kinds[] = {Q4_0_TILED, Q8_0_TILED};
-    static const int64_t rows[] = {1, 9, 70};
+    static const int64_t rows[] = {1, 2, 9, 70}, depths[] = {6208, 1216, 640, 704};
     static const int32_t bounds[] = {0, 16, 16, 112}, counts[] = {3, 0, 90};
     for (int i = 0; i < 2; i++) {
-        for (int r = 0; r < 3; r++) {
-            Tensor w = GIVEN(s, kinds[i], 1, 48, 640), a = GIVEN(s, dtype, 2, rows[r], 640),
+        for (int r = 0; r < 4; r++) {
+            int64_t K = depths[r];
+            Tensor w = GIVEN(s, kinds[i], 1, 48, K), a = GIVEN(s, dtype, 2, rows[r], K),
                    y = SPACE(s, dtype, rows[r], 48);
             matmul_int8(y, a, w);
             result(s, "y", y, near(dtype));
             Tensor many[] = {SPACE(s, dtype, rows[r], 48), SPACE(s, dtype, rows[r], 16),
                              SPACE(s, dtype, rows[r], 80)},
-                   matrices[] = {w, GIVEN(s, kinds[i], 8, 16, 640), GIVEN(s, kinds[i], 9, 80, 640)};
+                   matrices[] = {w, GIVEN(s, kinds[i], 8, 16, K), GIVEN(s, kinds[i], 9, 80, K)};
             matmul_int8_several(many, a, tensor_absent(), matrices, 3);
             for (int m = 0; m < 3; m++) {
                 Tensor one = SPACE(s, dtype, rows[r], tensor_cols(many[m]));
