@@ -304,7 +304,7 @@ static Status time_attention(Device *device, const AttentionShape *shape, int64_
     for (int i = 0; i < 6; i++) {
         float one[2];
         double start = omp_get_wtime();
-        attention_forward(t[1], t[8], t[0], t[4], t[5], index, first, last, none, none);
+        attention_forward(t[1], t[8], none, t[0], t[4], t[5], index, first, last, none, none);
         tensor_read(one, tensor_slice(tensor_at(t[8], 0), 0, 1));
         double middle = omp_get_wtime();
         attention_backward(t[3], t[6], t[7], t[2], t[1], t[8], t[0], t[4], t[5], index, first, last,

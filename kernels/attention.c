@@ -1,5 +1,6 @@
 /* attention.c - the contracts of attention.h. */
 #include "kernels/attention.h"
+#include "kernels/matmul.h"
 
 static void check_attention(Tensor y, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first,
                             Tensor last) {
@@ -15,14 +16,15 @@ static void check_attention(Tensor y, Tensor q, Tensor k, Tensor v, Tensor index
           "attention: one interval a query");
 }
 
-void attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
-                       Tensor first, Tensor last, Tensor sequence, Tensor pages) {
+void attention_forward(Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor k, Tensor v,
+                       Tensor index, Tensor first, Tensor last, Tensor sequence, Tensor pages) {
     check_attention(y, q, k, v, index, first, last);
     CHECK(tensor_count(lse) == q.shape[0] * q.shape[1], "attention: lse is not (N, H)");
+    CHECK(codes_fit(codes, y), "attention: codes %s of y %s", tensor_text(codes), tensor_text(y));
     CHECK(!tensor_present(pages) || (pages.ndim == 2 && tensor_count(sequence) == q.shape[0] &&
                                      k.shape[0] % PAGE_KEYS == 0),
           "attention: pages %s of k %s", tensor_text(pages), tensor_text(k));
-    ON_DEVICE(q, attention_forward)(y, lse, q, k, v, index, first, last, sequence, pages);
+    ON_DEVICE(q, attention_forward)(y, lse, codes, q, k, v, index, first, last, sequence, pages);
 }
 
 void attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, Tensor q,

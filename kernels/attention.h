@@ -17,6 +17,7 @@
  *   y, q         (N, H, C)  f32 | bf16
  *   k, v         (S, K, C)  dtype of q, or packed (forward only); head h reads head h / (H / K)
  *   lse          (N, H)     f32: log of the sum of exponentials, kept for the backward pass
+ *   codes        u8, of y as rows (N, H C) (int8_codes); absent: nobody wants them
  *   index        (N)        i32, ascending: the place of each query on the key axis. Work is cut
  *                           into tiles by this place, so leaving queries out changes no bit of the
  *                           others
@@ -25,8 +26,8 @@
  *                           within a sequence. Absent: keys lie in order
  *   pages        (R, P)     i32: key s of sequence r is k[pages[r, s / PAGE_KEYS] * PAGE_KEYS +
  *                           s % PAGE_KEYS] */
-KERNEL(attention_forward, Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
-       Tensor first, Tensor last, Tensor sequence, Tensor pages);
+KERNEL(attention_forward, Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor k, Tensor v,
+       Tensor index, Tensor first, Tensor last, Tensor sequence, Tensor pages);
 
 /* dq from dy; dk and dv are added to.
  *   dq, dy, y   (N, H, C)  dtype of q

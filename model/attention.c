@@ -111,9 +111,9 @@ void attention_layer_forward(const Attention *a, AttentionSaved *s, Tensor y, Te
         deliver(slot->v, v, c->kind, p);
     }
     arena_release(p->scratch, mark);
-    attention_forward(s->out, s->lse, s->q, slot->k, slot->v, rows->index[c->kind],
-                      rows->first[c->kind], rows->last[c->kind], rows->sequence,
-                      rows->pages[c->kind]);
+    attention_forward(s->out, s->lse, pass_codes(p, flat(s->out), &a->o_proj), s->q, slot->k,
+                      slot->v, rows->index[c->kind], rows->first[c->kind], rows->last[c->kind],
+                      rows->sequence, rows->pages[c->kind]);
     linear_forward(&a->o_proj, y, flat(s->out), p);
 }
 

@@ -121,7 +121,7 @@ static Status time_attention(double *rate, const Session *s) {
         Tensor index = tensor_at(lists, 0), first = tensor_at(lists, 1), last = tensor_at(lists, 2);
         for (int i = 0; i < 3; i++) {
             double begin = omp_get_wtime();
-            attention_forward(y, lse, q, k, v, index, first, last, tensor_absent(),
+            attention_forward(y, lse, tensor_absent(), q, k, v, index, first, last, tensor_absent(),
                               tensor_absent());
             attention_backward(dq, dk, dv, dy, y, lse, q, k, v, index, first, last, partial);
             settle(dk);

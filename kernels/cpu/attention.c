@@ -389,8 +389,10 @@ static void paged_forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, co
     }
 }
 
-void CPU(attention_forward)(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
-                            Tensor first, Tensor last, Tensor sequence, Tensor pages) {
+void CPU(attention_forward)(Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor k, Tensor v,
+                            Tensor index, Tensor first, Tensor last, Tensor sequence,
+                            Tensor pages) {
+    (void)codes;
     Shape s = shape_of(q, k);
     const int32_t *from = first.data, *to = last.data;
     int64_t M = s.rows * s.group;

@@ -4,13 +4,15 @@
  * The rest is plain: a warp for each query and head, its lanes sharing the head's numbers; long
  * sights are split among warps and joined in order. The way back has no sums in an order of chance:
  * one pass over keys for each query gives dq, one over queries for each key dk and dv. */
+#include "kernels/cuda/codes.h"
 #include "kernels/cuda/flash_hopper.h"
 #include "kernels/cuda/gradients_hopper.h"
 
 #define THREADS   128
+#define WARPS     (THREADS / 32)
 #define LANE_MOST 16 /* numbers of a head of 512 that a lane has */
 #define AT_ONCE   4  /* keys that a warp has under way; of a sight that is split at least so many */
-#define SPLITS    128
+#define SPLITS    32 /* blocks that share a sight, at most: a lane of a warp for each */
 
 /* Runs the statements with D the dtype, as a constant, that keys and values are kept in. */
 #define WITH_CACHE(dtype_value, D, ...)                                                            \
@@ -72,25 +74,22 @@ DEVICE_FUNCTION void write_head(T *p, const float (&x)[L], float factor, int C) 
     }
 }
 
-/* Part blockIdx.y of each (query, head)'s sight, gridDim.y equal ones. With one part y and
- * lse are written, else (out, top, total) of each into partial. */
-template <typename T, int D, int L>
-static __global__ void __launch_bounds__(THREADS)
-    attend(T *y, float *lse, float *partial, PackedView q, PackedView k, PackedView v, Heads heads,
-           Sight see) {
-    wait_for_last();
-    int64_t item = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    if (item >= heads.N * heads.H) return; /* whole warps; nothing below waits for other warps */
-    int64_t n = item / heads.H;
-    int C = heads.C, h = (int)(item % heads.H), kv = h / heads.group;
-    int64_t end = see.last[n] + 1, each = (end - see.first[n] + gridDim.y - 1) / gridDim.y,
-            begin = see.first[n] + blockIdx.y * each;
-    if (begin + each < end) end = begin + each;
-    float query[L], out[L] = {}, top = -INFINITY, total = 0;
+/* What a warp has seen of its query's sight: results, over `total`, under the largest score. */
+template <int L> struct Seen { float out[L], top, total; };
+
+/* Keys begin .. end - 1 of query n's sequence, for one of its heads. */
+template <int D, int L>
+DEVICE_FUNCTION void look_at(Seen<L> &seen, const float (&query)[L], const PackedView &k,
+                             const PackedView &v, const Heads &heads, const Sight &see, int64_t n,
+                             int kv, int64_t begin, int64_t end) {
+    int C = heads.C;
     const int32_t *pages = see.pages ? see.pages + see.sequence[n] * see.columns : NULL;
-    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * C, C);
+    seen.top = -INFINITY;
+    seen.total = 0;
+#pragma unroll
+    for (int i = 0; i < L; i++) seen.out[i] = 0;
     for (int64_t s = begin; s < end; s += AT_ONCE) {
-        float keys[AT_ONCE][L], values[AT_ONCE][L], scores[AT_ONCE], best = top;
+        float keys[AT_ONCE][L], values[AT_ONCE][L], scores[AT_ONCE], best = seen.top;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
             int64_t at = s + i < end ? s + i : s;
@@ -105,59 +104,113 @@ static __global__ void __launch_bounds__(THREADS)
             if (s + i >= end) scores[i] = -INFINITY;
             best = fmaxf(best, scores[i]);
         }
-        float fade = quick_exp(top - best);
-        total *= fade;
-        top = best;
+        float fade = quick_exp(seen.top - best);
+        seen.total *= fade;
+        seen.top = best;
 #pragma unroll
-        for (int i = 0; i < L; i++) out[i] *= fade;
+        for (int i = 0; i < L; i++) seen.out[i] *= fade;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            float weight = quick_exp(scores[i] - top);
-            total += weight;
+            float weight = quick_exp(scores[i] - seen.top);
+            seen.total += weight;
 #pragma unroll
-            for (int j = 0; j < L; j++) out[j] += weight * values[i][j];
+            for (int j = 0; j < L; j++) seen.out[j] += weight * values[i][j];
         }
     }
-    int lane = threadIdx.x % 32;
-    if (partial) {
-        float *mine = partial + (blockIdx.y * heads.N * heads.H + item) * (C + 2);
-        write_head(mine, out, 1.0f, C);
-        if (!lane) mine[C] = top, mine[C + 1] = total;
-        return;
-    }
-    write_head(y + item * C, out, 1.0f / total, C);
-    if (!lane) lse[item] = top + logf(total);
 }
 
-/* The parts of a sight, joined in order: a block for each (query, head). */
-template <typename T>
-static __global__ void join_parts(T *y, float *lse, const float *partial, Heads heads, int parts) {
+/* A warp for each query and head. */
+template <typename T, int D, int L>
+static __global__ void __launch_bounds__(THREADS)
+    attend(T *y, float *lse, PackedView q, PackedView k, PackedView v, Heads heads, Sight see) {
     wait_for_last();
-    __shared__ float weights[SPLITS], sum_of_all;
-    int64_t item = blockIdx.x, stride = heads.N * heads.H * (heads.C + 2);
-    int C = heads.C, lane = threadIdx.x;
-    const float *mine = partial + item * (C + 2);
+    int64_t item = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
+    if (item >= heads.N * heads.H) return; /* whole warps; nothing below waits for other warps */
+    int64_t n = item / heads.H;
+    float query[L];
+    Seen<L> seen;
+    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * heads.C, heads.C);
+    look_at<D>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group, see.first[n],
+               (int64_t)see.last[n] + 1);
+    write_head(y + item * heads.C, seen.out, 1.0f / seen.total, heads.C);
+    if (threadIdx.x % 32 == 0) lse[item] = seen.top + logf(seen.total);
+}
+
+/* Results of parts of a sight, each `stride` behind the last: results, then their largest score and
+ * the sum under it. */
+struct Parts {
+    const float *first;
+    int64_t stride;
+    int count;
+};
+
+/* Parts joined, in order, by all threads of a block: write(column, result over `total`), whole
+ * warps of columns where C is a multiple of 32. */
+template <typename Write> DEVICE_FUNCTION void join_parts(const Parts &parts, int C, Write write) {
+    __shared__ float weights[SPLITS], all[2];
     if (threadIdx.x < 32) {
-        float top = -INFINITY, total = 0;
-        for (int p = lane; p < parts; p += 32) top = fmaxf(top, mine[p * stride + C]);
-        top = warp_max(top);
-        for (int p = lane; p < parts; p += 32) {
-            weights[p] = quick_exp(mine[p * stride + C] - top);
-            total += weights[p] * mine[p * stride + C + 1];
-        }
-        total = warp_sum(total);
-        if (!lane) {
-            sum_of_all = total;
-            lse[item] = top + logf(total);
-        }
+        int p = threadIdx.x;
+        const float *mine = parts.first + p * parts.stride + C;
+        float own = p < parts.count ? mine[0] : -INFINITY, top = warp_max(own);
+        float weight = quick_exp(own - (top == -INFINITY ? 0.0f : top));
+        float total = warp_sum(p < parts.count ? weight * mine[1] : 0.0f);
+        weights[p] = weight;
+        if (!p) all[0] = top, all[1] = total;
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+    for (int c = threadIdx.x; c < C; c += THREADS) {
         float sum = 0;
-#pragma unroll 16
-        for (int p = 0; p < parts; p++) sum += weights[p] * mine[p * stride + c];
-        y[item * C + c] = from_float<T>(sum / sum_of_all);
+#pragma unroll 8
+        for (int p = 0; p < parts.count; p++) sum += weights[p] * parts.first[p * parts.stride + c];
+        write(c, sum, all[0], all[1]);
     }
+}
+
+/* A sight is long or queries are few: a block for part blockIdx.y of a query and head, each of its
+ * warps has one of WARPS parts of that. The block that comes last joins what all have seen. */
+template <typename T, int D, int L>
+static __global__ void __launch_bounds__(THREADS)
+    attend_apart(T *y, float *lse, Codes codes, float *partial, int *counters, PackedView q,
+                 PackedView k, PackedView v, Heads heads, Sight see) {
+    wait_for_last();
+    __shared__ float own[WARPS][32 * L + 2];
+    __shared__ bool last;
+    int64_t item = blockIdx.x, n = item / heads.H, items = heads.N * heads.H;
+    int C = heads.C, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int64_t end = see.last[n] + 1, parts = (int64_t)gridDim.y * WARPS,
+            each = (end - see.first[n] + parts - 1) / parts,
+            begin = see.first[n] + (blockIdx.y * WARPS + warp) * each;
+    if (begin + each < end) end = begin + each;
+    float query[L];
+    Seen<L> seen;
+    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * C, C);
+    look_at<D>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group, begin, end);
+    write_head(own[warp], seen.out, 1.0f, C);
+    if (!lane) own[warp][C] = seen.top, own[warp][C + 1] = seen.total;
+    __syncthreads();
+    auto finish = [&](int c, float sum, float top, float total) {
+        const float result[1] = {rounded<T>(sum / total)};
+        y[item * C + c] = from_float<T>(result[0]);
+        if (codes.scales) store_codes(codes, item * C + c, result, true);
+        if (!c) lse[item] = top + logf(total);
+    };
+    Parts here = {own[0], 32 * L + 2, WARPS};
+    if (gridDim.y == 1) {
+        join_parts(here, C, finish);
+        return;
+    }
+    float *mine = partial + (blockIdx.y * items + item) * (C + 2);
+    join_parts(here, C, [&](int c, float sum, float top, float total) {
+        mine[c] = sum;
+        if (!c) mine[C] = top, mine[C + 1] = total;
+    });
+    __threadfence();
+    __syncthreads();
+    if (!threadIdx.x) last = is_last(counters + item, (int)gridDim.y);
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    join_parts(Parts{partial + item * (C + 2), items * (C + 2), (int)gridDim.y}, C, finish);
 }
 
 static void launch_hopper(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads,
@@ -188,9 +241,23 @@ static void launch_flash(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Hea
                see);
 }
 
-extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
-                                       Tensor index, Tensor first, Tensor last, Tensor sequence,
-                                       Tensor pages) {
+template <typename T, int D, int L>
+static void launch_plain(Tensor y, Tensor lse, Codes codes, float *partial, int *counters, Tensor q,
+                         Tensor k, Tensor v, Heads heads, Sight see, unsigned parts) {
+    int64_t items = heads.N * heads.H;
+    if (partial)
+        LAUNCH_NEXT(q.device, (attend_apart<T, D, L>), dim3((unsigned)items, parts), THREADS,
+                    data_of<T>(y), data_of<float>(lse), codes, partial, counters, view_of(q),
+                    view_of(k), view_of(v), heads, see);
+    else
+        LAUNCH_NEXT(q.device, (attend<T, D, L>), (unsigned)ceil_div(items, WARPS), THREADS,
+                    data_of<T>(y), data_of<float>(lse), view_of(q), view_of(k), view_of(v), heads,
+                    see);
+}
+
+extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor k,
+                                       Tensor v, Tensor index, Tensor first, Tensor last,
+                                       Tensor sequence, Tensor pages) {
     (void)index;
     Heads heads = heads_of(q, k);
     Sight see = {data_of<int32_t>(first), data_of<int32_t>(last), data_of<int32_t>(sequence),
@@ -198,39 +265,37 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor q, Tensor k,
     if (!heads.N) return;
     size_t bytes = flash_forward_bytes(heads.C);
     bool many = !pages.data || heads.N * heads.group >= PAGED_ROWS;
-    if (many && takes_hopper(q, k, heads, ROWS_512)) {
-        launch_hopper(y, lse, q, k, v, heads, see);
-        return;
-    }
-    if (many && takes_flash(q, k, heads, FORWARD_ROWS, bytes)) {
-        launch_flash(y, lse, q, k, v, heads, see, bytes);
+    Codes to = codes.data ? codes_in(codes.data, tensor_count(y)) : Codes{};
+    bool hopper = many && takes_hopper(q, k, heads, ROWS_512);
+    if (hopper || (many && takes_flash(q, k, heads, FORWARD_ROWS, bytes))) {
+        if (hopper)
+            launch_hopper(y, lse, q, k, v, heads, see);
+        else
+            launch_flash(y, lse, q, k, v, heads, see, bytes);
+        if (to.scales) round_activations(q.device, to, y);
         return;
     }
     int64_t items = heads.N * heads.H, longest = pages.data ? see.columns * PAGE_KEYS : heads.S;
     /* Few queries: more warps than queries. */
-    int64_t parts = ceil_div(longest, AT_ONCE),
-            most = ceil_div(16 * (int64_t)cuda_processors(q.device), items);
+    int64_t parts = ceil_div(longest, AT_ONCE * WARPS),
+            most = ceil_div(16 / WARPS * (int64_t)cuda_processors(q.device), items);
     if (parts > most) parts = most;
     if (parts > SPLITS) parts = SPLITS;
+    bool apart = parts > 1, coded = apart && heads.C % 32 == 0;
     float *partial =
-        parts > 1 ? (float *)cuda_workspace(q.device, (size_t)(parts * items * (heads.C + 2)) * 4)
-                  : NULL;
-    dim3 grid((unsigned)ceil_div(items, THREADS / 32), (unsigned)parts);
-    WITH_FLOAT(q.dtype, T, {
-        WITH_CACHE(k.dtype, D, {
-            if (heads.C <= 256)
-                LAUNCH_NEXT(q.device, (attend<T, D, 8>), grid, THREADS, data_of<T>(y),
-                            data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads,
-                            see);
-            else
-                LAUNCH_NEXT(q.device, (attend<T, D, LANE_MOST>), grid, THREADS, data_of<T>(y),
-                            data_of<float>(lse), partial, view_of(q), view_of(k), view_of(v), heads,
-                            see);
-        })
-        if (partial)
-            LAUNCH_NEXT(q.device, (join_parts<T>), (unsigned)items, heads.C <= 256 ? 256 : 512,
-                        data_of<T>(y), data_of<float>(lse), partial, heads, (int)parts);
-    });
+        apart ? (float *)cuda_workspace(q.device, (size_t)(parts * items * (heads.C + 2)) * 4)
+              : NULL;
+    int *counters = apart ? cuda_counters(q.device, items) : NULL;
+    WITH_FLOAT(q.dtype, T, WITH_CACHE(k.dtype, D, {
+                   if (heads.C <= 256)
+                       launch_plain<T, D, 8>(y, lse, coded ? to : Codes{}, partial, counters, q, k,
+                                             v, heads, see, (unsigned)parts);
+                   else
+                       launch_plain<T, D, LANE_MOST>(y, lse, coded ? to : Codes{}, partial,
+                                                     counters, q, k, v, heads, see,
+                                                     (unsigned)parts);
+               }));
+    if (to.scales && !coded) round_activations(q.device, to, y);
 }
 
 /* ---- backward ---- */

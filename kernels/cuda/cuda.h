@@ -40,6 +40,10 @@ void cuda_check(cudaError_t error, const char *what);
  * same stream asks. Grows; a graph being recorded must have asked for as much before. */
 void *cuda_workspace(const Device *device, size_t bytes);
 
+/* So many counters of the device's, all 0 when a kernel begins and when it ends (is_last). Grows as
+ * the workspace does. */
+int *cuda_counters(const Device *device, int64_t count);
+
 /* From here on nothing of this device is kept to be replayed: the host has a part in each pass. */
 void cuda_never_replay(const Device *device);
 
@@ -162,6 +166,15 @@ DEVICE_FUNCTION void ask_for(const void *p) {
 #else
     (void)p;
 #endif
+}
+
+/* Of `count` blocks that meet at a counter, whether this one comes last: what the others wrote
+ * before it can be read. By one thread, which has met those of its block that wrote, each after a
+ * __threadfence(); who reads does so after another. */
+DEVICE_FUNCTION bool is_last(int *counter, int count) {
+    if (atomicAdd(counter, 1) < count - 1) return false;
+    *counter = 0;
+    return true;
 }
 
 /* ---- float types ---- */

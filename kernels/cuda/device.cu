@@ -54,6 +54,8 @@ struct Gpu {
     bool never_replay;
     void *workspace;
     size_t workspace_bytes;
+    int *counters;
+    int64_t counter_count;
     int processors;
     bool has_wgmma, launches_early;
     size_t shared_most, held;
@@ -243,6 +245,18 @@ void *cuda_workspace(const Device *device, size_t bytes) {
                 (double)bytes / 1e9, (double)cuda_available(&g->device) / 1e9);
     g->workspace_bytes = bytes;
     return g->workspace;
+}
+
+int *cuda_counters(const Device *device, int64_t count) {
+    Gpu *g = gpu_of(device);
+    size_t bytes = (size_t)count * sizeof(int);
+    if (count <= g->counter_count) return g->counters;
+    cuda_release(&g->device, g->counters, (size_t)g->counter_count * sizeof(int));
+    g->counters = (int *)cuda_allocate(&g->device, bytes);
+    if (!g->counters) give_up("the GPU is out of memory: %zu bytes for counters", bytes);
+    cuda_check(cudaMemsetAsync(g->counters, 0, bytes, cuda_stream(device)), "clearing counters");
+    g->counter_count = count;
+    return g->counters;
 }
 
 /* At least `bytes` of pinned memory that no copy reads any more. */

@@ -759,7 +759,7 @@ static void attend(Side *s, DType dtype, int64_t N, int64_t S, int64_t H, int64_
     int64_t G = attention_partials(K);
     Tensor partial = G > 1 ? SPACE(s, F32, 2 * G, S, K, C) : none;
     scale_copy(q, SET, q, 2.0f / sqrtf((float)C));
-    attention_forward(y, lse, q, k, v, index, first, last, none, none);
+    attention_forward(y, lse, tensor_absent(), q, k, v, index, first, last, none, none);
     result(s, "y", y, dtype == F32 ? 1e-5 : 6e-3);
     result(s, "lse", lse, 1e-5);
     attention_backward(dq, dk, dv, dy, y, lse, q, k, v, index, first, last, partial);
@@ -809,12 +809,20 @@ static void attend_pages(Side *s, DType dtype, DType cached, int64_t each, int64
     store_rows(k, GIVEN(s, dtype, 2, 6 * PAGE_KEYS, K, C), places);
     store_rows(v, GIVEN(s, dtype, 3, 6 * PAGE_KEYS, K, C), places);
     result(s, "stored", k, 1e-6);
-    Tensor q = GIVEN(s, dtype, 1, N, H, C), y = SPACE(s, dtype, N, H, C), lse = SPACE(s, F32, N, H);
+    Tensor q = GIVEN(s, dtype, 1, N, H, C), y = SPACE(s, dtype, N, H, C), lse = SPACE(s, F32, N, H),
+           codes = tensor_absent();
+    int64_t bytes = int8_codes(s->device, N, H * C);
+    if (bytes) codes = SPACE(s, U8, bytes);
     scale_copy(q, SET, q, 2.0f / sqrtf((float)C));
-    attention_forward(y, lse, q, k, v, ints(s, at, N, 1), ints(s, from, N, 1), ints(s, to, N, 1),
-                      ints(s, whose, N, 1), ints(s, pages, 2, 3));
+    attention_forward(y, lse, codes, q, k, v, ints(s, at, N, 1), ints(s, from, N, 1),
+                      ints(s, to, N, 1), ints(s, whose, N, 1), ints(s, pages, 2, 3));
     result(s, "y", y, dtype == F32 ? 1e-5 : 6e-3);
     result(s, "lse", lse, 1e-5);
+    Tensor rows_of = RESHAPE(y, N, H * C), b = GIVEN(s, Q8_0_TILED, 4, 16, H * C),
+           out = SPACE(s, dtype, N, 16), out1 = SPACE(s, dtype, N, 16);
+    matmul_int8_several(&out, rows_of, codes, &b, 1);
+    matmul_int8(out1, rows_of, b);
+    expect_equal("a product of the codes", out, out1);
 }
 
 GPU_CASE(attention_over_pages, s, dtype) {

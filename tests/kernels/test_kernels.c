@@ -306,8 +306,8 @@ CASE(kernel_attention, values_and_gradients_equal_a_plain_loop) {
         Tensor partial = G > 1 ? TENSOR(must_calloc((size_t)(2 * G * tensor_count(c.k)), 4), F32,
                                         2 * G, c.S, c.K, c.C)
                                : tensor_absent();
-        attention_forward(y, lse, c.q, c.k, c.v, c.index, c.first, c.last, tensor_absent(),
-                          tensor_absent());
+        attention_forward(y, lse, tensor_absent(), c.q, c.k, c.v, c.index, c.first, c.last,
+                          tensor_absent(), tensor_absent());
         attention_plain(&c, expected);
         for (int64_t i = 0; i < tensor_count(y); i++) EXPECT_CLOSE(at(y, i), expected[i], 2e-6);
         attention_backward(dq, dk, dv, c.dy, y, lse, c.q, c.k, c.v, c.index, c.first, c.last,
@@ -326,8 +326,8 @@ CASE(kernel_attention, subnormal_results_are_zero_there_and_nowhere_else) {
     AttentionContext c = attention_context(70, 8, 70, 8, 4);
     Tensor y = RANDOM_TENSOR(F32, 5, c.N, c.H, c.C), lse = zeros(F32, c.N, c.H);
     fill(c.v, 1e-39f);
-    attention_forward(y, lse, c.q, c.k, c.v, c.index, c.first, c.last, tensor_absent(),
-                      tensor_absent());
+    attention_forward(y, lse, tensor_absent(), c.q, c.k, c.v, c.index, c.first, c.last,
+                      tensor_absent(), tensor_absent());
     for (int64_t i = 0; i < tensor_count(y); i++) EXPECT(at(y, i) == 0, "element %d", (int)i);
     Tensor a = zeros(F32, 300, 1), b = zeros(F32, 1, 300), product = zeros(F32, 300, 300);
     fill(a, 1e-20f);
@@ -553,8 +553,8 @@ CASE(kernel_attention, sequences_in_pages_equal_each_in_order) {
             sequence[N] = r;
         }
     }
-    attention_forward(y, lse, q, k_pool, v_pool, TENSOR(index, I32, N), TENSOR(first, I32, N),
-                      TENSOR(last, I32, N), TENSOR(sequence, I32, N),
+    attention_forward(y, lse, tensor_absent(), q, k_pool, v_pool, TENSOR(index, I32, N),
+                      TENSOR(first, I32, N), TENSOR(last, I32, N), TENSOR(sequence, I32, N),
                       TENSOR(table, I32, SEQUENCES, PAGES));
     for (int64_t r = 0, n = 0; r < SEQUENCES; n += queries[r++]) {
         int64_t Q = queries[r], size = Q * H * C;
@@ -567,9 +567,9 @@ CASE(kernel_attention, sequences_in_pages_equal_each_in_order) {
             memcpy(tensor_at(k, s).data, tensor_at(k_pool, from).data, K * C * 4);
             memcpy(tensor_at(v, s).data, tensor_at(v_pool, from).data, K * C * 4);
         }
-        attention_forward(one, one_lse, tensor_slice(q, n, Q), k, v, TENSOR(index + n, I32, Q),
-                          TENSOR(first + n, I32, Q), TENSOR(last + n, I32, Q), tensor_absent(),
-                          tensor_absent());
+        attention_forward(one, one_lse, tensor_absent(), tensor_slice(q, n, Q), k, v,
+                          TENSOR(index + n, I32, Q), TENSOR(first + n, I32, Q),
+                          TENSOR(last + n, I32, Q), tensor_absent(), tensor_absent());
         EXPECT(relative_error(one.data, tensor_slice(y, n, Q).data, size) < 1e-5);
         EXPECT(relative_error(one_lse.data, tensor_slice(lse, n, Q).data, Q * H) < 1e-5);
     }

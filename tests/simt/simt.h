@@ -183,6 +183,8 @@ static inline int atomicAdd(int *p, int value) {
     return old;
 }
 
+static inline void __threadfence() {}
+
 /* ---- launching ---- */
 
 /* Runs every thread of every block before it returns, or notes the launch where a graph is being
