@@ -117,30 +117,6 @@ void matmul_int8_several(const Tensor *y, Tensor a, Tensor codes, const Tensor *
     ON_DEVICE(a, matmul_int8_several)(y, a, codes, b, count);
 }
 
-void matmul_int8_gated(Tensor y, Tensor y_codes, const Tensor *products, Tensor a, Tensor codes,
-                       const Tensor *b) {
-    for (int i = 0; i < 2; i++) {
-        check_product(NT, products[i], a, b[i]);
-        CHECK(dtype_is_tiled(b[i].dtype) && b[i].dtype == b->dtype &&
-                  products[i].dtype == y.dtype && tensor_count(products[i]) == tensor_count(y),
-              "matmul_int8: b is %s, y %s of %s", tensor_text(b[i]), tensor_text(y),
-              tensor_text(products[i]));
-    }
-    CHECK(codes_fit(codes, a) && codes_fit(y_codes, y), "matmul_int8: codes %s of %s, %s of %s",
-          tensor_text(codes), tensor_text(a), tensor_text(y_codes), tensor_text(y));
-    if (!tensor_count(a)) return;
-    ON_DEVICE(a, matmul_int8_gated)(y, y_codes, products, a, codes, b);
-}
-
-void matmul_int8_normed(const NormPair *pair, Tensor a, Tensor codes, Tensor b) {
-    check_product(NT, pair->x, a, b);
-    check_pair(pair);
-    CHECK(dtype_is_tiled(b.dtype) && codes_fit(codes, a), "matmul_int8: b is %s, codes %s of %s",
-          tensor_text(b), tensor_text(codes), tensor_text(a));
-    if (!tensor_count(a)) return;
-    ON_DEVICE(a, matmul_int8_normed)(pair, a, codes, b);
-}
-
 void grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts) {
     CHECK(b.ndim == 3 && b.shape[0] == tensor_count(counts) &&
               tensor_count(offsets) == tensor_count(counts) + 1 && dtype_is_tiled(b.dtype) &&

@@ -2,7 +2,7 @@
 #ifndef MATMUL_H
 #define MATMUL_H
 
-#include "kernels/norm.h"
+#include "kernels/kernel.h"
 
 typedef enum Layout {
     NT, /* y (M, N) = a (M, K) b (N, K)^T : forward of y = x W^T */
@@ -78,16 +78,6 @@ static inline bool codes_fit(Tensor codes, Tensor x) {
 
 /* Bytes of a (M, K) rounded, where kernels of the device make that on the way; 0: they do not. */
 int64_t int8_codes(const Device *device, int64_t M, int64_t K);
-
-/* A gated layer's two products and what it makes of them, where neither is kept:
- *   products = a b^T of gate, then up;  y = gelu(gate) * up
- * bit for bit as matmul_int8_several and gelu_mul_codes make them.
- *   products, y  (M, F)    codes, y_codes  as above: of a, and of y */
-KERNEL(matmul_int8_gated, Tensor y, Tensor y_codes, const Tensor *products, Tensor a, Tensor codes,
-       const Tensor *b);
-
-/* A product x = a b^T and the two norms that follow it (rmsnorm_pair): bit for bit the same. */
-KERNEL(matmul_int8_normed, const NormPair *pair, Tensor a, Tensor codes, Tensor b);
 
 /* The same for rows sorted by group: counts[g] rows from offsets[g] on, a multiple of 8, meet b[g];
  * rows between groups are left alone.   offsets (G + 1), counts (G)  i32 */

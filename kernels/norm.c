@@ -22,21 +22,17 @@ void rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor resi
     ON_DEVICE(x, rmsnorm_forward)(y, rstd, x, weight, residual, eps);
 }
 
-void check_pair(const NormPair *p) {
-    int64_t D = tensor_cols(p->x), count = tensor_count(p->x);
-    CHECK(tensor_count(p->y) == count && tensor_count(p->next) == count &&
-              tensor_count(p->residual) == count && p->y.dtype == p->x.dtype &&
-              p->next.dtype == p->x.dtype && p->residual.dtype == p->x.dtype,
-          "rmsnorm_pair: %s and %s of %s", tensor_text(p->y), tensor_text(p->next),
-          tensor_text(p->x));
-    CHECK(tensor_count(p->weight) == D && tensor_count(p->next_weight) == D,
-          "rmsnorm_pair: weights %s %s", tensor_text(p->weight), tensor_text(p->next_weight));
-    CHECK(codes_fit(p->codes, p->next), "rmsnorm_pair: codes %s", tensor_text(p->codes));
-}
-
-void rmsnorm_pair(const NormPair *pair) {
-    check_pair(pair);
-    ON_DEVICE(pair->x, rmsnorm_pair)(pair);
+void rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight, Tensor residual,
+                  float scale, Tensor next_weight, float eps) {
+    int64_t D = tensor_cols(x);
+    CHECK(tensor_count(y) == tensor_count(x) && tensor_count(next) == tensor_count(x) &&
+              tensor_count(residual) == tensor_count(x) && y.dtype == x.dtype &&
+              next.dtype == x.dtype && residual.dtype == x.dtype,
+          "rmsnorm_pair: %s and %s of %s", tensor_text(y), tensor_text(next), tensor_text(x));
+    CHECK(tensor_count(weight) == D && tensor_count(next_weight) == D,
+          "rmsnorm_pair: weights %s %s", tensor_text(weight), tensor_text(next_weight));
+    CHECK(codes_fit(codes, next), "rmsnorm_pair: codes %s", tensor_text(codes));
+    ON_DEVICE(x, rmsnorm_pair)(y, next, codes, x, weight, residual, scale, next_weight, eps);
 }
 
 void rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {

@@ -16,20 +16,12 @@ KERNEL(rmsnorm_forward, Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor r
 
 /* A layer's end and the next one's beginning, where nothing of them is trained:
  *   y = scale * (residual + norm(x) * weight), next = norm(y) * next_weight
+ * bit for bit as rmsnorm_forward, scale_copy and rmsnorm_forward make them.
  *   y, next, x, residual  (..., D)  f32 | bf16, one dtype; y may alias residual
  *   weight, next_weight   (D)       f32 | bf16
  *   codes                 u8, of `next` (int8_codes); absent: nobody wants them */
-typedef struct NormPair {
-    Tensor y, next, codes, x, weight, residual;
-    float scale;
-    Tensor next_weight;
-    float eps;
-} NormPair;
-
-void check_pair(const NormPair *pair);
-
-/* Bit for bit as rmsnorm_forward, scale_copy and rmsnorm_forward make them. */
-KERNEL(rmsnorm_pair, const NormPair *pair);
+KERNEL(rmsnorm_pair, Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight, Tensor residual,
+       float scale, Tensor next_weight, float eps);
 
 /* y = x * rstd * weight again from the kept rstd: what rmsnorm_forward wrote, bit for bit. */
 KERNEL(rmsnorm_apply, Tensor y, Tensor rstd, Tensor x, Tensor weight);

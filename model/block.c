@@ -86,21 +86,14 @@ static void feed_forward(const Block *b, BlockSaved *s, Tensor h, Pass *p) {
     arena_release(p->scratch, mark);
 }
 
-/* y = scale * (residual + norm(x)) of an x that comes: begun before it is made, ended behind it.
- * Where nothing is trained and the next layer is known, its normalised input is made with it. */
-static void begin_leaving(NormPair *pair, const Norm *n, Tensor y, Tensor x, Tensor residual,
-                          float scale, Pass *p) {
+/* y = scale * (residual + norm(x)), with the next layer's input where that is known. */
+static void leave(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual, float scale,
+                  Pass *p) {
     p->is_entered = !p->training && p->next;
-    if (!p->is_entered) return;
-    *pair = norm_pair(n, y, x, residual, scale, p->next, p->leaving);
-    p->after = pair;
-    p->coming = p->reader;
-    p->entered = p->leaving;
-}
-static void end_leaving(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual,
-                        float scale, Pass *p) {
     if (p->is_entered) {
-        linear_make_norms(p);
+        Tensor codes = p->reader ? pass_codes(p, p->leaving, p->reader) : tensor_absent();
+        norm_pair(n, y, x, residual, scale, p->next, p->leaving, codes);
+        p->entered = p->leaving;
         return;
     }
     norm_forward(n, y, rstd, x, residual);
@@ -109,38 +102,28 @@ static void end_leaving(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor r
 
 void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per_layer, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    Tensor h = arena_like(p->scratch, x), input = p->is_entered ? p->entered : h;
+    Tensor h = arena_like(p->scratch, x);
     float scale = b->config.unscaled ? 1.0f : b->scalar;
-    NormPair pair;
     if (!p->is_entered) norm_forward(&b->input_layernorm, h, s->input_rstd, x, tensor_absent());
-    if (!p->training) {
-        pair = norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
-                         &b->pre_feedforward_layernorm, h);
-        p->after = &pair;
-        p->coming = &b->mlp.gate_proj;
-    }
-    attention_layer_forward(&b->self_attn, &s->attention, s->attended, input, p);
+    attention_layer_forward(&b->self_attn, &s->attention, s->attended,
+                            p->is_entered ? p->entered : h, p);
     if (p->training) {
         norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
         norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
     } else {
-        linear_make_norms(p);
+        norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
+                  &b->pre_feedforward_layernorm, h, pass_codes(p, h, &b->mlp.gate_proj));
     }
+    feed_forward(b, s, h, p);
     if (b->config.per_layer_input) {
-        const Norm *last = &b->post_per_layer_input_norm;
         Tensor u = arena_like(p->scratch, s->gate);
-        feed_forward(b, s, h, p);
         norm_forward(&b->post_feedforward_layernorm, s->x2, s->fed_rstd, s->fed, s->x1);
         linear_forward(&b->per_layer_input_gate, s->gate, s->x2, p);
         gelu_mul_forward(u, s->gate, per_layer);
-        begin_leaving(&pair, last, y, s->projected, s->x2, scale, p);
         linear_forward(&b->per_layer_projection, s->projected, u, p);
-        end_leaving(last, y, s->projected_rstd, s->projected, s->x2, scale, p);
+        leave(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2, scale, p);
     } else {
-        const Norm *last = &b->post_feedforward_layernorm;
-        begin_leaving(&pair, last, y, s->fed, s->x1, scale, p);
-        feed_forward(b, s, h, p);
-        end_leaving(last, y, s->fed_rstd, s->fed, s->x1, scale, p);
+        leave(&b->post_feedforward_layernorm, y, s->fed_rstd, s->fed, s->x1, scale, p);
     }
     arena_release(p->scratch, mark);
 }

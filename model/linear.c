@@ -267,8 +267,7 @@ Tensor pass_codes(Pass *p, Tensor x, const Linear *reader) {
                         : 0;
     p->coded = NULL;
     if (!bytes) return tensor_absent();
-    p->codes_turn ^= 1; /* the other half may be read while these are made */
-    p->codes = tensor_slice(tensor_at(p->codes_room, p->codes_turn), 0, bytes);
+    p->codes = tensor_slice(p->codes_room, 0, bytes);
     p->coded = x.data;
     return p->codes;
 }
@@ -278,35 +277,6 @@ static Tensor take_codes(Pass *p, Tensor x) {
     bool there = p->coded && p->coded == x.data;
     p->coded = NULL;
     return there ? p->codes : tensor_absent();
-}
-
-bool linear_forward_gated(const Linear *gate, const Linear *up, const Linear *reader, Tensor y,
-                          const Tensor *products, Tensor x, Pass *p) {
-    Tensor weights[] = {gate->weight->value, up->weight->value};
-    if (p->training || !is_int8(gate, p) || !is_int8(up, p) || gate->lora || up->lora ||
-        weights[0].dtype != weights[1].dtype)
-        return false;
-    Tensor codes = take_codes(p, x);
-    matmul_int8_gated(y, pass_codes(p, y, reader), products, x, codes, weights);
-    return true;
-}
-
-void linear_make_norms(Pass *p) {
-    if (!p->after) return;
-    p->after->codes = p->coming ? pass_codes(p, p->after->next, p->coming) : tensor_absent();
-    rmsnorm_pair(p->after);
-    p->after = NULL;
-}
-
-/* Whether the product y of a linear is what the norms follow, and makes them. */
-static bool makes_norms(const Linear *l, Tensor y, Tensor x, Pass *p) {
-    if (!p->after || !y.data || p->after->x.data != y.data || !is_int8(l, p) || l->lora)
-        return false;
-    Tensor codes = take_codes(p, x);
-    p->after->codes = p->coming ? pass_codes(p, p->after->next, p->coming) : tensor_absent();
-    matmul_int8_normed(p->after, x, codes, l->weight->value);
-    p->after = NULL;
-    return true;
 }
 
 /* ---- forward and backward ---- */
@@ -549,7 +519,6 @@ static Tensor clamped_input(const Linear *l, Tensor x, Pass *p) {
 }
 
 void linear_forward(const Linear *l, Tensor y, Tensor x, Pass *p) {
-    if (makes_norms(l, y, x, p)) return;
     size_t mark = arena_mark(p->scratch);
     forward(l, y, l->bounds[0] ? clamped_input(l, x, p) : x, (RowGroups){0}, p);
     if (l->bias) shift_columns(y, y, l->bias->value);

@@ -100,14 +100,6 @@ void linear_forward_several(const Linear *const *l, const Tensor *y, int count, 
  * reads them. Absent: it rounds for itself, or reads x as it is. */
 Tensor pass_codes(Pass *p, Tensor x, const Linear *reader);
 
-/* y = gelu(x gate^T) * (x up^T), with the codes that `reader` reads, where activations are in 8
- * bits; else false, and nothing is done. products: space for both, of y's shape. */
-bool linear_forward_gated(const Linear *gate, const Linear *up, const Linear *reader, Tensor y,
-                          const Tensor *products, Tensor x, Pass *p);
-
-/* The norms that follow the last product (Pass.after), unless it has made them. */
-void linear_make_norms(Pass *p);
-
 /* y (N, V) = x W^T for a matrix that is no linear's: the tied head. */
 void project(Tensor y, Tensor x, Tensor weight, bool int8);
 

@@ -24,15 +24,13 @@ void mlp_reserve(MlpSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
 void mlp_forward(const Mlp *m, MlpSaved *s, Tensor y, Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor hidden = arena_like(p->scratch, s->gate); /* (N, F) */
-    Tensor products[] = {s->gate, s->up};
-    if (!linear_forward_gated(&m->gate_proj, &m->up_proj, &m->down_proj, hidden, products, x, p)) {
-        linear_forward_several((const Linear *[]){&m->gate_proj, &m->up_proj}, products, 2, x, p);
-        Tensor codes = pass_codes(p, hidden, &m->down_proj);
-        if (tensor_present(codes))
-            gelu_mul_codes(hidden, codes, s->gate, s->up);
-        else
-            gelu_mul_forward(hidden, s->gate, s->up);
-    }
+    linear_forward_several((const Linear *[]){&m->gate_proj, &m->up_proj},
+                           (Tensor[]){s->gate, s->up}, 2, x, p);
+    Tensor codes = pass_codes(p, hidden, &m->down_proj);
+    if (tensor_present(codes))
+        gelu_mul_codes(hidden, codes, s->gate, s->up);
+    else
+        gelu_mul_forward(hidden, s->gate, s->up);
     linear_forward(&m->down_proj, y, hidden, p);
     arena_release(p->scratch, mark);
 }

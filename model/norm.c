@@ -1,5 +1,6 @@
 /* norm.c - root-mean-square norm layers. */
 #include "model/norm.h"
+#include "kernels/norm.h"
 
 void norm_declare(Norm *n, ParamList *params, const char *name, int64_t D, float eps) {
     params_enter(params, "%s", name);
@@ -17,16 +18,9 @@ void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residua
     rmsnorm_forward(y, rstd, x, weight_of(n), residual, n->eps);
 }
 
-NormPair norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale,
-                   const Norm *other, Tensor next) {
-    return (NormPair){.y = y,
-                      .next = next,
-                      .x = x,
-                      .residual = residual,
-                      .scale = scale,
-                      .weight = weight_of(n),
-                      .next_weight = weight_of(other),
-                      .eps = n->eps};
+void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
+               Tensor next, Tensor codes) {
+    rmsnorm_pair(y, next, codes, x, weight_of(n), residual, scale, weight_of(other), n->eps);
 }
 
 void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x) {

@@ -2,7 +2,6 @@
 #ifndef MODEL_NORM_H
 #define MODEL_NORM_H
 
-#include "kernels/norm.h"
 #include "model/params.h"
 
 typedef struct Norm {
@@ -16,10 +15,10 @@ void norm_declare(Norm *n, ParamList *params, const char *name, int64_t D, float
 /* y = residual + norm(x), rstd kept when given; residual absent: none. */
 void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual);
 
-/* y = scale * (residual + norm(x)) and, of another norm, next = norm(y), where nothing is trained:
- * what rmsnorm_pair takes, without codes. */
-NormPair norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale,
-                   const Norm *other, Tensor next);
+/* y = scale * (residual + norm(x)) and, of another norm, next = norm(y), where nothing is trained;
+ * with its codes, if they are wanted (int8_codes). */
+void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
+               Tensor next, Tensor codes);
 
 /* y = norm(x) again, bit for bit, from the kept rstd. */
 void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x);

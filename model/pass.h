@@ -6,7 +6,6 @@
 #ifndef PASS_H
 #define PASS_H
 
-#include "kernels/norm.h"
 #include "model/context.h"
 
 /* What a pass through layers leaves behind. */
@@ -59,13 +58,9 @@ typedef struct Pass {
     Tensor leaving;              /* (N, D): where that goes */
     Tensor entered;              /* (N, D): that of the layer that is entered now */
     bool is_entered;             /* it is there */
-    /* There too, the norms that follow a product, which makes them with after->x where it can. */
-    NormPair *after;             /* NULL: none do, or they are made */
-    const struct Linear *coming; /* the first product that reads after->next, or NULL */
     /* Activations in 8 bits that were made with them, for the product that reads them next. */
-    Tensor codes_room; /* (2, bytes) u8, taken by turns; absent: products round for themselves */
-    int codes_turn;
-    Tensor codes; /* of what lies at `coded`; that NULL: of nothing */
+    Tensor codes_room; /* u8; absent: products round for themselves */
+    Tensor codes;      /* of what lies at `coded`; that NULL: of nothing */
     const void *coded;
     bool int8;    /* packed weights meet activations in 8 bits: running a model, not training it */
     uint64_t key; /* of this micro-batch's random numbers */

@@ -144,7 +144,7 @@ static Tensor codes_room(const Gemma *g, Arena *arena, int64_t N) {
     for (const Linear *l = g->linears.first; l; l = l->next)
         if (l->in > widest && !l->weight->tower) widest = l->in;
     int64_t bytes = int8_codes(g->device, N, (widest + TILE_WIDTH - 1) / TILE_WIDTH * TILE_WIDTH);
-    return bytes ? ARENA_TENSOR(arena, U8, 2, (bytes + 63) / 64 * 64) : tensor_absent();
+    return bytes ? ARENA_TENSOR(arena, U8, bytes) : tensor_absent();
 }
 
 void stack_place(Stack *s, Arena *arena) {

@@ -10,7 +10,6 @@
  * the reverse on another), so the first large products try both and the faster way is kept.
  * Many rows go twelve at a time (a panel, four columns of its rows side by side) against each
  * unpacked tile, over runs of tiles that stay in the second cache. */
-#include "kernels/activation.h"
 #include "kernels/blocks.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/scratch.h"
@@ -601,16 +600,4 @@ void CPU(matmul_int8_several)(const Tensor *y, Tensor a, Tensor codes, const Ten
 
 void CPU(grouped_matmul_int8)(Tensor y, Tensor a, Tensor b, Tensor offsets, Tensor counts) {
     product(&y, a, &b, 1, &(Groups){offsets.data, counts.data, tensor_count(counts)});
-}
-
-void CPU(matmul_int8_gated)(Tensor y, Tensor y_codes, const Tensor *products, Tensor a,
-                            Tensor codes, const Tensor *b) {
-    (void)y_codes;
-    CPU(matmul_int8_several)(products, a, codes, b, 2);
-    CPU(gelu_mul_forward)(y, products[0], products[1]);
-}
-
-void CPU(matmul_int8_normed)(const NormPair *pair, Tensor a, Tensor codes, Tensor b) {
-    CPU(matmul_int8_several)(&pair->x, a, codes, &b, 1);
-    CPU(rmsnorm_pair)(pair);
 }

@@ -29,10 +29,12 @@ void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor
     }
 }
 
-void CPU(rmsnorm_pair)(const NormPair *p) {
-    CPU(rmsnorm_forward)(p->y, tensor_absent(), p->x, p->weight, p->residual, p->eps);
-    if (p->scale != 1.0f) CPU(scale_copy)(p->y, SET, p->y, p->scale);
-    CPU(rmsnorm_forward)(p->next, tensor_absent(), p->y, p->next_weight, tensor_absent(), p->eps);
+void CPU(rmsnorm_pair)(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight,
+                       Tensor residual, float scale, Tensor next_weight, float eps) {
+    (void)codes;
+    CPU(rmsnorm_forward)(y, tensor_absent(), x, weight, residual, eps);
+    if (scale != 1.0f) CPU(scale_copy)(y, SET, y, scale);
+    CPU(rmsnorm_forward)(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
 }
 
 void CPU(rmsnorm_apply)(Tensor y, Tensor rstd, Tensor x, Tensor weight) {

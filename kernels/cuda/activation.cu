@@ -5,6 +5,13 @@ extern "C" {
 #include "kernels/activation.h"
 }
 
+#define GELU_FACTOR 0.7978845608028654f /* sqrt(2 / pi) */
+#define GELU_CUBE   0.044715f
+
+DEVICE_FUNCTION float gelu_tanh(float x) {
+    return near_tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
+}
+
 /* Rows of F elements, of y one behind the other, of gate and up `stride` apart: those lie F apart
  * in joined rows. */
 template <typename T, int V>
@@ -18,7 +25,8 @@ static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, i
         load(g, gate + at);
         load(u, up + at);
 #pragma unroll
-        for (int j = 0; j < V; j++) g[j] = rounded<T>(gelu(g[j])) * u[j];
+        for (int j = 0; j < V; j++)
+            g[j] = rounded<T>(0.5f * g[j] * (1.0f + gelu_tanh(g[j]))) * u[j];
         store(y + i * V, g);
     }
 }
@@ -90,7 +98,8 @@ static __global__ void __launch_bounds__(256)
         load(g, gate + at);
         load(u, up + at);
 #pragma unroll
-        for (int j = 0; j < V; j++) g[j] = rounded<T>(rounded<T>(gelu(g[j])) * u[j]);
+        for (int j = 0; j < V; j++)
+            g[j] = rounded<T>(rounded<T>(0.5f * g[j] * (1.0f + gelu_tanh(g[j]))) * u[j]);
         store(y + at, g);
     }
     store_codes(codes, at, g, here);

@@ -365,16 +365,6 @@ DEVICE_FUNCTION float near_tanh(float z) {
     return 1.0f - 2.0f * quick_inverse(1.0f + quick_exp(2.0f * z));
 }
 
-/* x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), and that tanh. */
-#define GELU_FACTOR 0.7978845608028654f /* sqrt(2 / pi) */
-#define GELU_CUBE   0.044715f
-DEVICE_FUNCTION float gelu_tanh(float x) {
-    return near_tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
-}
-DEVICE_FUNCTION float gelu(float x) {
-    return 0.5f * x * (1.0f + gelu_tanh(x));
-}
-
 /* A pair turned by an angle, each product and sum rounded: the same bits in every kernel. */
 DEVICE_FUNCTION void turn_pair(float &a, float &b, float cosine, float sine) {
     float first = __fadd_rn(__fmul_rn(a, cosine), -__fmul_rn(b, sine));

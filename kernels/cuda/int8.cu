@@ -7,11 +7,10 @@
  * and their sums are added in order. A row or two, or those of an expert, are not worth a tensor
  * core: there tiles pass through shared memory, which keeps many under way, and a lane has 16
  * columns of two weight rows. */
+#include "kernels/cuda/codes.h"
 #include "kernels/cuda/gemm.h"
-#include "kernels/cuda/norm.h"
 
 extern "C" {
-#include "kernels/activation.h"
 #include "kernels/matmul.h"
 }
 
@@ -185,55 +184,11 @@ template <typename Tile, typename Y> struct Matrices {
     int begin[MATRICES_MOST + 1];
 };
 
-/* What a block does with the 16 results that its first threads have written, number `block` of
- * those of matrix `which`: nothing, */
-struct NothingMore {
-    static constexpr int BLOCKS = 4; /* of a multiprocessor, for what registers they may have */
-    DEVICE_MEMBER void operator()(int, int) const {}
-};
-/* the gate of a layer and its codes, by the last of four blocks that have 32 columns of both, */
-template <typename Y> struct ThenGate {
-    static constexpr int BLOCKS = 4;
-    Y *y;
-    Codes codes;
-    const Y *gate, *up;
-    int *counters;
-    DEVICE_MEMBER void operator()(int, int block) const {
-        if (threadIdx.x >= 32) return;
-        int last = 0, at = block / 2 * 32 + threadIdx.x;
-        __threadfence();
-        __syncwarp();
-        if (!threadIdx.x) last = is_last(counters + block / 2, 4);
-        if (!__shfl_sync(0xffffffffu, last, 0)) return;
-        __threadfence();
-        float made[1] = {rounded<Y>(rounded<Y>(gelu(to_float(gate[at]))) * to_float(up[at]))};
-        store(y + at, made);
-        if (codes.scales) store_codes(codes, at, made, true);
-    }
-};
-/* or two norms, by the last of all. */
-template <typename Y> struct ThenNorms {
-    static constexpr int BLOCKS = 3;
-    PairOf<Y, Y> pair;
-    int *counter;
-    DEVICE_MEMBER void operator()(int, int) const {
-        __shared__ bool last;
-        __threadfence();
-        __syncthreads();
-        if (!threadIdx.x) last = is_last(counter, (int)gridDim.x);
-        __syncthreads();
-        if (!last) return;
-        __threadfence();
-        normalise_pair<(int)(16 / sizeof(Y)), NORM_THREADS, false>(pair, 0, true);
-    }
-};
-static_assert(NORM_THREADS == 32 * WARPS, "a block has the threads of a row");
-
 /* ROWS of activations at most; the warps share K of 16 weight rows. */
-template <typename Tile, int ROWS, typename Y, typename Then>
-static __global__ void __launch_bounds__(32 * WARPS, (ROWS == 1 ? Then::BLOCKS : 2))
+template <typename Tile, int ROWS, typename Y>
+static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     multiply_rows(Matrices<Tile, Y> all, const int8_t *codes, const float *scales, int64_t M,
-                  int64_t K, Groups groups, Then then) {
+                  int64_t K, Groups groups) {
     constexpr int TILES = Stage<Tile>::TILES, SIZE = TILES * (int)sizeof(Tile);
     constexpr int STAGES = ROWS == 1 ? 5 : 4; /* under way to a warp */
     __shared__ float parts[WARPS][16 * ROWS];
@@ -334,13 +289,12 @@ static __global__ void __launch_bounds__(32 * WARPS, (ROWS == 1 ? Then::BLOCKS :
         for (int w = 0; w < WARPS; w++) sum += parts[w][i];
         y[(rows.first + i / 16) * N + (int64_t)block * 16 + i % 16] = from_float<Y>(sum);
     }
-    then(which, block);
 }
 
-/* Rows that are too few for tensor cores: all matrices at once. Of one alone `then` makes more. */
-template <typename Tile, int ROWS, typename Y, typename Then>
+/* Rows that are too few for tensor cores: all matrices at once. */
+template <typename Tile, typename Y>
 static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups,
-                        Codes codes, Then then) {
+                        const int8_t *codes, const float *scales) {
     int64_t M = tensor_rows(a), K = tensor_cols(a);
     Matrices<Tile, Y> all = {};
     for (int i = 0; i < MATRICES_MOST; i++) {
@@ -353,21 +307,21 @@ static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, G
     /* groups begin at multiples of 8 rows: of M there are no more tiles than without them */
     dim3 grid((unsigned)all.begin[count], (unsigned)ceil_div(M, 8));
     for (int i = count; i < MATRICES_MOST; i++) all.begin[i] = (int)grid.x;
-    LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS, Y, Then>), grid, 32 * WARPS, all, codes.codes,
-                codes.scales, M, K, groups, then);
+    if (M == 1 && !groups.offsets)
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), grid, 32 * WARPS, all, codes, scales, M,
+                    K, groups);
+    else
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), grid, 32 * WARPS, all, codes,
+                    scales, M, K, groups);
 }
 
 template <typename Tile, typename Y>
 static void launch(const Tensor *y, Tensor a, const Tensor *b, int count, Groups groups,
-                   Codes codes) {
+                   const int8_t *codes, const float *scales) {
     int64_t M = tensor_rows(a), K = tensor_cols(a);
     bool few = groups.offsets ? M < 32 * (int64_t)groups.count : M <= 16;
-    if (M == 1 && !groups.offsets) {
-        launch_rows<Tile, 1, Y>(y, a, b, count, groups, codes, NothingMore{});
-        return;
-    }
     if (few && (groups.offsets || M <= 2)) {
-        launch_rows<Tile, ROWS_DOT, Y>(y, a, b, count, groups, codes, NothingMore{});
+        launch_rows<Tile, Y>(y, a, b, count, groups, codes, scales);
         return;
     }
     for (int i = 0; i < count; i++) {
@@ -376,81 +330,31 @@ static void launch(const Tensor *y, Tensor a, const Tensor *b, int count, Groups
         if (few)
             LAUNCH(a.device, (multiply<Tile, 1, true, Y>),
                    dim3((unsigned)(N / 16), (unsigned)ceil_div(M, 8)), 32 * WARPS, 0,
-                   data_of<Y>(y[i]), tiles, codes.codes, codes.scales, M, N, K, groups);
+                   data_of<Y>(y[i]), tiles, codes, scales, M, N, K, groups);
         else
             LAUNCH(a.device, (multiply<Tile, 8, false, Y>),
                    dim3((unsigned)ceil_div(N, 16 * WARPS), (unsigned)most_row_tiles(groups, M, 64)),
-                   32 * WARPS, 0, data_of<Y>(y[i]), tiles, codes.codes, codes.scales, M, N, K,
-                   groups);
+                   32 * WARPS, 0, data_of<Y>(y[i]), tiles, codes, scales, M, N, K, groups);
     }
-}
-
-/* Runs the statements with Tile the tiles of a dtype. */
-#define WITH_TILES(dtype_value, Tile, ...)                                                         \
-    do {                                                                                           \
-        if ((dtype_value) == Q4_0_TILED) {                                                         \
-            typedef TileQ4_0 Tile;                                                                 \
-            __VA_ARGS__;                                                                           \
-        } else {                                                                                   \
-            typedef TileQ8_0 Tile;                                                                 \
-            __VA_ARGS__;                                                                           \
-        }                                                                                          \
-    } while (0)
-
-/* Those of a, made here unless they are there. */
-static Codes codes_of(Tensor a, Tensor codes) {
-    int64_t n = tensor_count(a);
-    Codes c = codes_in(codes.data ? codes.data : cuda_workspace(a.device, (size_t)(n + n / 8)), n);
-    if (!codes.data) round_activations(a.device, c, a);
-    return c;
 }
 
 static void product(const Tensor *y, Tensor a, Tensor codes, const Tensor *b, int count,
                     Groups groups) {
-    if (!tensor_count(a)) return;
-    Codes c = codes_of(a, codes);
-    WITH_FLOAT(y->dtype, Y,
-               WITH_TILES(b->dtype, Tile, { launch<Tile, Y>(y, a, b, count, groups, c); }));
+    int64_t n = tensor_count(a);
+    if (!n) return;
+    Codes c = codes_in(codes.data ? codes.data : cuda_workspace(a.device, (size_t)(n + n / 8)), n);
+    if (!codes.data) round_activations(a.device, c, a);
+    WITH_FLOAT(y->dtype, Y, {
+        if (b->dtype == Q4_0_TILED)
+            launch<TileQ4_0, Y>(y, a, b, count, groups, c.codes, c.scales);
+        else
+            launch<TileQ8_0, Y>(y, a, b, count, groups, c.codes, c.scales);
+    });
 }
 
 extern "C" void cuda_matmul_int8_several(const Tensor *y, Tensor a, Tensor codes, const Tensor *b,
                                          int count) {
     product(y, a, codes, b, count, Groups{});
-}
-
-extern "C" void cuda_matmul_int8_gated(Tensor y, Tensor y_codes, const Tensor *products, Tensor a,
-                                       Tensor codes, const Tensor *b) {
-    int64_t F = tensor_cols(y);
-    if (tensor_rows(a) > 1 || F % 32) {
-        product(products, a, codes, b, 2, Groups{});
-        if (y_codes.data)
-            cuda_gelu_mul_codes(y, y_codes, products[0], products[1]);
-        else
-            cuda_gelu_mul_forward(y, products[0], products[1]);
-        return;
-    }
-    Codes c = codes_of(a, codes), to = y_codes.data ? codes_in(y_codes.data, F) : Codes{};
-    int *counters = cuda_counters(a.device, F / 32);
-    WITH_FLOAT(y.dtype, Y, WITH_TILES(b->dtype, Tile, {
-                   ThenGate<Y> then = {data_of<Y>(y), to, data_of<Y>(products[0]),
-                                       data_of<Y>(products[1]), counters};
-                   launch_rows<Tile, 1, Y>(products, a, b, 2, Groups{}, c, then);
-               }));
-}
-
-extern "C" void cuda_matmul_int8_normed(const NormPair *pair, Tensor a, Tensor codes, Tensor b) {
-    if (tensor_rows(a) > 1 || tensor_cols(pair->x) <= WARP_COLS || !pair_is_one(*pair) ||
-        pair->weight.dtype != pair->x.dtype) {
-        product(&pair->x, a, codes, &b, 1, Groups{});
-        cuda_rmsnorm_pair(pair);
-        return;
-    }
-    Codes c = codes_of(a, codes);
-    int *counter = cuda_counters(a.device, 1);
-    WITH_FLOAT(pair->x.dtype, Y, WITH_TILES(b.dtype, Tile, {
-                   ThenNorms<Y> then = {(pair_of<Y, Y>(*pair)), counter};
-                   launch_rows<Tile, 1, Y>(&pair->x, a, &b, 1, Groups{}, c, then);
-               }));
 }
 
 extern "C" void cuda_grouped_matmul_int8(Tensor y, Tensor a, Tensor b, Tensor offsets,

@@ -1,9 +1,36 @@
 /* norm.cu - norms: a warp a row where rows are short, else a block. */
+#include "kernels/cuda/codes.h"
 #include "kernels/cuda/columns.h"
-#include "kernels/cuda/norm.h"
 
 extern "C" {
 #include "kernels/elementwise.h"
+#include "kernels/norm.h"
+}
+
+#define THREADS   256
+#define WARP_COLS 1024 /* rows up to here go to one warp */
+#define MANY      128  /* threads of a row where rows are many: more of those are under way */
+
+/* Threads of a block, ROW of them for each row; and which row is this thread's. */
+template <int ROW> __host__ __device__ constexpr int threads_of() {
+    return ROW == 32 ? THREADS : ROW;
+}
+template <int ROW> DEVICE_FUNCTION int64_t row_of() {
+    return (int64_t)blockIdx.x * (threads_of<ROW>() / ROW) + threadIdx.x / ROW;
+}
+template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
+    return ROW == 32 ? warp_sum(x) : block_sum(x, space);
+}
+
+/* Packs of a row that a thread holds where rows are few, and the most where they are many; of
+ * longer ones what is added and written is read again. */
+#define HELD      4
+#define HELD_MANY 3
+#define FEW_ROWS  64
+
+/* x rstd weight, which nothing that is added later joins in one rounding: as in pairs, so alone. */
+DEVICE_FUNCTION float normed(float x, float rstd, float weight) {
+    return __fmul_rn(x * rstd, weight);
 }
 
 /* Blocks of one multiprocessor, for what registers they may have. */
@@ -178,7 +205,7 @@ __launch_bounds__(threads_of<ROW>(), ROW == MANY ? (blocks_of<W, ROW, KEPT>()) -
             constexpr int ROW = MANY;                                                              \
             __VA_ARGS__;                                                                           \
         } else {                                                                                   \
-            constexpr int ROW = NORM_THREADS;                                                      \
+            constexpr int ROW = THREADS;                                                           \
             __VA_ARGS__;                                                                           \
         }                                                                                          \
     } while (0)
@@ -209,30 +236,91 @@ extern "C" void cuda_rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weigh
     launch_forward(y, rstd, x, weight, tensor_absent(), 0, true);
 }
 
-/* A row of few. */
+/* A row of few is held in registers from one norm to the next. */
 template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(threads_of<ROW>()) pair(PairOf<T, W> p, int64_t N) {
+static __global__ void __launch_bounds__(threads_of<ROW>())
+    pair(T *y, T *next, Codes codes, const T *x, const W *weight, const T *residual, float scale,
+         const W *next_weight, int64_t N, int64_t D, float eps) {
+    __shared__ float space[2][32];
     int64_t n = row_of<ROW>();
-    normalise_pair<V, ROW, true>(p, n, n < N);
+    bool here = n < N;
+    int lane = threadIdx.x % ROW;
+    Kept<W, V> factors[HELD] = {}, others[HELD] = {};
+#pragma unroll
+    for (int i = 0; i < HELD; i++) { /* weights are there before the last kernel ends */
+        int64_t d = (lane + i * ROW) * V;
+        if (!here || d >= D) break;
+        factors[i].read(weight + d);
+        others[i].read(next_weight + d);
+    }
+    wait_for_last();
+    Kept<T, V> held[HELD] = {}, more[HELD] = {};
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int64_t d = (lane + i * ROW) * V;
+        if (!here || d >= D) break;
+        held[i].read(x + n * D + d);
+        more[i].read(residual + n * D + d);
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += held[i][j] * held[i][j];
+    float r = 1.0f / sqrtf(row_sum<ROW>(sum, space[0]) / (float)D + eps);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int64_t d = (lane + i * ROW) * V;
+        if (!here || d >= D) break;
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            float one = normed(held[i][j], r, factors[i][j]);
+            out[j] = rounded<T>(rounded<T>(one) + more[i][j]);
+            if (scale != 1.0f) out[j] = rounded<T>(scale * out[j]);
+            squares += out[j] * out[j];
+        }
+        store(y + n * D + d, out);
+        held[i].keep(out);
+    }
+    r = 1.0f / sqrtf(row_sum<ROW>(squares, space[1]) / (float)D + eps);
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int64_t d = (lane + i * ROW) * V;
+        bool inside = here && d < D;
+        if (!codes.scales && !inside) break;
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) out[j] = rounded<T>(normed(held[i][j], r, others[i][j]));
+        if (inside) store(next + n * D + d, out);
+        if (codes.scales) store_codes(codes, n * D + d, out, inside);
+    }
 }
 
-extern "C" void cuda_rmsnorm_pair(const NormPair *p) {
-    int64_t D = tensor_cols(p->x), N = tensor_rows(p->x);
+extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight,
+                                  Tensor residual, float scale, Tensor next_weight, float eps) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    bool fits = fits_packs(D, y, x, weight, residual) && fits_packs(D, next, next_weight);
+    int64_t longest = HELD * (D <= WARP_COLS ? 32 : THREADS) * (int64_t)(16 / dtype_size(x.dtype));
+    bool together = N <= FEW_ROWS && fits && D % (int64_t)(16 / dtype_size(x.dtype)) == 0 &&
+                    D <= longest && weight.dtype == next_weight.dtype;
+    Codes to = codes.data ? codes_in(codes.data, N * D) : Codes{};
     if (!N) return;
-    if (!pair_is_one(*p)) {
-        cuda_rmsnorm_forward(p->y, tensor_absent(), p->x, p->weight, p->residual, p->eps);
-        if (p->scale != 1.0f) cuda_scale_copy(p->y, SET, p->y, p->scale);
-        cuda_rmsnorm_forward(p->next, tensor_absent(), p->y, p->next_weight, tensor_absent(),
-                             p->eps);
-        if (p->codes.data) round_activations(p->x.device, codes_in(p->codes.data, N * D), p->next);
+    if (!together) {
+        cuda_rmsnorm_forward(y, tensor_absent(), x, weight, residual, eps);
+        if (scale != 1.0f) cuda_scale_copy(y, SET, y, scale);
+        cuda_rmsnorm_forward(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
+        if (to.scales) round_activations(x.device, to, next);
         return;
     }
-    WITH_FLOAT(p->x.dtype, T,
-               WITH_FLOAT(p->weight.dtype, W, WITH_ROW(N, D, ROW, {
+    WITH_FLOAT(x.dtype, T,
+               WITH_FLOAT(weight.dtype, W, WITH_ROW(N, D, ROW, {
                               constexpr int V = (int)(16 / sizeof(T));
-                              LAUNCH_NEXT(p->x.device, (pair<T, W, V, ROW>),
+                              LAUNCH_NEXT(x.device, (pair<T, W, V, ROW>),
                                           (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
-                                          threads_of<ROW>(), (pair_of<T, W>(*p)), N);
+                                          threads_of<ROW>(), data_of<T>(y), data_of<T>(next), to,
+                                          data_of<T>(x), data_of<W>(weight), data_of<T>(residual),
+                                          scale, data_of<W>(next_weight), N, D, eps);
                           })));
 }
 

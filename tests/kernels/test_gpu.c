@@ -195,8 +195,7 @@ GPU_CASE(norms_in_pairs, s, dtype) {
                next1 = SPACE(s, dtype, N, D), codes = tensor_absent();
         int64_t bytes = int8_codes(s->device, N, D);
         if (bytes) codes = SPACE(s, U8, bytes);
-        NormPair pair = {y, next, codes, x, w, r, scale, v, 1e-6f};
-        rmsnorm_pair(&pair);
+        rmsnorm_pair(y, next, codes, x, w, r, scale, v, 1e-6f);
         rmsnorm_forward(y1, tensor_absent(), x, w, r, 1e-6f);
         if (scale != 1.0f) scale_copy(y1, SET, y1, scale);
         rmsnorm_forward(next1, tensor_absent(), y1, v, tensor_absent(), 1e-6f);
@@ -226,48 +225,6 @@ GPU_CASE(gates_with_codes, s, dtype) {
         matmul_int8(out1, y, b);
         expect_equal("a product of the codes", out, out1);
         result(s, "y", y, near(dtype));
-    }
-}
-
-/* Products that gates and norms follow: what each would make. */
-GPU_CASE(products_and_what_follows, s, dtype) {
-    static const DType kinds[] = {Q4_0_TILED, Q8_0_TILED};
-    for (int i = 0; i < 4; i++) {
-        int64_t N = i == 3 ? 2 : 1, K = 1216, F = i == 2 ? 1552 : 1536;
-        DType kind = kinds[i % 2];
-        Tensor a = GIVEN(s, dtype, 1, N, K), none = tensor_absent(),
-               b[] = {GIVEN(s, kind, 2, F, K), GIVEN(s, kind, 3, F, K)},
-               both[] = {SPACE(s, dtype, N, F), SPACE(s, dtype, N, F)}, y = SPACE(s, dtype, N, F),
-               y1 = SPACE(s, dtype, N, F), codes = none, r = GIVEN(s, dtype, 4, N, F),
-               w = GIVEN(s, dtype, 5, F), v = GIVEN(s, dtype, 6, F), next = SPACE(s, dtype, N, F),
-               next1 = SPACE(s, dtype, N, F),
-               c = GIVEN(s, kind, 7, 16, F / TILE_WIDTH * TILE_WIDTH), out = SPACE(s, dtype, N, 16),
-               out1 = SPACE(s, dtype, N, 16);
-        int64_t bytes = int8_codes(s->device, N, F);
-        bool coded = F % TILE_WIDTH == 0;
-        if (bytes) codes = SPACE(s, U8, bytes);
-        matmul_int8_gated(y, codes, both, a, none, b);
-        matmul_int8_several(both, a, none, b, 2);
-        gelu_mul_forward(y1, both[0], both[1]);
-        expect_equal("y", y, y1);
-        result(s, "y", y, near(dtype));
-        if (coded) {
-            matmul_int8_several(&out, y, codes, &c, 1);
-            matmul_int8(out1, y, c);
-            expect_equal("a product of the gate's codes", out, out1);
-        }
-        NormPair pair = {y, next, codes, both[0], w, r, 0.37f, v, 1e-6f},
-                 apart = {y1, next1, none, both[1], w, r, 0.37f, v, 1e-6f};
-        matmul_int8_normed(&pair, a, none, b[0]);
-        matmul_int8(both[1], a, b[0]);
-        rmsnorm_pair(&apart);
-        expect_equal("the product", both[0], both[1]);
-        expect_equal("y", y, y1);
-        expect_equal("next", next, next1);
-        if (!coded) continue;
-        matmul_int8_several(&out, next, codes, &c, 1);
-        matmul_int8(out1, next, c);
-        expect_equal("a product of the norm's codes", out, out1);
     }
 }
 
