@@ -4,10 +4,11 @@
  *   CUDA_INJECTION64_PATH=$PWD/build/static/kernel_times.so ./lapidary bench --preset e2b --train
  * lora --tokens 4096
  *
- * At its end the program prints, on stderr, a line for each kernel, dearest first: milliseconds
- * together, share, runs, microseconds a run, name with the grid of its last run; and how much of
- * the time from the first kernel to the last the GPU was idle. KERNEL_TIMES_TOP lines, by
- * default 40. */
+ * At its end the program prints, on stderr, a line for each kernel and grid, dearest first:
+ * milliseconds together, share, runs, microseconds a run, name and grid; and how much of the time
+ * from the first kernel to the last the GPU was idle. A kernel's time begins where the last one
+ * before it ended, if it got ready earlier; in brackets what it took from its own start on.
+ * KERNEL_TIMES_TOP lines, by default 40. */
 #include <cupti.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,7 +21,7 @@ char *__cxa_demangle(const char *name, char *buffer, size_t *size, int *status);
 
 typedef struct Entry {
     char *name;
-    double ns;
+    double ns, from_start;
     long runs;
     int grid[3], block;
 } Entry;
@@ -29,16 +30,24 @@ static Entry entries[NAMES];
 static int count;
 static double busy, first = 1e30, last;
 
+static const int none[3];
+
 static void add(const char *name, double start, double end, const int *grid, int block) {
     int i = 0;
-    while (i < count && strcmp(entries[i].name, name)) i++;
+    double begin = start > last ? start : last, ns = end > begin ? end - begin : 0;
+    while (i < count &&
+           (strcmp(entries[i].name, name) || memcmp(entries[i].grid, grid, sizeof entries[i].grid)))
+        i++;
     if (i == NAMES) return;
-    if (i == count) entries[count++].name = strdup(name);
-    entries[i].ns += end - start;
+    if (i == count) {
+        entries[count++].name = strdup(name);
+        memcpy(entries[i].grid, grid, sizeof entries[i].grid);
+        entries[i].block = block;
+    }
+    entries[i].ns += ns;
+    entries[i].from_start += end - start;
     entries[i].runs++;
-    if (grid) memcpy(entries[i].grid, grid, sizeof entries[i].grid);
-    entries[i].block = block;
-    busy += end - start;
+    busy += ns;
     if (start < first) first = start;
     if (end > last) last = end;
 }
@@ -64,12 +73,12 @@ static void CUPTIAPI take(CUcontext context, uint32_t stream, uint8_t *buffer, s
             add(names[m->copyKind == 1   ? 1
                       : m->copyKind == 2 ? 2
                                          : 0],
-                (double)m->start, (double)m->end, NULL, 0);
+                (double)m->start, (double)m->end, none, 0);
         } else if (record->kind == CUPTI_ACTIVITY_KIND_MEMSET) {
             const CUpti_ActivityMemset4 *m = (const CUpti_ActivityMemset4 *)record;
             char name[64];
             snprintf(name, sizeof name, "memset of %llu bytes", (unsigned long long)m->bytes);
-            add(name, (double)m->start, (double)m->end, NULL, 0);
+            add(name, (double)m->start, (double)m->end, none, 0);
         }
     }
     free(buffer);
@@ -88,10 +97,12 @@ static void report(void) {
     for (int i = 0; i < count && i < most; i++) {
         int status = -1;
         char *name = __cxa_demangle(entries[i].name, NULL, NULL, &status);
-        fprintf(stderr, "%9.2f ms %5.1f %% %6ld x %9.1f us  %.110s (%d %d %d) %d\n",
+        fprintf(stderr, "%9.2f ms %5.1f %% %6ld x %9.1f (%.1f) us  %.110s (%d %d %d) %d\n",
                 entries[i].ns / 1e6, 100 * entries[i].ns / busy, entries[i].runs,
-                entries[i].ns / 1e3 / (double)entries[i].runs, status ? entries[i].name : name,
-                entries[i].grid[0], entries[i].grid[1], entries[i].grid[2], entries[i].block);
+                entries[i].ns / 1e3 / (double)entries[i].runs,
+                entries[i].from_start / 1e3 / (double)entries[i].runs,
+                status ? entries[i].name : name, entries[i].grid[0], entries[i].grid[1],
+                entries[i].grid[2], entries[i].block);
         free(name);
     }
     fprintf(stderr, "%9.2f ms busy of %.2f\n", busy / 1e6, (last - first) / 1e6);

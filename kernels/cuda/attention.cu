@@ -8,11 +8,12 @@
 #include "kernels/cuda/flash_hopper.h"
 #include "kernels/cuda/gradients_hopper.h"
 
-#define THREADS   128
-#define WARPS     (THREADS / 32)
-#define LANE_MOST 16 /* numbers of a head of 512 that a lane has */
-#define AT_ONCE   4  /* keys that a warp has under way; of a sight that is split at least so many */
-#define SPLITS    32 /* blocks that share a sight, at most: a lane of a warp for each */
+#define THREADS    128
+#define WARPS      (THREADS / 32)
+#define LANE_MOST  16 /* numbers of a head of 512 that a lane has */
+#define APART      8  /* warps of a block that share a sight, each with so many keys at least */
+#define PART_LEAST 16
+#define SPLITS     32 /* such blocks at most: a lane of a warp for each */
 
 /* Runs the statements with D the dtype, as a constant, that keys and values are kept in. */
 #define WITH_CACHE(dtype_value, D, ...)                                                            \
@@ -77,24 +78,24 @@ DEVICE_FUNCTION void write_head(T *p, const float (&x)[L], float factor, int C) 
 /* What a warp has seen of its query's sight: results, over `total`, under the largest score. */
 template <int L> struct Seen { float out[L], top, total; };
 
-/* Keys begin .. end - 1 of query n's sequence, for one of its heads. */
-template <int D, int L>
+/* Keys begin .. end - 1 of query n's sequence, for one of its heads; so many under way AT_ONCE. */
+template <int D, int AT_ONCE, int L>
 DEVICE_FUNCTION void look_at(Seen<L> &seen, const float (&query)[L], const PackedView &k,
                              const PackedView &v, const Heads &heads, const Sight &see, int64_t n,
-                             int kv, int64_t begin, int64_t end) {
+                             int kv, int begin, int end) {
     int C = heads.C;
     const int32_t *pages = see.pages ? see.pages + see.sequence[n] * see.columns : NULL;
     seen.top = -INFINITY;
     seen.total = 0;
 #pragma unroll
     for (int i = 0; i < L; i++) seen.out[i] = 0;
-    for (int64_t s = begin; s < end; s += AT_ONCE) {
+    for (int s = begin; s < end; s += AT_ONCE) {
         float keys[AT_ONCE][L], values[AT_ONCE][L], scores[AT_ONCE], best = seen.top;
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
-            int64_t at = s + i < end ? s + i : s;
-            if (pages) at = (int64_t)pages[at / PAGE_KEYS] * PAGE_KEYS + at % PAGE_KEYS;
-            at = (at * heads.K + kv) * C;
+            unsigned key = s + i < end ? s + i : s;
+            if (pages) key = (unsigned)pages[key / PAGE_KEYS] * PAGE_KEYS + key % PAGE_KEYS;
+            int64_t at = ((int64_t)key * heads.K + kv) * C;
             read_head<D>(keys[i], k, at, C);
             read_head<D>(values[i], v, at, C);
         }
@@ -130,8 +131,8 @@ static __global__ void __launch_bounds__(THREADS)
     float query[L];
     Seen<L> seen;
     read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * heads.C, heads.C);
-    look_at<D>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group, see.first[n],
-               (int64_t)see.last[n] + 1);
+    look_at<D, 4>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group,
+                  see.first[n], see.last[n] + 1);
     write_head(y + item * heads.C, seen.out, 1.0f / seen.total, heads.C);
     if (threadIdx.x % 32 == 0) lse[item] = seen.top + logf(seen.total);
 }
@@ -147,7 +148,7 @@ struct Parts {
 /* Parts joined, in order, by all threads of a block: write(column, result over `total`), whole
  * warps of columns where C is a multiple of 32. */
 template <typename Write> DEVICE_FUNCTION void join_parts(const Parts &parts, int C, Write write) {
-    __shared__ float weights[SPLITS], all[2];
+    __shared__ float weights[32], all[2];
     if (threadIdx.x < 32) {
         int p = threadIdx.x;
         const float *mine = parts.first + p * parts.stride + C;
@@ -158,7 +159,7 @@ template <typename Write> DEVICE_FUNCTION void join_parts(const Parts &parts, in
         if (!p) all[0] = top, all[1] = total;
     }
     __syncthreads();
-    for (int c = threadIdx.x; c < C; c += THREADS) {
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
         float sum = 0;
 #pragma unroll 8
         for (int p = 0; p < parts.count; p++) sum += weights[p] * parts.first[p * parts.stride + c];
@@ -166,51 +167,57 @@ template <typename Write> DEVICE_FUNCTION void join_parts(const Parts &parts, in
     }
 }
 
-/* A sight is long or queries are few: a block for part blockIdx.y of a query and head, each of its
- * warps has one of WARPS parts of that. The block that comes last joins what all have seen. */
+/* A sight is long or queries are few: a block for part blockIdx.y of what head blockIdx.x of query
+ * blockIdx.z sees, each of its warps has a part of that. The block that comes last joins what all
+ * have seen. */
 template <typename T, int D, int L>
-static __global__ void __launch_bounds__(THREADS)
+static __global__ void __launch_bounds__(32 * APART)
     attend_apart(T *y, float *lse, Codes codes, float *partial, int *counters, PackedView q,
                  PackedView k, PackedView v, Heads heads, Sight see) {
     wait_for_last();
-    __shared__ float own[WARPS][32 * L + 2];
+    __shared__ float own[APART][32 * L + 2];
     __shared__ bool last;
-    int64_t item = blockIdx.x, n = item / heads.H, items = heads.N * heads.H;
-    int C = heads.C, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int64_t end = see.last[n] + 1, parts = (int64_t)gridDim.y * WARPS,
-            each = (end - see.first[n] + parts - 1) / parts,
-            begin = see.first[n] + (blockIdx.y * WARPS + warp) * each;
-    if (begin + each < end) end = begin + each;
+    int C = heads.C, lane = threadIdx.x % 32, warp = threadIdx.x / 32, n = blockIdx.z;
+    int item = n * heads.H + (int)blockIdx.x, items = (int)(heads.N * heads.H);
+    int end = see.last[n] + 1, begin = see.first[n], parts = (int)gridDim.y * APART;
     float query[L];
     Seen<L> seen;
-    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * C, C);
-    look_at<D>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group, begin, end);
+    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, (int64_t)item * C, C);
+    int each = max((end - begin + parts - 1) / parts, PART_LEAST);
+    int blocks = (end - begin + each * APART - 1) / (each * APART); /* that have any keys */
+    if ((int)blockIdx.y >= blocks) return;
+    begin += ((int)blockIdx.y * APART + warp) * each;
+    end = min(end, begin + each);
+    look_at<D, (L > 8 ? 4 : 8)>(seen, query, k, v, heads, see, n, (int)blockIdx.x / heads.group,
+                                begin, end);
     write_head(own[warp], seen.out, 1.0f, C);
     if (!lane) own[warp][C] = seen.top, own[warp][C + 1] = seen.total;
     __syncthreads();
     auto finish = [&](int c, float sum, float top, float total) {
         const float result[1] = {rounded<T>(sum / total)};
-        y[item * C + c] = from_float<T>(result[0]);
-        if (codes.scales) store_codes(codes, item * C + c, result, true);
+        int64_t at = (int64_t)item * C + c;
+        y[at] = from_float<T>(result[0]);
+        if (codes.scales) store_codes(codes, at, result, true);
         if (!c) lse[item] = top + logf(total);
     };
-    Parts here = {own[0], 32 * L + 2, WARPS};
-    if (gridDim.y == 1) {
+    Parts here = {own[0], 32 * L + 2, APART};
+    if (blocks == 1) {
         join_parts(here, C, finish);
         return;
     }
-    float *mine = partial + (blockIdx.y * items + item) * (C + 2);
+    float *mine = partial + ((int64_t)blockIdx.y * items + item) * (C + 2);
     join_parts(here, C, [&](int c, float sum, float top, float total) {
         mine[c] = sum;
         if (!c) mine[C] = top, mine[C + 1] = total;
     });
     __threadfence();
     __syncthreads();
-    if (!threadIdx.x) last = is_last(counters + item, (int)gridDim.y);
+    if (!threadIdx.x) last = is_last(counters + item, blocks);
     __syncthreads();
     if (!last) return;
     __threadfence();
-    join_parts(Parts{partial + item * (C + 2), items * (C + 2), (int)gridDim.y}, C, finish);
+    Parts all = {partial + (int64_t)item * (C + 2), (int64_t)items * (C + 2), blocks};
+    join_parts(all, C, finish);
 }
 
 static void launch_hopper(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads,
@@ -246,9 +253,10 @@ static void launch_plain(Tensor y, Tensor lse, Codes codes, float *partial, int 
                          Tensor k, Tensor v, Heads heads, Sight see, unsigned parts) {
     int64_t items = heads.N * heads.H;
     if (partial)
-        LAUNCH_NEXT(q.device, (attend_apart<T, D, L>), dim3((unsigned)items, parts), THREADS,
-                    data_of<T>(y), data_of<float>(lse), codes, partial, counters, view_of(q),
-                    view_of(k), view_of(v), heads, see);
+        LAUNCH_NEXT(q.device, (attend_apart<T, D, L>),
+                    dim3((unsigned)heads.H, parts, (unsigned)heads.N), 32 * APART, data_of<T>(y),
+                    data_of<float>(lse), codes, partial, counters, view_of(q), view_of(k),
+                    view_of(v), heads, see);
     else
         LAUNCH_NEXT(q.device, (attend<T, D, L>), (unsigned)ceil_div(items, WARPS), THREADS,
                     data_of<T>(y), data_of<float>(lse), view_of(q), view_of(k), view_of(v), heads,
@@ -277,11 +285,11 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor codes, Tenso
     }
     int64_t items = heads.N * heads.H, longest = pages.data ? see.columns * PAGE_KEYS : heads.S;
     /* Few queries: more warps than queries. */
-    int64_t parts = ceil_div(longest, AT_ONCE * WARPS),
-            most = ceil_div(16 / WARPS * (int64_t)cuda_processors(q.device), items);
+    int64_t parts = ceil_div(longest, PART_LEAST * APART),
+            most = ceil_div(16 / APART * (int64_t)cuda_processors(q.device), items);
     if (parts > most) parts = most;
     if (parts > SPLITS) parts = SPLITS;
-    bool apart = parts > 1, coded = apart && heads.C % 32 == 0;
+    bool apart = most > 1, coded = apart && heads.C % 32 == 0;
     float *partial =
         apart ? (float *)cuda_workspace(q.device, (size_t)(parts * items * (heads.C + 2)) * 4)
               : NULL;
