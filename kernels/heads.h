@@ -23,4 +23,17 @@ typedef struct HeadSet {
  *   cos, sin  (N, C/2)  f32 */
 KERNEL(heads_forward, const HeadSet *sets, int count, Tensor cos, Tensor sin, float eps);
 
+/* The way back of heads of one kind: through the turn, then the norm.
+ *   dx      (N, heads, C)   dtype of x
+ *   dy      (N, heads, C)   f32 | dtype of x; dx may be dy
+ *   also    (N, heads, C)   f32: a gradient of x rstd itself, without weight and turn; absent: none
+ *   x, weight, rstd, turns  as on the way forward; rstd present */
+typedef struct HeadGradient {
+    Tensor dx, dy, also, x, weight, rstd;
+    bool turns;
+} HeadGradient;
+
+/* With g = weight * turned back dy + also: dx = rstd * (g - x * rstd^2 * mean(g * x)). */
+KERNEL(heads_backward, const HeadGradient *sets, int count, Tensor cos, Tensor sin);
+
 #endif

@@ -6,6 +6,7 @@
 #include "kernels/attention.h"
 #include "kernels/elementwise.h"
 #include "kernels/heads.h"
+#include "kernels/norm.h"
 #include "kernels/quantize.h"
 #include "kernels/rope.h"
 
@@ -125,6 +126,33 @@ static Tensor own_gradient(Pass *p, AttentionKind kind, Tensor dslot, Tensor lik
     return own;
 }
 
+/* The gradient of a norm's weight, where it is trained, from dy of its heads turned. */
+static void train_norm(const Norm *n, Tensor dy, Tensor x, Tensor rstd, Tensor cos, Tensor sin,
+                       Pass *p) {
+    if (!tensor_present(n->weight->grad)) return;
+    size_t mark = arena_mark(p->scratch);
+    Tensor back = arena_like(p->scratch, x);
+    rope_backward(back, dy, cos, sin);
+    norm_backward(n, tensor_absent(), SET, back, x, rstd);
+    arena_release(p->scratch, mark);
+}
+
+/* Of make_heads: through turns and norms. */
+static void return_heads(const HeadGradient *sets, int count, Tensor cos, Tensor sin) {
+    if (cos.ndim == 2) {
+        heads_backward(sets, count, cos, sin);
+        return;
+    }
+    for (int i = 0; i < count; i++) {
+        const HeadGradient *s = &sets[i];
+        if (s->turns)
+            rope_backward(s->dx, s->dy, cos, sin);
+        else
+            scale_copy(s->dx, SET, s->dy, 1.0f);
+        rmsnorm_backward(s->dx, SET, tensor_absent(), s->dx, s->x, s->rstd, s->weight);
+    }
+}
+
 void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tensor dx, Write write,
                               Tensor dy, Tensor x, Pass *p) {
     const BlockConfig *c = &a->config;
@@ -135,6 +163,8 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
 
     Tensor dout = arena_like(p->scratch, s->out), dq = arena_like(p->scratch, s->q),
            dheads[] = {flat(dq), tensor_absent(), tensor_absent()};
+    HeadGradient sets[HEAD_SETS] = {
+        [0] = {dq, dq, tensor_absent(), s->q_raw, a->q_norm.weight->value, s->q_rstd, true}};
     int64_t G = attention_partials(c->num_key_value_heads);
     Tensor partial = G == 1 ? tensor_absent()
                             : ARENA_TENSOR(p->scratch, F32, 2 * G, slot->k.shape[0],
@@ -146,21 +176,22 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
         Tensor dk = arena_like(p->scratch, s->k_raw), dv = arena_like(p->scratch, s->v_raw);
         Tensor dk_sum = own_gradient(p, c->kind, slot->dk, dk),
                dv_sum = own_gradient(p, c->kind, slot->dv, dv);
-        rope_backward(dk, dk_sum, cos, sin);
-        norm_backward(&a->k_norm, dk, SET, dk, s->k_raw, s->k_rstd);
-        scale_copy(dv, SET, dv_sum, 1.0f);
-        if (c->v_from_k) { /* both paths end in the raw K */
-            norm_backward(&a->v_norm, dk, ADD, dv, s->v_raw, s->v_rstd);
-        } else {
-            norm_backward(&a->v_norm, dv, SET, dv, s->v_raw, s->v_rstd);
-            dheads[2] = flat(dv);
-        }
+        Tensor none = tensor_absent(), wk = a->k_norm.weight->value;
+        train_norm(&a->k_norm, dk_sum, s->k_raw, s->k_rstd, cos, sin, p);
+        sets[1] = (HeadGradient){dk, dk_sum, none, s->k_raw, wk, s->k_rstd, true};
+        if (c->v_from_k) /* both paths end in the raw K */
+            sets[1].also = dv_sum;
+        else
+            sets[2] = (HeadGradient){dv, dv_sum, none, s->v_raw, none, s->v_rstd, false};
         dheads[1] = flat(dk);
+        if (!c->v_from_k) dheads[2] = flat(dv);
+    }
+    train_norm(&a->q_norm, dq, s->q_raw, s->q_rstd, cos, sin, p);
+    return_heads(sets, projections(c), cos, sin);
+    if (c->owns_kv) {
         fill(slot->dk, 0.0f); /* zero for the next pass */
         fill(slot->dv, 0.0f);
     }
-    rope_backward(dq, dq, cos, sin);
-    norm_backward(&a->q_norm, dq, SET, dq, s->q_raw, s->q_rstd);
     linear_backward_several((const Linear *[]){&a->q_proj, &a->k_proj, &a->v_proj}, dx, write,
                             dheads, projections(c), x, p);
     arena_release(p->scratch, mark);

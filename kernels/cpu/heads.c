@@ -22,17 +22,52 @@ static void head_row(const HeadSet *set, int64_t n, const float *weight, const f
     }
 }
 
+static void head_row_back(const HeadGradient *set, int64_t n, const float *weight, const float *c,
+                          const float *s) {
+    int64_t heads = set->x.shape[1], C = set->x.shape[2];
+    float own[HEAD_MOST], dy[HEAD_MOST], g[HEAD_MOST];
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t at = (n * heads + h) * C;
+        const float *x = load_f32(own, set->x, at, C), *d = load_f32(dy, set->dy, at, C);
+        const float *also = set->also.data ? (const float *)set->also.data + at : NULL;
+        float r = ((const float *)set->rstd.data)[n * heads + h];
+        if (set->turns)
+            turn_row(g, d, c, s, C / 2, -1);
+        else
+            memcpy(g, d, (size_t)C * sizeof *g);
+        for (int64_t i = 0; i < C; i++)
+            g[i] = g[i] * (weight ? weight[i] : 1) + (also ? also[i] : 0);
+        float mean = dot(g, x, C) / (float)C * r * r;
+        for (int64_t i = 0; i < C; i++) g[i] = r * (g[i] - x[i] * mean);
+        store_f32(set->dx, at, C, g);
+    }
+}
+
+/* Weights in f32, those that are there. */
+#define LOAD_WEIGHTS(weight, sets, count, C)                                                       \
+    float weights[HEAD_SETS][HEAD_MOST];                                                           \
+    const float *weight[HEAD_SETS] = {NULL};                                                       \
+    CHECK((C) <= HEAD_MOST, "heads of %lld", (long long)(C));                                      \
+    for (int i = 0; i < (count); i++)                                                              \
+        if ((sets)[i].weight.data) weight[i] = load_f32(weights[i], (sets)[i].weight, 0, C)
+
 void CPU(heads_forward)(const HeadSet *sets, int count, Tensor cos_table, Tensor sin_table,
                         float eps) {
     int64_t N = sets->x.shape[0], half = sets->x.shape[2] / 2;
-    CHECK(2 * half <= HEAD_MOST, "heads of %lld", (long long)(2 * half));
-    float weights[HEAD_SETS][HEAD_MOST];
-    const float *weight[HEAD_SETS] = {NULL};
-    for (int i = 0; i < count; i++)
-        if (sets[i].weight.data) weight[i] = load_f32(weights[i], sets[i].weight, 0, 2 * half);
+    LOAD_WEIGHTS(weight, sets, count, 2 * half);
 #pragma omp parallel for schedule(static) if (N > 4)
     for (int64_t n = 0; n < N; n++)
         for (int i = 0; i < count; i++)
             head_row(&sets[i], n, weight[i], (const float *)cos_table.data + n * half,
                      (const float *)sin_table.data + n * half, eps);
+}
+
+void CPU(heads_backward)(const HeadGradient *sets, int count, Tensor cos_table, Tensor sin_table) {
+    int64_t N = sets->x.shape[0], half = sets->x.shape[2] / 2;
+    LOAD_WEIGHTS(weight, sets, count, 2 * half);
+#pragma omp parallel for schedule(static) if (N > 4)
+    for (int64_t n = 0; n < N; n++)
+        for (int i = 0; i < count; i++)
+            head_row_back(&sets[i], n, weight[i], (const float *)cos_table.data + n * half,
+                          (const float *)sin_table.data + n * half);
 }

@@ -94,6 +94,95 @@ static __global__ void __launch_bounds__(32 * WARPS)
     }
 }
 
+struct BackSet {
+    void *dx;
+    const void *dy, *x, *weight;
+    const float *also, *rstd;
+    int heads;
+    bool turns, wide, wide_weight; /* wide: dy is f32 */
+};
+
+struct BackSets {
+    BackSet at[HEAD_SETS];
+    int heads; /* of all */
+};
+
+/* The way back; lanes have both halves of a head as they do on the way forward. */
+template <typename T, int P, int TURNS>
+static __global__ void __launch_bounds__(32 * WARPS)
+    turn_back(BackSets sets, const float *cosines, const float *sines, int N, int C) {
+    wait_for_last();
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = C / 2;
+    int k = (int)blockIdx.x * WARPS + warp, n = k / sets.heads, h = k % sets.heads;
+    if (n >= N) return;
+    BackSet s = sets.at[0];
+    for (int i = 1; i < HEAD_SETS && h >= s.heads; i++) {
+        h -= s.heads;
+        s = sets.at[i];
+    }
+    int64_t head = (int64_t)n * s.heads + h;
+    const T *x = (const T *)s.x + head * C;
+    Kept<T, P> low[TURNS] = {}, high[TURNS] = {};
+    float a[TURNS][P] = {}, b[TURNS][P] = {}, r = s.rstd[head], sum = 0;
+    auto read = [&](float(&v)[P], const void *from, bool wide, int64_t at) {
+        if (wide)
+            load(v, (const float *)from + at);
+        else
+            load(v, (const T *)from + at);
+    };
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        int at = (lane + 32 * i) * P;
+        if (at >= half) break;
+        low[i].read(x + at);
+        high[i].read(x + half + at);
+        read(a[i], s.dy, s.wide, head * C + at);
+        read(b[i], s.dy, s.wide, head * C + half + at);
+    }
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        int at = (lane + 32 * i) * P;
+        if (at >= half) break;
+        if (s.turns) {
+            float cosine[P], sine[P];
+            load(cosine, cosines + (int64_t)n * half + at);
+            load(sine, sines + (int64_t)n * half + at);
+#pragma unroll
+            for (int j = 0; j < P; j++) turn_pair(a[i][j], b[i][j], cosine[j], -sine[j]);
+        }
+        if (s.weight) {
+            float first[P], second[P];
+            read(first, s.weight, s.wide_weight, at);
+            read(second, s.weight, s.wide_weight, half + at);
+#pragma unroll
+            for (int j = 0; j < P; j++) a[i][j] *= first[j], b[i][j] *= second[j];
+        }
+        if (s.also) {
+            float first[P], second[P];
+            load(first, s.also + head * C + at);
+            load(second, s.also + head * C + half + at);
+#pragma unroll
+            for (int j = 0; j < P; j++) a[i][j] += first[j], b[i][j] += second[j];
+        }
+#pragma unroll
+        for (int j = 0; j < P; j++) sum += a[i][j] * low[i][j] + b[i][j] * high[i][j];
+    }
+    float mean = warp_sum(sum) / (float)C * r * r;
+    T *dx = (T *)s.dx + head * C;
+#pragma unroll
+    for (int i = 0; i < TURNS; i++) {
+        int at = (lane + 32 * i) * P;
+        if (at >= half) break;
+#pragma unroll
+        for (int j = 0; j < P; j++) {
+            a[i][j] = r * (a[i][j] - low[i][j] * mean);
+            b[i][j] = r * (b[i][j] - high[i][j] * mean);
+        }
+        store(dx + at, a[i]);
+        store(dx + half + at, b[i]);
+    }
+}
+
 /* Runs the statements with ROUNDS the packs of a head that a lane has. */
 #define WITH_ROUNDS(C, V, ROUNDS, ...)                                                             \
     do {                                                                                           \
@@ -136,5 +225,39 @@ extern "C" void cuda_heads_forward(const HeadSet *sets, int count, Tensor cosine
                                    LAUNCH_NEXT(device, (normalise_and_turn<T, V, ROUNDS>), blocks,
                                                32 * WARPS, all, data_of<float>(cosines),
                                                data_of<float>(sines), (int)N, C, eps);
+                               })));
+}
+
+extern "C" void cuda_heads_backward(const HeadGradient *sets, int count, Tensor cosines,
+                                    Tensor sines) {
+    int64_t N = sets->x.shape[0];
+    int C = (int)sets->x.shape[2];
+    const Device *device = sets->x.device;
+    bool fits = true;
+    BackSets all = {};
+    CHECK(C <= HEAD_MOST, "heads of %d", C);
+    for (int i = 0; i < count; i++) {
+        const HeadGradient *s = &sets[i];
+        fits = fits && fits_packs(C, s->dx, s->dy, s->x, s->weight) && fits_packs(C, s->also);
+        all.at[i] = BackSet{s->dx.data,
+                            s->dy.data,
+                            s->x.data,
+                            s->weight.data,
+                            data_of<float>(s->also),
+                            data_of<float>(s->rstd),
+                            (int)s->x.shape[1],
+                            s->turns,
+                            s->dy.dtype == F32,
+                            s->weight.dtype == F32};
+        all.heads += (int)s->x.shape[1];
+    }
+    unsigned blocks = (unsigned)ceil_div(N * all.heads, WARPS);
+    WITH_FLOAT(sets->x.dtype, T,
+               WITH_LONG_PACKS(T, C, fits, V, WITH_ROUNDS(C, V, ROUNDS, {
+                                   constexpr int P = V > 1 ? V / 2 : 1,
+                                                 TURNS = V > 1 ? ROUNDS : ROUNDS / 2;
+                                   LAUNCH_NEXT(device, (turn_back<T, P, TURNS>), blocks, 32 * WARPS,
+                                               all, data_of<float>(cosines), data_of<float>(sines),
+                                               (int)N, C);
                                })));
 }

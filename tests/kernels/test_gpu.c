@@ -267,6 +267,37 @@ GPU_CASE(heads, s, dtype) {
     }
 }
 
+/* The way back of heads: turned back, then through the norm. */
+GPU_CASE(gradients_of_heads, s, dtype) {
+    static const int64_t sizes[] = {16, 256, 512, 20};
+    for (int i = 0; i < 4; i++) {
+        int64_t C = sizes[i], N = i ? 5 : 1;
+        Tensor q = GIVEN(s, dtype, 1, N, 6, C), k = GIVEN(s, dtype, 2, N, 2, C),
+               v = GIVEN(s, dtype, 3, N, 2, C), wq = GIVEN(s, i % 2 ? F32 : dtype, 4, C),
+               wk = GIVEN(s, i % 2 ? F32 : dtype, 5, C), cos = GIVEN(s, F32, 6, N, C / 2),
+               sin = GIVEN(s, F32, 7, N, C / 2), none = tensor_absent(),
+               dq = GIVEN(s, dtype, 8, N, 6, C), dk = GIVEN(s, F32, 9, N, 2, C),
+               dv = GIVEN(s, F32, 10, N, 2, C), q_rstd = SPACE(s, F32, N, 6),
+               k_rstd = SPACE(s, F32, N, 2), v_rstd = SPACE(s, F32, N, 2),
+               y = SPACE(s, dtype, N, 6, C), dk1 = SPACE(s, dtype, N, 2, C),
+               dv1 = SPACE(s, dtype, N, 2, C), both = SPACE(s, dtype, N, 2, C);
+        rmsnorm_forward(y, q_rstd, q, wq, none, 1e-6f);
+        rmsnorm_forward(dk1, k_rstd, k, wk, none, 1e-6f);
+        rmsnorm_forward(dv1, v_rstd, v, none, none, 1e-6f);
+        HeadGradient sets[] = {{dq, dq, none, q, wq, q_rstd, true},
+                               {dk1, dk, none, k, wk, k_rstd, true},
+                               {dv1, dv, none, v, none, v_rstd, false}};
+        heads_backward(sets, 3, cos, sin);
+        result(s, "dq", dq, near(dtype));
+        result(s, "dk", dk1, near(dtype));
+        result(s, "dv", dv1, near(dtype));
+        sets[1].also = dv;
+        sets[1].dx = both;
+        heads_backward(sets + 1, 1, cos, sin);
+        result(s, "dk of both", both, near(dtype));
+    }
+}
+
 GPU_CASE(rope, s, dtype) {
     for (int64_t C = 6; C <= 64; C += 58) {
         int32_t places[] = {0, 5, 131000, 7, 1};

@@ -6,6 +6,7 @@
 #include "kernels/dynamic.h"
 #include "kernels/elementwise.h"
 #include "kernels/embedding.h"
+#include "kernels/heads.h"
 #include "kernels/loss.h"
 #include "kernels/matmul.h"
 #include "kernels/norm.h"
@@ -290,6 +291,25 @@ static double attention_of_k(Tensor x, void *context) {
 static double attention_of_v(Tensor x, void *context) {
     ((AttentionContext *)context)->v = x;
     return attention_plain(context, NULL);
+}
+
+/* The way back of heads in one kernel is that through the turn, then the norm; what comes by a
+ * second way is added. */
+CASE(kernel_heads, gradients_equal_those_a_step_at_a_time) {
+    enum { N = 7, HEADS = 3, C = 20 };
+    Tensor x = RANDOM_TENSOR(F32, 1, N, HEADS, C), w = RANDOM_TENSOR(F32, 2, C),
+           dy = RANDOM_TENSOR(F32, 3, N, HEADS, C), also = RANDOM_TENSOR(F32, 4, N, HEADS, C),
+           cos = RANDOM_TENSOR(F32, 5, N, C / 2), sin = RANDOM_TENSOR(F32, 6, N, C / 2),
+           rstd = zeros(F32, N, HEADS), y = RANDOM_TENSOR(F32, 7, N, HEADS, C),
+           dx = RANDOM_TENSOR(F32, 8, N, HEADS, C), expected = RANDOM_TENSOR(F32, 9, N, HEADS, C),
+           none = tensor_absent();
+    rmsnorm_forward(y, rstd, x, w, none, 1e-6f);
+    rope_backward(expected, dy, cos, sin);
+    rmsnorm_backward(expected, SET, none, expected, x, rstd, w);
+    rmsnorm_backward(expected, ADD, none, also, x, rstd, none);
+    HeadGradient set = {dx, dy, also, x, w, rstd, true};
+    heads_backward(&set, 1, cos, sin);
+    EXPECT(relative_error(dx.data, expected.data, N * HEADS * C) < 1e-6);
 }
 
 CASE(kernel_attention, values_and_gradients_equal_a_plain_loop) {
