@@ -41,10 +41,14 @@ void gelu_mul_joined_forward(Tensor y, Tensor both) {
     ON_DEVICE(y, gelu_mul_joined_forward)(y, both);
 }
 
-void gelu_mul_joined_backward(Tensor dboth, Tensor dy, Tensor both) {
+void gelu_mul_joined_backward(Tensor dboth, Tensor dweights, Tensor dy, Tensor weights,
+                              Tensor both) {
     check_joined(dy, both);
     check_joined(dy, dboth);
-    ON_DEVICE(dy, gelu_mul_joined_backward)(dboth, dy, both);
+    CHECK(weights.dtype == F32 && dweights.dtype == F32 &&
+              tensor_count(weights) == tensor_rows(dy) && tensor_count(dweights) == tensor_rows(dy),
+          "gelu_mul_joined: weights %s of %s", tensor_text(weights), tensor_text(dy));
+    ON_DEVICE(dy, gelu_mul_joined_backward)(dboth, dweights, dy, weights, both);
 }
 
 static void check_glu(Tensor y, Tensor x) {

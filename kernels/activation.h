@@ -21,8 +21,10 @@ KERNEL(gelu_mul_backward, Tensor dgate, Tensor dup, Tensor y, Tensor dy, Tensor 
 /* The same where each row of `both` (M, 2 F) holds gate, then up.   y (M, F) */
 KERNEL(gelu_mul_joined_forward, Tensor y, Tensor both);
 
-/* dboth (M, 2 F) from dy (M, F); may not alias. */
-KERNEL(gelu_mul_joined_backward, Tensor dboth, Tensor dy, Tensor both);
+/* dboth (M, 2 F) of weights * y from its gradient dy (M, F), and dweights = <dy, y> of each row, y
+ * as gelu_mul_joined_forward made it.   weights, dweights (M) f32; nothing may alias */
+KERNEL(gelu_mul_joined_backward, Tensor dboth, Tensor dweights, Tensor dy, Tensor weights,
+       Tensor both);
 
 /* y = a * sigmoid(b) where each row of x (M, 2 F) holds a, then b.   y (M, F) dtype of x */
 KERNEL(glu_forward, Tensor y, Tensor x);

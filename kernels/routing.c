@@ -27,13 +27,21 @@ void combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor share, Tensor ex
     ON_DEVICE(y, combine_forward)(y, rows, slot, share, experts, scale);
 }
 
-void combine_backward(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows,
-                      Tensor slot, Tensor source, Tensor share, Tensor experts, Tensor scale) {
-    CHECK(tensor_cols(dy) == tensor_cols(rows) && tensor_count(drows) == tensor_count(rows) &&
-              tensor_count(source) == tensor_rows(rows),
-          "combine: %s from %s", tensor_text(dy), tensor_text(rows));
-    ON_DEVICE(dy, combine_backward)
-    (drows, dshare, dscale, dy, rows, slot, source, share, experts, scale);
+void row_weights(Tensor weights, Tensor slot, Tensor source, Tensor share, Tensor experts,
+                 Tensor scale) {
+    CHECK(weights.dtype == F32 && tensor_count(weights) == tensor_count(source) &&
+              tensor_count(slot) == tensor_count(share),
+          "row weights: %s of %s", tensor_text(weights), tensor_text(share));
+    ON_DEVICE(weights, row_weights)(weights, slot, source, share, experts, scale);
+}
+
+void row_weights_backward(Tensor dshare, Tensor dscale, Tensor dweights, Tensor slot, Tensor share,
+                          Tensor experts, Tensor scale) {
+    CHECK(dweights.dtype == F32 && tensor_count(dshare) == tensor_count(share) &&
+              tensor_count(slot) == tensor_count(share),
+          "row weights: %s from %s", tensor_text(dshare), tensor_text(dweights));
+    ON_DEVICE(dweights, row_weights_backward)
+    (dshare, dscale, dweights, slot, share, experts, scale);
 }
 
 void routing_sort(Tensor offsets, Tensor counts, Tensor slot, Tensor source, Tensor experts) {

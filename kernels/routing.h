@@ -27,12 +27,16 @@ KERNEL(router_backward, Tensor dlogits, Tensor dshare, Tensor probs, Tensor shar
 KERNEL(combine_forward, Tensor y, Tensor rows, Tensor slot, Tensor share, Tensor experts,
        Tensor scale);
 
-/* drows[slot] = share * scale * dy; dshare = scale * <dy, rows>; dscale[e] += share * <dy, rows>.
- *   drows   (M, D)  dtype of rows; rows without a source become zero
- *   source  (M)     i32, -1 where no slot names a row
- *   dscale  (E)     f32; absent means frozen */
-KERNEL(combine_backward, Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows,
-       Tensor slot, Tensor source, Tensor share, Tensor experts, Tensor scale);
+/* weights[slot] = share * scale[expert]: by what a sorted row's result is multiplied; 0 where no
+ * slot names a row. weights  (M)  f32 source   (M)  i32, -1 where no slot names a row */
+KERNEL(row_weights, Tensor weights, Tensor slot, Tensor source, Tensor share, Tensor experts,
+       Tensor scale);
+
+/* The way back of those: dshare = scale * dweights[slot]; dscale[e] += share * dweights[slot].
+ *   dweights  (M)     f32
+ *   dscale    (E)     f32; absent means frozen */
+KERNEL(row_weights_backward, Tensor dshare, Tensor dscale, Tensor dweights, Tensor slot,
+       Tensor share, Tensor experts, Tensor scale);
 
 /* The sorted order: row (n, k) goes to slot[n,k]; group e holds rows offsets[e] .. offsets[e+1],
  * which include up to ROUTING_ALIGN - 1 rows of padding; source[m] is n, or -1 for padding and for

@@ -44,7 +44,6 @@ void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
     s->offsets = ARENA_TENSOR(arena, I32, E + 1);
     s->counts = ARENA_TENSOR(arena, I32, E);
     s->source = ARENA_TENSOR(arena, I32, M);
-    s->out = ARENA_TENSOR(arena, dtype, M, D);
     if (c->expert_ranks) { /* all rows of all ranks may choose experts that are here */
         int64_t R = c->expert_ranks, here = E / R;
         M = R * routing_rows(c->expert_rows, A, E);
@@ -208,10 +207,10 @@ double expert_load_loss(const ExpertLoad *load, int64_t num_experts) {
     return (double)num_experts * sum;
 }
 
-/* out (M, D) = each row of sorted (M, D) through its expert, wherever that is. */
-static void experts_forward(const Moe *m, MoeSaved *s, Tensor out, Tensor sorted, Pass *p) {
+/* Each of sorted rows (M, D) becomes what its expert makes of it, wherever that is. */
+static void experts_forward(const Moe *m, MoeSaved *s, Tensor sorted, Pass *p) {
     Travel t = {.came = tensor_rows(sorted)};
-    Tensor rows = sorted, results = out;
+    Tensor rows = sorted, results = sorted;
     if (p->experts) {
         t = begin_travel(s, p->experts);
         rows = ARENA_TENSOR(p->scratch, sorted.dtype, t.came, tensor_cols(sorted));
@@ -225,20 +224,26 @@ static void experts_forward(const Moe *m, MoeSaved *s, Tensor out, Tensor sorted
         gelu_mul_joined_forward(hidden, gate_up);
         linear_forward_grouped(&m->down_proj, results, hidden, groups_of(s), p);
     }
-    if (p->experts) from_experts(s, &t, out, results, p);
+    if (p->experts) from_experts(s, &t, sorted, results, p);
 }
 
-/* dsorted (M, D) from dout (M, D) and sorted (M, D), which is absent where gate_up_proj does not
- * read it. */
-static void experts_backward(const Moe *m, const MoeSaved *s, Tensor dsorted, Tensor dout,
-                             Tensor sorted, Pass *p) {
-    Travel t = {.came = tensor_rows(dout)};
-    Tensor rows = sorted, drows = dsorted, dresults = dout, hidden = tensor_absent();
+/* The gradients of what a row's result was multiplied by `weights` (M) to be, d (M, D), become
+ * those of sorted rows; dweights (M). sorted (M, D): absent where gate_up_proj does not read it.
+ *
+ * A result is y = hidden down^T and <d, y> = <d down, hidden>, so that y itself is not kept. */
+static void experts_backward(const Moe *m, const MoeSaved *s, Tensor d, Tensor dweights,
+                             Tensor weights, Tensor sorted, Pass *p) {
+    Travel t = {.came = tensor_rows(d)};
+    Tensor rows = sorted, drows = d, dresults = d, hidden = tensor_absent(), products = dweights,
+           factors = weights;
     if (p->experts) {
         t = repeat_travel(s, p->experts);
-        dresults = ARENA_TENSOR(p->scratch, dout.dtype, t.came, tensor_cols(dout));
+        dresults = ARENA_TENSOR(p->scratch, d.dtype, t.came, tensor_cols(d));
         drows = arena_like(p->scratch, dresults);
-        to_experts(s, &t, dresults, dout, p);
+        factors = ARENA_TENSOR(p->scratch, F32, t.came, 1);
+        products = arena_like(p->scratch, factors);
+        to_experts(s, &t, dresults, d, p);
+        to_experts(s, &t, factors, weights, p);
         if (tensor_present(sorted)) {
             rows = arena_like(p->scratch, dresults);
             to_experts(s, &t, rows, sorted, p);
@@ -246,15 +251,19 @@ static void experts_backward(const Moe *m, const MoeSaved *s, Tensor dsorted, Te
     }
     Tensor gate_up = tensor_slice(s->gate_up, 0, t.came),
            dgate_up = arena_like(p->scratch, gate_up),
-           dhidden = ARENA_TENSOR(p->scratch, dout.dtype, t.came, m->config.moe_intermediate_size);
+           dhidden = ARENA_TENSOR(p->scratch, d.dtype, t.came, m->config.moe_intermediate_size);
     if (linear_reads_input(&m->down_proj)) hidden = arena_like(p->scratch, dhidden);
     if (t.came) {
-        if (tensor_present(hidden)) gelu_mul_joined_forward(hidden, gate_up);
+        if (tensor_present(hidden)) { /* weights' gradients have rows' factors from this side */
+            gelu_mul_joined_forward(hidden, gate_up);
+            scale_rows(hidden, hidden, factors);
+        }
         linear_backward_grouped(&m->down_proj, dhidden, SET, dresults, hidden, groups_of(s), p);
-        gelu_mul_joined_backward(dgate_up, dhidden, gate_up);
+        gelu_mul_joined_backward(dgate_up, products, dhidden, factors, gate_up);
         linear_backward_grouped(&m->gate_up_proj, drows, SET, dgate_up, rows, groups_of(s), p);
     }
-    if (p->experts) from_experts(s, &t, dsorted, drows, p);
+    if (p->experts) from_experts(s, &t, d, drows, p);
+    if (p->experts) from_experts(s, &t, dweights, products, p);
 }
 
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *p) {
@@ -268,10 +277,10 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *
     routing_sort(s->offsets, s->counts, s->slot, s->source, s->experts);
     count_load(m, s, p);
 
-    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, tensor_rows(s->out), D);
+    Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, tensor_count(s->source), D);
     gather_rows(sorted, h, s->source);
-    experts_forward(m, s, s->out, sorted, p);
-    combine_forward(y, s->out, s->slot, s->share, s->experts, m->per_expert_scale->value);
+    experts_forward(m, s, sorted, p);
+    combine_forward(y, sorted, s->slot, s->share, s->experts, m->per_expert_scale->value);
     arena_release(p->scratch, mark);
 }
 
@@ -283,17 +292,21 @@ void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor 
                   Tensor x, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(x), E = m->config.num_experts;
-    Tensor dout = arena_like(p->scratch, s->out), dshare = arena_like(p->scratch, s->share);
-    combine_backward(dout, dshare, m->per_expert_scale->grad, dy, s->out, s->slot, s->source,
-                     s->share, s->experts, m->per_expert_scale->value);
-
-    Tensor sorted = tensor_absent(), dsorted = arena_like(p->scratch, dout);
+    int64_t M = tensor_count(s->source);
+    const Param *scale = m->per_expert_scale;
+    Tensor d = ARENA_TENSOR(p->scratch, dy.dtype, M, m->config.hidden_size),
+           dshare = arena_like(p->scratch, s->share), weights = ARENA_TENSOR(p->scratch, F32, M, 1),
+           dweights = arena_like(p->scratch, weights), sorted = tensor_absent();
+    row_weights(weights, s->slot, s->source, s->share, s->experts, scale->value);
+    gather_rows(d, dy, s->source);
     if (moe_reads_input(m)) {
-        sorted = arena_like(p->scratch, dout);
+        sorted = arena_like(p->scratch, d);
         gather_rows(sorted, h, s->source);
     }
-    experts_backward(m, s, dsorted, dout, sorted, p);
-    gather_sums(dh, dsorted, s->slot);
+    experts_backward(m, s, d, dweights, weights, sorted, p);
+    gather_sums(dh, d, s->slot);
+    row_weights_backward(dshare, scale->grad, dweights, s->slot, s->share, s->experts,
+                         scale->value);
 
     Tensor dlogits = ARENA_TENSOR(p->scratch, x.dtype, N, E),
            dr = arena_like(p->scratch, s->normed),

@@ -25,7 +25,6 @@ typedef struct MoeSaved {
     Tensor source;        /* (M) i32 */
     Tensor gate_up;       /* (M, 2 F) in sorted order; of the rows that came here, where experts are
                            * shared out */
-    Tensor out;           /* (M, D) expert outputs in sorted order */
     /* Where experts are shared out, of the rows that came here, T of at most R * M: */
     Tensor came;        /* (R, E) i32: rows with padding from each rank for each expert here */
     Tensor groups;      /* (E + 1) i32: where each expert's rows begin */

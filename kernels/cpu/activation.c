@@ -21,19 +21,27 @@ static void forward(Tensor y, int64_t first, Tensor gate, int64_t g, Tensor up, 
     store_f32(y, first, n, out);
 }
 
-/* The same places of the gradients; of y, if it is there, and dy from `first` on. */
-static void backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, int64_t first, Tensor gate,
-                     int64_t g, Tensor up, int64_t u, int64_t n) {
-    float a[CHUNK], b[CHUNK], c[CHUNK], gate_out[CHUNK], up_out[CHUNK], gelu[CHUNK];
-    const float *in = load_f32(a, gate, g, n), *factor = load_f32(b, up, u, n);
-    const float *d = load_f32(c, dy, first, n);
+/* n elements of gelu and of its slope. */
+static void gelu_row(float *gelu, float *slope, const float *in, int64_t n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         float x = in[i], t = fast_tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
-        float slope = 0.5f * (1.0f + t) +
-                      0.5f * x * (1.0f - t * t) * GELU_FACTOR * (1.0f + 3.0f * GELU_CUBE * x * x);
+        slope[i] = 0.5f * (1.0f + t) +
+                   0.5f * x * (1.0f - t * t) * GELU_FACTOR * (1.0f + 3.0f * GELU_CUBE * x * x);
         gelu[i] = 0.5f * x * (1.0f + t);
-        gate_out[i] = d[i] * factor[i] * slope;
+    }
+}
+
+/* The same places of the gradients; of y, if it is there. */
+static void backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, int64_t first, Tensor gate,
+                     Tensor up, int64_t n) {
+    float a[CHUNK], b[CHUNK], c[CHUNK], gate_out[CHUNK], up_out[CHUNK], gelu[CHUNK], slope[CHUNK];
+    const float *in = load_f32(a, gate, first, n), *factor = load_f32(b, up, first, n);
+    const float *d = load_f32(c, dy, first, n);
+    gelu_row(gelu, slope, in, n);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        gate_out[i] = d[i] * factor[i] * slope[i];
         up_out[i] = d[i] * gelu[i];
     }
     if (y.data) {
@@ -42,8 +50,34 @@ static void backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, int64_t firs
         for (int64_t i = 0; i < n; i++) gelu[i] *= factor[i];
         store_f32(y, first, n, gelu);
     }
-    store_f32(dgate, g, n, gate_out);
-    if (dup.data) store_f32(dup, u, n, up_out);
+    store_f32(dgate, first, n, gate_out);
+    if (dup.data) store_f32(dup, first, n, up_out);
+}
+
+/* Those of `weight` times row m from column `first` on, gate and up joined; returns what they give
+ * of <dy, y>. */
+static float backward_weighted(Tensor dboth, Tensor dy, float weight, Tensor both, int64_t m,
+                               int64_t F, int64_t first, int64_t n) {
+    float a[CHUNK], b[CHUNK], c[CHUNK], gate_out[CHUNK], up_out[CHUNK], gelu[CHUNK], slope[CHUNK];
+    int64_t g = 2 * m * F + first, u = g + F;
+    const float *in = load_f32(a, both, g, n), *factor = load_f32(b, both, u, n);
+    const float *d = load_f32(c, dy, m * F + first, n);
+    float sum = 0;
+    gelu_row(gelu, slope, in, n);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        gate_out[i] = weight * d[i] * factor[i] * slope[i];
+        up_out[i] = weight * d[i] * gelu[i];
+    }
+    round_to(dy.dtype, gelu, n);
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) gelu[i] *= factor[i];
+    round_to(dy.dtype, gelu, n);
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++) sum += d[i] * gelu[i];
+    store_f32(dboth, g, n, gate_out);
+    store_f32(dboth, u, n, up_out);
+    return sum;
 }
 
 void CPU(gelu_mul_forward)(Tensor y, Tensor gate, Tensor up) {
@@ -62,8 +96,7 @@ void CPU(gelu_mul_backward)(Tensor dgate, Tensor dup, Tensor y, Tensor dy, Tenso
     int64_t count = tensor_count(dy);
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < count; first += CHUNK)
-        backward(dgate, dup, y, dy, first, gate, first, up, first,
-                 count - first < CHUNK ? count - first : CHUNK);
+        backward(dgate, dup, y, dy, first, gate, up, count - first < CHUNK ? count - first : CHUNK);
 }
 
 void CPU(gelu_mul_joined_forward)(Tensor y, Tensor both) {
@@ -75,13 +108,17 @@ void CPU(gelu_mul_joined_forward)(Tensor y, Tensor both) {
                     F - first < CHUNK ? F - first : CHUNK);
 }
 
-void CPU(gelu_mul_joined_backward)(Tensor dboth, Tensor dy, Tensor both) {
+void CPU(gelu_mul_joined_backward)(Tensor dboth, Tensor dweights, Tensor dy, Tensor weights,
+                                   Tensor both) {
     int64_t M = tensor_rows(dy), F = tensor_cols(dy);
-#pragma omp parallel for schedule(static) collapse(2)
-    for (int64_t m = 0; m < M; m++)
+#pragma omp parallel for schedule(static)
+    for (int64_t m = 0; m < M; m++) {
+        float sum = 0;
         for (int64_t first = 0; first < F; first += CHUNK)
-            backward(dboth, dboth, (Tensor){0}, dy, m * F + first, both, 2 * m * F + first, both,
-                     (2 * m + 1) * F + first, F - first < CHUNK ? F - first : CHUNK);
+            sum += backward_weighted(dboth, dy, ((const float *)weights.data)[m], both, m, F, first,
+                                     F - first < CHUNK ? F - first : CHUNK);
+        ((float *)dweights.data)[m] = sum;
+    }
 }
 
 static inline float sigmoid(float x) {

@@ -70,40 +70,24 @@ void CPU(combine_forward)(Tensor y, Tensor rows, Tensor slot, Tensor share, Tens
         }
 }
 
-void CPU(combine_backward)(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy, Tensor rows,
-                           Tensor slot, Tensor source, Tensor share, Tensor experts, Tensor scale) {
-    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot), M = tensor_rows(rows);
-    size_t bytes = (size_t)D * dtype_size(drows.dtype);
-    for (int64_t m = 0; m < M; m++)
-        if (((const int32_t *)source.data)[m] < 0)
-            memset((char *)drows.data + (size_t)m * bytes, 0, bytes);
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t a = 0; a < A; a++) {
-            float one, s = *load_f32(&one, scale, ((const int32_t *)experts.data)[n * A + a], 1);
-            float weight = ((const float *)share.data)[n * A + a] * s, product = 0;
-            int64_t m = ((const int32_t *)slot.data)[n * A + a];
-            for (int64_t first = 0; first < D; first += CHUNK) {
-                int64_t count = D - first < CHUNK ? D - first : CHUNK;
-                float x[CHUNK], y[CHUNK], out[CHUNK];
-                const float *g = load_f32(x, dy, n * D + first, count);
-                const float *row = load_f32(y, rows, m * D + first, count);
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < count; i++) {
-                    sum += g[i] * row[i];
-                    out[i] = weight * g[i];
-                }
-                product += sum;
-                store_f32(drows, m * D + first, count, out);
-            }
-            ((float *)dshare.data)[n * A + a] = product; /* scaled below, once dscale has used it */
-        }
-    for (int64_t i = 0; i < N * A; i++) {
+void CPU(row_weights)(Tensor weights, Tensor slot, Tensor source, Tensor share, Tensor experts,
+                      Tensor scale) {
+    float *to = weights.data, one;
+    for (int64_t m = 0; m < tensor_count(source); m++)
+        if (((const int32_t *)source.data)[m] < 0) to[m] = 0;
+    for (int64_t i = 0; i < tensor_count(slot); i++)
+        to[((const int32_t *)slot.data)[i]] =
+            ((const float *)share.data)[i] *
+            *load_f32(&one, scale, ((const int32_t *)experts.data)[i], 1);
+}
+
+void CPU(row_weights_backward)(Tensor dshare, Tensor dscale, Tensor dweights, Tensor slot,
+                               Tensor share, Tensor experts, Tensor scale) {
+    for (int64_t i = 0; i < tensor_count(slot); i++) {
         int32_t e = ((const int32_t *)experts.data)[i];
-        float one, *product = (float *)dshare.data + i;
-        if (dscale.data) ((float *)dscale.data)[e] += ((const float *)share.data)[i] * *product;
-        *product *= *load_f32(&one, scale, e, 1);
+        float one, product = ((const float *)dweights.data)[((const int32_t *)slot.data)[i]];
+        if (dscale.data) ((float *)dscale.data)[e] += ((const float *)share.data)[i] * product;
+        ((float *)dshare.data)[i] = product * *load_f32(&one, scale, e, 1);
     }
 }
 

@@ -31,31 +31,71 @@ static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, i
     }
 }
 
+/* gelu(x) and its slope. */
+struct GeluSlope {
+    float value, slope;
+};
+DEVICE_FUNCTION GeluSlope gelu_slope(float x) {
+    float t = gelu_tanh(x);
+    return GeluSlope{0.5f * x * (1.0f + t),
+                     0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * GELU_FACTOR *
+                                             (1.0f + 3.0f * GELU_CUBE * x * x)};
+}
+
 template <typename T, int V>
 static __global__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up,
-                                int64_t rows, int64_t F, int64_t stride) {
+                                int64_t count) {
     wait_for_last();
-    FOR_GRID(i, rows * (F / V)) {
-        RowPack pack = row_pack(i, F / V);
-        int64_t at = pack.row * stride + pack.at * V;
+    FOR_GRID(i, count / V) {
+        int64_t at = i * V;
         float g[V], u[V], d[V], dg[V];
         load(g, gate + at);
         load(u, up + at);
-        load(d, dy + i * V);
+        load(d, dy + at);
 #pragma unroll
         for (int j = 0; j < V; j++) {
-            float x = g[j], t = gelu_tanh(x);
-            float slope = 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * GELU_FACTOR *
-                                                  (1.0f + 3.0f * GELU_CUBE * x * x);
-            float gelu = 0.5f * x * (1.0f + t);
-            dg[j] = d[j] * u[j] * slope;
-            d[j] *= gelu;
-            u[j] *= rounded<T>(gelu);
+            GeluSlope gelu = gelu_slope(g[j]);
+            dg[j] = d[j] * u[j] * gelu.slope;
+            d[j] *= gelu.value;
+            u[j] *= rounded<T>(gelu.value);
         }
-        if (y) store(y + i * V, u);
+        if (y) store(y + at, u);
         store(dgate + at, dg);
         if (dup) store(dup + at, d);
     }
+}
+
+/* Rows of gate and up joined, a warp a row: of weights[m] times the row, and <dy, y>. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(256)
+    backward_weighted(T *dboth, float *dweights, const T *dy, const float *weights, const T *both,
+                      int64_t M, int F) {
+    wait_for_last();
+    int64_t m = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
+    int lane = threadIdx.x % 32;
+    if (m >= M) return;
+    float weight = weights[m], sum = 0;
+    const T *gate = both + m * 2 * F, *slopes = dy + m * F;
+    T *to = dboth + m * 2 * F;
+#pragma unroll 4
+    for (int at = lane * V; at < F; at += 32 * V) {
+        float g[V], u[V], d[V], dg[V];
+        load(g, gate + at);
+        load(u, gate + F + at);
+        load(d, slopes + at);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            GeluSlope gelu = gelu_slope(g[j]);
+            sum += d[j] * rounded<T>(rounded<T>(gelu.value) * u[j]);
+            d[j] *= weight;
+            dg[j] = d[j] * u[j] * gelu.slope;
+            d[j] *= gelu.value;
+        }
+        store(to + at, dg);
+        store(to + F + at, d);
+    }
+    sum = warp_sum(sum);
+    if (!lane) dweights[m] = sum;
 }
 
 static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t rows, int64_t stride,
@@ -66,18 +106,6 @@ static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t rows, 
                    LAUNCH_NEXT(y.device, (forward<T, V>), grid_for(y.device, rows * (F / V), 256),
                                256, data_of<T>(y), data_of<T>(gate), (const T *)up, rows, F,
                                stride);
-               }));
-}
-
-static void launch_backward(Tensor dgate, void *dup, Tensor y, Tensor dy, Tensor gate,
-                            const void *up, int64_t rows, int64_t stride, bool fits) {
-    if (!tensor_count(dy)) return;
-    int64_t F = tensor_count(dy) / rows;
-    WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
-                   LAUNCH_NEXT(dy.device, (backward<T, V>),
-                               grid_for(dy.device, rows * (F / V), 256), 256, data_of<T>(dgate),
-                               (T *)dup, data_of<T>(y), data_of<T>(dy), data_of<T>(gate),
-                               (const T *)up, rows, F, stride);
                }));
 }
 
@@ -125,7 +153,12 @@ extern "C" void cuda_gelu_mul_backward(Tensor dgate, Tensor dup, Tensor y, Tenso
                                        Tensor up) {
     int64_t count = tensor_count(dy);
     bool fits = fits_packs(count, dgate, dup, dy, gate) && fits_packs(count, up, y);
-    launch_backward(dgate, dup.data, y, dy, gate, up.data, 1, count, fits);
+    if (!count) return;
+    WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, count, fits, V, {
+                   LAUNCH_NEXT(dy.device, (backward<T, V>), grid_for(dy.device, count / V, 256),
+                               256, data_of<T>(dgate), data_of<T>(dup), data_of<T>(y),
+                               data_of<T>(dy), data_of<T>(gate), data_of<T>(up), count);
+               }));
 }
 
 /* The second half of joined rows. */
@@ -138,10 +171,16 @@ extern "C" void cuda_gelu_mul_joined_forward(Tensor y, Tensor both) {
     launch_forward(y, both, half_of(both, F), tensor_rows(y), 2 * F, fits_packs(F, y, both));
 }
 
-extern "C" void cuda_gelu_mul_joined_backward(Tensor dboth, Tensor dy, Tensor both) {
-    int64_t F = tensor_cols(dy);
-    launch_backward(dboth, half_of(dboth, F), Tensor(), dy, both, half_of(both, F), tensor_rows(dy),
-                    2 * F, fits_packs(F, dboth, dy, both));
+extern "C" void cuda_gelu_mul_joined_backward(Tensor dboth, Tensor dweights, Tensor dy,
+                                              Tensor weights, Tensor both) {
+    int64_t F = tensor_cols(dy), M = tensor_rows(dy);
+    bool fits = fits_packs(F, dboth, dy, both);
+    if (!tensor_count(dy)) return;
+    WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
+                   LAUNCH_NEXT(dy.device, (backward_weighted<T, V>), (unsigned)ceil_div(M, 8), 256,
+                               data_of<T>(dboth), data_of<float>(dweights), data_of<T>(dy),
+                               data_of<float>(weights), data_of<T>(both), M, (int)F);
+               }));
 }
 
 DEVICE_FUNCTION float sigmoid(float x) {

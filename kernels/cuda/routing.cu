@@ -238,69 +238,32 @@ static __global__ void combine(T *y, const T *rows, const int32_t *slot, const f
     }
 }
 
-/* Zeros in rows without a source, a warp a row. */
-template <typename T, int V>
-static __global__ void __launch_bounds__(256)
-    clear_padding(T *rows, const int32_t *source, int64_t M, int64_t D) {
-    int64_t m = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
-    if (m >= M || source[m] >= 0) return;
-    const float zeros[V] = {0};
-    for (int64_t d = threadIdx.x % 32 * V; d < D; d += 32 * V) store(rows + m * D + d, zeros);
-}
-
-/* A warp for each (row, choice): its row's gradient, and <dy, row> into dshare. */
-template <typename T, typename S, int V>
-static __global__ void __launch_bounds__(256)
-    combine_rows(T *drows, float *dshare, const T *dy, const T *rows, const int32_t *slot,
-                 const float *share, const int32_t *experts, const S *scale, int64_t entries,
-                 int64_t D, int A) {
-    constexpr int HELD = 4; /* packs that are read at once */
-    int64_t i = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
-    if (i >= entries) return;
-    int64_t n = i / A, m = slot[i], lane = threadIdx.x % 32;
-    float weight = share[i] * to_float(scale[experts[i]]), product = 0;
-    for (int64_t first = lane * V; first < D; first += HELD * 32 * V) {
-        Kept<T, V> slopes[HELD], results[HELD];
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            int64_t d = first + k * 32 * V;
-            if (d >= D) break;
-            slopes[k].read(dy + n * D + d);
-            results[k].read(rows + m * D + d);
-        }
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            int64_t d = first + k * 32 * V;
-            if (d >= D) break;
-            float out[V];
-#pragma unroll
-            for (int j = 0; j < V; j++) {
-                product += slopes[k][j] * results[k][j];
-                out[j] = weight * slopes[k][j];
-            }
-            store(drows + m * D + d, out);
-        }
+template <typename S>
+static __global__ void weigh_rows(float *weights, const int32_t *slot, const int32_t *source,
+                                  const float *share, const int32_t *experts, const S *scale,
+                                  int64_t entries, int64_t M) {
+    FOR_GRID(i, M) {
+        if (source[i] < 0) weights[i] = 0;
+        if (i < entries) weights[slot[i]] = share[i] * to_float(scale[experts[i]]);
     }
-    product = warp_sum(product);
-    if (!lane) dshare[i] = product;
 }
 
 /* A block for each expert: dscale[e] += sum of share * product over the rows it got. */
 static __global__ void __launch_bounds__(256)
-    add_scales(float *dscale, const float *share, const float *product, const int32_t *experts,
-               int64_t entries) {
+    add_scales(float *dscale, const float *share, const float *dweights, const int32_t *slot,
+               const int32_t *experts, int64_t entries) {
     __shared__ float space[32];
     float sum = 0;
     for (int64_t i = threadIdx.x; i < entries; i += 256)
-        if (experts[i] == (int)blockIdx.x) sum += share[i] * product[i];
+        if (experts[i] == (int)blockIdx.x) sum += share[i] * dweights[slot[i]];
     sum = block_sum(sum, space);
     if (!threadIdx.x) dscale[blockIdx.x] += sum;
 }
 
 template <typename S>
-static __global__ void scale_shares(float *dshare, const int32_t *experts, const S *scale,
-                                    int64_t entries) {
-    FOR_GRID(i, entries) dshare[i] *= to_float(scale[experts[i]]);
+static __global__ void scale_shares(float *dshare, const float *dweights, const int32_t *slot,
+                                    const int32_t *experts, const S *scale, int64_t entries) {
+    FOR_GRID(i, entries) dshare[i] = dweights[slot[i]] * to_float(scale[experts[i]]);
 }
 
 extern "C" void cuda_combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor share,
@@ -318,32 +281,29 @@ extern "C" void cuda_combine_forward(Tensor y, Tensor rows, Tensor slot, Tensor 
                                       })));
 }
 
-extern "C" void cuda_combine_backward(Tensor drows, Tensor dshare, Tensor dscale, Tensor dy,
-                                      Tensor rows, Tensor slot, Tensor source, Tensor share,
-                                      Tensor experts, Tensor scale) {
-    int64_t N = tensor_rows(dy), D = tensor_cols(dy), A = tensor_cols(slot), entries = N * A,
-            M = tensor_rows(rows);
-    bool fits = fits_packs(D, drows, dy, rows);
-    const Device *device = dy.device;
-    if (!N) return;
-    WITH_FLOAT(dy.dtype, T, WITH_PACKS(fits, V, {
-                   LAUNCH(device, (clear_padding<T, V>), (unsigned)ceil_div(M, 8), 256, 0,
-                          data_of<T>(drows), data_of<int32_t>(source), M, D);
-               }));
-    WITH_FLOAT(dy.dtype, T, WITH_FLOAT(scale.dtype, S, WITH_LONG_PACKS(T, D, fits, V, {
-                                           LAUNCH(device, (combine_rows<T, S, V>),
-                                                  (unsigned)ceil_div(entries, 8), 256, 0,
-                                                  data_of<T>(drows), data_of<float>(dshare),
-                                                  data_of<T>(dy), data_of<T>(rows),
-                                                  data_of<int32_t>(slot), data_of<float>(share),
-                                                  data_of<int32_t>(experts), data_of<S>(scale),
-                                                  entries, D, (int)A);
-                                       })));
+extern "C" void cuda_row_weights(Tensor weights, Tensor slot, Tensor source, Tensor share,
+                                 Tensor experts, Tensor scale) {
+    int64_t entries = tensor_count(slot), M = tensor_count(source);
+    if (!entries) return;
+    WITH_FLOAT(scale.dtype, S, {
+        LAUNCH(slot.device, (weigh_rows<S>), grid_for(slot.device, M, 256), 256, 0,
+               data_of<float>(weights), data_of<int32_t>(slot), data_of<int32_t>(source),
+               data_of<float>(share), data_of<int32_t>(experts), data_of<S>(scale), entries, M);
+    });
+}
+
+extern "C" void cuda_row_weights_backward(Tensor dshare, Tensor dscale, Tensor dweights,
+                                          Tensor slot, Tensor share, Tensor experts, Tensor scale) {
+    int64_t entries = tensor_count(slot);
+    const Device *device = slot.device;
+    if (!entries) return;
     if (dscale.data)
         LAUNCH(device, (add_scales), (unsigned)tensor_count(dscale), 256, 0, data_of<float>(dscale),
-               data_of<float>(share), data_of<float>(dshare), data_of<int32_t>(experts), entries);
+               data_of<float>(share), data_of<float>(dweights), data_of<int32_t>(slot),
+               data_of<int32_t>(experts), entries);
     WITH_FLOAT(scale.dtype, S, {
         LAUNCH(device, (scale_shares<S>), grid_for(device, entries, 256), 256, 0,
-               data_of<float>(dshare), data_of<int32_t>(experts), data_of<S>(scale), entries);
+               data_of<float>(dshare), data_of<float>(dweights), data_of<int32_t>(slot),
+               data_of<int32_t>(experts), data_of<S>(scale), entries);
     });
 }

@@ -323,8 +323,10 @@ GPU_CASE(gated_gelu, s, dtype) {
         result(s, "y", y, 2 * near(dtype));
         gelu_mul_joined_forward(y, both);
         result(s, "y of joined", y, 2 * near(dtype));
-        gelu_mul_joined_backward(dboth, dy, both);
+        Tensor weights = GIVEN(s, F32, 5, 13), dweights = SPACE(s, F32, 13);
+        gelu_mul_joined_backward(dboth, dweights, dy, weights, both);
         result(s, "dboth", dboth, 2 * near(dtype));
+        result(s, "dweights", dweights, 1e-3);
         Tensor again = F > 9 ? SPACE(s, dtype, 13, F) : tensor_absent();
         gelu_mul_forward(y, gate, up);
         gelu_mul_backward(gate, F > 9 ? dy : tensor_absent(), again, dy, gate, up);
@@ -533,11 +535,12 @@ static void route(Side *s, DType dtype, int64_t N, int64_t E) {
     gather_rows(rows, x, source);
     combine_forward(y, rows, slot, share, experts, scale);
     result(s, "y", y, near(dtype));
-    Tensor drows = GIVEN(s, dtype, 7, M, D), dshare = SPACE(s, F32, N, A),
-           dscale = GIVEN(s, F32, 4, E), dy = GIVEN(s, dtype, 5, N, D),
-           dlogits = SPACE(s, dtype, N, E), load = GIVEN(s, F32, 6, E);
-    combine_backward(drows, dshare, dscale, dy, rows, slot, source, share, experts, scale);
-    result(s, "drows", drows, near(dtype));
+    Tensor weights = SPACE(s, F32, M), dweights = GIVEN(s, F32, 5, M), dshare = SPACE(s, F32, N, A),
+           dscale = GIVEN(s, F32, 4, E), dlogits = SPACE(s, dtype, N, E),
+           load = GIVEN(s, F32, 6, E);
+    row_weights(weights, slot, source, share, experts, scale);
+    result(s, "weights", weights, 1e-6);
+    row_weights_backward(dshare, dscale, dweights, slot, share, experts, scale);
     result(s, "dshare", dshare, 1e-5);
     result(s, "dscale", dscale, 1e-5);
     router_backward(dlogits, dshare, probs, share, experts, load);
