@@ -44,15 +44,25 @@ static bool takes_hopper(Tensor q, Tensor k, const Heads &heads, int rows) {
 /* ---- forward ---- */
 
 /* A lane has numbers 8 lane + 256 i + j (j < 8) of its head: reads of 16 bytes side by side. L
- * numbers, 8 for heads up to 256. */
-template <int D, int L>
+ * numbers, 8 for heads up to 256. WHOLE: heads are eights that lie so; code that runs once for a
+ * token takes as long as it is, and leaves the rest out. */
+template <int D, bool WHOLE, int L>
 DEVICE_FUNCTION void read_head(float (&x)[L], const PackedView &t, int64_t at, int C) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < L / 8; i++) {
         int c = 8 * lane + 256 * i;
         float part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        if (c < C) read_up_to_8<D>(part, t, at + c, at + C);
+        if constexpr (!WHOLE) {
+            if (c < C) read_up_to_8<D>(part, t, at + c, at + C);
+        } else if (c < C) {
+            if constexpr (D == F32)
+                load(part, (const float *)t.data + at + c);
+            else if constexpr (D == BF16)
+                load(part, (const bf16 *)t.data + at + c);
+            else
+                read8<D>(part, t, at + c);
+        }
 #pragma unroll
         for (int j = 0; j < 8; j++) x[8 * i + j] = part[j];
     }
@@ -78,17 +88,19 @@ DEVICE_FUNCTION void write_head(T *p, const float (&x)[L], float factor, int C) 
 /* What a warp has seen of its query's sight: results, over `total`, under the largest score. */
 template <int L> struct Seen { float out[L], top, total; };
 
-/* Keys begin .. end - 1 of query n's sequence, for one of its heads; so many under way AT_ONCE. */
-template <int D, int AT_ONCE, int L>
+/* Keys begin .. end - 1 of query n's sequence, for one of its heads; a warp has four under way. */
+template <int D, bool WHOLE, int L>
 DEVICE_FUNCTION void look_at(Seen<L> &seen, const float (&query)[L], const PackedView &k,
                              const PackedView &v, const Heads &heads, const Sight &see, int64_t n,
                              int kv, int begin, int end) {
+    constexpr int AT_ONCE = 4;
     int C = heads.C;
     const int32_t *pages = see.pages ? see.pages + see.sequence[n] * see.columns : NULL;
     seen.top = -INFINITY;
     seen.total = 0;
 #pragma unroll
     for (int i = 0; i < L; i++) seen.out[i] = 0;
+#pragma unroll 1
     for (int s = begin; s < end; s += AT_ONCE) {
         float keys[AT_ONCE][L], values[AT_ONCE][L], scores[AT_ONCE], best = seen.top;
 #pragma unroll
@@ -96,8 +108,8 @@ DEVICE_FUNCTION void look_at(Seen<L> &seen, const float (&query)[L], const Packe
             unsigned key = s + i < end ? s + i : s;
             if (pages) key = (unsigned)pages[key / PAGE_KEYS] * PAGE_KEYS + key % PAGE_KEYS;
             int64_t at = ((int64_t)key * heads.K + kv) * C;
-            read_head<D>(keys[i], k, at, C);
-            read_head<D>(values[i], v, at, C);
+            read_head<D, WHOLE>(keys[i], k, at, C);
+            read_head<D, WHOLE>(values[i], v, at, C);
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
@@ -130,9 +142,9 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t n = item / heads.H;
     float query[L];
     Seen<L> seen;
-    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * heads.C, heads.C);
-    look_at<D, 4>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group,
-                  see.first[n], see.last[n] + 1);
+    read_head<sizeof(T) == 2 ? BF16 : F32, false>(query, q, item * heads.C, heads.C);
+    look_at<D, false>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group,
+                      see.first[n], see.last[n] + 1);
     write_head(y + item * heads.C, seen.out, 1.0f / seen.total, heads.C);
     if (threadIdx.x % 32 == 0) lse[item] = seen.top + logf(seen.total);
 }
@@ -161,7 +173,7 @@ template <typename Write> DEVICE_FUNCTION void join_parts(const Parts &parts, in
     __syncthreads();
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
         float sum = 0;
-#pragma unroll 8
+#pragma unroll 4
         for (int p = 0; p < parts.count; p++) sum += weights[p] * parts.first[p * parts.stride + c];
         write(c, sum, all[0], all[1]);
     }
@@ -182,42 +194,38 @@ static __global__ void __launch_bounds__(32 * APART)
     int end = see.last[n] + 1, begin = see.first[n], parts = (int)gridDim.y * APART;
     float query[L];
     Seen<L> seen;
-    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, (int64_t)item * C, C);
+    read_head<sizeof(T) == 2 ? BF16 : F32, true>(query, q, (int64_t)item * C, C);
     int each = max((end - begin + parts - 1) / parts, PART_LEAST);
     int blocks = (end - begin + each * APART - 1) / (each * APART); /* that have any keys */
     if ((int)blockIdx.y >= blocks) return;
     begin += ((int)blockIdx.y * APART + warp) * each;
     end = min(end, begin + each);
-    look_at<D, (L > 8 ? 4 : 8)>(seen, query, k, v, heads, see, n, (int)blockIdx.x / heads.group,
-                                begin, end);
+    look_at<D, true>(seen, query, k, v, heads, see, n, (int)blockIdx.x / heads.group, begin, end);
     write_head(own[warp], seen.out, 1.0f, C);
     if (!lane) own[warp][C] = seen.top, own[warp][C + 1] = seen.total;
     __syncthreads();
-    auto finish = [&](int c, float sum, float top, float total) {
+    Parts parts_seen = {own[0], 32 * L + 2, APART};
+    if (blocks > 1) {
+        float *mine = partial + ((int64_t)blockIdx.y * items + item) * (C + 2);
+        join_parts(parts_seen, C, [&](int c, float sum, float top, float total) {
+            mine[c] = sum;
+            if (!c) mine[C] = top, mine[C + 1] = total;
+        });
+        __threadfence();
+        __syncthreads();
+        if (!threadIdx.x) last = is_last(counters + item, blocks);
+        __syncthreads();
+        if (!last) return;
+        __threadfence();
+        parts_seen = Parts{partial + (int64_t)item * (C + 2), (int64_t)items * (C + 2), blocks};
+    }
+    join_parts(parts_seen, C, [&](int c, float sum, float top, float total) {
         const float result[1] = {rounded<T>(sum / total)};
         int64_t at = (int64_t)item * C + c;
         y[at] = from_float<T>(result[0]);
         if (codes.scales) store_codes(codes, at, result, true);
         if (!c) lse[item] = top + logf(total);
-    };
-    Parts here = {own[0], 32 * L + 2, APART};
-    if (blocks == 1) {
-        join_parts(here, C, finish);
-        return;
-    }
-    float *mine = partial + ((int64_t)blockIdx.y * items + item) * (C + 2);
-    join_parts(here, C, [&](int c, float sum, float top, float total) {
-        mine[c] = sum;
-        if (!c) mine[C] = top, mine[C + 1] = total;
     });
-    __threadfence();
-    __syncthreads();
-    if (!threadIdx.x) last = is_last(counters + item, blocks);
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    Parts all = {partial + (int64_t)item * (C + 2), (int64_t)items * (C + 2), blocks};
-    join_parts(all, C, finish);
 }
 
 static void launch_hopper(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads,
@@ -289,7 +297,9 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor codes, Tenso
             most = ceil_div(16 / APART * (int64_t)cuda_processors(q.device), items);
     if (parts > most) parts = most;
     if (parts > SPLITS) parts = SPLITS;
-    bool apart = most > 1, coded = apart && heads.C % 32 == 0;
+    auto whole = [](Tensor t) { return dtype_is_packed(t.dtype) || (uintptr_t)t.data % 16 == 0; };
+    bool apart = most > 1 && heads.C % 8 == 0 && whole(q) && whole(k) && whole(v),
+         coded = apart && heads.C % 32 == 0;
     float *partial =
         apart ? (float *)cuda_workspace(q.device, (size_t)(parts * items * (heads.C + 2)) * 4)
               : NULL;
@@ -316,8 +326,8 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t item = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (item >= items) return;
     float a[LANE_MOST], b[LANE_MOST];
-    read_head<D>(a, dy, item * C, C);
-    read_head<D>(b, y, item * C, C);
+    read_head<D, false>(a, dy, item * C, C);
+    read_head<D, false>(b, y, item * C, C);
     float sum = head_dot(a, b);
     if (threadIdx.x % 32 == 0) delta[item] = sum;
 }
@@ -332,13 +342,13 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t n = item / heads.H;
     int C = heads.C, kv = (int)(item % heads.H) / heads.group;
     float query[LANE_MOST], dout[LANE_MOST], sum[LANE_MOST] = {}, key[LANE_MOST];
-    read_head<D>(query, q, item * C, C);
-    read_head<D>(dout, dy, item * C, C);
+    read_head<D, false>(query, q, item * C, C);
+    read_head<D, false>(dout, dy, item * C, C);
     for (int64_t s = see.first[n]; s <= see.last[n]; s++) {
         int64_t at = (s * heads.K + kv) * C;
-        read_head<D>(key, v, at, C);
+        read_head<D, false>(key, v, at, C);
         float slope = head_dot(dout, key) - delta[item];
-        read_head<D>(key, k, at, C);
+        read_head<D, false>(key, k, at, C);
         slope *= quick_exp(head_dot(query, key) - lse[item]);
 #pragma unroll
         for (int i = 0; i < LANE_MOST; i++) sum[i] += slope * key[i];
@@ -358,14 +368,14 @@ static __global__ void __launch_bounds__(THREADS)
     int C = heads.C, kv = (int)(item % heads.K);
     float key[LANE_MOST], value[LANE_MOST], a[LANE_MOST], b[LANE_MOST], sum_k[LANE_MOST] = {},
                                                                         sum_v[LANE_MOST] = {};
-    read_head<D>(key, k, item * C, C);
-    read_head<D>(value, v, item * C, C);
+    read_head<D, false>(key, k, item * C, C);
+    read_head<D, false>(value, v, item * C, C);
     for (int64_t n = 0; n < heads.N; n++) {
         if (see.first[n] > s || see.last[n] < s) continue;
         for (int g = 0; g < heads.group; g++) {
             int64_t row = n * heads.H + kv * heads.group + g;
-            read_head<D>(a, q, row * C, C);
-            read_head<D>(b, dy, row * C, C);
+            read_head<D, false>(a, q, row * C, C);
+            read_head<D, false>(b, dy, row * C, C);
             float weight = quick_exp(head_dot(a, key) - lse[row]);
             float slope = weight * (head_dot(b, value) - delta[row]);
 #pragma unroll

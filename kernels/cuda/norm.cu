@@ -24,9 +24,12 @@ template <int ROW> DEVICE_FUNCTION float row_sum(float x, float *space) {
 
 /* Packs of a row that a thread holds where rows are few, and the most where they are many; of
  * longer ones what is added and written is read again. */
-#define HELD      4
 #define HELD_MANY 3
 #define FEW_ROWS  64
+#define LONG      768 /* threads of a long row where they are few */
+template <typename T, int ROW> __host__ __device__ constexpr int held_of() {
+    return ROW == 32 ? 4 : sizeof(T) / sizeof(bf16);
+}
 
 /* x rstd weight, which nothing that is added later joins in one rounding: as in pairs, so alone. */
 DEVICE_FUNCTION float normed(float x, float rstd, float weight) {
@@ -35,7 +38,11 @@ DEVICE_FUNCTION float normed(float x, float rstd, float weight) {
 
 /* Blocks of one multiprocessor, for what registers they may have. */
 template <typename W, int ROW, int KEPT> __host__ __device__ constexpr int blocks_of() {
-    return ROW != MANY ? (KEPT ? 2 : 4) : sizeof(W) > sizeof(bf16) ? 7 : KEPT > 2 ? 8 : 10;
+    return ROW == LONG                ? 1
+           : ROW != MANY              ? (KEPT ? 2 : 4)
+           : sizeof(W) > sizeof(bf16) ? 7
+           : KEPT > 2                 ? 8
+                                      : 10;
 }
 
 /* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
@@ -110,7 +117,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (blocks_of<W, ROW, K
 }
 
 /* Runs the statements with KEPT the packs that a thread holds of N rows. */
-#define WITH_KEPT(N, D, V, ROW, KEPT, ...)                                                         \
+#define WITH_KEPT(T, N, D, V, ROW, KEPT, ...)                                                      \
     do {                                                                                           \
         if (ROW == MANY && (D) <= 2 * MANY * (V)) {                                                \
             constexpr int KEPT = ROW == MANY ? 2 : 0;                                              \
@@ -118,8 +125,9 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (blocks_of<W, ROW, K
         } else if (ROW == MANY && (D) <= HELD_MANY * MANY * (V)) {                                 \
             constexpr int KEPT = ROW == MANY ? HELD_MANY : 0;                                      \
             __VA_ARGS__;                                                                           \
-        } else if (ROW != MANY && (N) <= FEW_ROWS && (D) <= (int64_t)HELD * ROW * (V)) {           \
-            constexpr int KEPT = ROW != MANY ? HELD : 0;                                           \
+        } else if (ROW != MANY && (N) <= FEW_ROWS &&                                               \
+                   (D) <= (int64_t)held_of<T, ROW>() * ROW * (V)) {                                \
+            constexpr int KEPT = ROW != MANY ? held_of<T, ROW>() : 0;                              \
             __VA_ARGS__;                                                                           \
         } else {                                                                                   \
             constexpr int KEPT = 0;                                                                \
@@ -131,7 +139,7 @@ template <typename T, typename W, int V, int ROW, typename... More>
 static void launch_rows(const Device *device, int64_t N, int64_t D, More... more) {
     constexpr int BLOCK = threads_of<ROW>();
     unsigned blocks = (unsigned)ceil_div(N, BLOCK / ROW);
-    WITH_KEPT(N, D, V, ROW, KEPT,
+    WITH_KEPT(T, N, D, V, ROW, KEPT,
               { LAUNCH_NEXT(device, (forward<T, W, V, ROW, KEPT>), blocks, BLOCK, more...); });
 }
 
@@ -204,8 +212,11 @@ __launch_bounds__(threads_of<ROW>(), ROW == MANY ? (blocks_of<W, ROW, KEPT>()) -
         } else if ((N) > FEW_ROWS) {                                                               \
             constexpr int ROW = MANY;                                                              \
             __VA_ARGS__;                                                                           \
-        } else {                                                                                   \
+        } else if ((D) <= 8 * THREADS) {                                                           \
             constexpr int ROW = THREADS;                                                           \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int ROW = LONG;                                                              \
             __VA_ARGS__;                                                                           \
         }                                                                                          \
     } while (0)
@@ -241,6 +252,7 @@ template <typename T, typename W, int V, int ROW>
 static __global__ void __launch_bounds__(threads_of<ROW>())
     pair(T *y, T *next, Codes codes, const T *x, const W *weight, const T *residual, float scale,
          const W *next_weight, int64_t N, int64_t D, float eps) {
+    constexpr int HELD = held_of<T, ROW>();
     __shared__ float space[2][32];
     int64_t n = row_of<ROW>();
     bool here = n < N;
@@ -301,9 +313,10 @@ extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x,
                                   Tensor residual, float scale, Tensor next_weight, float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     bool fits = fits_packs(D, y, x, weight, residual) && fits_packs(D, next, next_weight);
-    int64_t longest = HELD * (D <= WARP_COLS ? 32 : THREADS) * (int64_t)(16 / dtype_size(x.dtype));
-    bool together = N <= FEW_ROWS && fits && D % (int64_t)(16 / dtype_size(x.dtype)) == 0 &&
-                    D <= longest && weight.dtype == next_weight.dtype;
+    int64_t each = (int64_t)(16 / dtype_size(x.dtype)), longest = 0;
+    WITH_FLOAT(x.dtype, T, WITH_ROW(1, D, ROW, { longest = held_of<T, ROW>() * ROW * each; }));
+    bool together =
+        N <= FEW_ROWS && fits && D % each == 0 && D <= longest && weight.dtype == next_weight.dtype;
     Codes to = codes.data ? codes_in(codes.data, N * D) : Codes{};
     if (!N) return;
     if (!together) {
@@ -349,7 +362,7 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
                WITH_FLOAT(weight_dtype, W,
                           WITH_LONG_PACKS(
                               T, D, fits, V, WITH_ROW(N, D, ROW, {
-                                  WITH_KEPT(N, D, V, ROW, KEPT, {
+                                  WITH_KEPT(T, N, D, V, ROW, KEPT, {
                                       LAUNCH_NEXT(x.device, (backward<T, W, V, ROW, KEPT>),
                                                   (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
                                                   threads_of<ROW>(), data_of<T>(dx), write,
