@@ -65,11 +65,13 @@ static __global__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *ga
     }
 }
 
-/* Rows of gate and up joined, a warp a row: of weights[m] times the row, and <dy, y>. */
+/* Rows of gate and up joined, a warp a row, which asks for several packs before it writes: of
+ * weights[m] times the row, and <dy, y>. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(256)
     backward_weighted(T *dboth, float *dweights, const T *dy, const float *weights, const T *both,
                       int64_t M, int F) {
+    constexpr int HELD = 3;
     wait_for_last();
     int64_t m = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
     int lane = threadIdx.x % 32;
@@ -77,22 +79,32 @@ static __global__ void __launch_bounds__(256)
     float weight = weights[m], sum = 0;
     const T *gate = both + m * 2 * F, *slopes = dy + m * F;
     T *to = dboth + m * 2 * F;
-#pragma unroll 4
-    for (int at = lane * V; at < F; at += 32 * V) {
-        float g[V], u[V], d[V], dg[V];
-        load(g, gate + at);
-        load(u, gate + F + at);
-        load(d, slopes + at);
+    for (int first = lane * V; first < F; first += HELD * 32 * V) {
+        Kept<T, V> g[HELD], u[HELD], d[HELD];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            GeluSlope gelu = gelu_slope(g[j]);
-            sum += d[j] * rounded<T>(rounded<T>(gelu.value) * u[j]);
-            d[j] *= weight;
-            dg[j] = d[j] * u[j] * gelu.slope;
-            d[j] *= gelu.value;
+        for (int k = 0; k < HELD; k++) {
+            int at = first + k * 32 * V;
+            if (at >= F) break;
+            g[k].read(gate + at);
+            u[k].read(gate + F + at);
+            d[k].read(slopes + at);
         }
-        store(to + at, dg);
-        store(to + F + at, d);
+#pragma unroll
+        for (int k = 0; k < HELD; k++) {
+            int at = first + k * 32 * V;
+            if (at >= F) break;
+            float dgate[V], dup[V];
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                GeluSlope gelu = gelu_slope(g[k][j]);
+                sum += d[k][j] * rounded<T>(rounded<T>(gelu.value) * u[k][j]);
+                dup[j] = weight * d[k][j];
+                dgate[j] = dup[j] * u[k][j] * gelu.slope;
+                dup[j] *= gelu.value;
+            }
+            store(to + at, dgate);
+            store(to + F + at, dup);
+        }
     }
     sum = warp_sum(sum);
     if (!lane) dweights[m] = sum;

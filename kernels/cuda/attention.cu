@@ -11,8 +11,7 @@
 #define THREADS    128
 #define WARPS      (THREADS / 32)
 #define LANE_MOST  16 /* numbers of a head of 512 that a lane has */
-#define APART      8  /* warps of a block that share a sight, each with so many keys at least */
-#define PART_LEAST 16
+#define PART_LEAST 8  /* keys of a part of a sight, at least */
 #define SPLITS     32 /* such blocks at most: a lane of a warp for each */
 
 /* Runs the statements with D the dtype, as a constant, that keys and values are kept in. */
@@ -44,25 +43,36 @@ static bool takes_hopper(Tensor q, Tensor k, const Heads &heads, int rows) {
 /* ---- forward ---- */
 
 /* A lane has numbers 8 lane + 256 i + j (j < 8) of its head: reads of 16 bytes side by side. L
- * numbers, 8 for heads up to 256. WHOLE: heads are eights that lie so; code that runs once for a
- * token takes as long as it is, and leaves the rest out. */
-template <int D, bool WHOLE, int L>
+ * numbers, 8 for heads up to 256; zeros beyond the head. */
+template <int D, int L>
 DEVICE_FUNCTION void read_head(float (&x)[L], const PackedView &t, int64_t at, int C) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < L / 8; i++) {
         int c = 8 * lane + 256 * i;
         float part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-        if constexpr (!WHOLE) {
-            if (c < C) read_up_to_8<D>(part, t, at + c, at + C);
-        } else if (c < C) {
-            if constexpr (D == F32)
-                load(part, (const float *)t.data + at + c);
-            else if constexpr (D == BF16)
-                load(part, (const bf16 *)t.data + at + c);
-            else
-                read8<D>(part, t, at + c);
-        }
+        if (c < C) read_up_to_8<D>(part, t, at + c, at + C);
+#pragma unroll
+        for (int j = 0; j < 8; j++) x[8 * i + j] = part[j];
+    }
+}
+
+/* The same of heads that are eights and can be read so, and beyond the head what its first lane
+ * has. Code that runs once for a token takes as long as it is: this is shorter. */
+template <int D, int L>
+DEVICE_FUNCTION void read_whole(float (&x)[L], const PackedView &t, int64_t at, int C) {
+#pragma unroll
+    for (int i = 0; i < L / 8; i++) {
+        int c = 8 * (threadIdx.x % 32) + 256 * i;
+        float part[8];
+        at += c < C ? c : 0;
+        if constexpr (D == F32)
+            load(part, (const float *)t.data + at);
+        else if constexpr (D == BF16)
+            load(part, (const bf16 *)t.data + at);
+        else
+            read8<D>(part, t, at);
+        at -= c < C ? c : 0;
 #pragma unroll
         for (int j = 0; j < 8; j++) x[8 * i + j] = part[j];
     }
@@ -88,13 +98,13 @@ DEVICE_FUNCTION void write_head(T *p, const float (&x)[L], float factor, int C) 
 /* What a warp has seen of its query's sight: results, over `total`, under the largest score. */
 template <int L> struct Seen { float out[L], top, total; };
 
-/* Keys begin .. end - 1 of query n's sequence, for one of its heads; a warp has four under way. */
+/* Keys begin .. end - 1 of query n's sequence, for one of its heads; a warp has a few under way. */
 template <int D, bool WHOLE, int L>
 DEVICE_FUNCTION void look_at(Seen<L> &seen, const float (&query)[L], const PackedView &k,
                              const PackedView &v, const Heads &heads, const Sight &see, int64_t n,
                              int kv, int begin, int end) {
-    constexpr int AT_ONCE = 4;
-    int C = heads.C;
+    constexpr int AT_ONCE = WHOLE && L > 8 ? 2 : 4;
+    int C = heads.C, width = heads.K * C;
     const int32_t *pages = see.pages ? see.pages + see.sequence[n] * see.columns : NULL;
     seen.top = -INFINITY;
     seen.total = 0;
@@ -107,9 +117,14 @@ DEVICE_FUNCTION void look_at(Seen<L> &seen, const float (&query)[L], const Packe
         for (int i = 0; i < AT_ONCE; i++) {
             unsigned key = s + i < end ? s + i : s;
             if (pages) key = (unsigned)pages[key / PAGE_KEYS] * PAGE_KEYS + key % PAGE_KEYS;
-            int64_t at = ((int64_t)key * heads.K + kv) * C;
-            read_head<D, WHOLE>(keys[i], k, at, C);
-            read_head<D, WHOLE>(values[i], v, at, C);
+            int64_t at = (int64_t)key * width + kv * C;
+            if constexpr (WHOLE) {
+                read_whole<D>(keys[i], k, at, C);
+                read_whole<D>(values[i], v, at, C);
+            } else {
+                read_head<D>(keys[i], k, at, C);
+                read_head<D>(values[i], v, at, C);
+            }
         }
 #pragma unroll
         for (int i = 0; i < AT_ONCE; i++) {
@@ -142,11 +157,16 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t n = item / heads.H;
     float query[L];
     Seen<L> seen;
-    read_head<sizeof(T) == 2 ? BF16 : F32, false>(query, q, item * heads.C, heads.C);
+    read_head<sizeof(T) == 2 ? BF16 : F32>(query, q, item * heads.C, heads.C);
     look_at<D, false>(seen, query, k, v, heads, see, n, (int)(item % heads.H) / heads.group,
                       see.first[n], see.last[n] + 1);
     write_head(y + item * heads.C, seen.out, 1.0f / seen.total, heads.C);
     if (threadIdx.x % 32 == 0) lse[item] = seen.top + logf(seen.total);
+}
+
+/* Warps of a block that share a sight of heads of which a lane has L numbers. */
+template <int L> __host__ __device__ constexpr int apart_of() {
+    return L > 8 ? 8 : 16;
 }
 
 /* Results of parts of a sight, each `stride` behind the last: results, then their largest score and
@@ -183,9 +203,10 @@ template <typename Write> DEVICE_FUNCTION void join_parts(const Parts &parts, in
  * blockIdx.z sees, each of its warps has a part of that. The block that comes last joins what all
  * have seen. */
 template <typename T, int D, int L>
-static __global__ void __launch_bounds__(32 * APART)
+static __global__ void __launch_bounds__(32 * apart_of<L>())
     attend_apart(T *y, float *lse, Codes codes, float *partial, int *counters, PackedView q,
                  PackedView k, PackedView v, Heads heads, Sight see) {
+    constexpr int APART = apart_of<L>();
     wait_for_last();
     __shared__ float own[APART][32 * L + 2];
     __shared__ bool last;
@@ -194,9 +215,15 @@ static __global__ void __launch_bounds__(32 * APART)
     int end = see.last[n] + 1, begin = see.first[n], parts = (int)gridDim.y * APART;
     float query[L];
     Seen<L> seen;
-    read_head<sizeof(T) == 2 ? BF16 : F32, true>(query, q, (int64_t)item * C, C);
-    int each = max((end - begin + parts - 1) / parts, PART_LEAST);
-    int blocks = (end - begin + each * APART - 1) / (each * APART); /* that have any keys */
+    read_whole<sizeof(T) == 2 ? BF16 : F32>(query, q, (int64_t)item * C, C);
+#pragma unroll
+    for (int i = 0; i < L; i++)
+        if (8 * lane + 256 * (i / 8) >= C) query[i] = 0;
+    int each = PART_LEAST, blocks = 1; /* that have any keys */
+    if (end - begin > PART_LEAST * APART) {
+        each = max((end - begin + parts - 1) / parts, PART_LEAST);
+        blocks = (end - begin + each * APART - 1) / (each * APART);
+    }
     if ((int)blockIdx.y >= blocks) return;
     begin += ((int)blockIdx.y * APART + warp) * each;
     end = min(end, begin + each);
@@ -220,7 +247,7 @@ static __global__ void __launch_bounds__(32 * APART)
         parts_seen = Parts{partial + (int64_t)item * (C + 2), (int64_t)items * (C + 2), blocks};
     }
     join_parts(parts_seen, C, [&](int c, float sum, float top, float total) {
-        const float result[1] = {rounded<T>(sum / total)};
+        const float result[1] = {rounded<T>(sum * quick_inverse(total))};
         int64_t at = (int64_t)item * C + c;
         y[at] = from_float<T>(result[0]);
         if (codes.scales) store_codes(codes, at, result, true);
@@ -262,9 +289,9 @@ static void launch_plain(Tensor y, Tensor lse, Codes codes, float *partial, int 
     int64_t items = heads.N * heads.H;
     if (partial)
         LAUNCH_NEXT(q.device, (attend_apart<T, D, L>),
-                    dim3((unsigned)heads.H, parts, (unsigned)heads.N), 32 * APART, data_of<T>(y),
-                    data_of<float>(lse), codes, partial, counters, view_of(q), view_of(k),
-                    view_of(v), heads, see);
+                    dim3((unsigned)heads.H, parts, (unsigned)heads.N), 32 * apart_of<L>(),
+                    data_of<T>(y), data_of<float>(lse), codes, partial, counters, view_of(q),
+                    view_of(k), view_of(v), heads, see);
     else
         LAUNCH_NEXT(q.device, (attend<T, D, L>), (unsigned)ceil_div(items, WARPS), THREADS,
                     data_of<T>(y), data_of<float>(lse), view_of(q), view_of(k), view_of(v), heads,
@@ -293,8 +320,9 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor codes, Tenso
     }
     int64_t items = heads.N * heads.H, longest = pages.data ? see.columns * PAGE_KEYS : heads.S;
     /* Few queries: more warps than queries. */
-    int64_t parts = ceil_div(longest, PART_LEAST * APART),
-            most = ceil_div(16 / APART * (int64_t)cuda_processors(q.device), items);
+    int apart_warps = heads.C > 256 ? apart_of<LANE_MOST>() : apart_of<8>();
+    int64_t parts = ceil_div(longest, PART_LEAST * apart_warps),
+            most = ceil_div(16 / apart_warps * (int64_t)cuda_processors(q.device), items);
     if (parts > most) parts = most;
     if (parts > SPLITS) parts = SPLITS;
     auto whole = [](Tensor t) { return dtype_is_packed(t.dtype) || (uintptr_t)t.data % 16 == 0; };
@@ -326,8 +354,8 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t item = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (item >= items) return;
     float a[LANE_MOST], b[LANE_MOST];
-    read_head<D, false>(a, dy, item * C, C);
-    read_head<D, false>(b, y, item * C, C);
+    read_head<D>(a, dy, item * C, C);
+    read_head<D>(b, y, item * C, C);
     float sum = head_dot(a, b);
     if (threadIdx.x % 32 == 0) delta[item] = sum;
 }
@@ -342,13 +370,13 @@ static __global__ void __launch_bounds__(THREADS)
     int64_t n = item / heads.H;
     int C = heads.C, kv = (int)(item % heads.H) / heads.group;
     float query[LANE_MOST], dout[LANE_MOST], sum[LANE_MOST] = {}, key[LANE_MOST];
-    read_head<D, false>(query, q, item * C, C);
-    read_head<D, false>(dout, dy, item * C, C);
+    read_head<D>(query, q, item * C, C);
+    read_head<D>(dout, dy, item * C, C);
     for (int64_t s = see.first[n]; s <= see.last[n]; s++) {
         int64_t at = (s * heads.K + kv) * C;
-        read_head<D, false>(key, v, at, C);
+        read_head<D>(key, v, at, C);
         float slope = head_dot(dout, key) - delta[item];
-        read_head<D, false>(key, k, at, C);
+        read_head<D>(key, k, at, C);
         slope *= quick_exp(head_dot(query, key) - lse[item]);
 #pragma unroll
         for (int i = 0; i < LANE_MOST; i++) sum[i] += slope * key[i];
@@ -368,14 +396,14 @@ static __global__ void __launch_bounds__(THREADS)
     int C = heads.C, kv = (int)(item % heads.K);
     float key[LANE_MOST], value[LANE_MOST], a[LANE_MOST], b[LANE_MOST], sum_k[LANE_MOST] = {},
                                                                         sum_v[LANE_MOST] = {};
-    read_head<D, false>(key, k, item * C, C);
-    read_head<D, false>(value, v, item * C, C);
+    read_head<D>(key, k, item * C, C);
+    read_head<D>(value, v, item * C, C);
     for (int64_t n = 0; n < heads.N; n++) {
         if (see.first[n] > s || see.last[n] < s) continue;
         for (int g = 0; g < heads.group; g++) {
             int64_t row = n * heads.H + kv * heads.group + g;
-            read_head<D, false>(a, q, row * C, C);
-            read_head<D, false>(b, dy, row * C, C);
+            read_head<D>(a, q, row * C, C);
+            read_head<D>(b, dy, row * C, C);
             float weight = quick_exp(head_dot(a, key) - lse[row]);
             float slope = weight * (head_dot(b, value) - delta[row]);
 #pragma unroll
@@ -414,7 +442,7 @@ static void launch_flash_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Te
 
 /* Elements of the weights, and of the slopes, that are there at a time: all queries' where they are
  * not more. */
-#define SLAB_MOST ((int64_t)128 << 20)
+#define SLAB_MOST ((int64_t)256 << 20)
 
 /* Memory of the way back: the spans of all tiles of rows, a slab's weights and slopes, and partial
  * dk and dv. */
@@ -473,11 +501,20 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
                      plan.width, (int)tiles, group_bits,        first == 0};
         LAUNCH(device, (attention_slopes<C>), dim3(SLOPE_BLOCKS, (unsigned)tiles, K),
                HOPPER_THREADS, gemm_hopper_bytes(), sides, heads, see, slab);
+        int64_t rows = K * tiles * HOPPER_ROWS;
+        int queries = HOPPER_DEPTH / heads.group;
+        GradientMaps of_rows = {}, of_keys = {};
+        of_rows.left[0] = cuda_tile_map(slopes, 1, rows, plan.width, HOPPER_ROWS);
+        of_rows.right[0] = cuda_tile_map(sides.k, 1, heads.S, heads.K * C, HOPPER_DEPTH);
+        of_keys.left[0] = cuda_tile_map(slopes, 1, rows, plan.width, HOPPER_DEPTH);
+        of_keys.left[1] = cuda_tile_map(weights, 1, rows, plan.width, HOPPER_DEPTH);
+        of_keys.right[0] = cuda_tile_map(sides.q, heads.N, heads.H, C, heads.group, queries);
+        of_keys.right[1] = cuda_tile_map(sides.dy, heads.N, heads.H, C, heads.group, queries);
         LAUNCH(device, (query_products<C>), dim3(C / HOPPER_COLUMNS, (unsigned)tiles, K),
-               HOPPER_THREADS, gemm_hopper_bytes(), sides, heads, slab);
+               BROUGHT_THREADS, sizeof(Brought), sides, of_rows, heads, slab);
         LAUNCH(device, (key_products<C>),
-               dim3(2 * C / HOPPER_COLUMNS, key_tiles, (unsigned)plan.parts), HOPPER_THREADS,
-               gemm_hopper_bytes(), sides, heads, slab);
+               dim3(2 * C / HOPPER_COLUMNS, key_tiles, (unsigned)plan.parts), BROUGHT_THREADS,
+               sizeof(Brought), sides, of_keys, heads, slab);
     }
     int64_t count = heads.S * heads.K * heads.C; /* a multiple of 256 */
     if (plan.parts > 1)
@@ -496,7 +533,7 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
     size_t delta_bytes = ((size_t)items * sizeof(float) + 255) / 256 * 256;
     size_t range_bytes =
         ((size_t)ceil_div(heads.S, FLASH_KEYS) * 2 * sizeof(int) + 255) / 256 * 256;
-    bool hopper = takes_hopper(q, k, heads, HOPPER_ROWS);
+    bool hopper = takes_hopper(q, k, heads, HOPPER_DEPTH);
     GradientPlan plan = {};
     if (hopper) plan = plan_gradients(q.device, heads);
     char *memory = (char *)cuda_workspace(

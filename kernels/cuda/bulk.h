@@ -11,7 +11,7 @@
 /* ---- the matrices that tiles are cut from ---- */
 
 /* `groups` matrices of bf16, (rows, cols) each, and the tile that one copy brings: 64 columns by
- * `tile_rows` rows. What lies outside a matrix comes as zeros. */
+ * `tile_rows` rows of each of `tile_groups` matrices. What lies outside them comes as zeros. */
 #ifdef __CUDACC__
 #include <cudaTypedefs.h>
 typedef CUtensorMap TileMap;
@@ -19,12 +19,14 @@ typedef CUtensorMap TileMap;
 struct TileMap {
     const bf16 *data;
     int64_t cols, rows, groups;
-    int tile_rows;
+    int tile_rows, tile_groups;
 };
 #endif
 
-/* cols a multiple of 8, data of 16 bytes, tile_rows up to 256. Made on the host (device.cu). */
-TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t cols, int tile_rows);
+/* cols a multiple of 8, data of 16 bytes, tile_rows times tile_groups up to 256. Made on the host
+ * (device.cu). */
+TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t cols, int tile_rows,
+                      int tile_groups = 1);
 
 /* ---- barriers ---- */
 
@@ -150,13 +152,15 @@ DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t
     for (unsigned rank = 0; rank < PAIR; rank++) {
         if (!BOTH && rank != simt_thread->cluster_rank) continue;
         bf16 *tile = simt_in_block(to, rank);
-        for (int r = 0; r < map.tile_rows; r++)
+        int rows = map.tile_rows * map.tile_groups;
+        for (int r = 0; r < rows; r++)
             for (int c = 0; c < 64; c++) {
-                bool here = row + r < map.rows && col + c < map.cols && group < map.groups;
-                tile[tile_at(r, c / 8 * 8, map.tile_rows) + c % 8] =
-                    here ? map.data[(group * map.rows + row + r) * map.cols + col + c] : bf16{0};
+                int64_t g = group + r / map.tile_rows, at = row + r % map.tile_rows;
+                bool here = at < map.rows && col + c < map.cols && g < map.groups;
+                tile[tile_at(r, c / 8 * 8, rows) + c % 8] =
+                    here ? map.data[(g * map.rows + at) * map.cols + col + c] : bf16{0};
             }
-        simt_count(simt_in_block(b, rank), 0, -map.tile_rows * 128);
+        simt_count(simt_in_block(b, rank), 0, -rows * 128);
     }
 #endif
 }

@@ -246,17 +246,6 @@ template <typename T> DEVICE_FUNCTION float rounded(float x) {
 template <typename T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
     T v[V];
 };
-template <int V, typename T> DEVICE_FUNCTION void load(float (&x)[V], const T *p) {
-    Pack<T, V> pack = *(const Pack<T, V> *)p;
-#pragma unroll
-    for (int i = 0; i < V; i++) x[i] = to_float(pack.v[i]);
-}
-template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V]) {
-    Pack<T, V> pack;
-#pragma unroll
-    for (int i = 0; i < V; i++) pack.v[i] = from_float<T>(x[i]);
-    *(Pack<T, V> *)p = pack;
-}
 
 /* V elements that are kept as they lie in memory, for a compiler that gives each bf16 of a pack a
  * register of its own. */
@@ -266,6 +255,7 @@ template <typename T, int V> struct Kept {
         unsigned at[WORDS];
     } words;
     DEVICE_MEMBER void read(const T *p) { words = *(const Words *)p; }
+    DEVICE_MEMBER void write(T *p) const { *(Words *)p = words; }
     DEVICE_MEMBER void keep(const float (&x)[V]) {
 #pragma unroll
         for (int i = 0; i < WORDS; i++)
@@ -284,8 +274,22 @@ template <typename T, int V> struct Kept {
 template <typename T> struct Kept<T, 1> {
     T value;
     DEVICE_MEMBER void read(const T *p) { value = *p; }
+    DEVICE_MEMBER void write(T *p) const { *p = value; }
+    DEVICE_MEMBER void keep(const float (&x)[1]) { value = from_float<T>(x[0]); }
     DEVICE_MEMBER float operator[](int) const { return to_float(value); }
 };
+
+template <int V, typename T> DEVICE_FUNCTION void load(float (&x)[V], const T *p) {
+    Kept<T, V> pack;
+    pack.read(p);
+#pragma unroll
+    for (int i = 0; i < V; i++) x[i] = pack[i];
+}
+template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V]) {
+    Kept<T, V> pack;
+    pack.keep(x);
+    pack.write(p);
+}
 
 /* Runs the statements with T the element type of a dtype. */
 #define WITH_FLOAT(dtype, T, ...)                                                                  \

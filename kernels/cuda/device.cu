@@ -142,7 +142,8 @@ bool cuda_has_wgmma(const Device *device) {
     return gpu_of(device)->has_wgmma;
 }
 
-TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t cols, int tile_rows) {
+TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t cols, int tile_rows,
+                      int tile_groups) {
 #ifdef __CUDACC__
     static PFN_cuTensorMapEncodeTiled_v12000 encode;
     if (!encode) {
@@ -155,7 +156,8 @@ TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t co
     cuuint64_t sizes[3] = {(cuuint64_t)cols, (cuuint64_t)rows, (cuuint64_t)groups},
                strides[2] = {(cuuint64_t)cols * sizeof(bf16),
                              (cuuint64_t)(rows * cols) * sizeof(bf16)};
-    cuuint32_t tile[3] = {TILE_COLUMNS, (cuuint32_t)tile_rows, 1}, steps[3] = {1, 1, 1};
+    cuuint32_t tile[3] = {TILE_COLUMNS, (cuuint32_t)tile_rows, (cuuint32_t)tile_groups},
+               steps[3] = {1, 1, 1};
     CHECK(encode && !encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, (void *)data, sizes, strides,
                             tile, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
@@ -163,7 +165,7 @@ TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t co
           (long long)cols);
     return map;
 #else
-    return TileMap{(const bf16 *)data, cols, rows, groups, tile_rows};
+    return TileMap{(const bf16 *)data, cols, rows, groups, tile_rows, tile_groups};
 #endif
 }
 

@@ -5,10 +5,12 @@
  * weights and the slopes of the scores are made, from scores made again, and written to memory in
  * bf16, as many queries at a time as fit: reading them twice takes less time than making them
  * twice. Then each gradient is one product, of which only the tiles are multiplied that rows see:
- *   S = q k^T, W = exp(S - lse), Z = W (dy v^T - delta);  dq = Z k, dk += Z^T q, dv += W^T dy */
+ *   S = q k^T, W = exp(S - lse), Z = W (dy v^T - delta);  dq = Z k, dk += Z^T q, dv += W^T dy
+ * The copy engine brings what those multiply (bulk.h). */
 #ifndef CUDA_GRADIENTS_HOPPER_H
 #define CUDA_GRADIENTS_HOPPER_H
 
+#include "kernels/cuda/bulk.h"
 #include "kernels/cuda/flash.h"
 #include "kernels/cuda/gemm_hopper.h"
 
@@ -160,38 +162,111 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 #endif
 }
 
-/* dq of a tile of rows and 256 columns. Grid: (C / 256, tiles of rows, K). */
+/* ---- gradients: products of tiles that the copy engine brings ---- */
+
+#define BROUGHT_THREADS (3 * WARPGROUP) /* one warpgroup brings, two multiply 64 rows each */
+
+/* Stages of a product of 128 by 256. */
+struct Brought {
+    bf16 left[HOPPER_STAGES][HOPPER_ROWS * HOPPER_DEPTH];
+    bf16 right[HOPPER_STAGES][HOPPER_COLUMNS * HOPPER_DEPTH];
+    Barrier full[HOPPER_STAGES], empty[HOPPER_STAGES];
+};
+
+/* What is cut into tiles: slopes and weights, (rows, keys); what they meet. */
+struct GradientMaps {
+    TileMap left[2], right[2];
+};
+
+/* By all threads, before the product. */
+DEVICE_FUNCTION void begin_product(Brought *memory) {
+    if (!threadIdx.x)
+        for (int i = 0; i < HOPPER_STAGES; i++) {
+            barrier_begin(&memory->full[i], 1);
+            barrier_begin(&memory->empty[i], 2);
+        }
+    __syncthreads();
+}
+
+/* The bringing warpgroup: bring(left tile, right tile, barrier) asks for a step's. */
+template <typename Bring>
+DEVICE_FUNCTION void bring_steps(Brought *memory, int steps, Bring bring) {
+    registers_fewer<40>();
+    if (threadIdx.x) return;
+    for (int i = 0; i < steps; i++) {
+        int stage = i % HOPPER_STAGES;
+        barrier_wait(&memory->empty[stage], (i / HOPPER_STAGES & 1) ^ 1);
+        barrier_announce(&memory->full[stage],
+                         (int)(sizeof memory->left[0] + sizeof memory->right[0]));
+        bring(memory->left[stage], memory->right[stage], &memory->full[stage]);
+    }
+}
+
+/* The others; TA: K are the rows of the left operand, as they are of the right. */
+template <bool TA>
+DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought *memory, int steps) {
+    typedef Side<HOPPER_ROWS, TA> Left;
+    typedef Side<HOPPER_COLUMNS, true> Right;
+    int own = ((int)threadIdx.x / WARPGROUP - 1) * 64;
+    registers_more<232>();
+    for (int i = 0; i < steps; i++) {
+        int stage = i % HOPPER_STAGES;
+        const bf16 *a = memory->left[stage], *b = memory->right[stage];
+        barrier_wait(&memory->full[stage], i / HOPPER_STAGES & 1);
+        wgmma_begin();
+#pragma unroll
+        for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
+            wgmma<TA, true>(sums,
+                            TA ? operand(a, kk, own, Left::ROWS) : operand(a, own, kk, Left::ROWS),
+                            operand(b, kk, 0, Right::ROWS));
+        wgmma_close_group();
+        wgmma_wait<1>();
+        if (i && threadIdx.x % WARPGROUP == 0)
+            barrier_arrive(&memory->empty[(i - 1) % HOPPER_STAGES], 0);
+    }
+    wgmma_wait<0>();
+    wgmma_results(sums);
+}
+
+/* The row of a tile that this lane has results of, behind those who bring. */
+DEVICE_FUNCTION int brought_row() {
+    return (threadIdx.x - WARPGROUP) / 32 * 16 + threadIdx.x % 32 / 4;
+}
+
+/* dq of a tile of rows and 256 columns. Maps: slopes, k. Grid: (C / 256, tiles of rows, K). */
 template <int C>
-static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
-    query_products(GradientSides of, Heads heads, Slab slab) {
+static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
+    query_products(GradientSides of, const __grid_constant__ GradientMaps maps, Heads heads,
+                   Slab slab) {
 #if ON_HOPPER
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(bytes);
+    Brought *memory = (Brought *)bytes;
     int tile = (int)(gridDim.y - 1 - blockIdx.y), kv = blockIdx.z; /* long sights first */
     int low = slab.spans[2 * tile], end = slab.spans[2 * tile + 1] + 1;
-    int column = (int)blockIdx.x * HOPPER_COLUMNS, width = heads.K * C;
+    int column = (int)blockIdx.x * HOPPER_COLUMNS;
     int s = low < end ? low / HOPPER_DEPTH * HOPPER_DEPTH : end;
-    int steps = (end - s + HOPPER_DEPTH - 1) / HOPPER_DEPTH, S = (int)heads.S;
-    const bf16 *slopes = slab.slopes + ((int64_t)kv * slab.tiles + tile) * HOPPER_ROWS * slab.width,
-               *k = of.k + kv * C + column;
-    Product<false, true> product(memory);
-    auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
-        if (s >= end) return;
-        product.left.fetch_lines(left_tile, slopes + s, HOPPER_ROWS, HOPPER_DEPTH, slab.width);
-        product.right.fetch_lines(right_tile, k + (int64_t)s * width, min(HOPPER_DEPTH, S - s),
-                                  HOPPER_COLUMNS, width);
-        s += HOPPER_DEPTH;
-    };
+    int steps = (end - s + HOPPER_DEPTH - 1) / HOPPER_DEPTH;
+    begin_product(memory);
+    if (threadIdx.x < WARPGROUP) {
+        bring_steps(memory, steps, [&](bf16 *left, bf16 *right, Barrier *full) {
+            copy_tile<false>(left, full, maps.left[0], 0,
+                             ((int64_t)kv * slab.tiles + tile) * HOPPER_ROWS, s);
+            for (int c = 0; c < HOPPER_COLUMNS; c += TILE_COLUMNS)
+                copy_tile<false>(right + c * HOPPER_DEPTH, full, maps.right[0], 0, s,
+                                 kv * C + column + c);
+            s += HOPPER_DEPTH;
+        });
+        return;
+    }
     float sums[HOPPER_COLUMNS / 2] = {};
-    product.start(fetch);
-    product.run(sums, steps, true, fetch);
-    copies_wait<0>();
+    multiply_steps<false>(sums, memory, steps);
     int64_t n0 = slab.n0 + (int64_t)tile * (HOPPER_ROWS / heads.group);
     int rows = (int)min((int64_t)HOPPER_ROWS, (heads.N - n0) * heads.group);
     RowPlaces places(heads, slab);
     bf16 *dq = of.dq + (n0 * heads.H + kv * heads.group) * C + column + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int p = 0; p < 2; p++) {
-        int r = result_row() + 8 * p;
+        int r = brought_row() + 8 * p;
         if (r >= rows) continue;
 #pragma unroll
         for (int j = 0; j < HOPPER_COLUMNS / 8; j++)
@@ -203,23 +278,25 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
 
 /* dk and dv of a tile of HOPPER_ROWS keys and 256 columns, from part blockIdx.z of the rows that
  * see them. With one part they are added to what is there; else part z is at z * (S, K, C), where
- * the first slab's takes the place of what was there. Grid: (2 C / 256, tiles of keys * K, parts).
- */
+ * the first slab's takes the place of what was there. Maps: slopes and weights, q and dy. Grid:
+ * (2 C / 256, tiles of keys * K, parts). */
 template <int C>
-static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
-    key_products(GradientSides of, Heads heads, Slab slab) {
+static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
+    key_products(GradientSides of, const __grid_constant__ GradientMaps maps, Heads heads,
+                 Slab slab) {
 #if ON_HOPPER
     constexpr int COLUMNS = C / HOPPER_COLUMNS;
-    DYNAMIC_SHARED(memory);
-    constexpr int WARPS = HOPPER_THREADS / 32;
+    DYNAMIC_SHARED(bytes);
+    Brought *memory = (Brought *)bytes;
+    constexpr int WARPS = BROUGHT_THREADS / 32;
     __shared__ int firsts[WARPS], lasts[WARPS], counts[WARPS];
-    bool values = blockIdx.x >= COLUMNS;
+    int values = blockIdx.x >= COLUMNS;
     int kv = (int)blockIdx.y % heads.K, column = (int)blockIdx.x % COLUMNS * HOPPER_COLUMNS;
     int64_t s0 = (int64_t)(blockIdx.y / heads.K) * HOPPER_ROWS; /* keys that many see first */
     bool adds = slab.first ? gridDim.z == 1 : true;
     /* This part's tiles of rows: tile .. end - 1, of which `count` see a key. */
     int warp = threadIdx.x / 32, first = slab.tiles, last = -1, count = 0;
-    for (int i = threadIdx.x; i < slab.tiles; i += HOPPER_THREADS) {
+    for (int i = threadIdx.x; i < slab.tiles; i += BROUGHT_THREADS) {
         if (!sees_any(slab, i, s0, HOPPER_ROWS)) continue;
         first = min(first, i);
         last = max(last, i);
@@ -233,7 +310,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     }
     int each = (last - first + (int)gridDim.z) / (int)gridDim.z,
         tile = first + (int)blockIdx.z * each, end = min(last + 1, tile + each);
-    for (int i = tile + (int)threadIdx.x; i < end; i += HOPPER_THREADS)
+    for (int i = tile + (int)threadIdx.x; i < end; i += BROUGHT_THREADS)
         count += sees_any(slab, i, s0, HOPPER_ROWS);
     counts[warp] = (int)warp_sum((float)count);
     __syncthreads();
@@ -241,35 +318,32 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     for (int w = 0; w < WARPS; w++) count += counts[w];
     if (!count && adds) return;
 
-    int queries = HOPPER_ROWS / heads.group, half = 0;
-    const bf16 *rows =
-        (values ? of.dy : of.q) + (slab.n0 * heads.H + kv * heads.group) * C + column;
-    const bf16 *left = (values ? slab.weights : slab.slopes) +
-                       (int64_t)kv * slab.tiles * HOPPER_ROWS * slab.width + s0;
-    int64_t width = slab.width, there = (heads.N - slab.n0) * heads.group;
-    RowPlaces places(heads, slab);
-    Product<true, true> product(memory);
-    auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
-        while (!half && tile < end && !sees_any(slab, tile, s0, HOPPER_ROWS)) tile++;
-        if (tile >= end) return;
-        int64_t row = (int64_t)tile * HOPPER_ROWS + half;
-        product.left.fetch_lines(left_tile, left + row * width, HOPPER_DEPTH, HOPPER_ROWS, width);
-        product.right.fetch(right_tile, rows + (int64_t)tile * queries * heads.H * C,
-                            (int)min((int64_t)HOPPER_DEPTH, there - row), HOPPER_COLUMNS,
-                            [=](int r) { return places(half + r); });
-        half ^= HOPPER_DEPTH;
-        tile += !half;
-    };
+    begin_product(memory);
+    int steps = count * (HOPPER_ROWS / HOPPER_DEPTH);
+    if (threadIdx.x < WARPGROUP) {
+        int half = 0;
+        bring_steps(memory, steps, [&](bf16 *left, bf16 *right, Barrier *full) {
+            while (!half && !sees_any(slab, tile, s0, HOPPER_ROWS)) tile++;
+            int row = tile * HOPPER_ROWS + half;
+            for (int c = 0; c < HOPPER_ROWS; c += TILE_COLUMNS)
+                copy_tile<false>(left + c * HOPPER_DEPTH, full, maps.left[values], 0,
+                                 (int64_t)kv * slab.tiles * HOPPER_ROWS + row, s0 + c);
+            for (int c = 0; c < HOPPER_COLUMNS; c += TILE_COLUMNS)
+                copy_tile<false>(right + c * HOPPER_DEPTH, full, maps.right[values],
+                                 slab.n0 + (row >> slab.group_bits), kv * heads.group, column + c);
+            half ^= HOPPER_DEPTH;
+            tile += !half;
+        });
+        return;
+    }
     float sums[HOPPER_COLUMNS / 2] = {};
-    product.start(fetch);
-    product.run(sums, count * (HOPPER_ROWS / HOPPER_DEPTH), true, fetch);
-    copies_wait<0>();
+    multiply_steps<true>(sums, memory, steps);
     int64_t line = (int64_t)heads.K * C;
     float *to = (values ? of.dv : of.dk) + ((int64_t)blockIdx.z * heads.S + s0) * line + kv * C +
                 column + threadIdx.x % 4 * 2;
 #pragma unroll
     for (int p = 0; p < 2; p++) {
-        int r = result_row() + 8 * p;
+        int r = brought_row() + 8 * p;
         if (s0 + r >= heads.S) continue;
 #pragma unroll
         for (int j = 0; j < HOPPER_COLUMNS / 8; j++) {
