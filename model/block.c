@@ -58,7 +58,6 @@ void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtyp
         moe_reserve(&s->moe, arena, c, dtype, N);
         s->dense = ARENA_TENSOR(arena, dtype, N, D);
         s->routed = ARENA_TENSOR(arena, dtype, N, D);
-        s->x1_rstd_2 = ARENA_TENSOR(arena, F32, N);
         s->dense_rstd = ARENA_TENSOR(arena, F32, N);
         s->routed_rstd = ARENA_TENSOR(arena, F32, N);
     }
@@ -70,15 +69,24 @@ void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtyp
     }
 }
 
-/* h: s->x1 normalised; it is written over. */
-static void feed_forward(const Block *b, BlockSaved *s, Tensor h, Pass *p) {
+/* The router's norm: it has no weight. */
+static Norm router_norm(const Block *b) {
+    return (Norm){.eps = b->config.eps};
+}
+
+/* h, and where there are experts h2: s->x1 normalised. Where nothing is trained h2 is made here, of
+ * h's memory. */
+static void feed_forward(const Block *b, BlockSaved *s, Tensor h, Tensor h2, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     if (!b->config.num_experts) {
         mlp_forward(&b->mlp, &s->mlp, s->fed, h, p);
     } else {
         mlp_forward(&b->mlp, &s->mlp, s->dense, h, p);
-        norm_forward(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1, tensor_absent());
-        moe_forward(&b->moe, &s->moe, s->routed, h, s->x1, p);
+        Norm router = router_norm(b);
+        if (!p->training)
+            norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm_2, &router},
+                                 (Tensor[]){h2, s->moe.normed}, 2, tensor_absent(), s->x1);
+        moe_forward(&b->moe, &s->moe, s->routed, h2, p);
         norm_forward(&b->post_feedforward_layernorm_1, s->fed, s->dense_rstd, s->dense,
                      tensor_absent());
         norm_forward(&b->post_feedforward_layernorm_2, s->fed, s->routed_rstd, s->routed, s->fed);
@@ -107,14 +115,20 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
     if (!p->is_entered) norm_forward(&b->input_layernorm, h, s->input_rstd, x, tensor_absent());
     attention_layer_forward(&b->self_attn, &s->attention, s->attended,
                             p->is_entered ? p->entered : h, p);
+    Tensor h2 = h;
     if (p->training) {
+        Norm router = router_norm(b);
+        if (b->config.num_experts) h2 = arena_like(p->scratch, x);
         norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
-        norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
+        norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm,
+                                              &b->pre_feedforward_layernorm_2, &router},
+                             (Tensor[]){h, h2, s->moe.normed}, b->config.num_experts ? 3 : 1,
+                             s->x1_rstd, s->x1);
     } else {
         norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
                   &b->pre_feedforward_layernorm, h, pass_codes(p, h, &b->mlp.gate_proj));
     }
-    feed_forward(b, s, h, p);
+    feed_forward(b, s, h, h2, p);
     if (b->config.per_layer_input) {
         Tensor u = arena_like(p->scratch, s->gate);
         norm_forward(&b->post_feedforward_layernorm, s->x2, s->fed_rstd, s->fed, s->x1);
@@ -142,13 +156,16 @@ static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx
         norm_backward(&b->post_feedforward_layernorm_1, dbranch, SET, dfed, s->dense,
                       s->dense_rstd);
         mlp_backward(&b->mlp, &s->mlp, dh, SET, dbranch, h, p);
-        norm_backward(&b->pre_feedforward_layernorm, dx1, ADD, dh, s->x1, s->x1_rstd);
         norm_backward(&b->post_feedforward_layernorm_2, dbranch, SET, dfed, s->routed,
                       s->routed_rstd);
         if (moe_reads_input(&b->moe))
-            norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd_2, s->x1);
-        moe_backward(&b->moe, &s->moe, dh, dx1, dbranch, h, s->x1, p);
-        norm_backward(&b->pre_feedforward_layernorm_2, dx1, ADD, dh, s->x1, s->x1_rstd_2);
+            norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd, s->x1);
+        Tensor dh2 = arena_like(p->scratch, s->x1), dnormed = arena_like(p->scratch, s->x1);
+        Norm router = router_norm(b);
+        moe_backward(&b->moe, &s->moe, dh2, dnormed, dbranch, h, p);
+        norm_backward_several((const Norm *[]){&b->pre_feedforward_layernorm,
+                                               &b->pre_feedforward_layernorm_2, &router},
+                              dx1, ADD, (Tensor[]){dh, dh2, dnormed}, 3, s->x1, s->x1_rstd);
     }
     arena_release(p->scratch, mark);
 }

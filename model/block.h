@@ -33,7 +33,7 @@ typedef struct BlockSaved {
     Tensor x2;            /* (N, D) after the second residual; per-layer input only */
     Tensor gate;          /* (N, P) */
     Tensor projected;     /* (N, D) */
-    Tensor input_rstd, attended_rstd, x1_rstd, fed_rstd, x1_rstd_2, dense_rstd, routed_rstd,
+    Tensor input_rstd, attended_rstd, x1_rstd, fed_rstd, dense_rstd, routed_rstd,
         projected_rstd; /* (N) */
 } BlockSaved;
 

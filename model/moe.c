@@ -11,7 +11,6 @@
 #include "model/moe.h"
 #include "kernels/activation.h"
 #include "kernels/elementwise.h"
-#include "kernels/norm.h"
 #include "kernels/routing.h"
 
 #include <math.h>
@@ -36,7 +35,6 @@ void moe_declare(Moe *m, ParamList *params, LinearList *list, const BlockConfig 
 void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N) {
     int64_t E = c->num_experts, A = c->top_k_experts, D = c->hidden_size, M = routing_rows(N, A, E);
     s->normed = ARENA_TENSOR(arena, dtype, N, D);
-    s->router_rstd = ARENA_TENSOR(arena, F32, N);
     s->probs = ARENA_TENSOR(arena, F32, N, E);
     s->share = ARENA_TENSOR(arena, F32, N, A);
     s->experts = ARENA_TENSOR(arena, I32, N, A);
@@ -266,11 +264,10 @@ static void experts_backward(const Moe *m, const MoeSaved *s, Tensor d, Tensor d
     if (p->experts) from_experts(s, &t, dweights, products, p);
 }
 
-void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Tensor x, Pass *p) {
+void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(h), E = m->config.num_experts;
     int64_t D = m->config.hidden_size;
-    rmsnorm_forward(s->normed, s->router_rstd, x, tensor_absent(), tensor_absent(), m->config.eps);
     Tensor r = router_input(m, s, p), logits = ARENA_TENSOR(p->scratch, h.dtype, N, E);
     linear_forward(&m->router_proj, logits, r, p);
     router_forward(s->probs, s->share, s->experts, logits);
@@ -288,10 +285,10 @@ bool moe_reads_input(const Moe *m) {
     return linear_reads_input(&m->gate_up_proj);
 }
 
-void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor dy, Tensor h,
-                  Tensor x, Pass *p) {
+void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dnormed, Tensor dy, Tensor h,
+                  Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    int64_t N = tensor_rows(x), E = m->config.num_experts;
+    int64_t N = tensor_rows(dy), E = m->config.num_experts;
     int64_t M = tensor_count(s->source);
     const Param *scale = m->per_expert_scale;
     Tensor d = ARENA_TENSOR(p->scratch, dy.dtype, M, m->config.hidden_size),
@@ -308,17 +305,15 @@ void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dx, Tensor 
     row_weights_backward(dshare, scale->grad, dweights, s->slot, s->share, s->experts,
                          scale->value);
 
-    Tensor dlogits = ARENA_TENSOR(p->scratch, x.dtype, N, E),
-           dr = arena_like(p->scratch, s->normed),
+    Tensor dlogits = ARENA_TENSOR(p->scratch, dy.dtype, N, E),
            r = linear_reads_input(&m->router_proj) ? router_input(m, s, p) : tensor_absent();
     router_backward(dlogits, dshare, s->probs, s->share, s->experts, p->balance);
-    linear_backward(&m->router_proj, dr, SET, dlogits, r, p);
+    linear_backward(&m->router_proj, dnormed, SET, dlogits, r, p);
     if (m->router_scale->trainable) {
-        scale_copy(dr, SET, dr, router_factor(m));
-        dot_columns(m->router_scale->grad, dr, s->normed);
+        scale_copy(dnormed, SET, dnormed, router_factor(m));
+        dot_columns(m->router_scale->grad, dnormed, s->normed);
     }
-    scale_columns(dr, SET, dr, m->router_scale->value,
+    scale_columns(dnormed, SET, dnormed, m->router_scale->value,
                   m->router_scale->trainable ? 1.0f : router_factor(m));
-    rmsnorm_backward(dx, ADD, tensor_absent(), dr, x, s->router_rstd, tensor_absent());
     arena_release(p->scratch, mark);
 }

@@ -31,3 +31,20 @@ void norm_backward(const Norm *n, Tensor dx, Write write, Tensor dy, Tensor x, T
     rmsnorm_backward(dx, write, n->weight ? n->weight->grad : tensor_absent(), dy, x, rstd,
                      weight_of(n));
 }
+
+void norm_forward_several(const Norm *const *n, const Tensor *y, int count, Tensor rstd, Tensor x) {
+    Tensor weights[NORMS_MOST];
+    for (int i = 0; i < count; i++) weights[i] = weight_of(n[i]);
+    rmsnorm_forward_several(y, rstd, x, weights, count, n[0]->eps);
+}
+
+void norm_backward_several(const Norm *const *n, Tensor dx, Write write, const Tensor *dy,
+                           int count, Tensor x, Tensor rstd) {
+    Tensor weights[NORMS_MOST];
+    for (int i = 0; i < count; i++) {
+        weights[i] = weight_of(n[i]);
+        if (n[i]->weight && tensor_present(n[i]->weight->grad))
+            norm_backward(n[i], tensor_absent(), SET, dy[i], x, rstd);
+    }
+    rmsnorm_backward_several(dx, write, dy, x, rstd, weights, count);
+}

@@ -20,6 +20,11 @@ void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residua
 void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
                Tensor next, Tensor codes);
 
+/* Several norms of one x, whose rstd is one, and their way back into dx. */
+void norm_forward_several(const Norm *const *n, const Tensor *y, int count, Tensor rstd, Tensor x);
+void norm_backward_several(const Norm *const *n, Tensor dx, Write write, const Tensor *dy,
+                           int count, Tensor x, Tensor rstd);
+
 /* y = norm(x) again, bit for bit, from the kept rstd. */
 void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x);
 

@@ -98,6 +98,18 @@ void CPU(rmsnorm_backward)(Tensor dx, Write write, Tensor dweight, Tensor dy, Te
     }
 }
 
+void CPU(rmsnorm_forward_several)(const Tensor *y, Tensor rstd, Tensor x, const Tensor *weight,
+                                  int count, float eps) {
+    for (int i = 0; i < count; i++)
+        CPU(rmsnorm_forward)(y[i], rstd, x, weight[i], tensor_absent(), eps);
+}
+
+void CPU(rmsnorm_backward_several)(Tensor dx, Write write, const Tensor *dy, Tensor x, Tensor rstd,
+                                   const Tensor *weight, int count) {
+    for (int i = 0; i < count; i++)
+        CPU(rmsnorm_backward)(dx, i ? ADD : write, tensor_absent(), dy[i], x, rstd, weight[i]);
+}
+
 void CPU(layernorm_forward)(Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor weight,
                             Tensor bias, float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);

@@ -372,6 +372,170 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
                               }))));
 }
 
+/* ---- several norms of one x, of many rows ---- */
+
+template <typename T, typename W> struct Several {
+    T *y[NORMS_MOST]; /* or dy, which is only read */
+    const W *weight[NORMS_MOST];
+    int count;
+};
+
+template <typename T, typename W>
+static Several<T, W> several_of(const Tensor *y, const Tensor *weight, int count) {
+    Several<T, W> s = {};
+    s.count = count;
+    for (int i = 0; i < count; i++) {
+        s.y[i] = data_of<T>(y[i]);
+        s.weight[i] = data_of<W>(weight[i]);
+    }
+    return s;
+}
+
+/* A row in V KEPT elements a thread. */
+template <typename T, typename W, int V, int KEPT>
+static __global__ void __launch_bounds__(MANY, 8)
+    forward_several(Several<T, W> s, float *rstd, const T *x, int64_t D, float eps) {
+    wait_for_last();
+    __shared__ float space[32];
+    int64_t n = blockIdx.x;
+    Kept<T, V> held[KEPT] = {};
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        int64_t d = (threadIdx.x + i * MANY) * V;
+        if (d < D) held[i].read(x + n * D + d);
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += held[i][j] * held[i][j];
+    float r = 1.0f / sqrtf(row_sum<MANY>(sum, space) / (float)D + eps);
+    if (rstd && !threadIdx.x) rstd[n] = r;
+#pragma unroll
+    for (int k = 0; k < NORMS_MOST; k++) {
+        if (k >= s.count) break;
+        const W *weight = s.weight[k];
+        Kept<W, V> factors[KEPT] = {};
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            int64_t d = (threadIdx.x + i * MANY) * V;
+            if (weight && d < D) factors[i].read(weight + d);
+        }
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            int64_t d = (threadIdx.x + i * MANY) * V;
+            float out[V];
+            if (d >= D) break;
+#pragma unroll
+            for (int j = 0; j < V; j++)
+                out[j] = normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
+            store(s.y[k] + n * D + d, out);
+        }
+    }
+}
+
+template <typename T, typename W, int V, int KEPT>
+static __global__ void __launch_bounds__(MANY, sizeof(W) > sizeof(bf16) ? 4 : 5)
+    backward_several(T *dx, Write write, Several<T, W> s, const T *x, const float *rstd,
+                     int64_t D) {
+    wait_for_last();
+    __shared__ float space[32];
+    int64_t n = blockIdx.x;
+    Kept<T, V> held[KEPT] = {}, old[KEPT] = {};
+    float slopes[KEPT][V] = {}, sum = 0, r = rstd[n];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        int64_t d = (threadIdx.x + i * MANY) * V;
+        if (d >= D) break;
+        held[i].read(x + n * D + d);
+        if (write == ADD) old[i].read(dx + n * D + d);
+    }
+#pragma unroll
+    for (int k = 0; k < NORMS_MOST; k++) {
+        if (k >= s.count) break;
+        const W *weight = s.weight[k];
+        Kept<T, V> own[KEPT] = {};
+        Kept<W, V> factors[KEPT] = {};
+#pragma unroll
+        for (int i = 0; i < KEPT; i++) {
+            int64_t d = (threadIdx.x + i * MANY) * V;
+            if (d >= D) break;
+            own[i].read(s.y[k] + n * D + d);
+            if (weight) factors[i].read(weight + d);
+        }
+#pragma unroll
+        for (int i = 0; i < KEPT; i++)
+#pragma unroll
+            for (int j = 0; j < V; j++)
+                slopes[i][j] += weight ? own[i][j] * factors[i][j] : own[i][j];
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += slopes[i][j] * held[i][j];
+    float mean = row_sum<MANY>(sum, space) / (float)D * r * r;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        int64_t d = (threadIdx.x + i * MANY) * V;
+        float out[V];
+        if (d >= D) break;
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            out[j] = old[i][j] + r * (slopes[i][j] - held[i][j] * mean); /* or 0, and that */
+        store(dx + n * D + d, out);
+    }
+}
+
+/* Whether those take rows of x with these, their weights of one dtype, which is given. */
+static bool takes_several(Tensor dx, const Tensor *y, Tensor x, const Tensor *weight, int count,
+                          DType *dtype) {
+    int64_t D = tensor_cols(x), each = (int64_t)(16 / dtype_size(x.dtype));
+    bool fits = fits_packs(D, dx, x) && D % each == 0 && D <= HELD_MANY * MANY * each;
+    *dtype = x.dtype;
+    for (int i = 0; i < count; i++)
+        if (weight[i].data) *dtype = weight[i].dtype;
+    for (int i = 0; i < count; i++)
+        fits = fits && fits_packs(D, y[i], weight[i]) &&
+               (!weight[i].data || weight[i].dtype == *dtype);
+    return fits && tensor_rows(x) > FEW_ROWS;
+}
+
+extern "C" void cuda_rmsnorm_forward_several(const Tensor *y, Tensor rstd, Tensor x,
+                                             const Tensor *weight, int count, float eps) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    DType dtype;
+    if (!N) return;
+    if (!takes_several(x, y, x, weight, count, &dtype)) {
+        for (int i = 0; i < count; i++)
+            launch_forward(y[i], rstd, x, weight[i], tensor_absent(), eps, false);
+        return;
+    }
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(dtype, W, {
+                   constexpr int V = (int)(16 / sizeof(T));
+                   LAUNCH_NEXT(x.device, (forward_several<T, W, V, HELD_MANY>), (unsigned)N, MANY,
+                               (several_of<T, W>(y, weight, count)), data_of<float>(rstd),
+                               data_of<T>(x), D, eps);
+               }));
+}
+
+extern "C" void cuda_rmsnorm_backward_several(Tensor dx, Write write, const Tensor *dy, Tensor x,
+                                              Tensor rstd, const Tensor *weight, int count) {
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    DType dtype;
+    if (!N) return;
+    if (!takes_several(dx, dy, x, weight, count, &dtype)) {
+        for (int i = 0; i < count; i++)
+            cuda_rmsnorm_backward(dx, i ? ADD : write, tensor_absent(), dy[i], x, rstd, weight[i]);
+        return;
+    }
+    WITH_FLOAT(x.dtype, T, WITH_FLOAT(dtype, W, {
+                   constexpr int V = (int)(16 / sizeof(T));
+                   LAUNCH_NEXT(x.device, (backward_several<T, W, V, HELD_MANY>), (unsigned)N, MANY,
+                               data_of<T>(dx), write, (several_of<T, W>(dy, weight, count)),
+                               data_of<T>(x), data_of<float>(rstd), D);
+               }));
+}
+
 /* ---- layer norm ---- */
 
 template <typename T, typename W, int ROW>

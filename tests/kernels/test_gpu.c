@@ -183,6 +183,29 @@ static void expect_equal(const char *what, Tensor a, Tensor b) {
     free(x), free(y);
 }
 
+/* Several norms of one input are each of them; their gradients, the sum. */
+GPU_CASE(several_norms, s, dtype) {
+    static const int64_t widths[] = {64, 1540, 2816, 2048};
+    for (int i = 0; i < 4; i++) {
+        int64_t N = i % 2 ? 11 : 70, D = widths[i];
+        Tensor none = tensor_absent(), x = GIVEN(s, dtype, 1, N, D), y[3], dy[3],
+               w[] = {GIVEN(s, dtype, 2, D), GIVEN(s, dtype, 3, D), none}, rstd = SPACE(s, F32, N),
+               one = SPACE(s, dtype, N, D), dx = GIVEN(s, dtype, 4, N, D);
+        for (int k = 0; k < 3; k++) {
+            y[k] = SPACE(s, dtype, N, D);
+            dy[k] = GIVEN(s, dtype, 5 + k, N, D);
+        }
+        rmsnorm_forward_several(y, rstd, x, w, 3, 1e-6f);
+        for (int k = 0; k < 3; k++) {
+            rmsnorm_forward(one, none, x, w[k], none, 1e-6f);
+            expect_equal("one of several", y[k], one);
+        }
+        result(s, "rstd", rstd, 1e-6);
+        rmsnorm_backward_several(dx, i % 2 ? SET : ADD, dy, x, rstd, w, 2 + i % 2);
+        result(s, "dx", dx, 2 * near(dtype));
+    }
+}
+
 /* Two norms at once are those two, and the codes those that a product would make. */
 GPU_CASE(norms_in_pairs, s, dtype) {
     static const int64_t widths[] = {64, 320, 1536, 2816, 5376, 100};
