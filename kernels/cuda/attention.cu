@@ -499,10 +499,17 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
         int64_t tiles = plan.tiles - first < plan.slab_tiles ? plan.tiles - first : plan.slab_tiles;
         Slab slab = {weights,    slopes,     spans + 2 * first, first * (HOPPER_ROWS / heads.group),
                      plan.width, (int)tiles, group_bits,        first == 0};
-        LAUNCH(device, (attention_slopes<C>), dim3(SLOPE_BLOCKS, (unsigned)tiles, K),
-               HOPPER_THREADS, gemm_hopper_bytes(), sides, heads, see, slab);
         int64_t rows = K * tiles * HOPPER_ROWS;
         int queries = HOPPER_DEPTH / heads.group;
+        SlopeMaps maps = {};
+        maps.rows[0] = cuda_tile_map(sides.q, heads.N, heads.H, C, heads.group, 2 * queries);
+        maps.rows[1] = cuda_tile_map(sides.dy, heads.N, heads.H, C, heads.group, 2 * queries);
+        maps.keys[0] = cuda_tile_map(sides.k, 1, heads.S, heads.K * C, HOPPER_COLUMNS);
+        maps.keys[1] = cuda_tile_map(sides.v, 1, heads.S, heads.K * C, HOPPER_COLUMNS);
+        maps.results[0] = cuda_tile_map(weights, 1, rows, plan.width, 64);
+        maps.results[1] = cuda_tile_map(slopes, 1, rows, plan.width, 64);
+        LAUNCH(device, (attention_slopes<C>), dim3(SLOPE_BLOCKS, (unsigned)tiles, K),
+               BROUGHT_THREADS, sizeof(SlopeMemory), sides, maps, heads, see, slab);
         GradientMaps of_rows = {}, of_keys = {};
         of_rows.left[0] = cuda_tile_map(slopes, 1, rows, plan.width, HOPPER_ROWS);
         of_rows.right[0] = cuda_tile_map(sides.k, 1, heads.S, heads.K * C, HOPPER_DEPTH);
@@ -511,10 +518,10 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
         of_keys.right[0] = cuda_tile_map(sides.q, heads.N, heads.H, C, heads.group, queries);
         of_keys.right[1] = cuda_tile_map(sides.dy, heads.N, heads.H, C, heads.group, queries);
         LAUNCH(device, (query_products<C>), dim3(C / HOPPER_COLUMNS, (unsigned)tiles, K),
-               BROUGHT_THREADS, sizeof(Brought), sides, of_rows, heads, slab);
+               BROUGHT_THREADS, sizeof(GradientMemory), sides, of_rows, heads, slab);
         LAUNCH(device, (key_products<C>),
                dim3(2 * C / HOPPER_COLUMNS, key_tiles, (unsigned)plan.parts), BROUGHT_THREADS,
-               sizeof(Brought), sides, of_keys, heads, slab);
+               sizeof(GradientMemory), sides, of_keys, heads, slab);
     }
     int64_t count = heads.S * heads.K * heads.C; /* a multiple of 256 */
     if (plan.parts > 1)

@@ -6,7 +6,7 @@
  * bf16, as many queries at a time as fit: reading them twice takes less time than making them
  * twice. Then each gradient is one product, of which only the tiles are multiplied that rows see:
  *   S = q k^T, W = exp(S - lse), Z = W (dy v^T - delta);  dq = Z k, dk += Z^T q, dv += W^T dy
- * The copy engine brings what those multiply (bulk.h). */
+ * The copy engine brings what is multiplied, and takes weights and slopes away (bulk.h). */
 #ifndef CUDA_GRADIENTS_HOPPER_H
 #define CUDA_GRADIENTS_HOPPER_H
 
@@ -69,169 +69,188 @@ struct RowPlaces {
     DEVICE_MEMBER int operator()(int r) const { return (r >> shift) * query + (r & mask) * C; }
 };
 
-/* Column c of a tile of scores is this key of the tile: a lane's eight in 32 columns lie side by
- * side. 32 columns further it is 32 keys further. */
-DEVICE_FUNCTION int key_of_column(int c) {
-    return (c & ~31) + c % 8 / 2 * 8 + c / 8 % 4 * 2 + c % 2;
-}
-
-/* Blocks that share the tiles of keys which a tile of rows sees: where rows see all keys a block
- * has several, and where they see a window few have none. */
-#define SLOPE_BLOCKS 4
-
-/* Weights and slopes of a tile of rows and every SLOPE_BLOCKS-th tile of HOPPER_COLUMNS keys that
- * it sees. Grid: (SLOPE_BLOCKS, tiles of rows, K). */
-template <int C>
-static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
-    attention_slopes(GradientSides of, Heads heads, Sight see, Slab slab) {
-#if ON_HOPPER
-    constexpr int COUNT = HOPPER_COLUMNS / 2, STEPS = C / HOPPER_DEPTH;
-    DYNAMIC_SHARED(memory);
-    __shared__ RowFacts<HOPPER_ROWS> facts;
-    int kv = blockIdx.z, row_tile = (int)(gridDim.y - 1 - blockIdx.y); /* long sights first */
-    int low = slab.spans[2 * row_tile], high = slab.spans[2 * row_tile + 1];
-    int key_tile = low / HOPPER_COLUMNS + (int)blockIdx.x;
-    if (low > high || key_tile > high / HOPPER_COLUMNS) return;
-    int64_t n0 = slab.n0 + (int64_t)row_tile * (HOPPER_ROWS / heads.group);
-    read_facts(&facts, heads, see, of.lse, of.delta, n0, kv);
-    int64_t row_at = (n0 * heads.H + kv * heads.group) * C;
-    int rows = (int)min((int64_t)HOPPER_ROWS, (heads.N - n0) * heads.group), width = heads.K * C;
-    RowPlaces places(heads, slab);
-    for (; key_tile <= high / HOPPER_COLUMNS; key_tile += SLOPE_BLOCKS) {
-        Product<false, false> product(memory);
-        int s0 = key_tile * HOPPER_COLUMNS, keys = (int)min((int64_t)HOPPER_COLUMNS, heads.S - s0);
-        int64_t key_at = ((int64_t)s0 * heads.K + kv) * C;
-        int step = 0, own = key_of_column(product.right.row) - product.right.row;
-        auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
-            if (step == 2 * STEPS) return;
-            int c = step % STEPS * HOPPER_DEPTH, from = known_here(own);
-            product.left.fetch(left_tile, (step < STEPS ? of.q : of.dy) + row_at + c, rows,
-                               HOPPER_DEPTH, places);
-            /* rows of the tile that are no keys are keys' once more: what they make is not seen */
-            product.right.fetch(right_tile, (step < STEPS ? of.k : of.v) + key_at + c,
-                                HOPPER_COLUMNS, HOPPER_DEPTH,
-                                [=](int r) { return min(r + from, keys - 1) * width; });
-            step++;
-        };
-        float sums[COUNT] = {};
-        unsigned packs[COUNT / 2];
-        int r = result_row(), t = threadIdx.x % 4;
-        bf16 *to = slab.weights +
-                   (((int64_t)kv * slab.tiles + row_tile) * HOPPER_ROWS + r) * slab.width + s0 +
-                   8 * t;
-        auto write = [&](bf16 *matrix) {
-#pragma unroll
-            for (int m = 0; m < HOPPER_COLUMNS / 32; m++)
-#pragma unroll
-                for (int p = 0; p < 2; p++)
-                    *(uint4 *)(matrix + 8 * p * slab.width + 32 * m) =
-                        uint4{packs[8 * m + p], packs[8 * m + 2 + p], packs[8 * m + 4 + p],
-                              packs[8 * m + 6 + p]};
-        };
-        product.start(fetch);
-        product.run(sums, STEPS, true, fetch);
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            float lse = facts.lse[r + 8 * p];
-            int ahead = s0 + 8 * t - facts.first[r + 8 * p], count = facts.count[r + 8 * p];
-#pragma unroll
-            for (int j = 0; j < COUNT / 4; j++) {
-                int i = 4 * j + 2 * p, key = ahead + j / 4 * 32 + j % 4 * 2;
-                packs[2 * j + p] = pack_bf16(weight_of(sums[i], lse, key, count),
-                                             weight_of(sums[i + 1], lse, key + 1, count));
-                sums[i] = sums[i + 1] = 0;
-            }
-        }
-        write(to);
-        product.run(sums, STEPS, true, fetch);
-#pragma unroll
-        for (int p = 0; p < 2; p++) {
-            float delta = facts.delta[r + 8 * p];
-#pragma unroll
-            for (int j = 0; j < COUNT / 4; j++) {
-                unsigned pair = packs[2 * j + p];
-                packs[2 * j + p] = pack_bf16(
-                    __uint_as_float(pair << 16) * (sums[4 * j + 2 * p] - delta),
-                    __uint_as_float(pair & 0xffff0000u) * (sums[4 * j + 2 * p + 1] - delta));
-            }
-        }
-        write(to + (slab.slopes - slab.weights));
-        copies_wait<0>();
-        __syncthreads(); /* the last stage has been multiplied */
-    }
-#endif
-}
-
-/* ---- gradients: products of tiles that the copy engine brings ---- */
+/* ---- products of tiles that the copy engine brings ---- */
 
 #define BROUGHT_THREADS (3 * WARPGROUP) /* one warpgroup brings, two multiply 64 rows each */
 
 /* Stages of a product of 128 by 256. */
-struct Brought {
-    bf16 left[HOPPER_STAGES][HOPPER_ROWS * HOPPER_DEPTH];
-    bf16 right[HOPPER_STAGES][HOPPER_COLUMNS * HOPPER_DEPTH];
-    Barrier full[HOPPER_STAGES], empty[HOPPER_STAGES];
+template <int STAGES> struct Brought {
+    static constexpr int COUNT = STAGES;
+    bf16 left[STAGES][HOPPER_ROWS * HOPPER_DEPTH], right[STAGES][HOPPER_COLUMNS * HOPPER_DEPTH];
+    Barrier full[STAGES], empty[STAGES];
 };
 
-/* What is cut into tiles: slopes and weights, (rows, keys); what they meet. */
-struct GradientMaps {
-    TileMap left[2], right[2];
-};
-
-/* By all threads, before the product. */
-DEVICE_FUNCTION void begin_product(Brought *memory) {
+/* By all threads, before the first product. */
+template <int STAGES> DEVICE_FUNCTION void begin_products(Brought<STAGES> *memory) {
     if (!threadIdx.x)
-        for (int i = 0; i < HOPPER_STAGES; i++) {
+        for (int i = 0; i < STAGES; i++) {
             barrier_begin(&memory->full[i], 1);
             barrier_begin(&memory->empty[i], 2);
         }
     __syncthreads();
 }
 
-/* The bringing warpgroup: bring(left tile, right tile, barrier) asks for a step's. */
-template <typename Bring>
-DEVICE_FUNCTION void bring_steps(Brought *memory, int steps, Bring bring) {
+/* The bringing warpgroup: bring(step, left tile, right tile, barrier) asks for a step's. */
+template <int STAGES, typename Bring>
+DEVICE_FUNCTION void bring_steps(Brought<STAGES> *memory, int steps, Bring bring) {
     registers_fewer<40>();
     if (threadIdx.x) return;
     for (int i = 0; i < steps; i++) {
-        int stage = i % HOPPER_STAGES;
-        barrier_wait(&memory->empty[stage], (i / HOPPER_STAGES & 1) ^ 1);
+        int stage = i % STAGES;
+        barrier_wait(&memory->empty[stage], (i / STAGES & 1) ^ 1);
         barrier_announce(&memory->full[stage],
                          (int)(sizeof memory->left[0] + sizeof memory->right[0]));
-        bring(memory->left[stage], memory->right[stage], &memory->full[stage]);
+        bring(i, memory->left[stage], memory->right[stage], &memory->full[stage]);
     }
 }
 
-/* The others; TA: K are the rows of the left operand, as they are of the right. */
-template <bool TA>
-DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought *memory, int steps) {
+/* Which of those who multiply this is. */
+DEVICE_FUNCTION int brought_half() {
+    return (int)threadIdx.x / WARPGROUP - 1;
+}
+
+/* They add steps first .. first + steps - 1; TA, TB: K are the rows of that operand. */
+template <bool TA, bool TB, int STAGES>
+DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought<STAGES> *memory,
+                                    int first, int steps) {
     typedef Side<HOPPER_ROWS, TA> Left;
-    typedef Side<HOPPER_COLUMNS, true> Right;
-    int own = ((int)threadIdx.x / WARPGROUP - 1) * 64;
-    registers_more<232>();
-    for (int i = 0; i < steps; i++) {
-        int stage = i % HOPPER_STAGES;
-        const bf16 *a = memory->left[stage], *b = memory->right[stage];
-        barrier_wait(&memory->full[stage], i / HOPPER_STAGES & 1);
+    typedef Side<HOPPER_COLUMNS, TB> Right;
+    int own = brought_half() * 64, last = -1; /* last: the stage before, which is still in use */
+    auto release = [&] {
+        if (last >= 0 && threadIdx.x % WARPGROUP == 0) barrier_arrive(&memory->empty[last], 0);
+    };
+    for (int i = first; i < first + steps; i++) {
+        const bf16 *a = memory->left[i % STAGES], *b = memory->right[i % STAGES];
+        barrier_wait(&memory->full[i % STAGES], i / STAGES & 1);
         wgmma_begin();
 #pragma unroll
         for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
-            wgmma<TA, true>(sums,
-                            TA ? operand(a, kk, own, Left::ROWS) : operand(a, own, kk, Left::ROWS),
-                            operand(b, kk, 0, Right::ROWS));
+            wgmma<TA, TB>(sums,
+                          TA ? operand(a, kk, own, Left::ROWS) : operand(a, own, kk, Left::ROWS),
+                          TB ? operand(b, kk, 0, Right::ROWS) : operand(b, 0, kk, Right::ROWS));
         wgmma_close_group();
         wgmma_wait<1>();
-        if (i && threadIdx.x % WARPGROUP == 0)
-            barrier_arrive(&memory->empty[(i - 1) % HOPPER_STAGES], 0);
+        release();
+        last = i % STAGES;
     }
     wgmma_wait<0>();
     wgmma_results(sums);
+    release();
 }
 
-/* The row of a tile that this lane has results of, behind those who bring. */
+/* The row of a tile that this lane has results of; the other is eight further. */
 DEVICE_FUNCTION int brought_row() {
     return (threadIdx.x - WARPGROUP) / 32 * 16 + threadIdx.x % 32 / 4;
 }
+
+/* ---- weights and slopes ---- */
+
+/* Blocks that share the tiles of keys which a tile of rows sees: where rows see all keys a block
+ * has several, and where they see a window few have none. */
+#define SLOPE_BLOCKS 4
+
+/* Rows of q and dy, of k and v; where weights and slopes go, 64 rows at a time. */
+struct SlopeMaps {
+    TileMap rows[2], keys[2], results[2];
+};
+
+/* Results of each half on their way out, which weights leave before slopes come. */
+struct SlopeMemory {
+    bf16 results[2][64 * HOPPER_COLUMNS];
+    Brought<3> tiles;
+};
+
+/* Weights and slopes of a tile of rows and every SLOPE_BLOCKS-th tile of HOPPER_COLUMNS keys that
+ * it sees. Grid: (SLOPE_BLOCKS, tiles of rows, K). */
+template <int C>
+static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
+    attention_slopes(GradientSides of, const __grid_constant__ SlopeMaps maps, Heads heads,
+                     Sight see, Slab slab) {
+#if ON_HOPPER
+    constexpr int COUNT = HOPPER_COLUMNS / 2, STEPS = C / HOPPER_DEPTH;
+    DYNAMIC_SHARED(bytes);
+    SlopeMemory *memory = (SlopeMemory *)bytes;
+    __shared__ RowFacts<HOPPER_ROWS> facts;
+    int kv = blockIdx.z, row_tile = (int)(gridDim.y - 1 - blockIdx.y); /* long sights first */
+    int low = slab.spans[2 * row_tile], high = slab.spans[2 * row_tile + 1];
+    int key_tile = low / HOPPER_COLUMNS + (int)blockIdx.x, last = high / HOPPER_COLUMNS;
+    if (low > high || key_tile > last) return;
+    int64_t n0 = slab.n0 + (int64_t)row_tile * (HOPPER_ROWS / heads.group);
+    read_facts(&facts, heads, see, of.lse, of.delta, n0, kv);
+    begin_products(&memory->tiles);
+    if (threadIdx.x < WARPGROUP) {
+        int tiles = (last - key_tile) / SLOPE_BLOCKS + 1;
+        bring_steps(&memory->tiles, tiles * 2 * STEPS,
+                    [&](int i, bf16 *left, bf16 *right, Barrier *full) {
+                        int which = i / STEPS % 2, c = i % STEPS * HOPPER_DEPTH;
+                        int s0 = (key_tile + i / (2 * STEPS) * SLOPE_BLOCKS) * HOPPER_COLUMNS;
+                        copy_tile<false>(left, full, maps.rows[which], n0, kv * heads.group, c);
+                        copy_tile<false>(right, full, maps.keys[which], 0, s0, kv * C + c);
+                    });
+        return;
+    }
+    registers_more<232>();
+    int own = brought_half(), r = brought_row(), line = r % 64, t = threadIdx.x % 4, step = 0;
+    bf16 *room = memory->results[own];
+    int64_t to = ((int64_t)kv * slab.tiles + row_tile) * HOPPER_ROWS + own * 64;
+    bool leads = threadIdx.x % WARPGROUP == 0;
+    auto pair_at = [&](int p, int j) {
+        return (unsigned *)(room + tile_at(line + 8 * p, 8 * j, 64) + 2 * t);
+    };
+    auto wait_for_room = [&] {
+        if (leads) stores_have_read();
+        warpgroup_sync(own);
+    };
+    auto send = [&](const TileMap &map, int s0) {
+        shared_for_products();
+        warpgroup_sync(own);
+        for (int c = 0; c < HOPPER_COLUMNS && leads; c += TILE_COLUMNS)
+            store_tile(map, room + c * 64, to, s0 + c);
+    };
+    for (; key_tile <= last; key_tile += SLOPE_BLOCKS, step += 2 * STEPS) {
+        int s0 = key_tile * HOPPER_COLUMNS;
+        float sums[COUNT] = {};
+        multiply_steps<false, false>(sums, &memory->tiles, step, STEPS);
+        wait_for_room();
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            float lse = facts.lse[r + 8 * p];
+            int ahead = s0 + 2 * t - facts.first[r + 8 * p], count = facts.count[r + 8 * p];
+#pragma unroll
+            for (int j = 0; j < COUNT / 4; j++) {
+                int i = 4 * j + 2 * p;
+                *pair_at(p, j) = pack_bf16(weight_of(sums[i], lse, ahead + 8 * j, count),
+                                           weight_of(sums[i + 1], lse, ahead + 8 * j + 1, count));
+                sums[i] = sums[i + 1] = 0;
+            }
+        }
+        send(maps.results[0], s0);
+        multiply_steps<false, false>(sums, &memory->tiles, step + STEPS, STEPS);
+        wait_for_room();
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            float delta = facts.delta[r + 8 * p];
+#pragma unroll
+            for (int j = 0; j < COUNT / 4; j++) {
+                unsigned pair = *pair_at(p, j);
+                *pair_at(p, j) = pack_bf16(
+                    __uint_as_float(pair << 16) * (sums[4 * j + 2 * p] - delta),
+                    __uint_as_float(pair & 0xffff0000u) * (sums[4 * j + 2 * p + 1] - delta));
+            }
+        }
+        send(maps.results[1], s0);
+    }
+    if (leads) stores_have_read();
+#endif
+}
+
+/* ---- gradients ---- */
+
+/* What is cut into tiles: slopes and weights, (rows, keys); what they meet. */
+struct GradientMaps {
+    TileMap left[2], right[2];
+};
+typedef Brought<HOPPER_STAGES> GradientMemory;
 
 /* dq of a tile of rows and 256 columns. Maps: slopes, k. Grid: (C / 256, tiles of rows, K). */
 template <int C>
@@ -240,15 +259,15 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
                    Slab slab) {
 #if ON_HOPPER
     DYNAMIC_SHARED(bytes);
-    Brought *memory = (Brought *)bytes;
+    GradientMemory *memory = (GradientMemory *)bytes;
     int tile = (int)(gridDim.y - 1 - blockIdx.y), kv = blockIdx.z; /* long sights first */
     int low = slab.spans[2 * tile], end = slab.spans[2 * tile + 1] + 1;
     int column = (int)blockIdx.x * HOPPER_COLUMNS;
     int s = low < end ? low / HOPPER_DEPTH * HOPPER_DEPTH : end;
     int steps = (end - s + HOPPER_DEPTH - 1) / HOPPER_DEPTH;
-    begin_product(memory);
+    begin_products(memory);
     if (threadIdx.x < WARPGROUP) {
-        bring_steps(memory, steps, [&](bf16 *left, bf16 *right, Barrier *full) {
+        bring_steps(memory, steps, [&](int, bf16 *left, bf16 *right, Barrier *full) {
             copy_tile<false>(left, full, maps.left[0], 0,
                              ((int64_t)kv * slab.tiles + tile) * HOPPER_ROWS, s);
             for (int c = 0; c < HOPPER_COLUMNS; c += TILE_COLUMNS)
@@ -259,7 +278,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         return;
     }
     float sums[HOPPER_COLUMNS / 2] = {};
-    multiply_steps<false>(sums, memory, steps);
+    registers_more<232>();
+    multiply_steps<false, true>(sums, memory, 0, steps);
     int64_t n0 = slab.n0 + (int64_t)tile * (HOPPER_ROWS / heads.group);
     int rows = (int)min((int64_t)HOPPER_ROWS, (heads.N - n0) * heads.group);
     RowPlaces places(heads, slab);
@@ -287,7 +307,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 #if ON_HOPPER
     constexpr int COLUMNS = C / HOPPER_COLUMNS;
     DYNAMIC_SHARED(bytes);
-    Brought *memory = (Brought *)bytes;
+    GradientMemory *memory = (GradientMemory *)bytes;
     constexpr int WARPS = BROUGHT_THREADS / 32;
     __shared__ int firsts[WARPS], lasts[WARPS], counts[WARPS];
     int values = blockIdx.x >= COLUMNS;
@@ -318,11 +338,11 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     for (int w = 0; w < WARPS; w++) count += counts[w];
     if (!count && adds) return;
 
-    begin_product(memory);
+    begin_products(memory);
     int steps = count * (HOPPER_ROWS / HOPPER_DEPTH);
     if (threadIdx.x < WARPGROUP) {
         int half = 0;
-        bring_steps(memory, steps, [&](bf16 *left, bf16 *right, Barrier *full) {
+        bring_steps(memory, steps, [&](int, bf16 *left, bf16 *right, Barrier *full) {
             while (!half && !sees_any(slab, tile, s0, HOPPER_ROWS)) tile++;
             int row = tile * HOPPER_ROWS + half;
             for (int c = 0; c < HOPPER_ROWS; c += TILE_COLUMNS)
@@ -337,7 +357,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         return;
     }
     float sums[HOPPER_COLUMNS / 2] = {};
-    multiply_steps<true>(sums, memory, steps);
+    registers_more<232>();
+    multiply_steps<true, true>(sums, memory, 0, steps);
     int64_t line = (int64_t)heads.K * C;
     float *to = (values ? of.dv : of.dk) + ((int64_t)blockIdx.z * heads.S + s0) * line + kv * C +
                 column + threadIdx.x % 4 * 2;
