@@ -65,49 +65,36 @@ static __global__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *ga
     }
 }
 
-/* Rows of gate and up joined, a warp a row, which asks for several packs before it writes: of
- * weights[m] times the row, and <dy, y>. */
+/* Rows of gate and up joined, a block a row: of weights[m] times the row, and <dy, y>. */
+#define ROW_THREADS 256
 template <typename T, int V>
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(ROW_THREADS)
     backward_weighted(T *dboth, float *dweights, const T *dy, const float *weights, const T *both,
-                      int64_t M, int F) {
-    constexpr int HELD = 3;
+                      int F) {
     wait_for_last();
-    int64_t m = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
-    int lane = threadIdx.x % 32;
-    if (m >= M) return;
+    __shared__ float space[32];
+    int64_t m = blockIdx.x;
     float weight = weights[m], sum = 0;
     const T *gate = both + m * 2 * F, *slopes = dy + m * F;
     T *to = dboth + m * 2 * F;
-    for (int first = lane * V; first < F; first += HELD * 32 * V) {
-        Kept<T, V> g[HELD], u[HELD], d[HELD];
+    for (int at = threadIdx.x * V; at < F; at += blockDim.x * V) {
+        float g[V], u[V], d[V], dg[V];
+        load(g, gate + at);
+        load(u, gate + F + at);
+        load(d, slopes + at);
 #pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            int at = first + k * 32 * V;
-            if (at >= F) break;
-            g[k].read(gate + at);
-            u[k].read(gate + F + at);
-            d[k].read(slopes + at);
+        for (int j = 0; j < V; j++) {
+            GeluSlope gelu = gelu_slope(g[j]);
+            sum += d[j] * rounded<T>(rounded<T>(gelu.value) * u[j]);
+            d[j] *= weight;
+            dg[j] = d[j] * u[j] * gelu.slope;
+            d[j] *= gelu.value;
         }
-#pragma unroll
-        for (int k = 0; k < HELD; k++) {
-            int at = first + k * 32 * V;
-            if (at >= F) break;
-            float dgate[V], dup[V];
-#pragma unroll
-            for (int j = 0; j < V; j++) {
-                GeluSlope gelu = gelu_slope(g[k][j]);
-                sum += d[k][j] * rounded<T>(rounded<T>(gelu.value) * u[k][j]);
-                dup[j] = weight * d[k][j];
-                dgate[j] = dup[j] * u[k][j] * gelu.slope;
-                dup[j] *= gelu.value;
-            }
-            store(to + at, dgate);
-            store(to + F + at, dup);
-        }
+        store(to + at, dg);
+        store(to + F + at, d);
     }
-    sum = warp_sum(sum);
-    if (!lane) dweights[m] = sum;
+    sum = block_sum(sum, space);
+    if (!threadIdx.x) dweights[m] = sum;
 }
 
 static void launch_forward(Tensor y, Tensor gate, const void *up, int64_t rows, int64_t stride,
@@ -189,9 +176,11 @@ extern "C" void cuda_gelu_mul_joined_backward(Tensor dboth, Tensor dweights, Ten
     bool fits = fits_packs(F, dboth, dy, both);
     if (!tensor_count(dy)) return;
     WITH_FLOAT(dy.dtype, T, WITH_LONG_PACKS(T, F, fits, V, {
-                   LAUNCH_NEXT(dy.device, (backward_weighted<T, V>), (unsigned)ceil_div(M, 8), 256,
+                   int64_t threads = ceil_div(F, 32 * V) * 32;
+                   LAUNCH_NEXT(dy.device, (backward_weighted<T, V>), (unsigned)M,
+                               (unsigned)(threads < ROW_THREADS ? threads : ROW_THREADS),
                                data_of<T>(dboth), data_of<float>(dweights), data_of<T>(dy),
-                               data_of<float>(weights), data_of<T>(both), M, (int)F);
+                               data_of<float>(weights), data_of<T>(both), (int)F);
                }));
 }
 

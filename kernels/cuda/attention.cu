@@ -347,13 +347,13 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor codes, Tenso
 /* ---- backward ---- */
 
 /* delta[n, h] = <dy, y>. */
-template <typename T>
+template <typename T, int L>
 static __global__ void __launch_bounds__(THREADS)
     row_deltas(float *delta, PackedView dy, PackedView y, int64_t items, int C) {
     constexpr int D = sizeof(T) == 2 ? BF16 : F32;
     int64_t item = (int64_t)blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
     if (item >= items) return;
-    float a[LANE_MOST], b[LANE_MOST];
+    float a[L], b[L];
     read_head<D>(a, dy, item * C, C);
     read_head<D>(b, y, item * C, C);
     float sum = head_dot(a, b);
@@ -550,8 +550,12 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
     float *delta = (float *)memory;
     int *ranges = (int *)(memory + delta_bytes);
     WITH_FLOAT(q.dtype, T, {
-        LAUNCH(q.device, (row_deltas<T>), (unsigned)ceil_div(items, each), THREADS, 0, delta,
-               view_of(dy), view_of(y), items, heads.C);
+        if (heads.C <= 256)
+            LAUNCH(q.device, (row_deltas<T, 8>), (unsigned)ceil_div(items, each), THREADS, 0, delta,
+                   view_of(dy), view_of(y), items, heads.C);
+        else
+            LAUNCH(q.device, (row_deltas<T, LANE_MOST>), (unsigned)ceil_div(items, each), THREADS,
+                   0, delta, view_of(dy), view_of(y), items, heads.C);
     });
     if (hopper) {
         GradientSides sides = {

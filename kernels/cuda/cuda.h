@@ -177,6 +177,17 @@ DEVICE_FUNCTION bool is_last(int *counter, int count) {
     return true;
 }
 
+/* Writes what will not be read soon: caches keep what they have. */
+template <typename U> DEVICE_FUNCTION void store_past(U *p, U value) {
+#ifdef __CUDACC__
+    if constexpr (sizeof(U) == sizeof(uint4)) {
+        __stcs((uint4 *)p, (uint4)value);
+        return;
+    }
+#endif
+    *p = value;
+}
+
 /* ---- float types ---- */
 
 struct bf16 {

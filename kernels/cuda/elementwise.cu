@@ -144,7 +144,7 @@ static __global__ void __launch_bounds__(256)
             if (from >= 0 && first + k * 32 < words) held[k] = x[from * words + first + k * 32];
 #pragma unroll
         for (int k = 0; k < HELD; k++)
-            if (first + k * 32 < words) y[m * words + first + k * 32] = held[k];
+            if (first + k * 32 < words) store_past(y + m * words + first + k * 32, held[k]);
     }
 }
 
