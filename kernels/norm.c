@@ -55,23 +55,26 @@ void rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor 
     ON_DEVICE(x, rmsnorm_backward)(dx, write, dweight, dy, x, rstd, weight);
 }
 
-static void check_several(const Tensor *y, Tensor x, Tensor rstd, const Tensor *weight, int count) {
+static void check_several(const Tensor *y, Tensor x, Tensor rstd, const NormWeight *weight,
+                          int count) {
     CHECK(count > 0 && count <= NORMS_MOST, "rmsnorm: %d norms", count);
     for (int i = 0; i < count; i++) {
-        check_norm(x, rstd, weight[i]);
+        check_norm(x, rstd, weight[i].weight);
+        CHECK(!weight[i].factor || tensor_present(weight[i].weight),
+              "rmsnorm: a factor of no weight");
         CHECK(tensor_count(y[i]) == tensor_count(x) && y[i].dtype == x.dtype,
               "rmsnorm: %s and %s differ", tensor_text(y[i]), tensor_text(x));
     }
 }
 
-void rmsnorm_forward_several(const Tensor *y, Tensor rstd, Tensor x, const Tensor *weight,
+void rmsnorm_forward_several(const Tensor *y, Tensor rstd, Tensor x, const NormWeight *weight,
                              int count, float eps) {
     check_several(y, x, rstd, weight, count);
     ON_DEVICE(x, rmsnorm_forward_several)(y, rstd, x, weight, count, eps);
 }
 
 void rmsnorm_backward_several(Tensor dx, Write write, const Tensor *dy, Tensor x, Tensor rstd,
-                              const Tensor *weight, int count) {
+                              const NormWeight *weight, int count) {
     check_several(dy, x, rstd, weight, count);
     CHECK(tensor_present(rstd) && tensor_count(dx) == tensor_count(x) && dx.dtype == x.dtype,
           "rmsnorm: dx %s of %s", tensor_text(dx), tensor_text(x));

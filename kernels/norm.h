@@ -32,16 +32,23 @@ KERNEL(rmsnorm_apply, Tensor y, Tensor rstd, Tensor x, Tensor weight);
 KERNEL(rmsnorm_backward, Tensor dx, Write write, Tensor dweight, Tensor dy, Tensor x, Tensor rstd,
        Tensor weight);
 
+/* A norm's weight; absent means ones. With a factor x * rstd is rounded, its product with the
+ * weight is, and that is multiplied by it: as scale_columns makes it. */
+typedef struct NormWeight {
+    Tensor weight;
+    float factor; /* 0: none */
+} NormWeight;
+
 /* Several norms of one x, which differ in their weights: y[i] = x * rstd * weight[i], bit for bit
- * as rmsnorm_forward makes each.   count <= NORMS_MOST; weight[i] absent means ones */
+ * as rmsnorm_forward makes each.   count <= NORMS_MOST */
 #define NORMS_MOST 3
-KERNEL(rmsnorm_forward_several, const Tensor *y, Tensor rstd, Tensor x, const Tensor *weight,
+KERNEL(rmsnorm_forward_several, const Tensor *y, Tensor rstd, Tensor x, const NormWeight *weight,
        int count, float eps);
 
 /* Their way back into one gradient, which is that of rmsnorm_backward with g = sum of dy[i] *
  * weight[i]. */
 KERNEL(rmsnorm_backward_several, Tensor dx, Write write, const Tensor *dy, Tensor x, Tensor rstd,
-       const Tensor *weight, int count);
+       const NormWeight *weight, int count);
 
 /* y = (x - mean) * rstd * weight + bias, mean and rstd = 1 / sqrt(variance + eps) over the columns
  * (biased variance), in f32.

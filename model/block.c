@@ -69,11 +69,6 @@ void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtyp
     }
 }
 
-/* The router's norm: it has no weight. */
-static Norm router_norm(const Block *b) {
-    return (Norm){.eps = b->config.eps};
-}
-
 /* h, and where there are experts h2: s->x1 normalised. Where nothing is trained h2 is made here, of
  * h's memory. */
 static void feed_forward(const Block *b, BlockSaved *s, Tensor h, Tensor h2, Pass *p) {
@@ -82,10 +77,10 @@ static void feed_forward(const Block *b, BlockSaved *s, Tensor h, Tensor h2, Pas
         mlp_forward(&b->mlp, &s->mlp, s->fed, h, p);
     } else {
         mlp_forward(&b->mlp, &s->mlp, s->dense, h, p);
-        Norm router = router_norm(b);
+        Norm router = moe_router_norm(&b->moe);
         if (!p->training)
             norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm_2, &router},
-                                 (Tensor[]){h2, s->moe.normed}, 2, tensor_absent(), s->x1);
+                                 (Tensor[]){h2, s->moe.router_input}, 2, tensor_absent(), s->x1);
         moe_forward(&b->moe, &s->moe, s->routed, h2, p);
         norm_forward(&b->post_feedforward_layernorm_1, s->fed, s->dense_rstd, s->dense,
                      tensor_absent());
@@ -117,12 +112,15 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
                             p->is_entered ? p->entered : h, p);
     Tensor h2 = h;
     if (p->training) {
-        Norm router = router_norm(b);
-        if (b->config.num_experts) h2 = arena_like(p->scratch, x);
+        Norm router = {0};
+        if (b->config.num_experts) {
+            router = moe_router_norm(&b->moe);
+            h2 = arena_like(p->scratch, x);
+        }
         norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
         norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm,
                                               &b->pre_feedforward_layernorm_2, &router},
-                             (Tensor[]){h, h2, s->moe.normed}, b->config.num_experts ? 3 : 1,
+                             (Tensor[]){h, h2, s->moe.router_input}, b->config.num_experts ? 3 : 1,
                              s->x1_rstd, s->x1);
     } else {
         norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
@@ -160,12 +158,12 @@ static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx
                       s->routed_rstd);
         if (moe_reads_input(&b->moe))
             norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd, s->x1);
-        Tensor dh2 = arena_like(p->scratch, s->x1), dnormed = arena_like(p->scratch, s->x1);
-        Norm router = router_norm(b);
-        moe_backward(&b->moe, &s->moe, dh2, dnormed, dbranch, h, p);
+        Tensor dh2 = arena_like(p->scratch, s->x1), drouter = arena_like(p->scratch, s->x1);
+        Norm router = moe_router_norm(&b->moe);
+        moe_backward(&b->moe, &s->moe, dh2, drouter, dbranch, h, p);
         norm_backward_several((const Norm *[]){&b->pre_feedforward_layernorm,
                                                &b->pre_feedforward_layernorm_2, &router},
-                              dx1, ADD, (Tensor[]){dh, dh2, dnormed}, 3, s->x1, s->x1_rstd);
+                              dx1, ADD, (Tensor[]){dh, dh2, drouter}, 3, s->x1, s->x1_rstd);
     }
     arena_release(p->scratch, mark);
 }

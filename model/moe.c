@@ -34,7 +34,7 @@ void moe_declare(Moe *m, ParamList *params, LinearList *list, const BlockConfig 
 
 void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N) {
     int64_t E = c->num_experts, A = c->top_k_experts, D = c->hidden_size, M = routing_rows(N, A, E);
-    s->normed = ARENA_TENSOR(arena, dtype, N, D);
+    s->router_input = ARENA_TENSOR(arena, dtype, N, D);
     s->probs = ARENA_TENSOR(arena, F32, N, E);
     s->share = ARENA_TENSOR(arena, F32, N, A);
     s->experts = ARENA_TENSOR(arena, I32, N, A);
@@ -54,15 +54,10 @@ void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, i
     s->gate_up = ARENA_TENSOR(arena, dtype, M, 2 * c->moe_intermediate_size);
 }
 
-static float router_factor(const Moe *m) {
-    return 1.0f / sqrtf((float)m->config.hidden_size);
-}
-
-/* r = normed * scale * D^-1/2, in the two roundings of the reference. */
-static Tensor router_input(const Moe *m, const MoeSaved *s, Pass *p) {
-    Tensor r = arena_like(p->scratch, s->normed);
-    scale_columns(r, SET, s->normed, m->router_scale->value, router_factor(m));
-    return r;
+Norm moe_router_norm(const Moe *m) {
+    return (Norm){.weight = m->router_scale,
+                  .eps = m->config.eps,
+                  .factor = 1.0f / sqrtf((float)m->config.hidden_size)};
 }
 
 static RowGroups groups_of(const MoeSaved *s) {
@@ -268,8 +263,8 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(h), E = m->config.num_experts;
     int64_t D = m->config.hidden_size;
-    Tensor r = router_input(m, s, p), logits = ARENA_TENSOR(p->scratch, h.dtype, N, E);
-    linear_forward(&m->router_proj, logits, r, p);
+    Tensor logits = ARENA_TENSOR(p->scratch, h.dtype, N, E);
+    linear_forward(&m->router_proj, logits, s->router_input, p);
     router_forward(s->probs, s->share, s->experts, logits);
     routing_sort(s->offsets, s->counts, s->slot, s->source, s->experts);
     count_load(m, s, p);
@@ -285,7 +280,7 @@ bool moe_reads_input(const Moe *m) {
     return linear_reads_input(&m->gate_up_proj);
 }
 
-void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dnormed, Tensor dy, Tensor h,
+void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor drouter, Tensor dy, Tensor h,
                   Pass *p) {
     size_t mark = arena_mark(p->scratch);
     int64_t N = tensor_rows(dy), E = m->config.num_experts;
@@ -305,15 +300,8 @@ void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dnormed, Te
     row_weights_backward(dshare, scale->grad, dweights, s->slot, s->share, s->experts,
                          scale->value);
 
-    Tensor dlogits = ARENA_TENSOR(p->scratch, dy.dtype, N, E),
-           r = linear_reads_input(&m->router_proj) ? router_input(m, s, p) : tensor_absent();
+    Tensor dlogits = ARENA_TENSOR(p->scratch, dy.dtype, N, E);
     router_backward(dlogits, dshare, s->probs, s->share, s->experts, p->balance);
-    linear_backward(&m->router_proj, dnormed, SET, dlogits, r, p);
-    if (m->router_scale->trainable) {
-        scale_copy(dnormed, SET, dnormed, router_factor(m));
-        dot_columns(m->router_scale->grad, dnormed, s->normed);
-    }
-    scale_columns(dnormed, SET, dnormed, m->router_scale->value,
-                  m->router_scale->trainable ? 1.0f : router_factor(m));
+    linear_backward(&m->router_proj, drouter, SET, dlogits, s->router_input, p);
     arena_release(p->scratch, mark);
 }

@@ -15,9 +15,9 @@ typedef struct Moe {
 } Moe;
 
 typedef struct MoeSaved {
-    Tensor normed; /* (N, D): x normalised without scale, the router's input before its scale */
-    Tensor probs;  /* (N, E) f32 */
-    Tensor share;  /* (N, A) f32 */
+    Tensor router_input;  /* (N, D): x through the router's norm */
+    Tensor probs;         /* (N, E) f32 */
+    Tensor share;         /* (N, A) f32 */
     Tensor experts, slot; /* (N, A) i32 */
     Tensor offsets;       /* (E + 1) i32 */
     Tensor counts;        /* (E) i32 */
@@ -34,15 +34,18 @@ typedef struct MoeSaved {
 void moe_declare(Moe *m, ParamList *params, LinearList *list, const BlockConfig *c);
 void moe_reserve(MoeSaved *s, Arena *arena, const BlockConfig *c, DType dtype, int64_t N);
 
-/* y (N, D) = sum of chosen experts of h; the router reads s->normed, which is there. */
+/* y (N, D) = sum of chosen experts of h; the router reads s->router_input, which is there. */
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Pass *p);
 
 /* Whether the way back reads h; else it may be absent there. */
 bool moe_reads_input(const Moe *m);
 
-/* dh and dnormed, of what the router reads, are set. */
-void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor dnormed, Tensor dy, Tensor h,
+/* dh and drouter, of what the router reads, are set. */
+void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor drouter, Tensor dy, Tensor h,
                   Pass *p);
+
+/* r = norm(x) * scale * D^-1/2, in the two roundings of the reference. */
+Norm moe_router_norm(const Moe *m);
 
 /* Load of the experts over one pass, all layers pooled: what the balancing loss is made of. */
 typedef struct ExpertLoad {

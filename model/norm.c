@@ -1,5 +1,6 @@
 /* norm.c - root-mean-square norm layers. */
 #include "model/norm.h"
+#include "kernels/elementwise.h"
 #include "kernels/norm.h"
 
 void norm_declare(Norm *n, ParamList *params, const char *name, int64_t D, float eps) {
@@ -32,19 +33,25 @@ void norm_backward(const Norm *n, Tensor dx, Write write, Tensor dy, Tensor x, T
                      weight_of(n));
 }
 
+static NormWeight factored(const Norm *n) {
+    return (NormWeight){weight_of(n), n->factor};
+}
+
 void norm_forward_several(const Norm *const *n, const Tensor *y, int count, Tensor rstd, Tensor x) {
-    Tensor weights[NORMS_MOST];
-    for (int i = 0; i < count; i++) weights[i] = weight_of(n[i]);
+    NormWeight weights[NORMS_MOST];
+    for (int i = 0; i < count; i++) weights[i] = factored(n[i]);
     rmsnorm_forward_several(y, rstd, x, weights, count, n[0]->eps);
 }
 
 void norm_backward_several(const Norm *const *n, Tensor dx, Write write, const Tensor *dy,
                            int count, Tensor x, Tensor rstd) {
-    Tensor weights[NORMS_MOST];
+    NormWeight weights[NORMS_MOST];
     for (int i = 0; i < count; i++) {
-        weights[i] = weight_of(n[i]);
-        if (n[i]->weight && tensor_present(n[i]->weight->grad))
-            norm_backward(n[i], tensor_absent(), SET, dy[i], x, rstd);
+        weights[i] = factored(n[i]);
+        if (!n[i]->weight || !tensor_present(n[i]->weight->grad)) continue;
+        if (n[i]->factor) scale_copy(dy[i], SET, dy[i], n[i]->factor);
+        if (n[i]->factor) weights[i].factor = 1.0f;
+        norm_backward(n[i], tensor_absent(), SET, dy[i], x, rstd);
     }
     rmsnorm_backward_several(dx, write, dy, x, rstd, weights, count);
 }

@@ -7,6 +7,7 @@
 typedef struct Norm {
     Param *weight; /* (D); NULL: without scale */
     float eps;
+    float factor; /* of norms that have one (NormWeight); 0: none. Only among several */
 } Norm;
 
 /* Declares name.weight (D); norms are not decayed. */
@@ -20,7 +21,7 @@ void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residua
 void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
                Tensor next, Tensor codes);
 
-/* Several norms of one x, whose rstd is one, and their way back into dx. */
+/* Several norms of one x, whose rstd is one, and their way back into dx; dy may be scaled. */
 void norm_forward_several(const Norm *const *n, const Tensor *y, int count, Tensor rstd, Tensor x);
 void norm_backward_several(const Norm *const *n, Tensor dx, Write write, const Tensor *dy,
                            int count, Tensor x, Tensor rstd);

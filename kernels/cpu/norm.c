@@ -98,16 +98,29 @@ void CPU(rmsnorm_backward)(Tensor dx, Write write, Tensor dweight, Tensor dy, Te
     }
 }
 
-void CPU(rmsnorm_forward_several)(const Tensor *y, Tensor rstd, Tensor x, const Tensor *weight,
+void CPU(rmsnorm_forward_several)(const Tensor *y, Tensor rstd, Tensor x, const NormWeight *weight,
                                   int count, float eps) {
-    for (int i = 0; i < count; i++)
-        CPU(rmsnorm_forward)(y[i], rstd, x, weight[i], tensor_absent(), eps);
+    for (int i = 0; i < count; i++) {
+        const NormWeight *w = &weight[i];
+        CPU(rmsnorm_forward)
+        (y[i], rstd, x, w->factor ? tensor_absent() : w->weight, tensor_absent(), eps);
+        if (w->factor) CPU(scale_columns)(y[i], SET, y[i], w->weight, w->factor);
+    }
 }
 
 void CPU(rmsnorm_backward_several)(Tensor dx, Write write, const Tensor *dy, Tensor x, Tensor rstd,
-                                   const Tensor *weight, int count) {
-    for (int i = 0; i < count; i++)
-        CPU(rmsnorm_backward)(dx, i ? ADD : write, tensor_absent(), dy[i], x, rstd, weight[i]);
+                                   const NormWeight *weight, int count) {
+    int64_t D = tensor_cols(x);
+    float scaled[COLS_MAX], buffer[COLS_MAX];
+    for (int i = 0; i < count; i++) {
+        Tensor w = weight[i].weight;
+        if (weight[i].factor) {
+            const float *own = load_f32(buffer, w, 0, D);
+            for (int64_t d = 0; d < D; d++) scaled[d] = weight[i].factor * own[d];
+            w = TENSOR(scaled, F32, D);
+        }
+        CPU(rmsnorm_backward)(dx, i ? ADD : write, tensor_absent(), dy[i], x, rstd, w);
+    }
 }
 
 void CPU(layernorm_forward)(Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor weight,

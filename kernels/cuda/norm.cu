@@ -377,16 +377,18 @@ extern "C" void cuda_rmsnorm_backward(Tensor dx, Write write, Tensor dweight, Te
 template <typename T, typename W> struct Several {
     T *y[NORMS_MOST]; /* or dy, which is only read */
     const W *weight[NORMS_MOST];
+    float factor[NORMS_MOST]; /* 0: none */
     int count;
 };
 
 template <typename T, typename W>
-static Several<T, W> several_of(const Tensor *y, const Tensor *weight, int count) {
+static Several<T, W> several_of(const Tensor *y, const NormWeight *weight, int count) {
     Several<T, W> s = {};
     s.count = count;
     for (int i = 0; i < count; i++) {
         s.y[i] = data_of<T>(y[i]);
-        s.weight[i] = data_of<W>(weight[i]);
+        s.weight[i] = data_of<W>(weight[i].weight);
+        s.factor[i] = weight[i].factor;
     }
     return s;
 }
@@ -428,7 +430,9 @@ static __global__ void __launch_bounds__(MANY, 8)
             if (d >= D) break;
 #pragma unroll
             for (int j = 0; j < V; j++)
-                out[j] = normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
+                out[j] = s.factor[k]
+                             ? s.factor[k] * rounded<T>(rounded<T>(held[i][j] * r) * factors[i][j])
+                             : normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
             store(s.y[k] + n * D + d, out);
         }
     }
@@ -454,6 +458,7 @@ static __global__ void __launch_bounds__(MANY, sizeof(W) > sizeof(bf16) ? 4 : 5)
     for (int k = 0; k < NORMS_MOST; k++) {
         if (k >= s.count) break;
         const W *weight = s.weight[k];
+        float factor = s.factor[k] ? s.factor[k] : 1.0f;
         Kept<T, V> own[KEPT] = {};
         Kept<W, V> factors[KEPT] = {};
 #pragma unroll
@@ -467,7 +472,7 @@ static __global__ void __launch_bounds__(MANY, sizeof(W) > sizeof(bf16) ? 4 : 5)
         for (int i = 0; i < KEPT; i++)
 #pragma unroll
             for (int j = 0; j < V; j++)
-                slopes[i][j] += weight ? own[i][j] * factors[i][j] : own[i][j];
+                slopes[i][j] += weight ? own[i][j] * (factor * factors[i][j]) : own[i][j];
     }
 #pragma unroll
     for (int i = 0; i < KEPT; i++)
@@ -487,27 +492,31 @@ static __global__ void __launch_bounds__(MANY, sizeof(W) > sizeof(bf16) ? 4 : 5)
 }
 
 /* Whether those take rows of x with these, their weights of one dtype, which is given. */
-static bool takes_several(Tensor dx, const Tensor *y, Tensor x, const Tensor *weight, int count,
+static bool takes_several(Tensor dx, const Tensor *y, Tensor x, const NormWeight *weight, int count,
                           DType *dtype) {
     int64_t D = tensor_cols(x), each = (int64_t)(16 / dtype_size(x.dtype));
     bool fits = fits_packs(D, dx, x) && D % each == 0 && D <= HELD_MANY * MANY * each;
     *dtype = x.dtype;
     for (int i = 0; i < count; i++)
-        if (weight[i].data) *dtype = weight[i].dtype;
+        if (weight[i].weight.data) *dtype = weight[i].weight.dtype;
     for (int i = 0; i < count; i++)
-        fits = fits && fits_packs(D, y[i], weight[i]) &&
-               (!weight[i].data || weight[i].dtype == *dtype);
+        fits = fits && fits_packs(D, y[i], weight[i].weight) &&
+               (!weight[i].weight.data || weight[i].weight.dtype == *dtype);
     return fits && tensor_rows(x) > FEW_ROWS;
 }
 
 extern "C" void cuda_rmsnorm_forward_several(const Tensor *y, Tensor rstd, Tensor x,
-                                             const Tensor *weight, int count, float eps) {
+                                             const NormWeight *weight, int count, float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     DType dtype;
     if (!N) return;
     if (!takes_several(x, y, x, weight, count, &dtype)) {
-        for (int i = 0; i < count; i++)
-            launch_forward(y[i], rstd, x, weight[i], tensor_absent(), eps, false);
+        for (int i = 0; i < count; i++) {
+            bool apart = weight[i].factor != 0;
+            launch_forward(y[i], rstd, x, apart ? tensor_absent() : weight[i].weight,
+                           tensor_absent(), eps, false);
+            if (apart) cuda_scale_columns(y[i], SET, y[i], weight[i].weight, weight[i].factor);
+        }
         return;
     }
     WITH_FLOAT(x.dtype, T, WITH_FLOAT(dtype, W, {
@@ -519,13 +528,20 @@ extern "C" void cuda_rmsnorm_forward_several(const Tensor *y, Tensor rstd, Tenso
 }
 
 extern "C" void cuda_rmsnorm_backward_several(Tensor dx, Write write, const Tensor *dy, Tensor x,
-                                              Tensor rstd, const Tensor *weight, int count) {
+                                              Tensor rstd, const NormWeight *weight, int count) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     DType dtype;
     if (!N) return;
     if (!takes_several(dx, dy, x, weight, count, &dtype)) {
-        for (int i = 0; i < count; i++)
-            cuda_rmsnorm_backward(dx, i ? ADD : write, tensor_absent(), dy[i], x, rstd, weight[i]);
+        for (int i = 0; i < count; i++) {
+            Tensor slopes = dy[i];
+            if (weight[i].factor) {
+                slopes.data = cuda_workspace(x.device, tensor_bytes(dy[i]));
+                cuda_scale_copy(slopes, SET, dy[i], weight[i].factor);
+            }
+            cuda_rmsnorm_backward(dx, i ? ADD : write, tensor_absent(), slopes, x, rstd,
+                                  weight[i].weight);
+        }
         return;
     }
     WITH_FLOAT(x.dtype, T, WITH_FLOAT(dtype, W, {

@@ -189,15 +189,17 @@ GPU_CASE(several_norms, s, dtype) {
     for (int i = 0; i < 4; i++) {
         int64_t N = i % 2 ? 11 : 70, D = widths[i];
         Tensor none = tensor_absent(), x = GIVEN(s, dtype, 1, N, D), y[3], dy[3],
-               w[] = {GIVEN(s, dtype, 2, D), GIVEN(s, dtype, 3, D), none}, rstd = SPACE(s, F32, N),
-               one = SPACE(s, dtype, N, D), dx = GIVEN(s, dtype, 4, N, D);
+               rstd = SPACE(s, F32, N), one = SPACE(s, dtype, N, D), dx = GIVEN(s, dtype, 4, N, D);
+        NormWeight w[] = {
+            {GIVEN(s, dtype, 2, D), 0}, {GIVEN(s, dtype, 3, D), 0.37f}, {.weight = none}};
         for (int k = 0; k < 3; k++) {
             y[k] = SPACE(s, dtype, N, D);
             dy[k] = GIVEN(s, dtype, 5 + k, N, D);
         }
         rmsnorm_forward_several(y, rstd, x, w, 3, 1e-6f);
         for (int k = 0; k < 3; k++) {
-            rmsnorm_forward(one, none, x, w[k], none, 1e-6f);
+            rmsnorm_forward(one, none, x, k == 1 ? none : w[k].weight, none, 1e-6f);
+            if (k == 1) scale_columns(one, SET, one, w[k].weight, w[k].factor);
             expect_equal("one of several", y[k], one);
         }
         result(s, "rstd", rstd, 1e-6);
