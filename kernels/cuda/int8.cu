@@ -130,24 +130,13 @@ static __global__ void __launch_bounds__(32 * WARPS)
 }
 
 /* Rows of activations that the kernel without tensor cores takes at a time. */
-#define ROWS_DOT   8
-#define BLOCKS_DOT 4 /* of one row, that a multiprocessor has at a time */
+#define ROWS_DOT 8
 
 /* Tiles that lie side by side, on their way to a warp through shared memory. */
 template <typename Tile> struct Stage {
     static constexpr int TILES = sizeof(Tile) < 1024 ? 2 : 1;
     Tile tiles[TILES];
 };
-
-/* Asks for a stage's tiles, of which there are `left` bytes; zeros for the others. By a warp. */
-template <typename Tile>
-DEVICE_FUNCTION void ask_for_stage(Stage<Tile> *to, const char *from, int left) {
-#pragma unroll
-    for (int i = 0; i < (int)(sizeof *to + 511) / 512; i++) {
-        int at = 512 * i + 16 * (threadIdx.x % 32);
-        if (at < (int)sizeof *to) copy_16((char *)to + at, from + at, at < left);
-    }
-}
 
 /* A lane's part of a tile: 16 columns of one of its two blocks, of two weight rows. Codes have no
  * sign; those of 4 bits of the second block stay 16 times too large. */
@@ -187,8 +176,7 @@ DEVICE_FUNCTION int dot_mixed(unsigned a, unsigned b, int sum) {
 #endif
 }
 
-/* Matrices that one launch multiplies: sixteens of rows from number `begin` of i on are matrix i's.
- */
+/* Matrices that one launch multiplies: block `begin` of i and on has 16 rows each of matrix i. */
 template <typename Tile, typename Y> struct Matrices {
     Y *y[MATRICES_MOST];
     const Tile *tiles[MATRICES_MOST];
@@ -196,74 +184,51 @@ template <typename Tile, typename Y> struct Matrices {
     int begin[MATRICES_MOST + 1];
 };
 
-/* Sixteen rows of one of them, number `own` of its. */
-template <typename Tile, typename Y> struct Sixteen {
-    Y *y;
-    const Tile *tiles;
-    int64_t N;
-    int own;
-    DEVICE_MEMBER Sixteen(const Matrices<Tile, Y> &all, int number) {
-        int which = (number >= all.begin[1]) + (number >= all.begin[2]);
-        y = which == 0 ? all.y[0] : which == 1 ? all.y[1] : all.y[2];
-        tiles = which == 0 ? all.tiles[0] : which == 1 ? all.tiles[1] : all.tiles[2];
-        N = which == 0 ? all.N[0] : which == 1 ? all.N[1] : all.N[2];
-        own = number - (which == 0 ? 0 : which == 1 ? all.begin[1] : all.begin[2]);
-    }
-};
-
-/* ROWS of activations at most. The warps of a block share K of 16 weight rows; a block goes on with
- * those that are as many further as there are blocks, and its tiles come without a break. */
+/* ROWS of activations at most; the warps share K of 16 weight rows. */
 template <typename Tile, int ROWS, typename Y>
-static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? BLOCKS_DOT : 2)
+static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     multiply_rows(Matrices<Tile, Y> all, const int8_t *codes, const float *scales, int64_t M,
                   int64_t K, Groups groups) {
     constexpr int TILES = Stage<Tile>::TILES, SIZE = TILES * (int)sizeof(Tile);
     constexpr int STAGES = ROWS == 1 ? 5 : 4; /* under way to a warp */
-    __shared__ float parts[ROWS == 1 ? 2 : 1][WARPS]
-                          [16 * ROWS]; /* by turns, where there are some */
+    __shared__ float parts[WARPS][16 * ROWS];
     __shared__ __align__(16) Stage<Tile> rings[WARPS][STAGES];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, total = all.begin[MATRICES_MOST];
-    int across = (int)(K / TILE_WIDTH), each = WARPS * TILES;
-    int turns = max(0, (across - warp * TILES + each - 1) / each); /* a warp's, of a row of tiles */
-    Stage<Tile> *ring = rings[warp], *stage = ring, *used = ring + STAGES - 1;
-    int64_t group = 0; /* tiles before this group's */
-    int coming = (int)blockIdx.x, turn = 0, left;
-    const char *next; /* of those that are asked for next: where, and bytes up to the row's end */
-    auto enter = [&] {
-        Sixteen<Tile, Y> rows(all, coming);
-        next = (const char *)(rows.tiles + group + (int64_t)rows.own * across) + warp * SIZE;
-        left = across * (int)sizeof(Tile) - warp * SIZE;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, block = (int)blockIdx.x;
+    int which = (block >= all.begin[1]) + (block >= all.begin[2]);
+    Y *y = which == 0 ? all.y[0] : which == 1 ? all.y[1] : all.y[2];
+    const Tile *tiles = which == 0 ? all.tiles[0] : which == 1 ? all.tiles[1] : all.tiles[2];
+    int64_t N = which == 0 ? all.N[0] : which == 1 ? all.N[1] : all.N[2];
+    block -= which == 0 ? 0 : which == 1 ? all.begin[1] : all.begin[2];
+    int across = (int)(K / TILE_WIDTH), left = across * (int)sizeof(Tile) - warp * SIZE;
+    const char *next = (const char *)(tiles + (int64_t)block * across) + warp * SIZE;
+    Stage<Tile> *ring = rings[warp], *stage = ring;
+    auto bring = [&](Stage<Tile> *to) { /* the warp's next; zeros behind the last tile */
+#pragma unroll
+                                        for (int at = 16 * lane; at < SIZE; at += 16 * 32)
+                                            copy_16((char *)to + at, next + at, at < left);
+                                        copies_close_group();
+                                        next += WARPS * SIZE;
+                                        left -= WARPS * SIZE;
     };
-    auto bring = [&](Stage<Tile> *to) {
-        if (coming < total) {
-            ask_for_stage(to, next, left);
-            next += WARPS * SIZE;
-            left -= WARPS * SIZE;
-            if (++turn == turns) {
-                turn = 0;
-                coming += (int)gridDim.x;
-                if (coming < total) enter();
-            }
-        }
-        copies_close_group();
-    };
-    auto start = [&](int stages) {
-        enter();
-        for (int i = 0; i < stages; i++) bring(ring + i);
+    auto start = [&] {
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) bring(ring + i);
     };
     bool grouped = ROWS > 1 && groups.offsets;
-    if (!grouped) start(known_here(STAGES - 1)); /* weights come while the last kernel ends */
+    if (!grouped) start(); /* weights come while the last kernel ends */
     wait_for_last();
     RowTile rows = ROWS > 1 ? find_rows<8>(groups, M, blockIdx.y) : RowTile{0, 0, 1};
     int count = (int)(rows.last - rows.first);
     if (!count) return;
     if (grouped) {
-        group = rows.g * (all.N[0] / 16) * across;
-        start(STAGES - 1);
+        next += rows.g * (N / 16) * across * (int64_t)sizeof(Tile);
+        start();
     }
     Part<Tile> part;
     const int8_t *x = codes + rows.first * K + part.block * 32 + part.column;
     const float *steps = scales + rows.first * (K / 32) + part.block;
+    float sums[ROWS][2] = {};
+    Stage<Tile> *used = ring + STAGES - 1;
     uint4 near[TILES], next_near[TILES]; /* of the first row: read a turn ahead */
     float step[TILES], next_step[TILES];
     auto read = [&](uint4 &to, float &factor, int tile, int r) {
@@ -273,63 +238,56 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? BLOCKS_DOT : 2)
     };
 #pragma unroll
     for (int u = 0; u < TILES; u++) read(next_near[u], next_step[u], warp * TILES + u, 0);
-    int parity = 0;
-    for (int number = (int)blockIdx.x; number < total; number += (int)gridDim.x) {
-        float sums[ROWS][2] = {};
-        for (int i = 0, tile = warp * TILES; i < turns; i++) {
-            copies_wait<STAGES - 2>();
-            __syncwarp(); /* the stage is there for all lanes, and the one before has been used */
-            bring(used);
-            int now = tile;
-            tile = i + 1 < turns ? tile + each : warp * TILES;
+    for (int tile = warp * TILES; tile < across; tile += WARPS * TILES) {
+        copies_wait<STAGES - 2>();
+        __syncwarp(); /* the stage is there for all lanes, and the one before has been used */
+        bring(used);
 #pragma unroll
-            for (int u = 0; u < TILES; u++) {
-                near[u] = next_near[u], step[u] = next_step[u];
-                read(next_near[u], next_step[u], tile + u, 0);
-            }
+        for (int u = 0; u < TILES; u++) {
+            near[u] = next_near[u], step[u] = next_step[u];
+            if (tile + WARPS * TILES < across)
+                read(next_near[u], next_step[u], tile + WARPS * TILES + u, 0);
+        }
 #pragma unroll
-            for (int u = 0; u < TILES; u++) {
-                const Tile *mine = &stage->tiles[u];
-                unsigned both = *(const unsigned *)&mine->d[part.block][part.rows];
-                float d0 = f16_value((uint16_t)both), d1 = f16_value((uint16_t)(both >> 16));
-                uint2 w[4];
+        for (int u = 0; u < TILES; u++) {
+            const Tile *mine = &stage->tiles[u];
+            unsigned both = *(const unsigned *)&mine->d[part.block][part.rows];
+            float d0 = f16_value((uint16_t)both), d1 = f16_value((uint16_t)(both >> 16));
+            uint2 w[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) w[j] = part.codes(mine, j);
+            for (int j = 0; j < 4; j++) w[j] = part.codes(mine, j);
 #pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    if (r >= count) break;
-                    if (r) read(near[u], step[u], now + u, r);
-                    const unsigned a[4] = {near[u].x, near[u].y, near[u].z, near[u].w};
-                    int low = part.excess(near[u]), high = low;
+            for (int r = 0; r < ROWS; r++) {
+                if (r >= count) break;
+                if (r) read(near[u], step[u], tile + u, r);
+                const unsigned a[4] = {near[u].x, near[u].y, near[u].z, near[u].w};
+                int low = part.excess(near[u]), high = low;
 #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        low = dot_mixed(w[j].x, a[j], low);
-                        high = dot_mixed(w[j].y, a[j], high);
-                    }
-                    sums[r][0] += (float)low * (d0 * step[u]);
-                    sums[r][1] += (float)high * (d1 * step[u]);
+                for (int j = 0; j < 4; j++) {
+                    low = dot_mixed(w[j].x, a[j], low);
+                    high = dot_mixed(w[j].y, a[j], high);
                 }
+                sums[r][0] += (float)low * (d0 * step[u]);
+                sums[r][1] += (float)high * (d1 * step[u]);
             }
-            used = stage;
-            stage = stage == ring + STAGES - 1 ? ring : stage + 1;
         }
+        used = stage;
+        stage = stage == ring + STAGES - 1 ? ring : stage + 1;
+    }
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
+    for (int r = 0; r < ROWS; r++)
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                float sum = part.factor() * sums[r][i];
+        for (int i = 0; i < 2; i++) {
+            float sum = part.factor() * sums[r][i];
 #pragma unroll
-                for (int d = 16; d >= 8; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
-                if (lane < 8) parts[parity][warp][16 * r + part.rows + i] = sum;
-            }
-        __syncthreads();
-        for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
-            Sixteen<Tile, Y> to(all, number);
-            float sum = 0;
-            for (int w = 0; w < WARPS; w++) sum += parts[parity][w][i];
-            to.y[(rows.first + i / 16) * to.N + to.own * 16 + i % 16] = from_float<Y>(sum);
+            for (int d = 16; d >= 8; d /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+            if (lane < 8) parts[warp][16 * r + part.rows + i] = sum;
         }
-        if (ROWS == 1) parity ^= 1;
+    __syncthreads();
+    for (int i = threadIdx.x; i < 16 * count; i += 32 * WARPS) {
+        float sum = 0;
+        for (int w = 0; w < WARPS; w++) sum += parts[w][i];
+        y[(rows.first + i / 16) * N + (int64_t)block * 16 + i % 16] = from_float<Y>(sum);
     }
 }
 
@@ -346,14 +304,15 @@ static void launch_rows(const Tensor *y, Tensor a, const Tensor *b, int count, G
         all.N[i] = tensor_cols(*mine);
         all.begin[i + 1] = all.begin[i] + (i < count ? (int)(all.N[i] / 16) : 0);
     }
-    int total = all.begin[MATRICES_MOST], most = BLOCKS_DOT * cuda_processors(a.device);
+    /* groups begin at multiples of 8 rows: of M there are no more tiles than without them */
+    dim3 grid((unsigned)all.begin[count], (unsigned)ceil_div(M, 8));
+    for (int i = count; i < MATRICES_MOST; i++) all.begin[i] = (int)grid.x;
     if (M == 1 && !groups.offsets)
-        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), (unsigned)(total < most ? total : most),
-                    32 * WARPS, all, codes, scales, M, K, groups);
-    else /* groups begin at multiples of 8 rows: of M there are no more tiles than without them */
-        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>),
-                    dim3((unsigned)total, (unsigned)ceil_div(M, 8)), 32 * WARPS, all, codes, scales,
-                    M, K, groups);
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, 1, Y>), grid, 32 * WARPS, all, codes, scales, M,
+                    K, groups);
+    else
+        LAUNCH_NEXT(a.device, (multiply_rows<Tile, ROWS_DOT, Y>), grid, 32 * WARPS, all, codes,
+                    scales, M, K, groups);
 }
 
 template <typename Tile, typename Y>

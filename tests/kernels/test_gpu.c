@@ -773,8 +773,8 @@ GPU_CASE(products_with_activations_in_8_bits, s, dtype) {
             matmul_int8(y, a, w);
             result(s, "y", y, near(dtype));
             Tensor many[] = {SPACE(s, dtype, rows[r], 48), SPACE(s, dtype, rows[r], 16),
-                             SPACE(s, dtype, rows[r], 400)},
-                   matrices[] = {w, GIVEN(s, kinds[i], 8, 16, K), GIVEN(s, kinds[i], 9, 400, K)};
+                             SPACE(s, dtype, rows[r], 80)},
+                   matrices[] = {w, GIVEN(s, kinds[i], 8, 16, K), GIVEN(s, kinds[i], 9, 80, K)};
             matmul_int8_several(many, a, tensor_absent(), matrices, 3);
             for (int m = 0; m < 3; m++) {
                 Tensor one = SPACE(s, dtype, rows[r], tensor_cols(many[m]));
