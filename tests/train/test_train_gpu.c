@@ -152,6 +152,6 @@ CASE(gpu, launches_of_released_shapes_fit) {
         expect_launches(presets[i], "--train full --tokens 4096 --lean --recompute", "adamw");
     }
     expect_launches("e2b", "--train qlora --tokens 4096", "query_products");
-    expect_launches("26b-a4b", "--train qlora --tokens 4096", "combine_rows");
+    expect_launches("26b-a4b", "--train qlora --tokens 4096", "backward_weighted");
     expect_launches("26b-a4b", "--weights q4_0 --tokens 4", "few_rows");
 }
