@@ -138,6 +138,15 @@ template <typename Tile> struct Stage {
     Tile tiles[TILES];
 };
 
+/* Asks for a stage's tiles, of which there are `left` bytes; zeros for the others. By a warp. */
+template <typename Tile>
+DEVICE_FUNCTION void ask_for_stage(Stage<Tile> *to, const char *from, int left) {
+#pragma unroll
+    for (int at = 16 * (threadIdx.x % 32); at < (int)sizeof *to; at += 16 * 32)
+        copy_16((char *)to + at, from + at, at < left);
+    copies_close_group();
+}
+
 /* A lane's part of a tile: 16 columns of one of its two blocks, of two weight rows. Codes have no
  * sign; those of 4 bits of the second block stay 16 times too large. */
 template <typename Tile> struct Part {
@@ -202,13 +211,10 @@ static __global__ void __launch_bounds__(32 * WARPS, ROWS == 1 ? 4 : 2)
     int across = (int)(K / TILE_WIDTH), left = across * (int)sizeof(Tile) - warp * SIZE;
     const char *next = (const char *)(tiles + (int64_t)block * across) + warp * SIZE;
     Stage<Tile> *ring = rings[warp], *stage = ring;
-    auto bring = [&](Stage<Tile> *to) { /* the warp's next; zeros behind the last tile */
-#pragma unroll
-                                        for (int at = 16 * lane; at < SIZE; at += 16 * 32)
-                                            copy_16((char *)to + at, next + at, at < left);
-                                        copies_close_group();
-                                        next += WARPS * SIZE;
-                                        left -= WARPS * SIZE;
+    auto bring = [&](Stage<Tile> *to) {
+        ask_for_stage(to, next, left);
+        next += WARPS * SIZE;
+        left -= WARPS * SIZE;
     };
     auto start = [&] {
 #pragma unroll
