@@ -123,8 +123,9 @@ void figure_interval(const Figure *f, Estimate e, double *low, double *high) {
     *low = e.mean - 1.96 * e.stderr_;
     *high = e.mean + 1.96 * e.stderr_;
     if (binary && f->count) wilson_interval(e.mean, f->count, low, high);
-    if (e.mean < 0 || e.mean > 1 || (f && f->kind > FIGURE_FLAT)) return;
-    *low = *low < 0 ? 0 : *low;
+    if (e.mean < 0) return;
+    *low = *low < 0 ? 0 : *low; /* no share is less, and no rate */
+    if (e.mean > 1 || (f && f->kind > FIGURE_FLAT)) return;
     *high = *high > 1 ? 1 : *high;
 }
 

@@ -5,6 +5,7 @@
 #include "eval/mersenne.h"
 #include "eval/prompt.h"
 #include "eval/rescore.h"
+#include "eval/results.h"
 #include "eval/table.h"
 #include "formats/file.h"
 #include "formats/sha256.h"
@@ -206,6 +207,18 @@ static void check_draws(const json_t *row, Mersenne *m) {
                 EXPECT(picked[j] == json_integer_value(json_array_get(one, (size_t)j)));
         }
     }
+}
+
+CASE(eval, intervals_of_shares_and_rates_do_not_begin_below_zero) {
+    double low, high;
+    Figure rate = {.kind = FIGURE_RATE};
+    figure_interval(&rate, (Estimate){0.5, 0.4, 3}, &low, &high);
+    EXPECT(low == 0, "%g", low);
+    EXPECT_CLOSE(high, 0.5 + 1.96 * 0.4, 1e-12); /* a rate of errors may be more than one */
+    figure_interval(NULL, (Estimate){0.9, 0.1, 3}, &low, &high);
+    EXPECT(high == 1, "%g", high);
+    figure_interval(&rate, (Estimate){-3, 1, 3}, &low, &high);
+    EXPECT_CLOSE(low, -3 - 1.96, 1e-12);
 }
 
 CASE(eval, the_generator_draws_what_cpython_draws) {
