@@ -352,8 +352,8 @@ static void encode_word(const Tokenizer *t, Tokens *out, const char *text, size_
         if (!step) step = 1; /* the caller promised UTF-8; a stray byte is still a byte token */
         int32_t id =
             text[i] == ' ' ? find_text(t, SPACE_MARK, 3) : find_text(t, text + i, (size_t)step);
-        for (int b = 0; b < (id < 0 ? step : 1); b++)
-            symbols[count++] =
+        for (int b = 0; b < (id < 0 ? step : 1); b++, count++)
+            symbols[count] =
                 (Symbol){id < 0 ? t->bytes[(uint8_t)text[i + (size_t)b]] : id, count - 1, count + 1,
                          (uint32_t)(i + (size_t)(id < 0 ? b + 1 : step))};
         i += (size_t)step;

@@ -452,8 +452,8 @@ static Status read_bfcl(Documents *d, const Task *task, const char *dir) {
         char *category = must_format("%.*s", (int)strcspn(head, "."), head),
              *name = must_format("%s_%s", task->name, category),
              *beside =
-                 must_format("%.*s/possible_answer/%s", (int)(file - path ? file - path - 1 : 1),
-                             file - path ? path : ".", file);
+                 must_format("%.*s/possible_answer/%s", (int)(file != path ? file - path - 1 : 1),
+                             file != path ? path : ".", file);
         Suite *suite = add_suite(d, name, category, task->name);
         bool none = strstr(category, "irrelevance") != NULL;
         free(category);

@@ -105,7 +105,7 @@ static Status add_choices(Adding *a, const json_t *row) {
                      *ll = json_array_get(pair, 0);
         lls[i] = json_is_string(ll) ? strtod(json_string_value(ll), NULL) : json_number_value(ll);
         texts[i] =
-            letters ? (Slice){"ABCDEFGHIJ" + i % 10, 1} : json_slice(json_array_get(choices, i));
+            letters ? (Slice){&"ABCDEFGHIJ"[i % 10], 1} : json_slice(json_array_get(choices, i));
     }
     Choosing c = choose(lls, texts, (int64_t)n);
     const json_t *target = json_object_get(row, "target");

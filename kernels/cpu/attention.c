@@ -237,7 +237,7 @@ static void weigh(const Running *r, int64_t columns, int64_t count) {
         const float *restrict score = r->score + j * columns;
 #pragma omp simd
         for (int64_t m = 0; m < columns; m++) {
-            float seen = (j >= low[m]) & (j < high[m]) ? score[m] : -INFINITY;
+            float seen = ((j >= low[m]) & (j < high[m])) ? score[m] : -INFINITY;
             best[m] = seen > best[m] ? seen : best[m];
         }
     }
@@ -255,7 +255,7 @@ static void weigh(const Running *r, int64_t columns, int64_t count) {
 #pragma omp simd
         for (int64_t m = 0; m < columns; m++) {
             float weight = fast_exp(score[m] - top[m]);
-            weight = (j >= low[m]) & (j < high[m]) ? weight : 0.0f;
+            weight = ((j >= low[m]) & (j < high[m])) ? weight : 0.0f;
             score[m] = weight;
             best[m] += weight;
         }

@@ -94,7 +94,7 @@ CASE(parts, what_no_block_holds_is_refused_by_name) {
                        scales = {"a.weight_scale", "F32", 4, 1, 16},
                        packed = {"a.weight_packed", "I32", 4, 8, 128},
                        shape = {"a.weight_shape", "I64", 1, 2, 16};
-    static const struct {
+    const struct {
         const char *message;
         Entry entries[4];
         int count;
