@@ -891,6 +891,15 @@ GPU_CASE(attention_over_pages, s, dtype) {
     attend_pages(s, dtype, dtype, 2, 4, 2, 256);
 }
 
+/* One query of each sequence: blocks share what it sees, and the last that comes joins it. */
+GPU_CASE(attention_of_one_query_over_pages, s, dtype) {
+    attend_pages(s, dtype, dtype, 1, 1, 1, 256);
+    attend_pages(s, dtype, dtype, 1, 1, 1, 512);
+    attend_pages(s, dtype, dtype, 1, 1, 1, 64);
+    attend_pages(s, dtype, Q8_0, 1, 1, 1, 256);
+    attend_pages(s, dtype, Q4_0, 1, 1, 1, 512);
+}
+
 /* Enough of them for tensor cores, where a tile has queries of both. */
 static void work_many_queries(Side *s, DType dtype) {
     attend_pages(s, dtype, dtype, 67, 8, 2, 256);
