@@ -99,7 +99,7 @@ struct BackSet {
     const void *dy, *x, *weight;
     const float *also, *rstd;
     int heads;
-    bool turns, wide, wide_weight; /* wide: dy is f32 */
+    bool turns, wide, wide_weight; /* wide: dy is f32, not bf16; the weight is */
 };
 
 struct BackSets {
@@ -128,7 +128,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
         if (wide)
             load(v, (const float *)from + at);
         else
-            load(v, (const T *)from + at);
+            load(v, (const bf16 *)from + at);
     };
 #pragma unroll
     for (int i = 0; i < TURNS; i++) {

@@ -298,7 +298,7 @@ GPU_CASE(gradients_of_heads, s, dtype) {
     for (int i = 0; i < 4; i++) {
         int64_t C = sizes[i], N = i ? 5 : 1;
         Tensor q = GIVEN(s, dtype, 1, N, 6, C), k = GIVEN(s, dtype, 2, N, 2, C),
-               v = GIVEN(s, dtype, 3, N, 2, C), wq = GIVEN(s, i % 2 ? F32 : dtype, 4, C),
+               v = GIVEN(s, dtype, 3, N, 2, C), wq = GIVEN(s, i % 2 ? F32 : BF16, 4, C),
                wk = GIVEN(s, i % 2 ? F32 : dtype, 5, C), cos = GIVEN(s, F32, 6, N, C / 2),
                sin = GIVEN(s, F32, 7, N, C / 2), none = tensor_absent(),
                dq = GIVEN(s, dtype, 8, N, 6, C), dk = GIVEN(s, F32, 9, N, 2, C),
