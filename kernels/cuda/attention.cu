@@ -8,6 +8,8 @@
 #include "kernels/cuda/flash_hopper.h"
 #include "kernels/cuda/gradients_hopper.h"
 
+#include <stdlib.h>
+
 #define THREADS    128
 #define WARPS      (THREADS / 32)
 #define LANE_MOST  16 /* numbers of a head of 512 that a lane has */
@@ -443,6 +445,13 @@ static void launch_flash_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Te
 /* Elements of the weights, and of the slopes, that are there at a time: all queries' where they are
  * not more. */
 #define SLAB_MOST ((int64_t)256 << 20)
+static int64_t slab_most() {
+#ifndef __CUDACC__
+    const char *few = getenv("LAPIDARY_SIMT_SLAB"); /* so that small shapes have several slabs */
+    if (few) return atoll(few);
+#endif
+    return SLAB_MOST;
+}
 
 /* Memory of the way back: the spans of all tiles of rows, a slab's weights and slopes, and partial
  * dk and dv. */
@@ -467,7 +476,7 @@ static GradientPlan plan_gradients(const Device *device, const Heads &heads) {
     GradientPlan p = {};
     p.width = slab_width(heads);
     p.tiles = ceil_div(heads.N * heads.group, HOPPER_ROWS);
-    int64_t one = heads.K * HOPPER_ROWS * p.width, most = SLAB_MOST / one;
+    int64_t one = heads.K * HOPPER_ROWS * p.width, most = slab_most() / one;
     p.slab_tiles = most < 1 ? 1 : most < p.tiles ? most : p.tiles;
     int64_t blocks = ceil_div(heads.S, HOPPER_ROWS) * heads.K * 2 * heads.C / HOPPER_COLUMNS;
     p.parts = parts_for(blocks, cuda_processors(device));

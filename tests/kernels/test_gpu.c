@@ -843,6 +843,14 @@ GPU_CASE(attention_of_heads_of_512, s, dtype) {
     attend(s, dtype, 150, 150, 2, 1, 512, 90);
 }
 
+/* Of two tiles of rows at a time, and of one. */
+CASE(gpu, attention_in_slabs) {
+    setenv("LAPIDARY_SIMT_SLAB", "131072", 1);
+    both_sides(work_attention_of_heads_of_256, BF16);
+    setenv("LAPIDARY_SIMT_SLAB", "1", 1);
+    both_sides(work_attention_of_heads_of_512, BF16);
+}
+
 /* As on a GPU that is no Hopper. */
 CASE(gpu, attention_on_any_gpu) {
     setenv("LAPIDARY_HOPPER", "0", 1);
