@@ -453,8 +453,8 @@ static int64_t slab_most() {
     return SLAB_MOST;
 }
 
-/* Memory of the way back: the spans of all tiles of rows, a slab's weights and slopes, and partial
- * dk and dv. */
+/* Memory of the way back: the spans of all tiles of rows, a slab's weights and slopes, (K,
+ * slab_tiles * HOPPER_ROWS, width) each, and partial dk and dv. */
 struct GradientPlan {
     int64_t tiles, slab_tiles, width, parts;
     size_t spans_bytes, slab_bytes, parts_bytes;
@@ -506,8 +506,8 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
            heads, see, plan.tiles);
     for (int64_t first = 0; first < plan.tiles; first += plan.slab_tiles) {
         int64_t tiles = plan.tiles - first < plan.slab_tiles ? plan.tiles - first : plan.slab_tiles;
-        Slab slab = {weights,    slopes,     spans + 2 * first, first * (HOPPER_ROWS / heads.group),
-                     plan.width, (int)tiles, group_bits,        first == 0};
+        Slab slab = {spans + 2 * first, first * (HOPPER_ROWS / heads.group), (int)tiles, group_bits,
+                     first == 0};
         int64_t rows = K * tiles * HOPPER_ROWS;
         int queries = HOPPER_DEPTH / heads.group;
         SlopeMaps maps = {};

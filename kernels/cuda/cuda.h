@@ -253,13 +253,8 @@ template <typename T> DEVICE_FUNCTION float rounded(float x) {
     return to_float(from_float<T>(x));
 }
 
-/* V elements that are read and written at once. */
-template <typename T, int V> struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
-    T v[V];
-};
-
-/* V elements that are kept as they lie in memory, for a compiler that gives each bf16 of a pack a
- * register of its own. */
+/* V elements that are read and written at once, kept as they lie in memory: a compiler would give
+ * each bf16 of them a register of its own. */
 template <typename T, int V> struct Kept {
     static constexpr int WORDS = sizeof(T) * V / 4;
     struct alignas(4 * WORDS < 16 ? 4 * WORDS : 16) Words {

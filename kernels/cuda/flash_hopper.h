@@ -218,9 +218,8 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
     bf16 *rows = (bf16 *)memory, *keys = rows + ROWS_256 * C, *values = keys + 2 * TILE;
     RowSights<ROWS_256> *sights = (RowSights<ROWS_256> *)(values + 2 * TILE);
     int queries = ROWS_256 / heads.group, kv = blockIdx.y;
-    int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
-    int lane = threadIdx.x % 32, own = threadIdx.x / WARPGROUP * 64;
-    int r = own + threadIdx.x % WARPGROUP / 32 * 16 + lane / 4; /* rows r and r + 8 */
+    int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries;           /* long sights first */
+    int own = threadIdx.x / WARPGROUP * 64, r = own + result_row(); /* rows r and r + 8 */
     int row_end = (int)min((int64_t)ROWS_256, (heads.N - n0) * heads.group);
     read_sights(sights, heads, see, n0);
     row_places<ROWS_256>(sights->places, heads);
@@ -321,7 +320,7 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
     RowSights<ROWS_512> *sights = (RowSights<ROWS_512> *)(tops + 2 * ROWS_512);
     int queries = ROWS_512 / heads.group, kv = blockIdx.y, group = threadIdx.x / WARPGROUP;
     int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
-    int lane = threadIdx.x % 32, r = threadIdx.x % WARPGROUP / 32 * 16 + lane / 4;
+    int lane = threadIdx.x % 32, r = result_row();
     int row_end = (int)min((int64_t)ROWS_512, (heads.N - n0) * heads.group);
     read_sights(sights, heads, see, n0);
     row_places<ROWS_512>(sights->places, heads);

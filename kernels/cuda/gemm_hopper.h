@@ -1,5 +1,4 @@
-/* gemm_hopper.h - products of bf16 rows on Hopper's tensor cores whose operands threads bring, from
- * wherever rows lie: the loop of any such product, and groups' sums over rows (TN).
+/* gemm_hopper.h - groups' sums over rows of bf16 (TN) on Hopper's tensor cores.
  *
  * Two warpgroups share a tile of 128 by 256, K goes by 64 at a time. Of a tile's columns, what
  * there is not half of is not multiplied. Four stages of both operands lie in shared memory: two
@@ -31,21 +30,10 @@ template <int LENGTH, bool TURNED> struct Side {
 
     DEVICE_MEMBER Side() : row(threadIdx.x / CHUNKS), col(threadIdx.x % CHUNKS * 8) {}
 
-    /* `rows` rows of `columns` elements as they lie in memory, row r from data + at(r) on; zeros in
-     * the rest of the tile: of no bytes copy_16 reads none, wherever they would be. */
-    template <typename At>
-    DEVICE_MEMBER void fetch(bf16 *tile, const bf16 *data, int rows, int columns, At at) const {
-        bf16 *to = tile + tile_at(row, col, ROWS);
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int r = row + i * STEP;
-            copy_16(to + i * STEP * 64, data + at(r) + col, r < rows && col < columns);
-        }
-    }
-
-    /* The same of rows that lie `width` elements apart. */
-    DEVICE_MEMBER void fetch_lines(bf16 *tile, const bf16 *data, int rows, int columns,
-                                   int64_t width) const {
+    /* `rows` rows of `columns` elements as they lie in memory, `width` apart; zeros in the rest of
+     * the tile: of no bytes copy_16 reads none, wherever they would be. */
+    DEVICE_MEMBER void fetch(bf16 *tile, const bf16 *data, int rows, int columns,
+                             int64_t width) const {
         const bf16 *from = data + row * width + col;
         bf16 *to = tile + tile_at(row, col, ROWS);
 #pragma unroll
@@ -56,10 +44,10 @@ template <int LENGTH, bool TURNED> struct Side {
     }
 };
 
-/* Products of a block's tile, 128 by 256, as their stages come by. */
-template <bool TA, bool TB> struct Product {
-    typedef Side<HOPPER_ROWS, TA> Left;
-    typedef Side<HOPPER_COLUMNS, TB> Right;
+/* Products of a block's tile, 128 by 256, as their stages come by; K are rows of both operands. */
+struct Product {
+    typedef Side<HOPPER_ROWS, true> Left;
+    typedef Side<HOPPER_COLUMNS, true> Right;
     Left left;
     Right right;
     bf16 *left_tiles, *right_tiles;
@@ -94,10 +82,8 @@ template <bool TA, bool TB> struct Product {
                 wgmma_begin();
 #pragma unroll
                 for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
-                    wgmma<TA, TB>(
-                        sums,
-                        TA ? operand(a, kk, own, Left::ROWS) : operand(a, own, kk, Left::ROWS),
-                        TB ? operand(b, kk, 0, Right::ROWS) : operand(b, 0, kk, Right::ROWS));
+                    wgmma<true, true>(sums, operand(a, kk, own, Left::ROWS),
+                                      operand(b, kk, 0, Right::ROWS));
                 wgmma_close_group();
             }
             bring((stage + 2) % HOPPER_STAGES, fetch);
@@ -112,11 +98,6 @@ template <bool TA, bool TB> struct Product {
 /* Of the first half of the columns. */
 DEVICE_FUNCTION float (&first_half(float (&sums)[HOPPER_COLUMNS / 2]))[HOPPER_COLUMNS / 4] {
     return *(float(*)[HOPPER_COLUMNS / 4]) sums;
-}
-
-/* The row of a tile that this lane has results of; the other is eight further. */
-DEVICE_FUNCTION int result_row() {
-    return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
 /* y[g] (=|+=) alpha a^T b over the rows of group g (TN, as in gemm16); M and N multiples of 8.
@@ -135,18 +116,19 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     y += blockIdx.z * M * N;
     a += k * M + m0;
     b += k * N + n0;
-    Product<true, true> product(memory);
+    Product product(memory);
     auto fetch = [&](bf16 *left_tile, bf16 *right_tile) {
         if (k >= k_end) return;
         int depth = (int)min((int64_t)HOPPER_DEPTH, k_end - k);
-        product.left.fetch_lines(left_tile, a, depth, left_rows, M);
-        product.right.fetch_lines(right_tile, b, depth, right_rows, N);
+        product.left.fetch(left_tile, a, depth, left_rows, M);
+        product.right.fetch(right_tile, b, depth, right_rows, N);
         a += HOPPER_DEPTH * M;
         b += HOPPER_DEPTH * N;
         k += HOPPER_DEPTH;
     };
     float sums[HOPPER_COLUMNS / 2] = {};
-    bool busy = (int)threadIdx.x / WARPGROUP * 64 < left_rows;
+    int own = (int)threadIdx.x / WARPGROUP * 64;
+    bool busy = own < left_rows;
     product.start(fetch);
     if (right_rows > HOPPER_COLUMNS / 2)
         product.run(sums, steps, busy, fetch);
@@ -157,7 +139,7 @@ static __global__ void __launch_bounds__(HOPPER_THREADS, 1)
     for (int j = 0; j < HOPPER_COLUMNS / 8; j++)
 #pragma unroll
         for (int p = 0; p < 2; p++) {
-            int64_t m = m0 + result_row() + 8 * p, n = n0 + 8 * j + threadIdx.x % 4 * 2;
+            int64_t m = m0 + own + result_row() + 8 * p, n = n0 + 8 * j + threadIdx.x % 4 * 2;
             if (m >= M || n >= N) continue;
             float pair[2] = {alpha * sums[4 * j + 2 * p], alpha * sums[4 * j + 2 * p + 1]};
             if (write == ADD) {

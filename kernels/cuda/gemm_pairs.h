@@ -230,7 +230,7 @@ DEVICE_FUNCTION void send_results(const TileMap &y, bf16 *room,
                                   const float (&sums)[PAIRS_COLUMNS / 2], int64_t first, int column,
                                   int columns, float alpha, int own) {
     bool leads = threadIdx.x % WARPGROUP == 0;
-    int row = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    int row = result_row(), t = threadIdx.x % 4;
     if (leads) stores_have_read();
     warpgroup_sync(own);
 #pragma unroll
@@ -349,7 +349,7 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
                     }
 #pragma unroll
                 for (int p = 0; p < 2; p++) { /* a lane's two of 64 rows */
-                    int line = threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + 8 * p;
+                    int line = result_row() + 8 * p;
                     store_line(y + (tile.first + row + known_here(line)) * N + tile.column, write,
                                sums[j], p, line < rows, columns, alpha);
                 }

@@ -26,11 +26,10 @@ struct GradientSides {
 /* The queries whose weights are there at one time: their rows, from query n0 on, in `tiles` tiles.
  */
 struct Slab {
-    bf16 *weights, *slopes; /* (K, tiles * HOPPER_ROWS, width) */
-    const int *spans;       /* of each tile of rows from n0 on: the first and last key they see */
-    int64_t n0, width;      /* keys, rounded up to whole tiles */
-    int tiles, group_bits;  /* group_bits: log2(group) */
-    bool first;             /* of all slabs */
+    const int *spans; /* of each tile of rows from n0 on: the first and last key they see */
+    int64_t n0;
+    int tiles, group_bits; /* group_bits: log2(group) */
+    bool first;            /* of all slabs */
 };
 
 /* Keys of a row of weights: whole tiles. */
@@ -75,7 +74,6 @@ struct RowPlaces {
 
 /* Stages of a product of 128 by 256. */
 template <int STAGES> struct Brought {
-    static constexpr int COUNT = STAGES;
     bf16 left[STAGES][HOPPER_ROWS * HOPPER_DEPTH], right[STAGES][HOPPER_COLUMNS * HOPPER_DEPTH];
     Barrier full[STAGES], empty[STAGES];
 };
@@ -138,9 +136,9 @@ DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought<S
     release();
 }
 
-/* The row of a tile that this lane has results of; the other is eight further. */
+/* The row of a tile that this lane of them has results of; the other is eight further. */
 DEVICE_FUNCTION int brought_row() {
-    return (threadIdx.x - WARPGROUP) / 32 * 16 + threadIdx.x % 32 / 4;
+    return brought_half() * 64 + result_row();
 }
 
 /* ---- weights and slopes ---- */
@@ -190,7 +188,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         return;
     }
     registers_more<232>();
-    int own = brought_half(), r = brought_row(), line = r % 64, t = threadIdx.x % 4, step = 0;
+    int own = brought_half(), r = brought_row(), line = result_row(), t = threadIdx.x % 4, step = 0;
     bf16 *room = memory->results[own];
     int64_t to = ((int64_t)kv * slab.tiles + row_tile) * HOPPER_ROWS + own * 64;
     bool leads = threadIdx.x % WARPGROUP == 0;

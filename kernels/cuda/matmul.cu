@@ -410,7 +410,7 @@ struct TermSide {
 /* Eight elements that lie side by side, number `i` of those: along K, or, turned, along rows. */
 DEVICE_FUNCTION void spread_eight(const TermSide &side, int i, int rank, int more) {
     int across = (side.turned ? side.rows : more) / 8, line = i / across, at = i % across * 8;
-    Pack<bf16, 8> pack;
+    float out[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         int row = side.turned ? at + j : line, k = side.turned ? line : at + j;
@@ -420,10 +420,9 @@ DEVICE_FUNCTION void spread_eight(const TermSide &side, int i, int rank, int mor
             x = side.scale * side.x[side.turned ? r * side.rows + row : row * rank + r];
             if (part == (side.right ? 2 : 1)) x -= rounded<bf16>(x);
         }
-        pack.v[j] = to_bf16(x);
+        out[j] = x;
     }
-    *(Pack<bf16, 8> *)(side.out + (int64_t)line * (side.turned ? side.rows : side.stride) + at) =
-        pack;
+    store(side.out + (int64_t)line * (side.turned ? side.rows : side.stride) + at, out);
 }
 
 static __global__ void spread_term(TermSide left, TermSide right, int rank, int more) {

@@ -534,13 +534,13 @@ extern "C" void cuda_rmsnorm_backward_several(Tensor dx, Write write, const Tens
     if (!N) return;
     if (!takes_several(dx, dy, x, weight, count, &dtype)) {
         for (int i = 0; i < count; i++) {
-            Tensor slopes = dy[i];
+            Tensor own = weight[i].weight;
             if (weight[i].factor) {
-                slopes.data = cuda_workspace(x.device, tensor_bytes(dy[i]));
-                cuda_scale_copy(slopes, SET, dy[i], weight[i].factor);
+                own.dtype = F32;
+                own.data = cuda_workspace(x.device, tensor_bytes(own));
+                cuda_scale_copy(own, SET, weight[i].weight, weight[i].factor);
             }
-            cuda_rmsnorm_backward(dx, i ? ADD : write, tensor_absent(), slopes, x, rstd,
-                                  weight[i].weight);
+            cuda_rmsnorm_backward(dx, i ? ADD : write, tensor_absent(), dy[i], x, rstd, own);
         }
         return;
     }

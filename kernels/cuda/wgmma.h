@@ -29,6 +29,11 @@ DEVICE_FUNCTION int tile_at(int row, int column, int rows) {
     return (column / 64 * rows + row) * 64 + (column / 8 % 8 ^ row % 8) * 8;
 }
 
+/* The row of a warpgroup's 64 that this lane has results of; the other is eight further. */
+DEVICE_FUNCTION int result_row() {
+    return threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4;
+}
+
 /* Where in shared memory an operand begins. */
 struct Operand {
 #ifdef __CUDACC__
