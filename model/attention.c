@@ -145,6 +145,7 @@ static void return_heads(const HeadGradient *sets, int count, Tensor cos, Tensor
     }
     for (int i = 0; i < count; i++) {
         const HeadGradient *s = &sets[i];
+        CHECK(!tensor_present(s->also), "heads of axes: no gradient comes from elsewhere");
         if (s->turns)
             rope_backward(s->dx, s->dy, cos, sin);
         else
@@ -173,18 +174,20 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
     attention_backward(dq, slot->dk, slot->dv, dout, s->out, s->lse, s->q, slot->k, slot->v,
                        rows->index[c->kind], rows->first[c->kind], rows->last[c->kind], partial);
     if (c->owns_kv) {
-        Tensor dk = arena_like(p->scratch, s->k_raw), dv = arena_like(p->scratch, s->v_raw);
-        Tensor dk_sum = own_gradient(p, c->kind, slot->dk, dk),
-               dv_sum = own_gradient(p, c->kind, slot->dv, dv);
+        Tensor dk = arena_like(p->scratch, s->k_raw),
+               dk_sum = own_gradient(p, c->kind, slot->dk, s->k_raw),
+               dv_sum = own_gradient(p, c->kind, slot->dv, s->v_raw);
         Tensor none = tensor_absent(), wk = a->k_norm.weight->value;
         train_norm(&a->k_norm, dk_sum, s->k_raw, s->k_rstd, cos, sin, p);
         sets[1] = (HeadGradient){dk, dk_sum, none, s->k_raw, wk, s->k_rstd, true};
-        if (c->v_from_k) /* both paths end in the raw K */
-            sets[1].also = dv_sum;
-        else
-            sets[2] = (HeadGradient){dv, dv_sum, none, s->v_raw, none, s->v_rstd, false};
         dheads[1] = flat(dk);
-        if (!c->v_from_k) dheads[2] = flat(dv);
+        if (c->v_from_k) { /* both paths end in the raw K */
+            sets[1].also = dv_sum;
+        } else {
+            Tensor dv = arena_like(p->scratch, s->v_raw);
+            sets[2] = (HeadGradient){dv, dv_sum, none, s->v_raw, none, s->v_rstd, false};
+            dheads[2] = flat(dv);
+        }
     }
     train_norm(&a->q_norm, dq, s->q_raw, s->q_rstd, cos, sin, p);
     return_heads(sets, projections(c), cos, sin);

@@ -112,16 +112,16 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
                             p->is_entered ? p->entered : h, p);
     Tensor h2 = h;
     if (p->training) {
-        Norm router = {0};
-        if (b->config.num_experts) {
-            router = moe_router_norm(&b->moe);
-            h2 = arena_like(p->scratch, x);
-        }
         norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
-        norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm,
-                                              &b->pre_feedforward_layernorm_2, &router},
-                             (Tensor[]){h, h2, s->moe.router_input}, b->config.num_experts ? 3 : 1,
-                             s->x1_rstd, s->x1);
+        if (b->config.num_experts) {
+            Norm router = moe_router_norm(&b->moe);
+            h2 = arena_like(p->scratch, x);
+            norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm,
+                                                  &b->pre_feedforward_layernorm_2, &router},
+                                 (Tensor[]){h, h2, s->moe.router_input}, 3, s->x1_rstd, s->x1);
+        } else {
+            norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
+        }
     } else {
         norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
                   &b->pre_feedforward_layernorm, h, pass_codes(p, h, &b->mlp.gate_proj));

@@ -255,8 +255,10 @@ static void experts_backward(const Moe *m, const MoeSaved *s, Tensor d, Tensor d
         gelu_mul_joined_backward(dgate_up, products, dhidden, factors, gate_up);
         linear_backward_grouped(&m->gate_up_proj, drows, SET, dgate_up, rows, groups_of(s), p);
     }
-    if (p->experts) from_experts(s, &t, d, drows, p);
-    if (p->experts) from_experts(s, &t, dweights, products, p);
+    if (p->experts) {
+        from_experts(s, &t, d, drows, p);
+        from_experts(s, &t, dweights, products, p);
+    }
 }
 
 void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Pass *p) {

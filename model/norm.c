@@ -49,8 +49,10 @@ void norm_backward_several(const Norm *const *n, Tensor dx, Write write, const T
     for (int i = 0; i < count; i++) {
         weights[i] = factored(n[i]);
         if (!n[i]->weight || !tensor_present(n[i]->weight->grad)) continue;
-        if (n[i]->factor) scale_copy(dy[i], SET, dy[i], n[i]->factor);
-        if (n[i]->factor) weights[i].factor = 1.0f;
+        if (n[i]->factor) {
+            scale_copy(dy[i], SET, dy[i], n[i]->factor);
+            weights[i].factor = 1.0f;
+        }
         norm_backward(n[i], tensor_absent(), SET, dy[i], x, rstd);
     }
     rmsnorm_backward_several(dx, write, dy, x, rstd, weights, count);

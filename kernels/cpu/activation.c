@@ -32,52 +32,32 @@ static void gelu_row(float *gelu, float *slope, const float *in, int64_t n) {
     }
 }
 
-/* The same places of the gradients; of y, if it is there. */
-static void backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, int64_t first, Tensor gate,
-                     Tensor up, int64_t n) {
+/* The gradients of `weight` times those n elements: of dgate and the gate from `g` on, of dup, if
+ * it is there, and up from `u` on, of y, if it is there, and dy from `first` on. `product`, if it
+ * is there, gets what they give of <dy, y>, y rounded to dy's dtype. */
+static void backward(Tensor dgate, Tensor dup, Tensor y, Tensor dy, int64_t first, float weight,
+                     Tensor gate, int64_t g, Tensor up, int64_t u, int64_t n, float *product) {
     float a[CHUNK], b[CHUNK], c[CHUNK], gate_out[CHUNK], up_out[CHUNK], gelu[CHUNK], slope[CHUNK];
-    const float *in = load_f32(a, gate, first, n), *factor = load_f32(b, up, first, n);
+    const float *in = load_f32(a, gate, g, n), *factor = load_f32(b, up, u, n);
     const float *d = load_f32(c, dy, first, n);
-    gelu_row(gelu, slope, in, n);
-#pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        gate_out[i] = d[i] * factor[i] * slope[i];
-        up_out[i] = d[i] * gelu[i];
-    }
-    if (y.data) {
-        round_to(y.dtype, gelu, n);
-#pragma omp simd
-        for (int64_t i = 0; i < n; i++) gelu[i] *= factor[i];
-        store_f32(y, first, n, gelu);
-    }
-    store_f32(dgate, first, n, gate_out);
-    if (dup.data) store_f32(dup, first, n, up_out);
-}
-
-/* Those of `weight` times row m from column `first` on, gate and up joined; returns what they give
- * of <dy, y>. */
-static float backward_weighted(Tensor dboth, Tensor dy, float weight, Tensor both, int64_t m,
-                               int64_t F, int64_t first, int64_t n) {
-    float a[CHUNK], b[CHUNK], c[CHUNK], gate_out[CHUNK], up_out[CHUNK], gelu[CHUNK], slope[CHUNK];
-    int64_t g = 2 * m * F + first, u = g + F;
-    const float *in = load_f32(a, both, g, n), *factor = load_f32(b, both, u, n);
-    const float *d = load_f32(c, dy, m * F + first, n);
-    float sum = 0;
     gelu_row(gelu, slope, in, n);
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         gate_out[i] = weight * d[i] * factor[i] * slope[i];
         up_out[i] = weight * d[i] * gelu[i];
     }
-    round_to(dy.dtype, gelu, n);
+    if (y.data || product) {
+        round_to(dy.dtype, gelu, n);
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) gelu[i] *= factor[i];
-    round_to(dy.dtype, gelu, n);
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++) sum += d[i] * gelu[i];
-    store_f32(dboth, g, n, gate_out);
-    store_f32(dboth, u, n, up_out);
-    return sum;
+        for (int64_t i = 0; i < n; i++) gelu[i] *= factor[i];
+    }
+    if (y.data) store_f32(y, first, n, gelu);
+    if (product) {
+        round_to(dy.dtype, gelu, n);
+        *product += dot(d, gelu, n);
+    }
+    store_f32(dgate, g, n, gate_out);
+    if (dup.data) store_f32(dup, u, n, up_out);
 }
 
 void CPU(gelu_mul_forward)(Tensor y, Tensor gate, Tensor up) {
@@ -96,7 +76,8 @@ void CPU(gelu_mul_backward)(Tensor dgate, Tensor dup, Tensor y, Tensor dy, Tenso
     int64_t count = tensor_count(dy);
 #pragma omp parallel for schedule(static)
     for (int64_t first = 0; first < count; first += CHUNK)
-        backward(dgate, dup, y, dy, first, gate, up, count - first < CHUNK ? count - first : CHUNK);
+        backward(dgate, dup, y, dy, first, 1.0f, gate, first, up, first,
+                 count - first < CHUNK ? count - first : CHUNK, NULL);
 }
 
 void CPU(gelu_mul_joined_forward)(Tensor y, Tensor both) {
@@ -114,9 +95,12 @@ void CPU(gelu_mul_joined_backward)(Tensor dboth, Tensor dweights, Tensor dy, Ten
 #pragma omp parallel for schedule(static)
     for (int64_t m = 0; m < M; m++) {
         float sum = 0;
-        for (int64_t first = 0; first < F; first += CHUNK)
-            sum += backward_weighted(dboth, dy, ((const float *)weights.data)[m], both, m, F, first,
-                                     F - first < CHUNK ? F - first : CHUNK);
+        for (int64_t first = 0; first < F; first += CHUNK) {
+            int64_t g = 2 * m * F + first, u = g + F;
+            backward(dboth, dboth, tensor_absent(), dy, m * F + first,
+                     ((const float *)weights.data)[m], both, g, both, u,
+                     F - first < CHUNK ? F - first : CHUNK, &sum);
+        }
         ((float *)dweights.data)[m] = sum;
     }
 }

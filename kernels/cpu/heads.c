@@ -43,18 +43,18 @@ static void head_row_back(const HeadGradient *set, int64_t n, const float *weigh
     }
 }
 
-/* Weights in f32, those that are there. */
-#define LOAD_WEIGHTS(weight, sets, count, C)                                                       \
-    float weights[HEAD_SETS][HEAD_MOST];                                                           \
-    const float *weight[HEAD_SETS] = {NULL};                                                       \
-    CHECK((C) <= HEAD_MOST, "heads of %lld", (long long)(C));                                      \
-    for (int i = 0; i < (count); i++)                                                              \
-        if ((sets)[i].weight.data) weight[i] = load_f32(weights[i], (sets)[i].weight, 0, C)
+/* A weight in f32, into `buffer` where it is not; NULL where there is none. */
+static const float *load_weight(float *buffer, Tensor weight, int64_t C) {
+    CHECK(C <= HEAD_MOST, "heads of %lld", (long long)C);
+    return weight.data ? load_f32(buffer, weight, 0, C) : NULL;
+}
 
 void CPU(heads_forward)(const HeadSet *sets, int count, Tensor cos_table, Tensor sin_table,
                         float eps) {
     int64_t N = sets->x.shape[0], half = sets->x.shape[2] / 2;
-    LOAD_WEIGHTS(weight, sets, count, 2 * half);
+    float buffers[HEAD_SETS][HEAD_MOST];
+    const float *weight[HEAD_SETS];
+    for (int i = 0; i < count; i++) weight[i] = load_weight(buffers[i], sets[i].weight, 2 * half);
 #pragma omp parallel for schedule(static) if (N > 4)
     for (int64_t n = 0; n < N; n++)
         for (int i = 0; i < count; i++)
@@ -64,7 +64,9 @@ void CPU(heads_forward)(const HeadSet *sets, int count, Tensor cos_table, Tensor
 
 void CPU(heads_backward)(const HeadGradient *sets, int count, Tensor cos_table, Tensor sin_table) {
     int64_t N = sets->x.shape[0], half = sets->x.shape[2] / 2;
-    LOAD_WEIGHTS(weight, sets, count, 2 * half);
+    float buffers[HEAD_SETS][HEAD_MOST];
+    const float *weight[HEAD_SETS];
+    for (int i = 0; i < count; i++) weight[i] = load_weight(buffers[i], sets[i].weight, 2 * half);
 #pragma omp parallel for schedule(static) if (N > 4)
     for (int64_t n = 0; n < N; n++)
         for (int i = 0; i < count; i++)
