@@ -20,7 +20,7 @@ BUILD    := build/$(if $(SANITIZE),$(SANITIZE),$(if $(filter 1,$(CUDA)),cuda,cpu
 WARN     := -Wall -Wextra -Werror -Wmissing-prototypes -Wno-unknown-pragmas -Wno-pass-failed
 CFLAGS   := -std=gnu17 -O3 -g -fopenmp -fno-math-errno -fno-trapping-math -D_GNU_SOURCE -I. -I$(BUILD) $(WARN) $(PKG)
 LDFLAGS  := $(if $(STATIC),,-fopenmp)
-ifneq ($(SANITIZE),)
+ifeq ($(SANITIZE),asan)
 CFLAGS   += -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1
 LDFLAGS  += -fsanitize=address,undefined
 endif
@@ -125,14 +125,16 @@ TEST_SOURCES := $(wildcard tests/*.c) $(wildcard tests/*/*.c)
 RUNNER       := $(BUILD)/tests/run
 
 # Without a GPU its kernels run on the host, under an emulator; the device `cuda` is that one then, in
-# the runner and in a program of its own. Fronts come before the library's, which know no GPU.
-ifeq ($(CUDA)$(SANITIZE),0)
+# the runner and in a program of its own. Fronts come before the library's, which know no GPU. With
+# SANITIZE=tsan the kernels, and they alone, are watched for races.
+ifeq ($(CUDA)$(SANITIZE:tsan=),0)
+SIMT_RACES   := $(if $(filter tsan,$(SANITIZE)),-fsanitize=thread -Wno-maybe-uninitialized)
 SIMT_FLAGS   := $(if $(MPI),$(shell pkg-config --cflags $(MPI)) -DHAVE_MPI) -std=c++17 -O2 -g -I. -Itests/simt -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-missing-field-initializers -fno-strict-aliasing
 SIMT         := $(patsubst %.c,$(BUILD)/simt/%.o,$(wildcard kernels/*.c)) \
                 $(patsubst %.cu,$(BUILD)/simt/%.o,$(filter-out kernels/cuda/blaslt.cu kernels/cuda/nccl.cu,$(CUDA_SOURCES))) \
                 $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard tests/simt/*.cpp))
 SIMT_PROGRAM := $(BUILD)/lapidary-simt
-SIMT_LIBS    := -lstdc++
+SIMT_LIBS    := -lstdc++ $(SIMT_RACES)
 endif
 
 $(RUNNER): $(TEST_SOURCES:%.c=$(BUILD)/%.o) $(SIMT) $(LIBRARY)
@@ -151,12 +153,12 @@ $(BUILD)/simt/%.o: %.c
 $(BUILD)/simt/%.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  c++ $@"
-	@$(CXX) -x c++ $(SIMT_FLAGS) -MMD -MP -c -o $@ $<
+	@$(CXX) -x c++ $(SIMT_FLAGS) $(SIMT_RACES) -MMD -MP -c -o $@ $<
 
 $(BUILD)/%.o: %.cpp
 	@mkdir -p $(@D)
 	@echo "  c++ $@"
-	@$(CXX) $(SIMT_FLAGS) -MMD -MP -c -o $@ $<
+	@$(CXX) $(SIMT_FLAGS) $(if $(SIMT_RACES),-DSIMT_RACES) -MMD -MP -c -o $@ $<
 
 # The products of packed weights for another architecture, where a cross-compiler is at hand; a case
 # runs them under emulation.
@@ -164,7 +166,7 @@ AARCH64  := aarch64-linux-gnu
 runner: $(RUNNER) $(SIMT_PROGRAM) $(if $(shell command -v $(AARCH64)-gcc),aarch64)
 PRODUCTS := $(BUILD)/tests/products
 aarch64:
-	@$(MAKE) --no-print-directory CC=$(AARCH64)-gcc BUILD=build/aarch64 PKG= SANITIZE= build/aarch64/tests/products
+	@$(MAKE) --no-print-directory CC=$(AARCH64)-gcc BUILD=build/aarch64 PKG= SANITIZE= CUDA=0 build/aarch64/tests/products
 
 $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.c formats/file.c \
                  $(wildcard kernels/*.c) $(ONCE)) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
@@ -214,7 +216,8 @@ deps-all:
 	@$(MAKE) --no-print-directory MORE="$(EXTRA)" deps
 
 # By hand: every architecture of GPU and every instruction level of the CPU, the other compiler (15 or
-# newer, with its OpenMP: clang-16 and libomp-16-dev), and a minute for each fuzz target under sanitizers.
+# newer, with its OpenMP: clang-16 and libomp-16-dev), a minute for each fuzz target under sanitizers, and
+# races between the threads of the GPU's kernels.
 CLANG    ?= $(firstword $(foreach v,19 18 17 16 15,$(shell command -v clang-$(v))))
 check-all: check
 	@$(MAKE) --no-print-directory CUDA=1 ARCH=all BUILD=build/cuda-all build/cuda-all/lapidary
@@ -223,12 +226,18 @@ check-all: check
 	@BACKEND=clang tests/run.sh quick
 	@for level in generic avx2; do echo "LAPIDARY_CPU=$$level"; LAPIDARY_CPU=$$level tests/run.sh | tail -2; done
 	@LAPIDARY_FUZZ_SECONDS=60 SANITIZE=asan tests/run.sh fuzz.
+	@$(MAKE) --no-print-directory races
 
 # Format, then the suite under sanitizers.
 check:
 	@clang-format --dry-run -Werror $$(git ls-files '*.c' '*.h' '*.cu' '*.cpp')
 	@$(MAKE) --no-print-directory SANITIZE=asan all runner
 	@SANITIZE=asan tests/run.sh quick
+
+# All cases of the GPU's kernels on the emulator, watched for races: ten minutes.
+races:
+	@$(MAKE) --no-print-directory $(JOBS) SANITIZE=tsan all runner
+	@SANITIZE=tsan tests/run.sh gpu.
 
 # What each of the GPU's kernels takes, from the compiler's own account; spilled registers and
 # tensor-core products that wait for each other are errors of the build.
@@ -242,5 +251,5 @@ PREFIX   ?= /usr/local
 clean:
 	rm -rf build lapidary
 
-.PHONY: all static registers runner aarch64 test demo deps deps-all check check-all install clean
+.PHONY: all static registers races runner aarch64 test demo deps deps-all check check-all install clean
 -include $(shell find build -name '*.d' 2>/dev/null)

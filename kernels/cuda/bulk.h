@@ -35,19 +35,7 @@ TileMap cuda_tile_map(const void *data, int64_t groups, int64_t rows, int64_t co
 #ifdef __CUDACC__
 typedef uint64_t Barrier;
 #else
-struct Barrier {
-    int32_t bytes;
-    uint16_t missing;
-    uint8_t threads, phase;
-};
-/* So many threads have arrived, and so many bytes more, or fewer, are to. */
-static inline void simt_count(Barrier *b, int threads, int bytes) {
-    b->missing = (uint16_t)(b->missing - threads);
-    b->bytes += bytes;
-    if (b->missing || b->bytes) return;
-    b->missing = b->threads;
-    b->phase ^= 1;
-}
+typedef SimtBarrier Barrier;
 /* The same place in the shared memory of another block of the pair. */
 template <typename T> static T *simt_in_block(T *p, unsigned rank) {
     ptrdiff_t blocks = (ptrdiff_t)rank - (ptrdiff_t)simt_thread->cluster_rank;
@@ -123,7 +111,7 @@ DEVICE_FUNCTION void barrier_wait(Barrier *b, unsigned parity) {
                  "r"(parity)
                  : "memory");
 #elif !defined(__CUDACC__)
-    while (b->phase == parity) simt_pause();
+    simt_wait_phase(b, parity);
 #endif
 }
 
@@ -149,19 +137,21 @@ DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t
                      "l"(&map), "r"((int)col), "r"((int)row), "r"((int)group), "r"(at)
                      : "memory");
 #elif !defined(__CUDACC__)
-    for (unsigned rank = 0; rank < PAIR; rank++) {
-        if (!BOTH && rank != simt_thread->cluster_rank) continue;
-        bf16 *tile = simt_in_block(to, rank);
-        int rows = map.tile_rows * map.tile_groups;
-        for (int r = 0; r < rows; r++)
-            for (int c = 0; c < 64; c++) {
-                int64_t g = group + r / map.tile_rows, at = row + r % map.tile_rows;
-                bool here = at < map.rows && col + c < map.cols && g < map.groups;
-                tile[tile_at(r, c / 8 * 8, rows) + c % 8] =
-                    here ? map.data[(g * map.rows + at) * map.cols + col + c] : bf16{0};
-            }
-        simt_count(simt_in_block(b, rank), 0, -rows * 128);
-    }
+    simt_engine([=] {
+        for (unsigned rank = 0; rank < PAIR; rank++) {
+            if (!BOTH && rank != simt_thread->cluster_rank) continue;
+            bf16 *tile = simt_in_block(to, rank);
+            int rows = map.tile_rows * map.tile_groups;
+            for (int r = 0; r < rows; r++)
+                for (int c = 0; c < 64; c++) {
+                    int64_t g = group + r / map.tile_rows, at = row + r % map.tile_rows;
+                    bool here = at < map.rows && col + c < map.cols && g < map.groups;
+                    tile[tile_at(r, c / 8 * 8, rows) + c % 8] =
+                        here ? map.data[(g * map.rows + at) * map.cols + col + c] : bf16{0};
+                }
+            simt_count(simt_in_block(b, rank), 0, -rows * 128);
+        }
+    });
 #endif
 }
 
@@ -175,11 +165,14 @@ DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t ro
                  "r"((int)col), "r"((int)row), "r"(0), "r"(place)
                  : "memory");
 #elif !defined(__CUDACC__)
-    for (int r = 0; r < map.tile_rows; r++)
-        for (int c = 0; c < 64 && row + r < map.rows; c++)
-            if (col + c < map.cols)
-                ((bf16 *)map.data)[(row + r) * map.cols + col + c] =
-                    from[tile_at(r, c / 8 * 8, map.tile_rows) + c % 8];
+    simt_ask(SIMT_STORES, [=] {
+        for (int r = 0; r < map.tile_rows; r++)
+            for (int c = 0; c < 64 && row + r < map.rows; c++)
+                if (col + c < map.cols)
+                    ((bf16 *)map.data)[(row + r) * map.cols + col + c] =
+                        from[tile_at(r, c / 8 * 8, map.tile_rows) + c % 8];
+    });
+    simt_close_group(SIMT_STORES);
 #endif
 }
 
@@ -187,6 +180,8 @@ DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t ro
 DEVICE_FUNCTION void stores_have_read() {
 #if defined(__CUDACC__) && ON_HOPPER
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#elif !defined(__CUDACC__)
+    simt_wait(SIMT_STORES, 0);
 #endif
 }
 

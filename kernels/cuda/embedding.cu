@@ -88,13 +88,8 @@ static __global__ void add_rows(float *table, int64_t cols, int64_t first_col, c
     int64_t n = blockIdx.x;
     int32_t id = ids[n];
     int mine = id == skip;
-    __shared__ int later;
-    if (!threadIdx.x) later = 0;
-    __syncthreads();
     for (int64_t m = threadIdx.x; m < n; m += blockDim.x) mine |= ids[m] == id;
-    if (mine) later = 1;
-    __syncthreads();
-    if (later) return;
+    if (__syncthreads_or(mine)) return;
     for (int64_t d = threadIdx.x; d < width; d += blockDim.x) {
         float *at = table + id * cols + first_col + d, sum = *at;
         for (int64_t m = n; m < N; m++)

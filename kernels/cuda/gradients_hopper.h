@@ -313,14 +313,15 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     int64_t s0 = (int64_t)(blockIdx.y / heads.K) * HOPPER_ROWS; /* keys that many see first */
     bool adds = slab.first ? gridDim.z == 1 : true;
     /* This part's tiles of rows: tile .. end - 1, of which `count` see a key. */
-    int warp = threadIdx.x / 32, first = slab.tiles, last = -1, count = 0;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = slab.tiles, last = -1, count = 0;
     for (int i = threadIdx.x; i < slab.tiles; i += BROUGHT_THREADS) {
         if (!sees_any(slab, i, s0, HOPPER_ROWS)) continue;
         first = min(first, i);
         last = max(last, i);
     }
-    firsts[warp] = warp_least(first);
-    lasts[warp] = warp_most(last);
+    first = warp_least(first);
+    last = warp_most(last);
+    if (!lane) firsts[warp] = first, lasts[warp] = last;
     __syncthreads();
     for (int w = 0; w < WARPS; w++) {
         first = min(first, firsts[w]);
@@ -330,7 +331,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         tile = first + (int)blockIdx.z * each, end = min(last + 1, tile + each);
     for (int i = tile + (int)threadIdx.x; i < end; i += BROUGHT_THREADS)
         count += sees_any(slab, i, s0, HOPPER_ROWS);
-    counts[warp] = (int)warp_sum((float)count);
+    count = (int)warp_sum((float)count);
+    if (!lane) counts[warp] = count;
     __syncthreads();
     count = 0;
     for (int w = 0; w < WARPS; w++) count += counts[w];

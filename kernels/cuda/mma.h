@@ -132,22 +132,28 @@ DEVICE_FUNCTION void copy_16(void *shared, const void *global, bool here) {
                  "r"(here ? 16 : 0)
                  : "memory");
 #else
-    if (here)
-        memcpy(shared, global, 16);
-    else
-        memset(shared, 0, 16);
+    simt_ask(SIMT_COPIES, [=] {
+        if (here)
+            memcpy(shared, global, 16);
+        else
+            memset(shared, 0, 16);
+    });
 #endif
 }
 /* What was asked for since the last call is one group. */
 DEVICE_FUNCTION void copies_close_group() {
 #ifdef __CUDACC__
     asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+    simt_close_group(SIMT_COPIES);
 #endif
 }
 /* Until all but the newest `LEFT` groups of this thread have arrived. */
 template <int LEFT> DEVICE_FUNCTION void copies_wait() {
 #ifdef __CUDACC__
     asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+#else
+    simt_wait(SIMT_COPIES, LEFT);
 #endif
 }
 

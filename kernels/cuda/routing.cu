@@ -39,6 +39,7 @@ static __global__ void choose(float *probs, float *share, int32_t *experts, cons
             int place = __shfl_xor_sync(0xffffffffu, at, d);
             if (other > best || (other == best && place < at)) best = other, at = place;
         }
+        __syncwarp(); /* all lanes have read what is left */
         if (!here || lane) continue;
         left[at] = -1;
         experts[n * A + a] = at;

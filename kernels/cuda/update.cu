@@ -103,6 +103,7 @@ DEVICE_FUNCTION void store_states(States s, const Levels &levels, int64_t block,
     for (int i = 0; i < 8; i++) most = fmaxf(most, fabsf(x[i]));
     most = warp_max(most);
     float inverse = most > 0 ? 1.0f / most : 0.0f;
+    __syncwarp(); /* all lanes have read the old one */
     if (!lane) b->absmax = most;
     uint8_t codes[8];
 #pragma unroll

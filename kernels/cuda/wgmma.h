@@ -129,16 +129,20 @@ static void simt_wgmma(float (&d)[COUNT], Operand b, F left) {
 template <bool TURN_A, bool TURN_B, int COUNT>
 static void wgmma_issue(float (&d)[COUNT], Operand a, Operand b) {
     int row = (int)threadIdx.x % WARPGROUP / 32 * 16;
-    simt_wgmma<TURN_B>(d, b, [=](int i, int k) { return simt_element<TURN_A>(a, row + i, k); });
+    simt_ask(SIMT_PRODUCTS, [=, &d] {
+        simt_wgmma<TURN_B>(d, b, [=](int i, int k) { return simt_element<TURN_A>(a, row + i, k); });
+    });
 }
 
 template <bool TURN_B, int COUNT>
 static void wgmma_issue(float (&d)[COUNT], const unsigned (&a)[4], Operand b) {
-    unsigned char all[32 * 64];
-    memcpy(all, simt_exchange(a, sizeof a), sizeof all);
-    simt_wgmma<TURN_B>(d, b, [&](int i, int k) {
-        return to_float(
-            simt_part<bf16>(all, i % 8 * 4 + k % 8 / 2, 0, (i / 8 + k / 8 * 2) * 2 + k % 2));
+    std::array<unsigned char, 32 * 64> all;
+    memcpy(all.data(), simt_exchange(a, sizeof a), all.size());
+    simt_ask(SIMT_PRODUCTS, [=, &d] {
+        simt_wgmma<TURN_B>(d, b, [&](int i, int k) {
+            return to_float(simt_part<bf16>(all.data(), i % 8 * 4 + k % 8 / 2, 0,
+                                            (i / 8 + k / 8 * 2) * 2 + k % 2));
+        });
     });
 }
 
@@ -170,6 +174,8 @@ DEVICE_FUNCTION void wgmma_begin() {
 DEVICE_FUNCTION void wgmma_close_group() {
 #if defined(__CUDACC__) && ON_HOPPER
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#elif !defined(__CUDACC__)
+    simt_close_group(SIMT_PRODUCTS);
 #endif
 }
 /* Until all but the newest LEFT groups are done. */
@@ -177,6 +183,7 @@ template <int LEFT> DEVICE_FUNCTION void wgmma_wait() {
 #if defined(__CUDACC__) && ON_HOPPER
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 #elif !defined(__CUDACC__)
+    simt_wait(SIMT_PRODUCTS, LEFT);
     simt_warpgroup_sync(); /* a product is done when it is for all four warps */
 #endif
 }

@@ -7,6 +7,7 @@
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <string>
 #include <sys/mman.h>
@@ -14,9 +15,54 @@
 #include <unistd.h>
 #include <vector>
 
+/* ---- who knows of whose work ---- */
+
+/* In a build for ThreadSanitizer (SIMT_RACES) this file is not instrumented, the kernels are: what
+ * orders their threads is said here and nowhere else. */
+#ifdef SIMT_RACES
+#include <sanitizer/tsan_interface.h>
+typedef void *Fiber;
+static Fiber this_fiber() {
+    return __tsan_get_current_fiber();
+}
+static Fiber new_fiber() {
+    return __tsan_create_fiber(0);
+}
+static void switch_to(Fiber fiber) {
+    __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync);
+}
+static void leave_known(void *place) {
+    __tsan_release(place);
+}
+static void take_known(void *place) {
+    __tsan_acquire(place);
+}
+/* memcpy would count as the thread's own access. */
+static void copy_unseen(unsigned char *to, const void *from, size_t size) {
+    for (size_t i = 0; i < size; i++)
+        ((volatile unsigned char *)to)[i] = ((const unsigned char *)from)[i];
+}
+#else
+typedef char Fiber;
+static Fiber this_fiber() {
+    return 0;
+}
+static Fiber new_fiber() {
+    return 0;
+}
+static void switch_to(Fiber) {}
+static void leave_known(void *) {}
+static void take_known(void *) {}
+static void copy_unseen(unsigned char *to, const void *from, size_t size) {
+    memcpy(to, from, size);
+}
+#endif
+
 /* ---- threads ---- */
 
-enum State { READY, AT_WARP, AT_WARPGROUP, AT_BLOCK, AT_CLUSTER, DONE };
+enum State { READY, PAUSED, AT_WARP, AT_WARPGROUP, AT_BLOCK, AT_CLUSTER, DONE };
+
+typedef std::vector<std::function<void()>> Group;
 
 struct Lane {
     SimtThread view;
@@ -24,12 +70,22 @@ struct Lane {
     bool entered;
     unsigned turn; /* of its warp's exchanges */
     jmp_buf here;
+    Fiber fiber;
+    std::deque<Group> asked[SIMT_KINDS]; /* the last group is not closed */
+};
+
+/* Where threads wait for each other. One may be there again while another still leaves: what they
+ * know lies in two places in turn. */
+struct Meeting {
+    unsigned arrived, turn;
+    char known[2];
 };
 
 /* What lanes give lies in two sets: a lane may be one exchange ahead of another that still reads.
  */
 struct Warp {
     unsigned char given[2][32 * 64];
+    char known[2];
     unsigned arrived;
     size_t size;
 };
@@ -39,12 +95,21 @@ static std::vector<Lane> lanes(THREADS);
 static std::vector<Warp> warps(THREADS / 32);
 static char *stacks;
 static jmp_buf scheduler;
-/* Threads of a block, and of the cluster of blocks that run at once; which wait for their block. */
-static unsigned running, count, total, waiting[CLUSTER], at_warpgroup[THREADS / WARPGROUP],
-    at_cluster, finished, pauses;
+static Fiber scheduler_fiber;
+/* Threads of a block, and of the cluster of blocks that run at once. */
+static unsigned running, count, total, finished;
+static bool stirred;           /* whether any thread has come further */
+static int any_of[CLUSTER][2]; /* what the threads of a block said at its barrier */
+static Meeting at_block[CLUSTER], at_warpgroup[THREADS / WARPGROUP], at_cluster;
+static char begun, ended; /* what a block's threads know when they start, and leave behind */
+/* Copies it has been asked for and has not done. Of late blocks every other has an early engine,
+ * which finds memory that was given back while late products still read it. */
+static std::deque<std::function<void()>> engine;
+static bool engine_is_late;
 static const std::function<void()> *current_body;
 static const char *current_name = "no kernel";
 SimtThread *simt_thread;
+bool simt_is_late;
 
 [[noreturn]] static void broken(const char *what) {
     fprintf(stderr, "simt: %s (block %u,%u,%u): %s\n", current_name, simt_thread->block.x,
@@ -55,7 +120,9 @@ SimtThread *simt_thread;
 static void leave(State state) {
     Lane &me = lanes[running];
     me.state = state;
-    if (!_setjmp(me.here)) _longjmp(scheduler, 1);
+    if (_setjmp(me.here)) return;
+    switch_to(scheduler_fiber);
+    _longjmp(scheduler, 1);
 }
 
 static unsigned lanes_of(unsigned warp) {
@@ -66,7 +133,7 @@ const unsigned char *simt_exchange(const void *mine, size_t size) {
     Lane &me = lanes[running];
     Warp &w = warps[running / 32];
     unsigned char *set = w.given[me.turn & 1];
-    memcpy(set + 64 * (running % 32), mine, size);
+    copy_unseen(set + 64 * (running % 32), mine, size);
     if (w.arrived && w.size != size) broken("lanes of a warp at different operations");
     w.size = size;
     me.turn++;
@@ -80,20 +147,40 @@ const unsigned char *simt_exchange(const void *mine, size_t size) {
     return set;
 }
 
+void simt_warp_sync() {
+    char *known = &warps[running / 32].known[lanes[running].turn & 1], nothing = 0;
+    leave_known(known);
+    simt_exchange(&nothing, 1);
+    take_known(known);
+}
+
 /* The thread waits; or, as the last of `all` from lane `first` on, lets them go on. */
-static void meet(State state, unsigned &arrived, unsigned first, unsigned all) {
-    if (++arrived < all) {
+static void meet(State state, Meeting &meeting, unsigned first, unsigned all) {
+    char *known = &meeting.known[meeting.turn & 1];
+    leave_known(known);
+    if (++meeting.arrived < all) {
         leave(state);
-        return;
+    } else {
+        meeting.arrived = 0;
+        meeting.turn++;
+        for (unsigned i = first; i < first + all; i++)
+            if (lanes[i].state == state) lanes[i].state = READY;
     }
-    arrived = 0;
-    for (unsigned i = first; i < first + all; i++)
-        if (lanes[i].state == state) lanes[i].state = READY;
+    take_known(known);
 }
 
 void __syncthreads() {
     unsigned block = running / count;
-    meet(AT_BLOCK, waiting[block], block * count, count);
+    meet(AT_BLOCK, at_block[block], block * count, count);
+}
+
+int __syncthreads_or(int value) {
+    unsigned block = running / count;
+    int *any = &any_of[block][at_block[block].turn & 1];
+    if (!at_block[block].arrived) *any = 0;
+    *any |= value;
+    __syncthreads();
+    return *any;
 }
 
 void simt_warpgroup_sync() {
@@ -105,11 +192,6 @@ void simt_cluster_sync() {
     meet(AT_CLUSTER, at_cluster, 0, total);
 }
 
-void simt_pause() {
-    if (++pauses > 100000000) broken("threads wait for what never comes");
-    leave(READY);
-}
-
 unsigned __ballot_sync(unsigned, int value) {
     char mine = value != 0;
     const unsigned char *all = simt_exchange(&mine, 1);
@@ -118,10 +200,74 @@ unsigned __ballot_sync(unsigned, int value) {
     return out;
 }
 
+/* ---- what is asked for and waited for ---- */
+
+void simt_later(SimtAsked kind, std::function<void()> work) {
+    std::deque<Group> &groups = lanes[running].asked[kind];
+    if (groups.empty()) groups.emplace_back();
+    groups.back().push_back(work);
+}
+
+void simt_close_group(SimtAsked kind) {
+    if (!simt_is_late) return;
+    std::deque<Group> &groups = lanes[running].asked[kind];
+    if (groups.empty()) groups.emplace_back();
+    groups.emplace_back();
+}
+
+void simt_wait(SimtAsked kind, size_t left) {
+    if (!simt_is_late) return;
+    std::deque<Group> &groups = lanes[running].asked[kind];
+    while (groups.size() > left + 1) {
+        for (auto &work : groups.front()) work();
+        groups.pop_front();
+    }
+}
+
+void simt_count(SimtBarrier *b, int threads, int bytes) {
+    leave_known(b);
+    b->missing = (uint16_t)(b->missing - threads);
+    b->bytes += bytes;
+    if (b->missing || b->bytes) return;
+    b->missing = b->threads;
+    b->phase ^= 1;
+}
+
+void simt_wait_phase(SimtBarrier *b, unsigned parity) {
+    while (b->phase == parity) leave(PAUSED);
+    stirred = true;
+    take_known(b);
+}
+
+void simt_engine(std::function<void()> work) {
+    if (!engine_is_late) {
+        work();
+        return;
+    }
+    SimtThread *asks = simt_thread;
+    engine.push_back([=] {
+        simt_thread = asks;
+        work();
+    });
+    leave_known(&engine);
+}
+
+/* ---- blocks ---- */
+
 static void enter() {
+    take_known(&begun);
     (*current_body)();
+    for (int kind = 0; kind < SIMT_KINDS; kind++) {
+        for (auto &group :
+             lanes[running].asked[kind]) /* copies nobody waits for any more end too */
+            if (kind != SIMT_COPIES && !group.empty())
+                broken("a thread ended before what it asked for was done");
+        lanes[running].asked[kind].clear();
+    }
+    leave_known(&ended);
     lanes[running].state = DONE;
     finished++;
+    switch_to(scheduler_fiber);
     _longjmp(scheduler, 1);
 }
 
@@ -130,6 +276,7 @@ static void resume(unsigned i) {
     running = i;
     simt_thread = &lane.view;
     if (_setjmp(scheduler)) return;
+    switch_to(lane.fiber);
     if (lane.entered) _longjmp(lane.here, 1);
     lane.entered = true;
     ucontext_t context;
@@ -141,13 +288,20 @@ static void resume(unsigned i) {
     setcontext(&context);
 }
 
+/* The copy engine does what it was asked for last of all that is to do. */
+static void run_engine() {
+    if (engine.empty()) broken("threads wait for others that ended, or for what never comes");
+    take_known(&engine);
+    engine.front()();
+    engine.pop_front();
+}
+
 /* The blocks of one cluster. */
 static void run_blocks(dim3 block) {
-    static const bool reversed =
-        getenv("LAPIDARY_SIMT_ORDER") && !strcmp(getenv("LAPIDARY_SIMT_ORDER"), "reversed");
-    at_cluster = finished = pauses = 0;
-    for (unsigned &w : waiting) w = 0;
-    for (unsigned &w : at_warpgroup) w = 0;
+    finished = 0;
+    for (Meeting &m : at_block) m.arrived = 0;
+    for (Meeting &m : at_warpgroup) m.arrived = 0;
+    at_cluster.arrived = 0;
     for (unsigned i = 0; i < (total + 31) / 32; i++) warps[i].arrived = 0;
     for (unsigned i = 0; i < total; i++) {
         Lane &lane = lanes[i];
@@ -156,24 +310,30 @@ static void run_blocks(dim3 block) {
         lane.state = READY;
         lane.entered = false;
         lane.turn = 0;
+        if (!lane.fiber) lane.fiber = new_fiber();
     }
+    leave_known(&begun);
     while (finished < total) {
-        bool moved = false;
+        stirred = false;
         for (unsigned k = 0; k < total; k++) {
-            unsigned i = reversed ? total - 1 - k : k;
-            if (lanes[i].state != READY) continue;
+            unsigned i = simt_is_late ? total - 1 - k : k;
+            if (lanes[i].state == READY)
+                stirred = true;
+            else if (lanes[i].state != PAUSED)
+                continue;
             resume(i);
-            moved = true;
         }
-        if (!moved) broken("some threads wait for others that ended or wait elsewhere");
+        if (!stirred) run_engine();
     }
+    if (!engine.empty()) broken("a block ended before what it asked for was done");
+    take_known(&ended);
     for (unsigned i = 0; i < (total + 31) / 32; i++)
         if (warps[i].arrived) broken("a thread ended while its warp waits for it");
-    for (unsigned w : waiting)
-        if (w) broken("a thread ended while its block waits for it");
-    for (unsigned w : at_warpgroup)
-        if (w) broken("a thread ended while its warpgroup waits for it");
-    if (at_cluster) broken("a thread ended while its cluster waits for it");
+    for (Meeting &m : at_block)
+        if (m.arrived) broken("a thread ended while its block waits for it");
+    for (Meeting &m : at_warpgroup)
+        if (m.arrived) broken("a thread ended while its warpgroup waits for it");
+    if (at_cluster.arrived) broken("a thread ended while its cluster waits for it");
 }
 
 /* ---- memory ---- */
@@ -330,10 +490,16 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, uns
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (stacks == MAP_FAILED) abort();
     }
+    const char *order = getenv("LAPIDARY_SIMT_ORDER");
+    simt_is_late = order && !strcmp(order, "reversed");
+    scheduler_fiber = this_fiber();
     current_name = name;
     current_body = &body;
     reach(true);
-    for (unsigned i = 0; i < grid.x * grid.y * grid.z; i += cluster) {
+    unsigned blocks = grid.x * grid.y * grid.z;
+    for (unsigned k = 0; k < blocks; k += cluster) {
+        unsigned i = simt_is_late ? blocks - cluster - k : k;
+        engine_is_late = simt_is_late && k / cluster % 2 == 0;
         memset(aligned, 0xff, each * cluster);
         for (unsigned k = 0; k < total; k++) {
             unsigned rank = k / count, b = i + rank;

@@ -3,11 +3,18 @@
  *
  * Stricter than a GPU, so that errors show here: barriers and warp operations that not every thread
  * reaches are faults, shared memory starts as garbage, memory of the device is out of the host's
- * reach outside kernels, and LAPIDARY_SIMT_ORDER=reversed runs the threads in the other order,
- * which must change no bit. */
+ * reach outside kernels, and LAPIDARY_SIMT_ORDER=reversed runs threads and blocks in the other
+ * order and does what is asked for (copies, products of a warpgroup) as late as it may be, all of
+ * which must change no bit.
+ *
+ * Compiled with -fsanitize=thread (`make races`) every thread is one of ThreadSanitizer's, ordered
+ * with others by what orders them on a GPU and nothing else: barriers, __syncwarp, copies waited
+ * for, the end of the kernel before; not shuffles and votes. Two that touch the same bytes without
+ * such an order end the program with both places in the source. */
 #ifndef SIMT_H
 #define SIMT_H
 
+#include <array>
 #include <functional>
 #include <math.h>
 #include <stddef.h>
@@ -65,6 +72,7 @@ extern SimtThread *simt_thread; /* the one that runs now */
 /* ---- waiting for each other ---- */
 
 void __syncthreads();
+int __syncthreads_or(int value);
 
 /* Every lane of the warp gives `size` bytes; returns what lane i gave at i * 64. Valid until the
  * lane's next exchange. */
@@ -77,13 +85,50 @@ void simt_warpgroup_sync();
  * (static one they would share). */
 void simt_cluster_sync();
 
-/* Lets other threads run, in a loop that waits for what they do. */
-void simt_pause();
-
+void simt_warp_sync();
 static inline void __syncwarp(unsigned = 0xffffffffu) {
-    char nothing = 0;
-    simt_exchange(&nothing, 1);
+    simt_warp_sync();
 }
+
+/* ---- what is asked for and waited for ---- */
+
+enum SimtAsked { SIMT_COPIES, SIMT_PRODUCTS, SIMT_STORES, SIMT_KINDS };
+
+/* Whether it is done when it is waited for, not at once. */
+extern bool simt_is_late;
+
+void simt_later(SimtAsked kind, std::function<void()> work);
+
+/* Work this thread asks for, done by the time it has waited for its group. */
+template <typename F> void simt_ask(SimtAsked kind, F work) {
+    if (simt_is_late)
+        simt_later(kind, work);
+    else
+        work();
+}
+
+/* What was asked for since the last call is one group. */
+void simt_close_group(SimtAsked kind);
+
+/* Until all but the newest `left` groups are done. */
+void simt_wait(SimtAsked kind, size_t left);
+
+/* A barrier in shared memory (bulk.h, "mbarrier"): a phase ends when so many threads have arrived,
+ * and all bytes that were announced. */
+struct SimtBarrier {
+    int32_t bytes;
+    uint16_t missing;
+    uint8_t threads, phase;
+};
+
+/* So many threads have arrived, and so many bytes more, or fewer, are to. */
+void simt_count(SimtBarrier *b, int threads, int bytes);
+
+/* Until the phase of this parity has ended. */
+void simt_wait_phase(SimtBarrier *b, unsigned parity);
+
+/* Work of the copy engine's, which counts at a barrier when it is done. */
+void simt_engine(std::function<void()> work);
 
 template <typename T> T simt_from_lane(T value, unsigned lane) {
     static_assert(sizeof(T) <= 64, "what a lane gives");
@@ -178,9 +223,7 @@ template <typename T> T max(T a, T b) {
 
 /* Only integers: sums of floats in an order of chance have no place here. */
 static inline int atomicAdd(int *p, int value) {
-    int old = *p;
-    *p += value;
-    return old;
+    return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
 
 static inline void __threadfence() {}
