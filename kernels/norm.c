@@ -81,6 +81,50 @@ void rmsnorm_backward_several(Tensor dx, Write write, const Tensor *dy, Tensor x
     ON_DEVICE(x, rmsnorm_backward_several)(dx, write, dy, x, rstd, weight, count);
 }
 
+static void check_join(const NormJoin *j) {
+    CHECK(tensor_count(j->x[0]) == tensor_count(j->x[1]) && j->x[0].dtype == j->x[1].dtype,
+          "rmsnorm_join: branches %s %s", tensor_text(j->x[0]), tensor_text(j->x[1]));
+    CHECK(!tensor_present(j->rstd) || tensor_count(j->rstd) == 3 * tensor_rows(j->x[0]),
+          "rmsnorm_join: rstd is not three a row");
+    for (int i = 0; i < 3; i++) {
+        check_norm(j->x[0], tensor_absent(), j->weight[i]);
+        CHECK(tensor_present(j->weight[i]) && j->weight[i].dtype == j->weight[0].dtype,
+              "rmsnorm_join: weights of several dtypes");
+    }
+}
+
+static bool is_like(Tensor a, Tensor x) {
+    return tensor_count(a) == tensor_count(x) && a.dtype == x.dtype;
+}
+
+void rmsnorm_join(Tensor y, Tensor next, Tensor codes, const NormJoin *join, Tensor residual,
+                  float scale, Tensor next_weight, float eps) {
+    Tensor x = join->x[0];
+    check_join(join);
+    CHECK(is_like(y, x) && is_like(residual, x), "rmsnorm_join: %s and %s of %s", tensor_text(y),
+          tensor_text(residual), tensor_text(x));
+    if (tensor_present(next))
+        CHECK(is_like(next, x) && tensor_count(next_weight) == tensor_cols(x) &&
+                  next_weight.dtype == join->weight[0].dtype && codes_fit(codes, next),
+              "rmsnorm_join: next %s of %s, weight %s, codes %s", tensor_text(next), tensor_text(x),
+              tensor_text(next_weight), tensor_text(codes));
+    ON_DEVICE(x, rmsnorm_join)(y, next, codes, join, residual, scale, next_weight, eps);
+}
+
+void rmsnorm_join_backward(const Tensor *dx, Tensor dresidual, Tensor fed, Tensor dfed, Tensor dy,
+                           const NormJoin *join, float scale) {
+    Tensor x = join->x[0];
+    check_join(join);
+    CHECK(tensor_present(join->rstd), "rmsnorm_join: rstd is needed");
+    CHECK(is_like(dx[0], x) && is_like(dx[1], x) && is_like(dresidual, x) && is_like(dy, x),
+          "rmsnorm_join: %s, %s, %s and %s of %s", tensor_text(dx[0]), tensor_text(dx[1]),
+          tensor_text(dresidual), tensor_text(dy), tensor_text(x));
+    CHECK((!tensor_present(fed) || is_like(fed, x)) && (!tensor_present(dfed) || is_like(dfed, x)),
+          "rmsnorm_join: fed %s, dfed %s of %s", tensor_text(fed), tensor_text(dfed),
+          tensor_text(x));
+    ON_DEVICE(x, rmsnorm_join_backward)(dx, dresidual, fed, dfed, dy, join, scale);
+}
+
 static void check_layernorm(Tensor x, Tensor mean, Tensor rstd, Tensor weight) {
     CHECK(tensor_cols(x) > 0 && tensor_cols(x) <= NORM_COLS_MAX, "layernorm: %s has too long rows",
           tensor_text(x));

@@ -50,6 +50,31 @@ KERNEL(rmsnorm_forward_several, const Tensor *y, Tensor rstd, Tensor x, const No
 KERNEL(rmsnorm_backward_several, Tensor dx, Write write, const Tensor *dy, Tensor x, Tensor rstd,
        const NormWeight *weight, int count);
 
+/* Where two branches join: fed = norm(x[0]) * weight[0] + norm(x[1]) * weight[1], which is
+ * normalised in turn.
+ *   x       (..., D)   f32 | bf16, one dtype
+ *   weight  (D)        f32 | bf16, one dtype: of the branches and of fed
+ *   rstd    (3, rows)  f32, of the branches and of fed, for the way back; absent means not kept */
+typedef struct NormJoin {
+    Tensor x[2], weight[3], rstd;
+} NormJoin;
+
+/* A layer's end behind two branches, and the next one's beginning where that is wanted:
+ *   y = scale * (residual + norm(fed) * weight[2]), next = norm(y) * next_weight
+ * bit for bit as rmsnorm_forward and scale_copy make them one by one; fed is kept nowhere.
+ *   y, next, residual  (..., D)  dtype of x; y may alias residual; next absent: nobody wants it
+ *   next_weight        (D)       dtype of the other weights
+ *   codes              as in rmsnorm_pair */
+KERNEL(rmsnorm_join, Tensor y, Tensor next, Tensor codes, const NormJoin *join, Tensor residual,
+       float scale, Tensor next_weight, float eps);
+
+/* dresidual = scale * dy; dx[i] the gradients of the branches, as scale_copy and rmsnorm_backward
+ * make them one by one.
+ *   dx, dresidual, dy  (..., D)  dtype of x; dresidual may alias dy
+ *   fed, dfed          (..., D)  written where given (for the gradients of weights), else absent */
+KERNEL(rmsnorm_join_backward, const Tensor *dx, Tensor dresidual, Tensor fed, Tensor dfed,
+       Tensor dy, const NormJoin *join, float scale);
+
 /* y = (x - mean) * rstd * weight + bias, mean and rstd = 1 / sqrt(variance + eps) over the columns
  * (biased variance), in f32.
  *   y, x          (..., D)  f32 | bf16, same dtype; y may not alias x

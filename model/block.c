@@ -49,17 +49,14 @@ void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtyp
     mlp_reserve(&s->mlp, arena, c, dtype, N);
     s->attended = ARENA_TENSOR(arena, dtype, N, D);
     s->x1 = ARENA_TENSOR(arena, dtype, N, D);
-    s->fed = ARENA_TENSOR(arena, dtype, N, D);
     s->input_rstd = ARENA_TENSOR(arena, F32, N);
     s->attended_rstd = ARENA_TENSOR(arena, F32, N);
     s->x1_rstd = ARENA_TENSOR(arena, F32, N);
-    s->fed_rstd = ARENA_TENSOR(arena, F32, N);
+    s->fed_rstd = ARENA_TENSOR(arena, F32, c->num_experts ? 3 : 1, N);
+    s->fed[0] = ARENA_TENSOR(arena, dtype, N, D);
     if (c->num_experts) {
+        s->fed[1] = ARENA_TENSOR(arena, dtype, N, D);
         moe_reserve(&s->moe, arena, c, dtype, N);
-        s->dense = ARENA_TENSOR(arena, dtype, N, D);
-        s->routed = ARENA_TENSOR(arena, dtype, N, D);
-        s->dense_rstd = ARENA_TENSOR(arena, F32, N);
-        s->routed_rstd = ARENA_TENSOR(arena, F32, N);
     }
     if (c->per_layer_input) {
         s->x2 = ARENA_TENSOR(arena, dtype, N, D);
@@ -73,34 +70,57 @@ void block_reserve(BlockSaved *s, Arena *arena, const BlockConfig *c, DType dtyp
  * h's memory. */
 static void feed_forward(const Block *b, BlockSaved *s, Tensor h, Tensor h2, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    if (!b->config.num_experts) {
-        mlp_forward(&b->mlp, &s->mlp, s->fed, h, p);
-    } else {
-        mlp_forward(&b->mlp, &s->mlp, s->dense, h, p);
+    mlp_forward(&b->mlp, &s->mlp, s->fed[0], h, p);
+    if (b->config.num_experts) {
         Norm router = moe_router_norm(&b->moe);
         if (!p->training)
             norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm_2, &router},
                                  (Tensor[]){h2, s->moe.router_input}, 2, tensor_absent(), s->x1);
-        moe_forward(&b->moe, &s->moe, s->routed, h2, p);
-        norm_forward(&b->post_feedforward_layernorm_1, s->fed, s->dense_rstd, s->dense,
-                     tensor_absent());
-        norm_forward(&b->post_feedforward_layernorm_2, s->fed, s->routed_rstd, s->routed, s->fed);
+        moe_forward(&b->moe, &s->moe, s->fed[1], h2, p);
     }
     arena_release(p->scratch, mark);
+}
+
+static NormsJoined joined_norms(const Block *b) {
+    return (NormsJoined){{&b->post_feedforward_layernorm_1, &b->post_feedforward_layernorm_2},
+                         &b->post_feedforward_layernorm};
+}
+
+/* Whether this layer leaves the next one's input too; where it goes, and its codes. */
+static bool leaves_next(Pass *p, Tensor *next, Tensor *codes) {
+    p->is_entered = !p->training && p->next;
+    *next = *codes = tensor_absent();
+    if (!p->is_entered) return false;
+    *next = p->entered = p->leaving;
+    if (p->reader) *codes = pass_codes(p, p->leaving, p->reader);
+    return true;
 }
 
 /* y = scale * (residual + norm(x)), with the next layer's input where that is known. */
 static void leave(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual, float scale,
                   Pass *p) {
-    p->is_entered = !p->training && p->next;
-    if (p->is_entered) {
-        Tensor codes = p->reader ? pass_codes(p, p->leaving, p->reader) : tensor_absent();
-        norm_pair(n, y, x, residual, scale, p->next, p->leaving, codes);
-        p->entered = p->leaving;
+    Tensor next, codes;
+    if (leaves_next(p, &next, &codes)) {
+        norm_pair(n, y, x, residual, scale, p->next, next, codes);
         return;
     }
     norm_forward(n, y, rstd, x, residual);
     if (scale != 1.0f) scale_copy(y, SET, y, scale);
+}
+
+/* y = scale * (x1 + norm(fed)); where that ends the layer, with the next one's input. */
+static void add_fed(const Block *b, const BlockSaved *s, Tensor y, float scale, bool ends,
+                    Pass *p) {
+    if (b->config.num_experts) {
+        NormsJoined norms = joined_norms(b);
+        Tensor next = tensor_absent(), codes = next, rstd = p->training ? s->fed_rstd : next;
+        bool leaves = ends && leaves_next(p, &next, &codes);
+        norm_join(&norms, y, rstd, s->fed, s->x1, scale, leaves ? p->next : NULL, next, codes);
+    } else if (ends) {
+        leave(&b->post_feedforward_layernorm, y, s->fed_rstd, s->fed[0], s->x1, scale, p);
+    } else {
+        norm_forward(&b->post_feedforward_layernorm, y, s->fed_rstd, s->fed[0], s->x1);
+    }
 }
 
 void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per_layer, Pass *p) {
@@ -129,38 +149,33 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
     feed_forward(b, s, h, h2, p);
     if (b->config.per_layer_input) {
         Tensor u = arena_like(p->scratch, s->gate);
-        norm_forward(&b->post_feedforward_layernorm, s->x2, s->fed_rstd, s->fed, s->x1);
+        add_fed(b, s, s->x2, 1.0f, false, p);
         linear_forward(&b->per_layer_input_gate, s->gate, s->x2, p);
         gelu_mul_forward(u, s->gate, per_layer);
         linear_forward(&b->per_layer_projection, s->projected, u, p);
         leave(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2, scale, p);
     } else {
-        leave(&b->post_feedforward_layernorm, y, s->fed_rstd, s->fed, s->x1, scale, p);
+        add_fed(b, s, y, scale, true, p);
     }
     arena_release(p->scratch, mark);
 }
 
-/* dx1, which holds the gradient arriving by the residual, gets that of the feed-forward added. */
-static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx1, Tensor dfed,
-                                  Pass *p) {
+/* dx1, which holds the gradient arriving by the residual, gets that of the feed-forward added:
+ * dfed[0], dfed[1] are those of what it made. */
+static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx1,
+                                  const Tensor *dfed, Pass *p) {
     size_t mark = arena_mark(p->scratch);
     Tensor h = arena_like(p->scratch, s->x1), dh = arena_like(p->scratch, s->x1);
     norm_apply(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1);
+    mlp_backward(&b->mlp, &s->mlp, dh, SET, dfed[0], h, p);
     if (!b->config.num_experts) {
-        mlp_backward(&b->mlp, &s->mlp, dh, SET, dfed, h, p);
         norm_backward(&b->pre_feedforward_layernorm, dx1, ADD, dh, s->x1, s->x1_rstd);
     } else {
-        Tensor dbranch = arena_like(p->scratch, s->x1);
-        norm_backward(&b->post_feedforward_layernorm_1, dbranch, SET, dfed, s->dense,
-                      s->dense_rstd);
-        mlp_backward(&b->mlp, &s->mlp, dh, SET, dbranch, h, p);
-        norm_backward(&b->post_feedforward_layernorm_2, dbranch, SET, dfed, s->routed,
-                      s->routed_rstd);
         if (moe_reads_input(&b->moe))
             norm_apply(&b->pre_feedforward_layernorm_2, h, s->x1_rstd, s->x1);
         Tensor dh2 = arena_like(p->scratch, s->x1), drouter = arena_like(p->scratch, s->x1);
         Norm router = moe_router_norm(&b->moe);
-        moe_backward(&b->moe, &s->moe, dh2, drouter, dbranch, h, p);
+        moe_backward(&b->moe, &s->moe, dh2, drouter, dfed[1], h, p);
         norm_backward_several((const Norm *[]){&b->pre_feedforward_layernorm,
                                                &b->pre_feedforward_layernorm_2, &router},
                               dx1, ADD, (Tensor[]){dh, dh2, drouter}, 3, s->x1, s->x1_rstd);
@@ -168,12 +183,29 @@ static void feed_forward_backward(const Block *b, const BlockSaved *s, Tensor dx
     arena_release(p->scratch, mark);
 }
 
+/* dx1 = scale * dy, the gradient by the residual, and those of fed. dx1 may be dy. */
+static void add_fed_backward(const Block *b, const BlockSaved *s, Tensor *dfed, Tensor dx1,
+                             Tensor dy, float scale, Pass *p) {
+    if (b->config.num_experts) {
+        NormsJoined norms = joined_norms(b);
+        dfed[1] = arena_like(p->scratch, dx1);
+        norm_join_backward(&norms, dfed, dx1, dy, s->fed_rstd, s->fed, scale, p->scratch);
+    } else {
+        if (scale != 1.0f || dx1.data != dy.data) scale_copy(dx1, SET, dy, scale);
+        norm_backward(&b->post_feedforward_layernorm, dfed[0], SET, dx1, s->fed[0], s->fed_rstd);
+    }
+}
+
 void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_layer, Tensor dy,
                     Tensor x, Tensor per_layer, Pass *p) {
     size_t mark = arena_mark(p->scratch);
-    Tensor h = arena_like(p->scratch, x), dbranch = arena_like(p->scratch, x);
-    scale_copy(dx, SET, dy, b->scalar); /* dx carries the residual's gradient from here down */
+    Tensor h = arena_like(p->scratch, x), dbranch = arena_like(p->scratch, x),
+           dfed[] = {dbranch, tensor_absent()};
+    float scale = b->scalar; /* until dx carries the residual's gradient, from there down */
     if (b->config.per_layer_input) {
+        scale_copy(dx, SET, dy, scale);
+        dy = dx;
+        scale = 1.0f;
         Tensor u = arena_like(p->scratch, s->gate), du = arena_like(p->scratch, s->gate);
         if (linear_reads_input(&b->per_layer_projection)) gelu_mul_forward(u, s->gate, per_layer);
         norm_backward(&b->post_per_layer_input_norm, dbranch, SET, dx, s->projected,
@@ -182,8 +214,8 @@ void block_backward(const Block *b, const BlockSaved *s, Tensor dx, Tensor dper_
         gelu_mul_backward(u, dper_layer, tensor_absent(), du, s->gate, per_layer); /* u: dgate */
         linear_backward(&b->per_layer_input_gate, dx, ADD, u, s->x2, p);
     }
-    norm_backward(&b->post_feedforward_layernorm, dbranch, SET, dx, s->fed, s->fed_rstd);
-    feed_forward_backward(b, s, dx, dbranch, p);
+    add_fed_backward(b, s, dfed, dx, dy, scale, p);
+    feed_forward_backward(b, s, dx, dfed, p);
     norm_backward(&b->post_attention_layernorm, dbranch, SET, dx, s->attended, s->attended_rstd);
     norm_apply(&b->input_layernorm, h, s->input_rstd, x);
     Tensor dh = arena_like(p->scratch, x);

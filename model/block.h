@@ -26,15 +26,14 @@ typedef struct BlockSaved {
     AttentionSaved attention;
     MlpSaved mlp;
     MoeSaved moe;
-    Tensor attended;      /* (N, D) output of attention */
-    Tensor x1;            /* (N, D) after the first residual */
-    Tensor fed;           /* (N, D) output of the feed-forward, or the sum of both branches */
-    Tensor dense, routed; /* (N, D) raw outputs of the two branches; experts only */
-    Tensor x2;            /* (N, D) after the second residual; per-layer input only */
-    Tensor gate;          /* (N, P) */
-    Tensor projected;     /* (N, D) */
-    Tensor input_rstd, attended_rstd, x1_rstd, fed_rstd, dense_rstd, routed_rstd,
-        projected_rstd; /* (N) */
+    Tensor attended;  /* (N, D) output of attention */
+    Tensor x1;        /* (N, D) after the first residual */
+    Tensor fed[2];    /* (N, D) output of the feed-forward; with experts, of both branches */
+    Tensor x2;        /* (N, D) after the second residual; per-layer input only */
+    Tensor gate;      /* (N, P) */
+    Tensor projected; /* (N, D) */
+    Tensor input_rstd, attended_rstd, x1_rstd, projected_rstd; /* (N) */
+    Tensor fed_rstd; /* (1, N); with experts (3, N), of the branches and of their sum */
 } BlockSaved;
 
 void block_declare(Block *b, ParamList *params, LinearList *list, const BlockConfig *c);

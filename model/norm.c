@@ -57,3 +57,37 @@ void norm_backward_several(const Norm *const *n, Tensor dx, Write write, const T
     }
     rmsnorm_backward_several(dx, write, dy, x, rstd, weights, count);
 }
+
+static NormJoin joined(const NormsJoined *n, const Tensor *x, Tensor rstd) {
+    return (NormJoin){
+        .x = {x[0], x[1]},
+        .weight = {weight_of(n->branch[0]), weight_of(n->branch[1]), weight_of(n->sum)},
+        .rstd = rstd};
+}
+
+void norm_join(const NormsJoined *n, Tensor y, Tensor rstd, const Tensor *x, Tensor residual,
+               float scale, const Norm *other, Tensor next, Tensor codes) {
+    NormJoin join = joined(n, x, rstd);
+    rmsnorm_join(y, next, codes, &join, residual, scale, other ? weight_of(other) : tensor_absent(),
+                 n->sum->eps);
+}
+
+void norm_join_backward(const NormsJoined *n, const Tensor *dx, Tensor dresidual, Tensor dy,
+                        Tensor rstd, const Tensor *x, float scale, Arena *scratch) {
+    size_t mark = arena_mark(scratch);
+    NormJoin join = joined(n, x, rstd);
+    const Norm *norms[] = {n->branch[0], n->branch[1], n->sum};
+    Tensor none = tensor_absent(), fed = none, dfed = none;
+    bool trained = false;
+    for (int i = 0; i < 3; i++) trained = trained || norms[i]->weight->trainable;
+    if (trained) {
+        fed = arena_like(scratch, dy);
+        dfed = arena_like(scratch, dy);
+    }
+    rmsnorm_join_backward(dx, dresidual, fed, dfed, dy, &join, scale);
+    for (int i = 0; i < 3; i++)
+        if (norms[i]->weight->trainable)
+            norm_backward(norms[i], none, SET, i < 2 ? dfed : dresidual, i < 2 ? x[i] : fed,
+                          tensor_slice(rstd, i, 1));
+    arena_release(scratch, mark);
+}

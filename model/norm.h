@@ -26,6 +26,20 @@ void norm_forward_several(const Norm *const *n, const Tensor *y, int count, Tens
 void norm_backward_several(const Norm *const *n, Tensor dx, Write write, const Tensor *dy,
                            int count, Tensor x, Tensor rstd);
 
+/* The norms of two branches, and that of their sum. */
+typedef struct NormsJoined {
+    const Norm *branch[2], *sum;
+} NormsJoined;
+
+/* y = scale * (residual + norm(norm(x[0]) + norm(x[1]))); `next` and its codes as in norm_pair, or
+ * absent; rstd (3, N), absent where nothing is trained. */
+void norm_join(const NormsJoined *n, Tensor y, Tensor rstd, const Tensor *x, Tensor residual,
+               float scale, const Norm *other, Tensor next, Tensor codes);
+
+/* dx[i] = gradients of the branches, dresidual = scale * dy, which may be dy. */
+void norm_join_backward(const NormsJoined *n, const Tensor *dx, Tensor dresidual, Tensor dy,
+                        Tensor rstd, const Tensor *x, float scale, Arena *scratch);
+
 /* y = norm(x) again, bit for bit, from the kept rstd. */
 void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x);
 

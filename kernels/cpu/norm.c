@@ -123,6 +123,93 @@ void CPU(rmsnorm_backward_several)(Tensor dx, Write write, const Tensor *dy, Ten
     }
 }
 
+/* out <- the join of row n, in the places of buffer; r of both branches given or made. */
+static void join_row(const NormJoin *j, float *out, float *buffer, const float *const *weights,
+                     float *r, int64_t n, bool given, float eps) {
+    int64_t D = tensor_cols(j->x[0]);
+    for (int i = 0; i < 2; i++) {
+        const float *row = load_f32(buffer, j->x[i], n * D, D);
+        if (!given) r[i] = 1.0f / sqrtf(dot(row, row, D) / (float)D + eps);
+        scale_row(buffer, row, r[i], weights[i], D);
+        round_to(j->x[0].dtype, buffer, D);
+        if (!i) memcpy(out, buffer, (size_t)D * sizeof *out);
+    }
+#pragma omp simd
+    for (int64_t d = 0; d < D; d++) out[d] += buffer[d];
+    round_to(j->x[0].dtype, out, D);
+}
+
+void CPU(rmsnorm_join)(Tensor y, Tensor next, Tensor codes, const NormJoin *j, Tensor residual,
+                       float scale, Tensor next_weight, float eps) {
+    (void)codes;
+    int64_t D = tensor_cols(y), N = tensor_rows(y);
+#pragma omp parallel if (N * D > 16384)
+    {
+        float copies[3][COLS_MAX], fed[COLS_MAX], buffer[COLS_MAX], other[COLS_MAX], own[3];
+        const float *weights[3];
+        for (int i = 0; i < 3; i++) weights[i] = load_f32(copies[i], j->weight[i], 0, D);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            join_row(j, fed, buffer, weights, own, n, false, eps);
+            own[2] = 1.0f / sqrtf(dot(fed, fed, D) / (float)D + eps);
+            for (int i = 0; j->rstd.data && i < 3; i++) ((float *)j->rstd.data)[i * N + n] = own[i];
+            scale_row(buffer, fed, own[2], weights[2], D);
+            round_to(y.dtype, buffer, D);
+            const float *base = load_f32(other, residual, n * D, D);
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) buffer[d] += base[d];
+            if (scale != 1.0f) {
+                round_to(y.dtype, buffer, D);
+#pragma omp simd
+                for (int64_t d = 0; d < D; d++) buffer[d] *= scale;
+            }
+            store_f32(y, n * D, D, buffer);
+        }
+    }
+    if (next.data)
+        CPU(rmsnorm_forward)(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
+}
+
+/* r (g - row mean(g row) r^2), with g = dy weight. */
+static void norm_back(float *out, const float *dy, const float *row, const float *weight, float r,
+                      int64_t D) {
+#pragma omp simd
+    for (int64_t d = 0; d < D; d++) out[d] = dy[d] * weight[d];
+    float mean = dot(out, row, D) / (float)D * r * r;
+#pragma omp simd
+    for (int64_t d = 0; d < D; d++) out[d] = r * (out[d] - row[d] * mean);
+}
+
+void CPU(rmsnorm_join_backward)(const Tensor *dx, Tensor dresidual, Tensor fed, Tensor dfed,
+                                Tensor dy, const NormJoin *j, float scale) {
+    int64_t D = tensor_cols(dy), N = tensor_rows(dy);
+    const float *rstd = j->rstd.data;
+#pragma omp parallel if (N * D > 16384)
+    {
+        float copies[3][COLS_MAX], sum[COLS_MAX], g[COLS_MAX], buffer[COLS_MAX], out[COLS_MAX];
+        const float *weights[3];
+        for (int i = 0; i < 3; i++) weights[i] = load_f32(copies[i], j->weight[i], 0, D);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            float r[] = {rstd[n], rstd[N + n], rstd[2 * N + n]};
+            const float *given = load_f32(buffer, dy, n * D, D);
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) g[d] = scale * given[d];
+            round_to(dy.dtype, g, D);
+            store_f32(dresidual, n * D, D, g);
+            join_row(j, sum, buffer, weights, r, n, true, 0);
+            if (fed.data) store_f32(fed, n * D, D, sum);
+            norm_back(out, g, sum, weights[2], r[2], D);
+            round_to(dy.dtype, out, D);
+            if (dfed.data) store_f32(dfed, n * D, D, out);
+            for (int i = 0; i < 2; i++) {
+                norm_back(g, out, load_f32(buffer, j->x[i], n * D, D), weights[i], r[i], D);
+                store_f32(dx[i], n * D, D, g);
+            }
+        }
+    }
+}
+
 void CPU(layernorm_forward)(Tensor y, Tensor mean, Tensor rstd, Tensor x, Tensor weight,
                             Tensor bias, float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);

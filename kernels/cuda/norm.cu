@@ -221,6 +221,18 @@ __launch_bounds__(threads_of<ROW>(), ROW == MANY ? (blocks_of<W, ROW, KEPT>()) -
         }                                                                                          \
     } while (0)
 
+/* The same where nobody waits for few rows. */
+#define WITH_MANY(D, ROW, ...)                                                                     \
+    do {                                                                                           \
+        if ((D) <= WARP_COLS) {                                                                    \
+            constexpr int ROW = 32;                                                                \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int ROW = MANY;                                                              \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
 static void launch_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual,
                            float eps, bool given) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
@@ -550,6 +562,273 @@ extern "C" void cuda_rmsnorm_backward_several(Tensor dx, Write write, const Tens
                                data_of<T>(dx), write, (several_of<T, W>(dy, weight, count)),
                                data_of<T>(x), data_of<float>(rstd), D);
                }));
+}
+
+/* ---- where two branches join ---- */
+
+template <typename T, typename W> struct Joined {
+    const T *x[2];
+    const W *weight[3];
+    float *rstd; /* (3, N); NULL: not kept */
+};
+
+template <typename T, typename W> static Joined<T, W> joined_of(const NormJoin &j) {
+    return Joined<T, W>{{data_of<T>(j.x[0]), data_of<T>(j.x[1])},
+                        {data_of<W>(j.weight[0]), data_of<W>(j.weight[1]), data_of<W>(j.weight[2])},
+                        data_of<float>(j.rstd)};
+}
+
+/* Packs of a row that a thread holds. */
+template <typename T, int ROW> __host__ __device__ constexpr int joined_packs() {
+    return ROW == MANY ? HELD_MANY : held_of<T, ROW>();
+}
+
+/* Blocks of one multiprocessor, for what registers they may have. */
+template <typename W, int ROW> __host__ __device__ constexpr int joined_blocks() {
+    return ROW != MANY ? 1 : sizeof(W) > sizeof(bf16) ? 2 : 3;
+}
+
+/* Two sums over a row, each as row_sum has it. */
+template <int ROW> DEVICE_FUNCTION float2 row_sums(float x, float y, float2 *space) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    float2 sums = {warp_sum(x), warp_sum(y)};
+    if (ROW == 32) return sums;
+    __syncthreads();
+    if (!lane) space[warp] = sums;
+    __syncthreads();
+    sums = lane < ROW / 32 ? space[lane] : float2{0, 0};
+    return float2{warp_sum(sums.x), warp_sum(sums.y)};
+}
+
+/* What the branches make together, of one place. */
+template <typename T>
+DEVICE_FUNCTION float join_one(float a, float b, const float2 &r, float weight_a, float weight_b) {
+    return rounded<T>(rounded<T>(normed(b, r.y, weight_b)) + rounded<T>(normed(a, r.x, weight_a)));
+}
+
+template <typename T, typename W, int V, int ROW>
+static __global__ void __launch_bounds__(threads_of<ROW>(), (joined_blocks<W, ROW>()))
+    join(Joined<T, W> of, T *y, T *next, Codes codes, const T *residual, float scale,
+         const W *next_weight, int64_t N, int64_t D, float eps) {
+    constexpr int HELD = joined_packs<T, ROW>();
+    __shared__ float2 pairs[32];
+    __shared__ float space[2][32];
+    int64_t n = row_of<ROW>();
+    bool here = n < N;
+    int lane = threadIdx.x % ROW;
+    auto place = [&](int i) { return (lane + i * ROW) * (int64_t)V; };
+    Kept<W, V> weights[3][HELD] = {}, others[HELD] = {};
+    if (of.rstd) wait_for_last(); /* weights may be trained; else they come while it ends */
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        if (!here || place(i) >= D) break;
+#pragma unroll
+        for (int k = 0; k < 3; k++) weights[k][i].read(of.weight[k] + place(i));
+        if (next) others[i].read(next_weight + place(i));
+    }
+    if (!of.rstd) wait_for_last();
+    Kept<T, V> a[HELD] = {}, b[HELD] = {}, more[HELD] = {};
+    float sum = 0, other_sum = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        if (!here || place(i) >= D) break;
+        a[i].read(of.x[0] + n * D + place(i));
+        b[i].read(of.x[1] + n * D + place(i));
+        more[i].read(residual + n * D + place(i));
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++)
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += a[i][j] * a[i][j], other_sum += b[i][j] * b[i][j];
+    auto rstd_of = [&](float squares) { return 1.0f / sqrtf(squares / (float)D + eps); };
+    float2 r = row_sums<ROW>(sum, other_sum, pairs);
+    r = float2{rstd_of(r.x), rstd_of(r.y)};
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            out[j] = join_one<T>(a[i][j], b[i][j], r, weights[0][i][j], weights[1][i][j]);
+            sum += out[j] * out[j];
+        }
+        a[i].keep(out);
+    }
+    float last = rstd_of(row_sum<ROW>(sum, space[0]));
+    if (of.rstd && here && !lane) {
+        of.rstd[n] = r.x;
+        of.rstd[N + n] = r.y;
+        of.rstd[2 * N + n] = last;
+    }
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        if (!here || place(i) >= D) break;
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            out[j] = rounded<T>(rounded<T>(normed(a[i][j], last, weights[2][i][j])) + more[i][j]);
+            if (scale != 1.0f) out[j] = rounded<T>(scale * out[j]);
+            sum += out[j] * out[j];
+        }
+        store(y + n * D + place(i), out);
+        a[i].keep(out);
+    }
+    if (!next) return;
+    last = rstd_of(row_sum<ROW>(sum, space[1]));
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        bool inside = here && place(i) < D;
+        if (!codes.scales && !inside) break;
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) out[j] = rounded<T>(normed(a[i][j], last, others[i][j]));
+        if (inside) store(next + n * D + place(i), out);
+        if (codes.scales) store_codes(codes, n * D + place(i), out, inside);
+    }
+}
+
+template <typename T, typename W, int V, int ROW>
+static __global__ void __launch_bounds__(threads_of<ROW>(), (joined_blocks<W, ROW>()))
+    join_backward(Joined<T, W> of, T *da, T *db, T *dresidual, T *fed, T *dfed, const T *dy,
+                  float scale, int64_t N, int64_t D) {
+    wait_for_last();
+    constexpr int HELD = joined_packs<T, ROW>();
+    __shared__ float2 pairs[32];
+    __shared__ float space[32];
+    int64_t n = row_of<ROW>();
+    bool here = n < N;
+    int lane = threadIdx.x % ROW;
+    auto place = [&](int i) { return (lane + i * ROW) * (int64_t)V; };
+    Kept<T, V> a[HELD] = {}, b[HELD] = {}, slopes[HELD] = {}, sums[HELD] = {};
+    Kept<W, V> weights[3][HELD] = {};
+    float2 r = {0, 0};
+    float last = 0, product = 0, other = 0;
+    if (here) r = float2{of.rstd[n], of.rstd[N + n]}, last = of.rstd[2 * N + n];
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        if (!here || place(i) >= D) break;
+        slopes[i].read(dy + n * D + place(i));
+        a[i].read(of.x[0] + n * D + place(i));
+        b[i].read(of.x[1] + n * D + place(i));
+#pragma unroll
+        for (int k = 0; k < 3; k++) weights[k][i].read(of.weight[k] + place(i));
+    }
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        float slope[V], out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            slope[j] = rounded<T>(scale * slopes[i][j]);
+            out[j] = join_one<T>(a[i][j], b[i][j], r, weights[0][i][j], weights[1][i][j]);
+            product += slope[j] * weights[2][i][j] * out[j];
+        }
+        slopes[i].keep(slope);
+        sums[i].keep(out);
+        if (!here || place(i) >= D) continue;
+        store(dresidual + n * D + place(i), slope);
+        if (fed) store(fed + n * D + place(i), out);
+    }
+    float mean = row_sum<ROW>(product, space) / (float)D * last * last;
+    product = 0;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) { /* from here on slopes are those of the sum */
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            out[j] = rounded<T>(last * (slopes[i][j] * weights[2][i][j] - sums[i][j] * mean));
+            product += out[j] * weights[0][i][j] * a[i][j];
+            other += out[j] * weights[1][i][j] * b[i][j];
+        }
+        slopes[i].keep(out);
+        if (dfed && here && place(i) < D) store(dfed + n * D + place(i), out);
+    }
+    float2 means = row_sums<ROW>(product, other, pairs);
+    means = float2{means.x / (float)D * r.x * r.x, means.y / (float)D * r.y * r.y};
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        float one[V], two[V];
+        if (!here || place(i) >= D) break;
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            one[j] = r.x * (slopes[i][j] * weights[0][i][j] - a[i][j] * means.x);
+            two[j] = r.y * (slopes[i][j] * weights[1][i][j] - b[i][j] * means.y);
+        }
+        store(da + n * D + place(i), one);
+        store(db + n * D + place(i), two);
+    }
+}
+
+/* Whether those take `rows` rows with these. */
+static bool takes_join(const NormJoin &j, int64_t rows, Tensor next, Tensor next_weight) {
+    Tensor x = j.x[0];
+    int64_t D = tensor_cols(x), each = (int64_t)(16 / dtype_size(x.dtype)), longest = 0;
+    WITH_FLOAT(x.dtype, T,
+               WITH_ROW(rows, D, ROW, { longest = joined_packs<T, ROW>() * ROW * each; }));
+    return D % each == 0 && D <= longest && fits_packs(D, x, j.x[1], next) &&
+           fits_packs(D, j.weight[0], j.weight[1], j.weight[2], next_weight);
+}
+
+extern "C" void cuda_rmsnorm_join(Tensor y, Tensor next, Tensor codes, const NormJoin *j,
+                                  Tensor residual, float scale, Tensor next_weight, float eps) {
+    Tensor x = j->x[0], none = tensor_absent();
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    Codes to = codes.data ? codes_in(codes.data, N * D) : Codes{};
+    if (!N) return;
+    if (!takes_join(*j, N, next, next_weight) || !fits_packs(D, y, residual)) {
+        Tensor fed = x;
+        fed.data = cuda_workspace(x.device, tensor_bytes(x));
+        auto kept = [&](int i) { return tensor_slice(j->rstd, i, 1); };
+        cuda_rmsnorm_forward(fed, kept(0), x, j->weight[0], none, eps);
+        cuda_rmsnorm_forward(fed, kept(1), j->x[1], j->weight[1], fed, eps);
+        cuda_rmsnorm_forward(y, kept(2), fed, j->weight[2], residual, eps);
+        if (scale != 1.0f) cuda_scale_copy(y, SET, y, scale);
+        if (next.data) cuda_rmsnorm_forward(next, none, y, next_weight, none, eps);
+        if (to.scales) round_activations(x.device, to, next);
+        return;
+    }
+    WITH_FLOAT(x.dtype, T,
+               WITH_FLOAT(j->weight[0].dtype, W, WITH_ROW(N, D, ROW, {
+                              constexpr int V = (int)(16 / sizeof(T));
+                              LAUNCH_NEXT(x.device, (join<T, W, V, ROW>),
+                                          (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
+                                          threads_of<ROW>(), (joined_of<T, W>(*j)), data_of<T>(y),
+                                          data_of<T>(next), to, data_of<T>(residual), scale,
+                                          data_of<W>(next_weight), N, D, eps);
+                          })));
+}
+
+extern "C" void cuda_rmsnorm_join_backward(const Tensor *dx, Tensor dresidual, Tensor fed,
+                                           Tensor dfed, Tensor dy, const NormJoin *j, float scale) {
+    Tensor x = j->x[0], none = tensor_absent();
+    int64_t D = tensor_cols(x), N = tensor_rows(x);
+    if (!N) return;
+    if (!takes_join(*j, FEW_ROWS + 1, none, none) || !fits_packs(D, dx[0], dx[1], dresidual, dy) ||
+        !fits_packs(D, fed, dfed)) {
+        size_t bytes = tensor_bytes(x);
+        char *memory = (char *)cuda_workspace(x.device, 2 * bytes);
+        auto kept = [&](int i) { return tensor_slice(j->rstd, i, 1); };
+        Tensor sum = x, dsum = x;
+        sum.data = fed.data ? fed.data : memory;
+        dsum.data = dfed.data ? dfed.data : memory + bytes;
+        cuda_scale_copy(dresidual, SET, dy, scale);
+        launch_forward(sum, kept(0), x, j->weight[0], none, 0, true);
+        launch_forward(sum, kept(1), j->x[1], j->weight[1], sum, 0, true);
+        cuda_rmsnorm_backward(dsum, SET, none, dresidual, sum, kept(2), j->weight[2]);
+        for (int i = 0; i < 2; i++)
+            cuda_rmsnorm_backward(dx[i], SET, none, dsum, j->x[i], kept(i), j->weight[i]);
+        return;
+    }
+    WITH_FLOAT(x.dtype, T,
+               WITH_FLOAT(j->weight[0].dtype, W, WITH_MANY(D, ROW, {
+                              constexpr int V = (int)(16 / sizeof(T));
+                              LAUNCH_NEXT(x.device, (join_backward<T, W, V, ROW>),
+                                          (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
+                                          threads_of<ROW>(), (joined_of<T, W>(*j)),
+                                          data_of<T>(dx[0]), data_of<T>(dx[1]),
+                                          data_of<T>(dresidual), data_of<T>(fed), data_of<T>(dfed),
+                                          data_of<T>(dy), scale, N, D);
+                          })));
 }
 
 /* ---- layer norm ---- */

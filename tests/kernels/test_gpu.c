@@ -208,6 +208,67 @@ GPU_CASE(several_norms, s, dtype) {
     }
 }
 
+/* Where branches join, norms are what they are one by one; so are the gradients, with all that
+ * weights' gradients are made of. */
+GPU_CASE(norms_of_branches, s, dtype) {
+    static const int64_t widths[] = {64, 320, 1536, 2816, 100, 4096};
+    for (int i = 0; i < 6; i++) {
+        int64_t N = i % 2 ? 70 : 3, D = widths[i];
+        float scale = i % 3 ? 0.37f : 1.0f;
+        DType kind = i % 4 ? dtype : F32;
+        Tensor none = tensor_absent(), rstd = SPACE(s, F32, 3, N), y = SPACE(s, dtype, N, D),
+               next = SPACE(s, dtype, N, D), v = GIVEN(s, kind, 1, D), r = GIVEN(s, dtype, 2, N, D),
+               dy = GIVEN(s, dtype, 3, N, D);
+        NormJoin join = {
+            .x = {GIVEN(s, dtype, 4, N, D), GIVEN(s, dtype, 5, N, D)},
+            .weight = {GIVEN(s, kind, 6, D), GIVEN(s, kind, 7, D), GIVEN(s, kind, 8, D)},
+            .rstd = rstd};
+        Tensor fed = SPACE(s, dtype, N, D), one = SPACE(s, dtype, N, D), own = SPACE(s, F32, 3, N),
+               codes = none;
+        int64_t bytes = int8_codes(s->device, N, D);
+        if (bytes) codes = SPACE(s, U8, bytes);
+        rmsnorm_forward(fed, tensor_slice(own, 0, 1), join.x[0], join.weight[0], none, 1e-6f);
+        rmsnorm_forward(fed, tensor_slice(own, 1, 1), join.x[1], join.weight[1], fed, 1e-6f);
+        rmsnorm_forward(one, tensor_slice(own, 2, 1), fed, join.weight[2], r, 1e-6f);
+        if (scale != 1.0f) scale_copy(one, SET, one, scale);
+        rmsnorm_join(y, none, none, &join, r, scale, none, 1e-6f);
+        expect_equal("y", y, one);
+        expect_equal("rstd", rstd, own);
+        result(s, "y", y, 2 * near(dtype));
+
+        Tensor dx[] = {SPACE(s, dtype, N, D), SPACE(s, dtype, N, D)}, dr = SPACE(s, dtype, N, D),
+               fed_too = SPACE(s, dtype, N, D), dfed = SPACE(s, dtype, N, D),
+               dfed1 = SPACE(s, dtype, N, D);
+        rmsnorm_join_backward(dx, dr, fed_too, dfed, dy, &join, scale);
+        scale_copy(one, SET, dy, scale);
+        expect_equal("the residual's gradient", dr, one);
+        expect_equal("fed", fed_too, fed);
+        rmsnorm_backward(dfed1, SET, none, one, fed, tensor_slice(rstd, 2, 1), join.weight[2]);
+        result(s, "dfed", dfed, 2 * near(dtype));
+        result(s, "dfed by a single kernel", dfed1, 2 * near(dtype));
+        for (int k = 0; k < 2; k++) {
+            rmsnorm_backward(one, SET, none, dfed, join.x[k], tensor_slice(rstd, k, 1),
+                             join.weight[k]);
+            result(s, "dx", dx[k], 3 * near(dtype));
+            result(s, "dx by a single kernel", one, 3 * near(dtype));
+        }
+        rmsnorm_join_backward(dx, dy, none, none, dy, &join, scale); /* in place, no more kept */
+        expect_equal("the residual's gradient in its place", dy, dr);
+
+        join.rstd = none;
+        rmsnorm_join(r, next, codes, &join, r, scale, v, 1e-6f); /* in place too */
+        rmsnorm_forward(one, none, y, v, none, 1e-6f);
+        expect_equal("y in its place", r, y);
+        expect_equal("next", next, one);
+        if (D % 64) continue;
+        Tensor b = GIVEN(s, Q4_0_TILED, 9, 32, D), out = SPACE(s, dtype, N, 32),
+               out1 = SPACE(s, dtype, N, 32);
+        matmul_int8_several(&out, next, codes, &b, 1);
+        matmul_int8(out1, next, b);
+        expect_equal("a product of the codes", out, out1);
+    }
+}
+
 /* Two norms at once are those two, and the codes those that a product would make. */
 GPU_CASE(norms_in_pairs, s, dtype) {
     static const int64_t widths[] = {64, 320, 1536, 2816, 5376, 100};
