@@ -22,17 +22,26 @@ void rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor resi
     ON_DEVICE(x, rmsnorm_forward)(y, rstd, x, weight, residual, eps);
 }
 
-void rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight, Tensor residual,
-                  float scale, Tensor next_weight, float eps) {
-    int64_t D = tensor_cols(x);
-    CHECK(tensor_count(y) == tensor_count(x) && tensor_count(next) == tensor_count(x) &&
-              tensor_count(residual) == tensor_count(x) && y.dtype == x.dtype &&
-              next.dtype == x.dtype && residual.dtype == x.dtype,
-          "rmsnorm_pair: %s and %s of %s", tensor_text(y), tensor_text(next), tensor_text(x));
-    CHECK(tensor_count(weight) == D && tensor_count(next_weight) == D,
-          "rmsnorm_pair: weights %s %s", tensor_text(weight), tensor_text(next_weight));
-    CHECK(codes_fit(codes, next), "rmsnorm_pair: codes %s", tensor_text(codes));
-    ON_DEVICE(x, rmsnorm_pair)(y, next, codes, x, weight, residual, scale, next_weight, eps);
+static bool is_like(Tensor a, Tensor x) {
+    return tensor_count(a) == tensor_count(x) && a.dtype == x.dtype;
+}
+
+static void check_next(const NextNorm *next, Tensor y) {
+    if (!tensor_present(next->y)) return;
+    check_norm(y, next->rstd, next->weight);
+    CHECK(is_like(next->y, y) && tensor_present(next->weight) && codes_fit(next->codes, next->y),
+          "rmsnorm: next %s of %s, weight %s, codes %s", tensor_text(next->y), tensor_text(y),
+          tensor_text(next->weight), tensor_text(next->codes));
+}
+
+void rmsnorm_pair(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual, float scale,
+                  const NextNorm *next, float eps) {
+    check_norm(x, rstd, weight);
+    check_next(next, y);
+    CHECK(is_like(y, x) && is_like(residual, x) && tensor_present(weight),
+          "rmsnorm_pair: %s of %s and %s, weight %s", tensor_text(y), tensor_text(x),
+          tensor_text(residual), tensor_text(weight));
+    ON_DEVICE(x, rmsnorm_pair)(y, rstd, x, weight, residual, scale, next, eps);
 }
 
 void rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
@@ -93,22 +102,14 @@ static void check_join(const NormJoin *j) {
     }
 }
 
-static bool is_like(Tensor a, Tensor x) {
-    return tensor_count(a) == tensor_count(x) && a.dtype == x.dtype;
-}
-
-void rmsnorm_join(Tensor y, Tensor next, Tensor codes, const NormJoin *join, Tensor residual,
-                  float scale, Tensor next_weight, float eps) {
+void rmsnorm_join(Tensor y, const NormJoin *join, Tensor residual, float scale,
+                  const NextNorm *next, float eps) {
     Tensor x = join->x[0];
     check_join(join);
+    check_next(next, y);
     CHECK(is_like(y, x) && is_like(residual, x), "rmsnorm_join: %s and %s of %s", tensor_text(y),
           tensor_text(residual), tensor_text(x));
-    if (tensor_present(next))
-        CHECK(is_like(next, x) && tensor_count(next_weight) == tensor_cols(x) &&
-                  next_weight.dtype == join->weight[0].dtype && codes_fit(codes, next),
-              "rmsnorm_join: next %s of %s, weight %s, codes %s", tensor_text(next), tensor_text(x),
-              tensor_text(next_weight), tensor_text(codes));
-    ON_DEVICE(x, rmsnorm_join)(y, next, codes, join, residual, scale, next_weight, eps);
+    ON_DEVICE(x, rmsnorm_join)(y, join, residual, scale, next, eps);
 }
 
 void rmsnorm_join_backward(const Tensor *dx, Tensor dresidual, Tensor fed, Tensor dfed, Tensor dy,

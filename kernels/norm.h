@@ -14,14 +14,23 @@
  *   residual  (..., D)  dtype of x; absent means zeros */
 KERNEL(rmsnorm_forward, Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual, float eps);
 
-/* A layer's end and the next one's beginning, where nothing of them is trained:
- *   y = scale * (residual + norm(x) * weight), next = norm(y) * next_weight
+/* What comes next of y, as rmsnorm_forward makes it: norm(y) * weight.
+ *   y       (..., D)  dtype of what it is made of; absent: nobody wants any of this
+ *   rstd    (rows)    f32; absent means not kept
+ *   weight  (D)       f32 | bf16
+ *   codes   u8, of y (int8_codes); absent: nobody wants them */
+typedef struct NextNorm {
+    Tensor y, rstd, weight, codes;
+} NextNorm;
+
+/* A norm onto a residual and, where it is wanted, the norm of that:
+ *   y = scale * (residual + norm(x) * weight), next.y = norm(y) * next.weight
  * bit for bit as rmsnorm_forward, scale_copy and rmsnorm_forward make them.
- *   y, next, x, residual  (..., D)  f32 | bf16, one dtype; y may alias residual
- *   weight, next_weight   (D)       f32 | bf16
- *   codes                 u8, of `next` (int8_codes); absent: nobody wants them */
-KERNEL(rmsnorm_pair, Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight, Tensor residual,
-       float scale, Tensor next_weight, float eps);
+ *   y, x, residual  (..., D)  f32 | bf16, one dtype; y may alias residual
+ *   rstd            (rows)    f32; absent means not kept
+ *   weight          (D)       f32 | bf16 */
+KERNEL(rmsnorm_pair, Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual, float scale,
+       const NextNorm *next, float eps);
 
 /* y = x * rstd * weight again from the kept rstd: what rmsnorm_forward wrote, bit for bit. */
 KERNEL(rmsnorm_apply, Tensor y, Tensor rstd, Tensor x, Tensor weight);
@@ -59,14 +68,11 @@ typedef struct NormJoin {
     Tensor x[2], weight[3], rstd;
 } NormJoin;
 
-/* A layer's end behind two branches, and the next one's beginning where that is wanted:
- *   y = scale * (residual + norm(fed) * weight[2]), next = norm(y) * next_weight
- * bit for bit as rmsnorm_forward and scale_copy make them one by one; fed is kept nowhere.
- *   y, next, residual  (..., D)  dtype of x; y may alias residual; next absent: nobody wants it
- *   next_weight        (D)       dtype of the other weights
- *   codes              as in rmsnorm_pair */
-KERNEL(rmsnorm_join, Tensor y, Tensor next, Tensor codes, const NormJoin *join, Tensor residual,
-       float scale, Tensor next_weight, float eps);
+/* As rmsnorm_pair, of branches: y = scale * (residual + norm(fed) * weight[2]), next.y = norm(y) *
+ * next.weight, bit for bit as rmsnorm_forward and scale_copy make them one by one; fed is kept
+ * nowhere.   y, residual  (..., D)  dtype of x; y may alias residual */
+KERNEL(rmsnorm_join, Tensor y, const NormJoin *join, Tensor residual, float scale,
+       const NextNorm *next, float eps);
 
 /* dresidual = scale * dy; dx[i] the gradients of the branches, as scale_copy and rmsnorm_backward
  * make them one by one.

@@ -86,40 +86,32 @@ static NormsJoined joined_norms(const Block *b) {
                          &b->post_feedforward_layernorm};
 }
 
-/* Whether this layer leaves the next one's input too; where it goes, and its codes. */
-static bool leaves_next(Pass *p, Tensor *next, Tensor *codes) {
+/* The next layer's input, which this one leaves with its own end where it is known. */
+static NormNext leaves_next(Pass *p) {
     p->is_entered = !p->training && p->next;
-    *next = *codes = tensor_absent();
-    if (!p->is_entered) return false;
-    *next = p->entered = p->leaving;
-    if (p->reader) *codes = pass_codes(p, p->leaving, p->reader);
-    return true;
+    if (!p->is_entered) return (NormNext){0};
+    p->entered = p->leaving;
+    return (NormNext){
+        .norm = p->next,
+        .y = p->leaving,
+        .codes = p->reader ? pass_codes(p, p->leaving, p->reader) : tensor_absent(),
+    };
 }
 
-/* y = scale * (residual + norm(x)), with the next layer's input where that is known. */
-static void leave(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual, float scale,
-                  Pass *p) {
-    Tensor next, codes;
-    if (leaves_next(p, &next, &codes)) {
-        norm_pair(n, y, x, residual, scale, p->next, next, codes);
-        return;
-    }
-    norm_forward(n, y, rstd, x, residual);
-    if (scale != 1.0f) scale_copy(y, SET, y, scale);
+/* What only a way back reads. */
+static Tensor kept(Tensor rstd, const Pass *p) {
+    return p->training ? rstd : tensor_absent();
 }
 
-/* y = scale * (x1 + norm(fed)); where that ends the layer, with the next one's input. */
-static void add_fed(const Block *b, const BlockSaved *s, Tensor y, float scale, bool ends,
+/* y = scale * (x1 + norm(fed)), and what comes next of it. */
+static void add_fed(const Block *b, const BlockSaved *s, Tensor y, float scale, NormNext next,
                     Pass *p) {
+    Tensor rstd = kept(s->fed_rstd, p);
     if (b->config.num_experts) {
         NormsJoined norms = joined_norms(b);
-        Tensor next = tensor_absent(), codes = next, rstd = p->training ? s->fed_rstd : next;
-        bool leaves = ends && leaves_next(p, &next, &codes);
-        norm_join(&norms, y, rstd, s->fed, s->x1, scale, leaves ? p->next : NULL, next, codes);
-    } else if (ends) {
-        leave(&b->post_feedforward_layernorm, y, s->fed_rstd, s->fed[0], s->x1, scale, p);
+        norm_join(&norms, y, rstd, s->fed, s->x1, scale, next);
     } else {
-        norm_forward(&b->post_feedforward_layernorm, y, s->fed_rstd, s->fed[0], s->x1);
+        norm_pair(&b->post_feedforward_layernorm, y, rstd, s->fed[0], s->x1, scale, next);
     }
 }
 
@@ -130,32 +122,34 @@ void block_forward(const Block *b, BlockSaved *s, Tensor y, Tensor x, Tensor per
     if (!p->is_entered) norm_forward(&b->input_layernorm, h, s->input_rstd, x, tensor_absent());
     attention_layer_forward(&b->self_attn, &s->attention, s->attended,
                             p->is_entered ? p->entered : h, p);
-    Tensor h2 = h;
-    if (p->training) {
-        norm_forward(&b->post_attention_layernorm, s->x1, s->attended_rstd, s->attended, x);
-        if (b->config.num_experts) {
-            Norm router = moe_router_norm(&b->moe);
-            h2 = arena_like(p->scratch, x);
-            norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm,
-                                                  &b->pre_feedforward_layernorm_2, &router},
-                                 (Tensor[]){h, h2, s->moe.router_input}, 3, s->x1_rstd, s->x1);
-        } else {
-            norm_forward(&b->pre_feedforward_layernorm, h, s->x1_rstd, s->x1, tensor_absent());
-        }
+    Tensor h2 = h, attended_rstd = kept(s->attended_rstd, p);
+    if (b->config.num_experts && p->training) {
+        Norm router = moe_router_norm(&b->moe);
+        h2 = arena_like(p->scratch, x);
+        norm_forward(&b->post_attention_layernorm, s->x1, attended_rstd, s->attended, x);
+        norm_forward_several((const Norm *[]){&b->pre_feedforward_layernorm,
+                                              &b->pre_feedforward_layernorm_2, &router},
+                             (Tensor[]){h, h2, s->moe.router_input}, 3, s->x1_rstd, s->x1);
     } else {
-        norm_pair(&b->post_attention_layernorm, s->x1, s->attended, x, 1.0f,
-                  &b->pre_feedforward_layernorm, h, pass_codes(p, h, &b->mlp.gate_proj));
+        NormNext next = {
+            .norm = &b->pre_feedforward_layernorm,
+            .y = h,
+            .rstd = kept(s->x1_rstd, p),
+            .codes = pass_codes(p, h, &b->mlp.gate_proj),
+        };
+        norm_pair(&b->post_attention_layernorm, s->x1, attended_rstd, s->attended, x, 1.0f, next);
     }
     feed_forward(b, s, h, h2, p);
     if (b->config.per_layer_input) {
         Tensor u = arena_like(p->scratch, s->gate);
-        add_fed(b, s, s->x2, 1.0f, false, p);
+        add_fed(b, s, s->x2, 1.0f, (NormNext){0}, p);
         linear_forward(&b->per_layer_input_gate, s->gate, s->x2, p);
         gelu_mul_forward(u, s->gate, per_layer);
         linear_forward(&b->per_layer_projection, s->projected, u, p);
-        leave(&b->post_per_layer_input_norm, y, s->projected_rstd, s->projected, s->x2, scale, p);
+        norm_pair(&b->post_per_layer_input_norm, y, kept(s->projected_rstd, p), s->projected, s->x2,
+                  scale, leaves_next(p));
     } else {
-        add_fed(b, s, y, scale, true, p);
+        add_fed(b, s, y, scale, leaves_next(p), p);
     }
     arena_release(p->scratch, mark);
 }

@@ -19,9 +19,15 @@ void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residua
     rmsnorm_forward(y, rstd, x, weight_of(n), residual, n->eps);
 }
 
-void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
-               Tensor next, Tensor codes) {
-    rmsnorm_pair(y, next, codes, x, weight_of(n), residual, scale, weight_of(other), n->eps);
+static NextNorm next_of(NormNext next) {
+    if (!next.norm) return (NextNorm){.y = tensor_absent()};
+    return (NextNorm){next.y, next.rstd, weight_of(next.norm), next.codes};
+}
+
+void norm_pair(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual, float scale,
+               NormNext next) {
+    NextNorm after = next_of(next);
+    rmsnorm_pair(y, rstd, x, weight_of(n), residual, scale, &after, n->eps);
 }
 
 void norm_apply(const Norm *n, Tensor y, Tensor rstd, Tensor x) {
@@ -66,10 +72,10 @@ static NormJoin joined(const NormsJoined *n, const Tensor *x, Tensor rstd) {
 }
 
 void norm_join(const NormsJoined *n, Tensor y, Tensor rstd, const Tensor *x, Tensor residual,
-               float scale, const Norm *other, Tensor next, Tensor codes) {
+               float scale, NormNext next) {
     NormJoin join = joined(n, x, rstd);
-    rmsnorm_join(y, next, codes, &join, residual, scale, other ? weight_of(other) : tensor_absent(),
-                 n->sum->eps);
+    NextNorm after = next_of(next);
+    rmsnorm_join(y, &join, residual, scale, &after, n->sum->eps);
 }
 
 void norm_join_backward(const NormsJoined *n, const Tensor *dx, Tensor dresidual, Tensor dy,

@@ -16,10 +16,16 @@ void norm_declare(Norm *n, ParamList *params, const char *name, int64_t D, float
 /* y = residual + norm(x), rstd kept when given; residual absent: none. */
 void norm_forward(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual);
 
-/* y = scale * (residual + norm(x)) and, of another norm, next = norm(y), where nothing is trained;
- * with its codes, if they are wanted (int8_codes). */
-void norm_pair(const Norm *n, Tensor y, Tensor x, Tensor residual, float scale, const Norm *other,
-               Tensor next, Tensor codes);
+/* Another norm of what one has made, wherever it is wanted, and what is kept of it (NextNorm); norm
+ * NULL: nowhere. */
+typedef struct NormNext {
+    const Norm *norm;
+    Tensor y, rstd, codes;
+} NormNext;
+
+/* y = scale * (residual + norm(x)), and what comes next of it; rstd kept when given. */
+void norm_pair(const Norm *n, Tensor y, Tensor rstd, Tensor x, Tensor residual, float scale,
+               NormNext next);
 
 /* Several norms of one x, whose rstd is one, and their way back into dx; dy may be scaled. */
 void norm_forward_several(const Norm *const *n, const Tensor *y, int count, Tensor rstd, Tensor x);
@@ -31,10 +37,10 @@ typedef struct NormsJoined {
     const Norm *branch[2], *sum;
 } NormsJoined;
 
-/* y = scale * (residual + norm(norm(x[0]) + norm(x[1]))); `next` and its codes as in norm_pair, or
- * absent; rstd (3, N), absent where nothing is trained. */
+/* y = scale * (residual + norm(norm(x[0]) + norm(x[1]))), and what comes next of it; rstd (3, N),
+ * absent where nothing is trained. */
 void norm_join(const NormsJoined *n, Tensor y, Tensor rstd, const Tensor *x, Tensor residual,
-               float scale, const Norm *other, Tensor next, Tensor codes);
+               float scale, NormNext next);
 
 /* dx[i] = gradients of the branches, dresidual = scale * dy, which may be dy. */
 void norm_join_backward(const NormsJoined *n, const Tensor *dx, Tensor dresidual, Tensor dy,

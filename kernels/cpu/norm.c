@@ -29,12 +29,16 @@ void CPU(rmsnorm_forward)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor
     }
 }
 
-void CPU(rmsnorm_pair)(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight,
-                       Tensor residual, float scale, Tensor next_weight, float eps) {
-    (void)codes;
-    CPU(rmsnorm_forward)(y, tensor_absent(), x, weight, residual, eps);
+static void make_next(const NextNorm *next, Tensor y, float eps) {
+    if (next->y.data)
+        CPU(rmsnorm_forward)(next->y, next->rstd, y, next->weight, tensor_absent(), eps);
+}
+
+void CPU(rmsnorm_pair)(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual, float scale,
+                       const NextNorm *next, float eps) {
+    CPU(rmsnorm_forward)(y, rstd, x, weight, residual, eps);
     if (scale != 1.0f) CPU(scale_copy)(y, SET, y, scale);
-    CPU(rmsnorm_forward)(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
+    make_next(next, y, eps);
 }
 
 void CPU(rmsnorm_apply)(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
@@ -139,9 +143,8 @@ static void join_row(const NormJoin *j, float *out, float *buffer, const float *
     round_to(j->x[0].dtype, out, D);
 }
 
-void CPU(rmsnorm_join)(Tensor y, Tensor next, Tensor codes, const NormJoin *j, Tensor residual,
-                       float scale, Tensor next_weight, float eps) {
-    (void)codes;
+void CPU(rmsnorm_join)(Tensor y, const NormJoin *j, Tensor residual, float scale,
+                       const NextNorm *next, float eps) {
     int64_t D = tensor_cols(y), N = tensor_rows(y);
 #pragma omp parallel if (N * D > 16384)
     {
@@ -166,8 +169,7 @@ void CPU(rmsnorm_join)(Tensor y, Tensor next, Tensor codes, const NormJoin *j, T
             store_f32(y, n * D, D, buffer);
         }
     }
-    if (next.data)
-        CPU(rmsnorm_forward)(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
+    make_next(next, y, eps);
 }
 
 /* r (g - row mean(g row) r^2), with g = dy weight. */

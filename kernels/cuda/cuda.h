@@ -335,10 +335,8 @@ template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V
     } while (0)
 
 /* Whether all present tensors can be read in packs of 4 along `cols` elements. */
-static inline bool fits_packs(int64_t cols, Tensor a, Tensor b = Tensor(), Tensor c = Tensor(),
-                              Tensor d = Tensor()) {
-    uintptr_t places =
-        (uintptr_t)a.data | (uintptr_t)b.data | (uintptr_t)c.data | (uintptr_t)d.data;
+template <typename... Tensors> static inline bool fits_packs(int64_t cols, Tensors... tensors) {
+    uintptr_t places = (uintptr_t(0) | ... | (uintptr_t)tensors.data);
     return cols % 4 == 0 && places % 16 == 0;
 }
 

@@ -45,12 +45,13 @@ template <typename W, int ROW, int KEPT> __host__ __device__ constexpr int block
                                       : 10;
 }
 
-/* y = residual + x rstd weight. With `given` rstd is read, else computed and, where wanted, kept.
- * KEPT: how many packs of a row a thread holds, all read at once; 0: a row is read twice. */
+/* y = scale (residual + x rstd weight), scale 1 without a residual. With `given` rstd is read, else
+ * computed and, where wanted, kept. KEPT: how many packs of a row a thread holds, all read at once;
+ * 0: a row is read twice. */
 template <typename T, typename W, int V, int ROW, int KEPT>
 static __global__ void __launch_bounds__(threads_of<ROW>(), (blocks_of<W, ROW, KEPT>()))
-    forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, int64_t N, int64_t D,
-            float eps, bool given) {
+    forward(T *y, float *rstd, const T *x, const W *weight, const T *residual, float scale,
+            int64_t N, int64_t D, float eps, bool given) {
     wait_for_last();
     __shared__ float space[32];
     int64_t n = row_of<ROW>();
@@ -84,6 +85,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (blocks_of<W, ROW, K
         for (int j = 0; j < V; j++) {
             out[j] = normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
             if (residual) out[j] = rounded<T>(out[j]) + more[i][j];
+            if (scale != 1.0f) out[j] = scale * rounded<T>(out[j]);
         }
         store(y + n * D + d, out);
     };
@@ -234,50 +236,98 @@ __launch_bounds__(threads_of<ROW>(), ROW == MANY ? (blocks_of<W, ROW, KEPT>()) -
     } while (0)
 
 static void launch_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual,
-                           float eps, bool given) {
+                           float scale, float eps, bool given) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     if (!N) return;
     bool fits = fits_packs(D, y, x, weight, residual);
     DType weight_dtype = weight.data ? weight.dtype : F32;
-    WITH_FLOAT(
-        x.dtype, T,
-        WITH_FLOAT(weight_dtype, W, WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(N, D, ROW, {
-                                                        launch_rows<T, W, V, ROW>(
-                                                            x.device, N, D, data_of<T>(y),
-                                                            data_of<float>(rstd), data_of<T>(x),
-                                                            data_of<W>(weight),
-                                                            data_of<T>(residual), N, D, eps, given);
-                                                    }))));
+    WITH_FLOAT(x.dtype, T,
+               WITH_FLOAT(weight_dtype, W,
+                          WITH_LONG_PACKS(T, D, fits, V, WITH_ROW(N, D, ROW, {
+                                              launch_rows<T, W, V, ROW>(
+                                                  x.device, N, D, data_of<T>(y),
+                                                  data_of<float>(rstd), data_of<T>(x),
+                                                  data_of<W>(weight), data_of<T>(residual), scale,
+                                                  N, D, eps, given);
+                                          }))));
 }
 
 extern "C" void cuda_rmsnorm_forward(Tensor y, Tensor rstd, Tensor x, Tensor weight,
                                      Tensor residual, float eps) {
-    launch_forward(y, rstd, x, weight, residual, eps, false);
+    launch_forward(y, rstd, x, weight, residual, 1.0f, eps, false);
 }
 
 extern "C" void cuda_rmsnorm_apply(Tensor y, Tensor rstd, Tensor x, Tensor weight) {
-    launch_forward(y, rstd, x, weight, tensor_absent(), 0, true);
+    launch_forward(y, rstd, x, weight, tensor_absent(), 1.0f, 0, true);
 }
 
-/* A row of few is held in registers from one norm to the next. */
+/* ---- a norm onto a residual and the next one ---- */
+
+/* Packs of a row that a thread holds from one norm to the next. */
+template <typename T, int ROW> __host__ __device__ constexpr int linked_packs() {
+    return ROW == MANY ? HELD_MANY : held_of<T, ROW>();
+}
+
+/* Blocks of one multiprocessor, for what registers they may have. */
+template <typename W, int ROW> __host__ __device__ constexpr int linked_blocks() {
+    return ROW != MANY ? 1 : sizeof(W) > sizeof(bf16) ? 2 : 3;
+}
+
+/* The norm that comes next: y NULL, none. */
+template <typename T, typename W> struct Next {
+    T *y;
+    float *rstd; /* NULL: not kept */
+    const W *weight;
+    Codes codes;
+};
+
+template <typename T, typename W> static Next<T, W> next_of(const NextNorm &next) {
+    Codes codes = {};
+    if (next.codes.data) codes = codes_in(next.codes.data, tensor_count(next.y));
+    return Next<T, W>{data_of<T>(next.y), data_of<float>(next.rstd), data_of<W>(next.weight),
+                      codes};
+}
+
+/* A row's next norm, of its values as they are held and the sum of their squares. */
+template <int ROW, typename T, typename W, int V, int HELD>
+DEVICE_FUNCTION void write_next(const Next<T, W> &next, const Kept<T, V> (&row)[HELD],
+                                const Kept<W, V> (&weights)[HELD], float squares, float *space,
+                                int64_t n, bool here, int64_t D, float eps) {
+    int lane = threadIdx.x % ROW;
+    float r = 1.0f / sqrtf(row_sum<ROW>(squares, space) / (float)D + eps);
+    if (next.rstd && here && !lane) next.rstd[n] = r;
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+        int64_t d = (lane + i * ROW) * V;
+        bool inside = here && d < D;
+        if (!next.codes.scales && !inside) break;
+        float out[V];
+#pragma unroll
+        for (int j = 0; j < V; j++) out[j] = rounded<T>(normed(row[i][j], r, weights[i][j]));
+        if (inside) store(next.y + n * D + d, out);
+        if (next.codes.scales) store_codes(next.codes, n * D + d, out, inside);
+    }
+}
+
 template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(threads_of<ROW>())
-    pair(T *y, T *next, Codes codes, const T *x, const W *weight, const T *residual, float scale,
-         const W *next_weight, int64_t N, int64_t D, float eps) {
-    constexpr int HELD = held_of<T, ROW>();
+static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, ROW>()))
+    pair(T *y, float *rstd, const T *x, const W *weight, const T *residual, float scale,
+         Next<T, W> next, int64_t N, int64_t D, float eps) {
+    constexpr int HELD = linked_packs<T, ROW>();
     __shared__ float space[2][32];
     int64_t n = row_of<ROW>();
     bool here = n < N;
     int lane = threadIdx.x % ROW;
     Kept<W, V> factors[HELD] = {}, others[HELD] = {};
+    if (rstd) wait_for_last(); /* weights may be trained; else they come while it ends */
 #pragma unroll
-    for (int i = 0; i < HELD; i++) { /* weights are there before the last kernel ends */
+    for (int i = 0; i < HELD; i++) {
         int64_t d = (lane + i * ROW) * V;
         if (!here || d >= D) break;
         factors[i].read(weight + d);
-        others[i].read(next_weight + d);
+        others[i].read(next.weight + d);
     }
-    wait_for_last();
+    if (!rstd) wait_for_last();
     Kept<T, V> held[HELD] = {}, more[HELD] = {};
     float sum = 0, squares = 0;
 #pragma unroll
@@ -292,6 +342,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>())
 #pragma unroll
         for (int j = 0; j < V; j++) sum += held[i][j] * held[i][j];
     float r = 1.0f / sqrtf(row_sum<ROW>(sum, space[0]) / (float)D + eps);
+    if (rstd && here && !lane) rstd[n] = r;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         int64_t d = (lane + i * ROW) * V;
@@ -307,35 +358,34 @@ static __global__ void __launch_bounds__(threads_of<ROW>())
         store(y + n * D + d, out);
         held[i].keep(out);
     }
-    r = 1.0f / sqrtf(row_sum<ROW>(squares, space[1]) / (float)D + eps);
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        int64_t d = (lane + i * ROW) * V;
-        bool inside = here && d < D;
-        if (!codes.scales && !inside) break;
-        float out[V];
-#pragma unroll
-        for (int j = 0; j < V; j++) out[j] = rounded<T>(normed(held[i][j], r, others[i][j]));
-        if (inside) store(next + n * D + d, out);
-        if (codes.scales) store_codes(codes, n * D + d, out, inside);
-    }
+    write_next<ROW>(next, held, others, squares, space[1], n, here, D, eps);
 }
 
-extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x, Tensor weight,
-                                  Tensor residual, float scale, Tensor next_weight, float eps) {
+/* Whether rows of y go from one norm to the next in registers. */
+static bool links(Tensor y, const NextNorm &next, Tensor weight) {
+    int64_t D = tensor_cols(y), each = (int64_t)(16 / dtype_size(y.dtype)), longest = 0;
+    WITH_FLOAT(y.dtype, T, WITH_ROW(tensor_rows(y), D, ROW, {
+                   longest = linked_packs<T, ROW>() * ROW * each;
+               }));
+    return D % each == 0 && D <= longest && fits_packs(D, y, weight, next.y, next.weight) &&
+           (!next.y.data || next.weight.dtype == weight.dtype);
+}
+
+/* The next norm by itself. */
+static void launch_next(const NextNorm &next, Tensor y, float eps) {
+    if (!next.y.data) return;
+    cuda_rmsnorm_forward(next.y, next.rstd, y, next.weight, tensor_absent(), eps);
+    if (next.codes.data)
+        round_activations(y.device, codes_in(next.codes.data, tensor_count(y)), next.y);
+}
+
+extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor rstd, Tensor x, Tensor weight, Tensor residual,
+                                  float scale, const NextNorm *next, float eps) {
     int64_t D = tensor_cols(x), N = tensor_rows(x);
-    bool fits = fits_packs(D, y, x, weight, residual) && fits_packs(D, next, next_weight);
-    int64_t each = (int64_t)(16 / dtype_size(x.dtype)), longest = 0;
-    WITH_FLOAT(x.dtype, T, WITH_ROW(1, D, ROW, { longest = held_of<T, ROW>() * ROW * each; }));
-    bool together =
-        N <= FEW_ROWS && fits && D % each == 0 && D <= longest && weight.dtype == next_weight.dtype;
-    Codes to = codes.data ? codes_in(codes.data, N * D) : Codes{};
     if (!N) return;
-    if (!together) {
-        cuda_rmsnorm_forward(y, tensor_absent(), x, weight, residual, eps);
-        if (scale != 1.0f) cuda_scale_copy(y, SET, y, scale);
-        cuda_rmsnorm_forward(next, tensor_absent(), y, next_weight, tensor_absent(), eps);
-        if (to.scales) round_activations(x.device, to, next);
+    if (!next->y.data || !links(y, *next, weight) || !fits_packs(D, x, residual)) {
+        launch_forward(y, rstd, x, weight, residual, scale, eps, false);
+        launch_next(*next, y, eps);
         return;
     }
     WITH_FLOAT(x.dtype, T,
@@ -343,9 +393,9 @@ extern "C" void cuda_rmsnorm_pair(Tensor y, Tensor next, Tensor codes, Tensor x,
                               constexpr int V = (int)(16 / sizeof(T));
                               LAUNCH_NEXT(x.device, (pair<T, W, V, ROW>),
                                           (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
-                                          threads_of<ROW>(), data_of<T>(y), data_of<T>(next), to,
+                                          threads_of<ROW>(), data_of<T>(y), data_of<float>(rstd),
                                           data_of<T>(x), data_of<W>(weight), data_of<T>(residual),
-                                          scale, data_of<W>(next_weight), N, D, eps);
+                                          scale, (next_of<T, W>(*next)), N, D, eps);
                           })));
 }
 
@@ -526,7 +576,7 @@ extern "C" void cuda_rmsnorm_forward_several(const Tensor *y, Tensor rstd, Tenso
         for (int i = 0; i < count; i++) {
             bool apart = weight[i].factor != 0;
             launch_forward(y[i], rstd, x, apart ? tensor_absent() : weight[i].weight,
-                           tensor_absent(), eps, false);
+                           tensor_absent(), 1.0f, eps, false);
             if (apart) cuda_scale_columns(y[i], SET, y[i], weight[i].weight, weight[i].factor);
         }
         return;
@@ -578,16 +628,6 @@ template <typename T, typename W> static Joined<T, W> joined_of(const NormJoin &
                         data_of<float>(j.rstd)};
 }
 
-/* Packs of a row that a thread holds. */
-template <typename T, int ROW> __host__ __device__ constexpr int joined_packs() {
-    return ROW == MANY ? HELD_MANY : held_of<T, ROW>();
-}
-
-/* Blocks of one multiprocessor, for what registers they may have. */
-template <typename W, int ROW> __host__ __device__ constexpr int joined_blocks() {
-    return ROW != MANY ? 1 : sizeof(W) > sizeof(bf16) ? 2 : 3;
-}
-
 /* Two sums over a row, each as row_sum has it. */
 template <int ROW> DEVICE_FUNCTION float2 row_sums(float x, float y, float2 *space) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -607,10 +647,10 @@ DEVICE_FUNCTION float join_one(float a, float b, const float2 &r, float weight_a
 }
 
 template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(threads_of<ROW>(), (joined_blocks<W, ROW>()))
-    join(Joined<T, W> of, T *y, T *next, Codes codes, const T *residual, float scale,
-         const W *next_weight, int64_t N, int64_t D, float eps) {
-    constexpr int HELD = joined_packs<T, ROW>();
+static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, ROW>()))
+    join(Joined<T, W> of, T *y, const T *residual, float scale, Next<T, W> next, int64_t N,
+         int64_t D, float eps) {
+    constexpr int HELD = linked_packs<T, ROW>();
     __shared__ float2 pairs[32];
     __shared__ float space[2][32];
     int64_t n = row_of<ROW>();
@@ -624,7 +664,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (joined_blocks<W, RO
         if (!here || place(i) >= D) break;
 #pragma unroll
         for (int k = 0; k < 3; k++) weights[k][i].read(of.weight[k] + place(i));
-        if (next) others[i].read(next_weight + place(i));
+        if (next.y) others[i].read(next.weight + place(i));
     }
     if (!of.rstd) wait_for_last();
     Kept<T, V> a[HELD] = {}, b[HELD] = {}, more[HELD] = {};
@@ -674,26 +714,15 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (joined_blocks<W, RO
         store(y + n * D + place(i), out);
         a[i].keep(out);
     }
-    if (!next) return;
-    last = rstd_of(row_sum<ROW>(sum, space[1]));
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-        bool inside = here && place(i) < D;
-        if (!codes.scales && !inside) break;
-        float out[V];
-#pragma unroll
-        for (int j = 0; j < V; j++) out[j] = rounded<T>(normed(a[i][j], last, others[i][j]));
-        if (inside) store(next + n * D + place(i), out);
-        if (codes.scales) store_codes(codes, n * D + place(i), out, inside);
-    }
+    if (next.y) write_next<ROW>(next, a, others, sum, space[1], n, here, D, eps);
 }
 
 template <typename T, typename W, int V, int ROW>
-static __global__ void __launch_bounds__(threads_of<ROW>(), (joined_blocks<W, ROW>()))
+static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, ROW>()))
     join_backward(Joined<T, W> of, T *da, T *db, T *dresidual, T *fed, T *dfed, const T *dy,
                   float scale, int64_t N, int64_t D) {
     wait_for_last();
-    constexpr int HELD = joined_packs<T, ROW>();
+    constexpr int HELD = linked_packs<T, ROW>();
     __shared__ float2 pairs[32];
     __shared__ float space[32];
     int64_t n = row_of<ROW>();
@@ -759,32 +788,20 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (joined_blocks<W, RO
     }
 }
 
-/* Whether those take `rows` rows with these. */
-static bool takes_join(const NormJoin &j, int64_t rows, Tensor next, Tensor next_weight) {
-    Tensor x = j.x[0];
-    int64_t D = tensor_cols(x), each = (int64_t)(16 / dtype_size(x.dtype)), longest = 0;
-    WITH_FLOAT(x.dtype, T,
-               WITH_ROW(rows, D, ROW, { longest = joined_packs<T, ROW>() * ROW * each; }));
-    return D % each == 0 && D <= longest && fits_packs(D, x, j.x[1], next) &&
-           fits_packs(D, j.weight[0], j.weight[1], j.weight[2], next_weight);
-}
-
-extern "C" void cuda_rmsnorm_join(Tensor y, Tensor next, Tensor codes, const NormJoin *j,
-                                  Tensor residual, float scale, Tensor next_weight, float eps) {
+extern "C" void cuda_rmsnorm_join(Tensor y, const NormJoin *j, Tensor residual, float scale,
+                                  const NextNorm *next, float eps) {
     Tensor x = j->x[0], none = tensor_absent();
     int64_t D = tensor_cols(x), N = tensor_rows(x);
-    Codes to = codes.data ? codes_in(codes.data, N * D) : Codes{};
     if (!N) return;
-    if (!takes_join(*j, N, next, next_weight) || !fits_packs(D, y, residual)) {
+    if (!links(y, *next, j->weight[0]) ||
+        !fits_packs(D, x, j->x[1], residual, j->weight[1], j->weight[2])) {
         Tensor fed = x;
         fed.data = cuda_workspace(x.device, tensor_bytes(x));
         auto kept = [&](int i) { return tensor_slice(j->rstd, i, 1); };
         cuda_rmsnorm_forward(fed, kept(0), x, j->weight[0], none, eps);
         cuda_rmsnorm_forward(fed, kept(1), j->x[1], j->weight[1], fed, eps);
-        cuda_rmsnorm_forward(y, kept(2), fed, j->weight[2], residual, eps);
-        if (scale != 1.0f) cuda_scale_copy(y, SET, y, scale);
-        if (next.data) cuda_rmsnorm_forward(next, none, y, next_weight, none, eps);
-        if (to.scales) round_activations(x.device, to, next);
+        launch_forward(y, kept(2), fed, j->weight[2], residual, scale, eps, false);
+        launch_next(*next, y, eps);
         return;
     }
     WITH_FLOAT(x.dtype, T,
@@ -793,8 +810,8 @@ extern "C" void cuda_rmsnorm_join(Tensor y, Tensor next, Tensor codes, const Nor
                               LAUNCH_NEXT(x.device, (join<T, W, V, ROW>),
                                           (unsigned)ceil_div(N, threads_of<ROW>() / ROW),
                                           threads_of<ROW>(), (joined_of<T, W>(*j)), data_of<T>(y),
-                                          data_of<T>(next), to, data_of<T>(residual), scale,
-                                          data_of<W>(next_weight), N, D, eps);
+                                          data_of<T>(residual), scale, (next_of<T, W>(*next)), N, D,
+                                          eps);
                           })));
 }
 
@@ -803,8 +820,10 @@ extern "C" void cuda_rmsnorm_join_backward(const Tensor *dx, Tensor dresidual, T
     Tensor x = j->x[0], none = tensor_absent();
     int64_t D = tensor_cols(x), N = tensor_rows(x);
     if (!N) return;
-    if (!takes_join(*j, FEW_ROWS + 1, none, none) || !fits_packs(D, dx[0], dx[1], dresidual, dy) ||
-        !fits_packs(D, fed, dfed)) {
+    int64_t each = (int64_t)(16 / dtype_size(x.dtype)), longest = 0;
+    WITH_FLOAT(x.dtype, T, WITH_MANY(D, ROW, { longest = linked_packs<T, ROW>() * ROW * each; }));
+    if (D % each || D > longest || !fits_packs(D, x, j->x[1], dx[0], dx[1], dresidual, dy) ||
+        !fits_packs(D, fed, dfed, j->weight[0], j->weight[1], j->weight[2])) {
         size_t bytes = tensor_bytes(x);
         char *memory = (char *)cuda_workspace(x.device, 2 * bytes);
         auto kept = [&](int i) { return tensor_slice(j->rstd, i, 1); };
@@ -812,8 +831,8 @@ extern "C" void cuda_rmsnorm_join_backward(const Tensor *dx, Tensor dresidual, T
         sum.data = fed.data ? fed.data : memory;
         dsum.data = dfed.data ? dfed.data : memory + bytes;
         cuda_scale_copy(dresidual, SET, dy, scale);
-        launch_forward(sum, kept(0), x, j->weight[0], none, 0, true);
-        launch_forward(sum, kept(1), j->x[1], j->weight[1], sum, 0, true);
+        launch_forward(sum, kept(0), x, j->weight[0], none, 1.0f, 0, true);
+        launch_forward(sum, kept(1), j->x[1], j->weight[1], sum, 1.0f, 0, true);
         cuda_rmsnorm_backward(dsum, SET, none, dresidual, sum, kept(2), j->weight[2]);
         for (int i = 0; i < 2; i++)
             cuda_rmsnorm_backward(dx[i], SET, none, dsum, j->x[i], kept(i), j->weight[i]);

@@ -231,7 +231,8 @@ GPU_CASE(norms_of_branches, s, dtype) {
         rmsnorm_forward(fed, tensor_slice(own, 1, 1), join.x[1], join.weight[1], fed, 1e-6f);
         rmsnorm_forward(one, tensor_slice(own, 2, 1), fed, join.weight[2], r, 1e-6f);
         if (scale != 1.0f) scale_copy(one, SET, one, scale);
-        rmsnorm_join(y, none, none, &join, r, scale, none, 1e-6f);
+        NextNorm no = {.y = none}, after = {next, none, v, codes};
+        rmsnorm_join(y, &join, r, scale, &no, 1e-6f);
         expect_equal("y", y, one);
         expect_equal("rstd", rstd, own);
         result(s, "y", y, 2 * near(dtype));
@@ -256,7 +257,7 @@ GPU_CASE(norms_of_branches, s, dtype) {
         expect_equal("the residual's gradient in its place", dy, dr);
 
         join.rstd = none;
-        rmsnorm_join(r, next, codes, &join, r, scale, v, 1e-6f); /* in place too */
+        rmsnorm_join(r, &join, r, scale, &after, 1e-6f); /* in place too */
         rmsnorm_forward(one, none, y, v, none, 1e-6f);
         expect_equal("y in its place", r, y);
         expect_equal("next", next, one);
@@ -271,9 +272,9 @@ GPU_CASE(norms_of_branches, s, dtype) {
 
 /* Two norms at once are those two, and the codes those that a product would make. */
 GPU_CASE(norms_in_pairs, s, dtype) {
-    static const int64_t widths[] = {64, 320, 1536, 2816, 5376, 100};
-    for (int i = 0; i < 6; i++) {
-        int64_t N = i == 2 ? 70 : 3, D = widths[i];
+    static const int64_t widths[] = {64, 320, 1536, 2816, 5376, 100, 2560, 5376, 64};
+    for (int i = 0; i < 9; i++) {
+        int64_t N = i == 2 || i > 5 ? 70 : 3, D = widths[i]; /* many rows and few */
         float scale = i % 2 ? 0.37f : 1.0f;
         Tensor x = GIVEN(s, dtype, 1, N, D), r = GIVEN(s, dtype, 2, N, D),
                w = GIVEN(s, i % 3 ? dtype : F32, 3, D), v = GIVEN(s, i % 3 ? dtype : F32, 4, D),
@@ -281,11 +282,21 @@ GPU_CASE(norms_in_pairs, s, dtype) {
                next1 = SPACE(s, dtype, N, D), codes = tensor_absent();
         int64_t bytes = int8_codes(s->device, N, D);
         if (bytes) codes = SPACE(s, U8, bytes);
-        rmsnorm_pair(y, next, codes, x, w, r, scale, v, 1e-6f);
-        rmsnorm_forward(y1, tensor_absent(), x, w, r, 1e-6f);
+        Tensor none = tensor_absent(), rstd[4];
+        for (int k = 0; k < 4; k++) rstd[k] = SPACE(s, F32, N);
+        NextNorm after = {next, none, v, codes}, kept = {next, rstd[1], v, none}, no = {.y = none};
+        rmsnorm_forward(y1, rstd[2], x, w, r, 1e-6f);
         if (scale != 1.0f) scale_copy(y1, SET, y1, scale);
-        rmsnorm_forward(next1, tensor_absent(), y1, v, tensor_absent(), 1e-6f);
-        expect_equal("y", y, y1);
+        rmsnorm_forward(next1, rstd[3], y1, v, none, 1e-6f);
+        rmsnorm_pair(y, none, x, w, r, scale, &no, 1e-6f);
+        expect_equal("y alone", y, y1);
+        rmsnorm_pair(y, rstd[0], x, w, r, scale, &kept, 1e-6f);
+        expect_equal("y with what is kept", y, y1);
+        expect_equal("next with what is kept", next, next1);
+        expect_equal("rstd", rstd[0], rstd[2]);
+        expect_equal("the next rstd", rstd[1], rstd[3]);
+        rmsnorm_pair(r, none, x, w, r, scale, &after, 1e-6f); /* in place */
+        expect_equal("y", r, y1);
         expect_equal("next", next, next1);
         result(s, "next", next, near(dtype));
         if (D % 64) continue;
