@@ -76,6 +76,22 @@ void matmul_ordered_several(Layout layout, const Tensor *y, Write write, const T
     ON_DEVICE(*a, matmul_ordered_several)(layout, y, write, a, b, count, alpha);
 }
 
+void adapters_backward(const AdapterBack *a, int count) {
+    CHECK(count <= MATRICES_MOST, "adapters_backward: %d adapters", count);
+    for (int i = 0; i < count; i++) {
+        check_product(NN, a[i].du, a[i].dy, a[i].B);
+        CHECK(a[i].du.dtype == F32 && a[i].B.dtype == F32 && a[i].dy.dtype == a->dy.dtype,
+              "adapters_backward: %s %s %s", tensor_text(a[i].du), tensor_text(a[i].dy),
+              tensor_text(a[i].B));
+        if (!tensor_present(a[i].dB)) continue;
+        check_product(TN, a[i].dB, a[i].dy, a[i].u);
+        CHECK(a[i].dB.dtype == F32 && a[i].u.dtype == F32, "adapters_backward: %s %s",
+              tensor_text(a[i].dB), tensor_text(a[i].u));
+    }
+    if (!count || !tensor_count(a->du)) return;
+    ON_DEVICE(a->dy, adapters_backward)(a, count);
+}
+
 void grouped_matmul(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,
                     float alpha) {
     int64_t groups = tensor_count(offsets) - 1;

@@ -50,6 +50,19 @@ void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
 KERNEL(matmul_ordered_several, Layout layout, const Tensor *y, Write write, const Tensor *a,
        const Tensor *b, int count, float alpha);
 
+/* What adapters send back of dy (M, N), as matmul_ordered makes it: du = scale dy B and, where it
+ * is wanted, dB += scale dy^T u.
+ *   du, u  (M, R)  f32; u is read for dB alone
+ *   dB, B  (N, R)  f32; dB absent: not wanted
+ *   dy     (M, N)  f32 | bf16, that of all */
+typedef struct AdapterBack {
+    Tensor du, dB, dy, u, B;
+    float scale;
+} AdapterBack;
+
+/* Of up to MATRICES_MOST adapters. */
+KERNEL(adapters_backward, const AdapterBack *a, int count);
+
 /* One product per group over rows sorted by group: rows offsets[g] .. offsets[g+1] belong to g.
  *   NT  y (M, N) rows of g = a (M, K) rows of g times b[g] (N, K)^T
  *   NN  y (M, N) rows of g = a (M, K) rows of g times b[g] (K, N)

@@ -394,26 +394,27 @@ static void backward_weight(const Linear *l, Tensor dy, Tensor x, Tensor offsets
         grouped_matmul(TN, l->weight->grad, ADD, dy, x, offsets, 1.0f);
 }
 
-/* du = scale dy B, and B's gradient from u, which is read where that is wanted. */
-static void backward_ranks(const Linear *l, Tensor du, Tensor dy, Tensor u, Tensor offsets) {
-    const Lora *lora = l->lora;
-    adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
-    if (is_trained(l)) adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
-}
-
 /* dx and B's gradients, which read dy alone, of linears that are bare and adapt plainly; du[k]:
  * what goes back through adapter k. */
 static void plainly_to_input(const Linear *const *l, const Adapters *a, Tensor *du, Tensor dx,
                              Write write, const Tensor *dy, int count, Pass *p) {
     Tensor weights[MATRICES_MOST];
     Term terms[MATRICES_MOST] = {0};
+    AdapterBack back[MATRICES_MOST];
     for (int i = 0; i < count; i++) weights[i] = l[i]->weight->value;
     for (int k = 0; k < a->count; k++) {
         const Linear *of = l[a->of[k]];
+        const Lora *lora = of->lora;
         du[k] = arena_like(p->scratch, a->u[k]);
-        backward_ranks(of, du[k], dy[a->of[k]], a->u[k], tensor_absent());
-        terms[a->of[k]] = (Term){du[k], of->lora->A->value, 1.0f};
+        back[k] = (AdapterBack){.du = du[k],
+                                .dB = is_trained(of) ? lora->B->grad : tensor_absent(),
+                                .dy = dy[a->of[k]],
+                                .u = a->u[k],
+                                .B = lora->B->value,
+                                .scale = lora->scale};
+        terms[a->of[k]] = (Term){du[k], lora->A->value, 1.0f};
     }
+    adapters_backward(back, a->count);
     if (tensor_present(dx)) matmul_sum(dx, write, dy, weights, terms, count);
 }
 
@@ -496,8 +497,11 @@ static void backward(const Linear *l, Tensor dx, Write write, Tensor dy, Tensor 
         Tensor input = adapter_input(lora, x, p);
         if (is_trained(l) && !tensor_present(lora->u))
             adapter_product(l, NT, u, SET, input, lora->A->value, offsets, 1.0f);
-        backward_ranks(l, du, dy, u, offsets);
-        if (is_trained(l)) adapter_product(l, TN, lora->A->grad, ADD, du, input, offsets, 1.0f);
+        adapter_product(l, NN, du, SET, dy, lora->B->value, offsets, lora->scale);
+        if (is_trained(l)) {
+            adapter_product(l, TN, lora->B->grad, ADD, dy, u, offsets, lora->scale);
+            adapter_product(l, TN, lora->A->grad, ADD, du, input, offsets, 1.0f);
+        }
         if (tensor_present(dx)) {
             if (p->training && lora->dropout > 0) {
                 Tensor dinput = arena_like(p->scratch, x);

@@ -111,6 +111,13 @@ void CPU(matmul_ordered_several)(Layout layout, const Tensor *y, Write write, co
                         b[layout == TN ? 0 : i], alpha);
 }
 
+void CPU(adapters_backward)(const AdapterBack *a, int count) {
+    for (int i = 0; i < count; i++) {
+        ordered_product(NN, a[i].du, SET, a[i].dy, a[i].B, a[i].scale);
+        if (a[i].dB.data) ordered_product(TN, a[i].dB, ADD, a[i].dy, a[i].u, a[i].scale);
+    }
+}
+
 /* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K.
  */
 static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {

@@ -323,53 +323,117 @@ template <typename T> DEVICE_FUNCTION int64_t piece_at(const Stack<T> &s, int64_
     return (i / s.cols * PIECES + piece) * s.cols + i % s.cols;
 }
 
-static __global__ void take_apart(bf16 *out, Stack<const float> x) {
+/* Stacks that one kernel takes apart or puts together: elements begin[k] on of all are those of
+ * stack k, whose pieces lie from element places[k] on. */
+#define STACKS_MOST (2 * MATRICES_MOST)
+template <typename T> struct Stacks {
+    Stack<T> of[STACKS_MOST];
+    int64_t begin[STACKS_MOST + 1], places[STACKS_MOST];
+    int count;
+};
+
+/* Sums of pieces become y (=|+=) alpha times them. */
+template <typename Y> struct Sums {
+    Stacks<Y> y;
+    Write write[STACKS_MOST];
+    float alpha[STACKS_MOST];
+};
+
+/* The new stack's pieces lie from `place` on; returns where the next ones may. */
+template <typename T> static int64_t add_stack(Stacks<T> *all, Stack<T> s, int64_t place) {
+    int k = all->count++;
+    all->of[k] = s;
+    all->places[k] = place;
+    all->begin[k + 1] = all->begin[k] + s.rows * s.cols;
+    return place + (s.rows * s.cols * PIECES + 127) / 128 * 128;
+}
+
+/* Which stack element i of all is in. */
+template <typename T> DEVICE_FUNCTION int stack_with(const Stacks<T> &all, int64_t i) {
+    int k = 0;
+    while (i >= all.begin[k + 1]) k++;
+    return k;
+}
+
+static __global__ void take_apart(bf16 *out, const __grid_constant__ Stacks<const float> all) {
     wait_for_last();
-    FOR_GRID(i, x.rows * x.cols) {
-        float whole = *element_of(x, i);
+    FOR_GRID(i, all.begin[all.count]) {
+        int k = stack_with(all, i);
+        const Stack<const float> &x = all.of[k];
+        int64_t own = i - all.begin[k];
+        bf16 *to = out + all.places[k];
+        float whole = *element_of(x, own);
         bf16 big = to_bf16(whole);
-        out[piece_at(x, i, 0)] = big;
-        out[piece_at(x, i, 1)] = to_bf16(whole - to_float(big));
+        to[piece_at(x, own, 0)] = big;
+        to[piece_at(x, own, 1)] = to_bf16(whole - to_float(big));
     }
 }
 
-/* y (=|+=) alpha times the sum of the pieces. */
 template <typename Y>
-static __global__ void put_together(Stack<Y> y, Write write, const float *x, float alpha) {
+static __global__ void put_together(const __grid_constant__ Sums<Y> all, const float *x) {
     wait_for_last();
-    FOR_GRID(i, y.rows * y.cols) {
-        float sum = x[piece_at(y, i, 1)] + x[piece_at(y, i, 0)];
-        Y *to = element_of(y, i);
-        *to = from_float<Y>((write == ADD ? to_float(*to) : 0.0f) + alpha * sum);
+    FOR_GRID(i, all.y.begin[all.y.count]) {
+        int k = stack_with(all.y, i);
+        const Stack<Y> &y = all.y.of[k];
+        int64_t own = i - all.y.begin[k];
+        const float *from = x + all.y.places[k];
+        float sum = from[piece_at(y, own, 1)] + from[piece_at(y, own, 0)];
+        Y *to = element_of(y, own);
+        *to = from_float<Y>((all.write[k] == ADD ? to_float(*to) : 0.0f) + all.alpha[k] * sum);
     }
 }
 
-/* One operand is f32: its pieces make so many times the rows or columns of y. Several share the
- * other (NT, TN). */
+/* A product, or several that share an operand (NT, TN), one side of which is f32. */
+struct Pieced {
+    Layout layout;
+    const Tensor *y;
+    Write write;
+    const Tensor *a, *b;
+    int count;
+    float alpha;
+    bool left() const { return a->dtype == F32; }
+};
+
+/* The pieces of what is f32 make so many times the rows or columns of y. */
+template <typename Y> static void products_of_pieces(const Pieced *products, int count) {
+    const Device *device = products->a->device;
+    Stacks<const float> apart = {};
+    Sums<Y> sums = {};
+    int64_t pieces = 0, results = 0;
+    for (int k = 0; k < count; k++) {
+        const Pieced &p = products[k];
+        bool left = p.left();
+        pieces = add_stack(&apart,
+                           stack_of<const float>(left ? p.a : p.b, p.count,
+                                                 left ? p.layout == TN : p.layout != NT),
+                           pieces);
+        results = add_stack(&sums.y, stack_of<Y>(p.y, p.count, !left), results);
+        sums.write[k] = p.write;
+        sums.alpha[k] = p.alpha;
+    }
+    char *memory = (char *)cuda_workspace(device, (size_t)pieces * sizeof(bf16) +
+                                                      (size_t)results * sizeof(float));
+    bf16 *parts = (bf16 *)memory;
+    float *made = (float *)(parts + pieces);
+    LAUNCH_NEXT(device, (take_apart), grid_for(device, apart.begin[count], 256), 256, parts, apart);
+    for (int k = 0; k < count; k++) {
+        const Pieced &p = products[k];
+        bf16 *own = parts + apart.places[k];
+        int64_t K = p.layout == TN ? tensor_rows(*p.a) : tensor_cols(*p.a),
+                M = sums.y.of[k].rows * (p.left() ? PIECES : 1),
+                N = sums.y.of[k].cols * (p.left() ? 1 : PIECES);
+        blaslt_matmul(device, p.layout, made + sums.y.places[k], F32, N, SET,
+                      p.left() ? own : p.a->data, p.layout == TN ? M : K,
+                      p.left() ? p.b->data : own, BF16, M, N, K, 1.0f);
+    }
+    LAUNCH_NEXT(device, (put_together<Y>), grid_for(device, sums.y.begin[count], 256), 256, sums,
+                made);
+}
+
 static void product_of_pieces(Layout layout, const Tensor *y, Write write, const Tensor *a,
                               const Tensor *b, int count, float alpha) {
-    const Device *device = a->device;
-    bool left = a->dtype == F32;
-    Stack<const float> x =
-        stack_of<const float>(left ? a : b, count, left ? layout == TN : layout != NT);
-    int64_t K = layout == TN ? tensor_rows(*a) : tensor_cols(*a), M = 0, N = 0;
-    for (int i = 0; i < count; i++) {
-        M = (left ? M : 0) + tensor_rows(y[i]);
-        N = (left ? 0 : N) + tensor_cols(y[i]);
-    }
-    size_t apart = ((size_t)(x.rows * x.cols) * PIECES * sizeof(bf16) + 255) / 256 * 256;
-    char *memory = (char *)cuda_workspace(device, apart + (size_t)(M * N) * PIECES * sizeof(float));
-    float *sums = (float *)(memory + apart);
-    LAUNCH_NEXT(device, (take_apart), grid_for(device, x.rows * x.cols, 256), 256, (bf16 *)memory,
-                x);
-    unsigned blocks = grid_for(device, M * N, 256);
-    (left ? M : N) *= PIECES;
-    blaslt_matmul(device, layout, sums, F32, N, SET, left ? memory : a->data, layout == TN ? M : K,
-                  left ? b->data : memory, BF16, M, N, K, 1.0f);
-    WITH_FLOAT(y->dtype, Y, {
-        LAUNCH_NEXT(device, (put_together<Y>), blocks, 256, stack_of<Y>(y, count, !left), write,
-                    sums, alpha);
-    });
+    Pieced product = {layout, y, write, a, b, count, alpha};
+    WITH_FLOAT(y->dtype, Y, products_of_pieces<Y>(&product, 1));
 }
 
 /* Both are f32 and y is not: what adapters add to their linear, or several to their input (NN). */
@@ -396,28 +460,39 @@ static void product_rounded(Layout layout, Tensor y, Write write, const Tensor *
 
 /* ---- with adapters' terms ---- */
 
-/* A term as bf16: K of three times its rank, for what is big of both, and small of either, and up
- * to a multiple of 8, zeros. out: `more` of a row's `stride`, or, TURNED, lines of `rows`; x: u or
- * v. */
+/* One side of a term as bf16: K of three times its rank, for what is big of both, and small of
+ * either, and up to a multiple of 8, `own`, zeros. out: `own` of a row's `stride`, or, TURNED,
+ * lines of `rows`; x: u or v. */
 struct TermSide {
     bf16 *out;
     const float *x;
-    int rows, stride;
+    int rows, stride, rank, own;
     bool turned, right;
     float scale;
 };
 
+/* Those that are made at once: eights of elements begin[k] on of all are those of side k. */
+struct TermSides {
+    TermSide of[2 * MATRICES_MOST];
+    int begin[2 * MATRICES_MOST + 1], count;
+    void add(const TermSide &side) {
+        of[count] = side;
+        begin[count + 1] = begin[count] + side.rows * (side.own / 8);
+        count++;
+    }
+};
+
 /* Eight elements that lie side by side, number `i` of those: along K, or, turned, along rows. */
-DEVICE_FUNCTION void spread_eight(const TermSide &side, int i, int rank, int more) {
-    int across = (side.turned ? side.rows : more) / 8, line = i / across, at = i % across * 8;
+DEVICE_FUNCTION void spread_eight(const TermSide &side, int i) {
+    int across = (side.turned ? side.rows : side.own) / 8, line = i / across, at = i % across * 8;
     float out[8];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         int row = side.turned ? at + j : line, k = side.turned ? line : at + j;
-        int part = (k >= rank) + (k >= 2 * rank), r = k - part * rank;
+        int part = (k >= side.rank) + (k >= 2 * side.rank), r = k - part * side.rank;
         float x = 0;
-        if (r < rank) {
-            x = side.scale * side.x[side.turned ? r * side.rows + row : row * rank + r];
+        if (r < side.rank) {
+            x = side.scale * side.x[side.turned ? r * side.rows + row : row * side.rank + r];
             if (part == (side.right ? 2 : 1)) x -= rounded<bf16>(x);
         }
         out[j] = x;
@@ -425,14 +500,12 @@ DEVICE_FUNCTION void spread_eight(const TermSide &side, int i, int rank, int mor
     store(side.out + (int64_t)line * (side.turned ? side.rows : side.stride) + at, out);
 }
 
-static __global__ void spread_term(TermSide left, TermSide right, int rank, int more) {
+static __global__ void spread_terms(const __grid_constant__ TermSides all) {
     wait_for_last();
-    int first = left.rows * (more / 8), count = first + right.rows * (more / 8);
-    FOR_GRID(i, count) {
-        if (i < first)
-            spread_eight(left, (int)i, rank, more);
-        else
-            spread_eight(right, (int)i - first, rank, more);
+    FOR_GRID(i, all.begin[all.count]) {
+        int k = 0;
+        while (i >= all.begin[k + 1]) k++;
+        spread_eight(all.of[k], (int)i - all.begin[k]);
     }
 }
 
@@ -466,17 +539,19 @@ static void products_with_terms(Tensor y, Write write, const Tensor *a, const Te
     }
     bf16 *left = (bf16 *)cuda_workspace(device, (size_t)((M + N) * more) * sizeof(bf16)),
          *right = left + M * more;
+    TermSides sides = {};
     for (int i = 0; i < count; i++) {
         if (!has_term(terms, i)) continue;
-        int own = (int)spread_of(terms[i]);
-        LAUNCH_NEXT(device, (spread_term), grid_for(device, (M + N) * own / 8, 256), 256,
-                    TermSide{left + at, data_of<float>(terms[i].u), (int)M, (int)more, false, false,
-                             terms[i].scale},
-                    TermSide{right + at * (TB ? N : 1), data_of<float>(terms[i].v), (int)N,
-                             (int)more, TB, true, 1.0f},
-                    (int)tensor_cols(terms[i].u), own);
+        const Term &term = terms[i];
+        int rank = (int)tensor_cols(term.u), own = (int)spread_of(term);
+        sides.add({left + at, data_of<float>(term.u), (int)M, (int)more, rank, own, false, false,
+                   term.scale});
+        sides.add({right + at * (TB ? N : 1), data_of<float>(term.v), (int)N, (int)more, rank, own,
+                   TB, true, 1.0f});
         at += own;
     }
+    LAUNCH_NEXT(device, (spread_terms), grid_for(device, sides.begin[sides.count], 256), 256,
+                sides);
     add_factor<TB>(&maps, count, left, right, 1, M, N, more);
     if (pairs_blocks(device, write, M, N) == 3)
         launch_gemm_pairs<TB, 3, bf16>(y, write, maps, Groups{}, 1.0f);
@@ -527,6 +602,25 @@ extern "C" void cuda_matmul_ordered_several(Layout layout, const Tensor *y, Writ
         for (int i = 0; i < count; i++)
             dense_product(layout, y[layout == NN ? 0 : i], write, a[layout == NT ? 0 : i],
                           b[layout == TN ? 0 : i], alpha);
+}
+
+extern "C" void cuda_adapters_backward(const AdapterBack *a, int count) {
+    Pieced products[STACKS_MOST];
+    int made = 0;
+    bool pieces = true;
+    for (int i = 0; i < count; i++) {
+        products[made++] = {NN, &a[i].du, SET, &a[i].dy, &a[i].B, 1, a[i].scale};
+        if (a[i].dB.data) products[made++] = {TN, &a[i].dB, ADD, &a[i].dy, &a[i].u, 1, a[i].scale};
+        pieces = pieces && a[i].dy.dtype == BF16;
+    }
+    if (pieces) {
+        products_of_pieces<float>(products, made);
+        return;
+    }
+    for (int i = 0; i < made; i++) {
+        const Pieced &p = products[i];
+        dense_product(p.layout, *p.y, p.write, *p.a, *p.b, p.alpha);
+    }
 }
 
 extern "C" void cuda_matmul_several(const Tensor *y, Tensor a, const Tensor *b, const Term *terms,
