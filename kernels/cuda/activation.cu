@@ -25,8 +25,10 @@ static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, i
         load(g, gate + at);
         load(u, up + at);
 #pragma unroll
-        for (int j = 0; j < V; j++)
-            g[j] = rounded<T>(0.5f * g[j] * (1.0f + gelu_tanh(g[j]))) * u[j];
+        for (int j = 0; j < V; j++) g[j] = 0.5f * g[j] * (1.0f + gelu_tanh(g[j]));
+        round_all<T>(g);
+#pragma unroll
+        for (int j = 0; j < V; j++) g[j] *= u[j];
         store(y + i * V, g);
     }
 }
@@ -125,9 +127,15 @@ static __global__ void __launch_bounds__(256)
         load(g, gate + at);
         load(u, up + at);
 #pragma unroll
-        for (int j = 0; j < V; j++)
-            g[j] = rounded<T>(rounded<T>(0.5f * g[j] * (1.0f + gelu_tanh(g[j]))) * u[j]);
-        store(y + at, g);
+        for (int j = 0; j < V; j++) g[j] = 0.5f * g[j] * (1.0f + gelu_tanh(g[j]));
+        round_all<T>(g);
+#pragma unroll
+        for (int j = 0; j < V; j++) g[j] *= u[j];
+        Kept<T, V> pack;
+        pack.keep(g);
+        pack.write(y + at);
+#pragma unroll
+        for (int j = 0; j < V; j++) g[j] = pack[j];
     }
     store_codes(codes, at, g, here);
 }

@@ -217,12 +217,13 @@ DEVICE_FUNCTION float to_float(f16 x) {
 #endif
 }
 
-/* Round to nearest, ties to even; NaN stays NaN. */
+/* Round to nearest, ties to even; NaN stays NaN. On the GPU as one of two: that instruction is of
+ * full rate, the one for a single number is of the unit for exponentials. */
 DEVICE_FUNCTION bf16 to_bf16(float x) {
 #ifdef __CUDACC__
-    bf16 y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-    return y;
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(0.0f), "f"(x));
+    return bf16{(uint16_t)both};
 #else
     unsigned u = __float_as_uint(x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{(uint16_t)(u >> 16 | 0x40)};
@@ -295,6 +296,14 @@ template <int V, typename T> DEVICE_FUNCTION void store(T *p, const float (&x)[V
     Kept<T, V> pack;
     pack.keep(x);
     pack.write(p);
+}
+
+/* Each becomes what a tensor of T would hold of it. */
+template <typename T, int V> DEVICE_FUNCTION void round_all(float (&x)[V]) {
+    Kept<T, V> pack;
+    pack.keep(x);
+#pragma unroll
+    for (int j = 0; j < V; j++) x[j] = pack[j];
 }
 
 /* Runs the statements with T the element type of a dtype. */

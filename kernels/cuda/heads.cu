@@ -69,8 +69,8 @@ static __global__ void __launch_bounds__(32 * WARPS)
         if (s.weight && s.wide) load(w, (const float *)s.weight + d);
         if (s.weight && !s.wide) load(w, (const bf16 *)s.weight + d);
 #pragma unroll
-        for (int j = 0; j < COUNT; j++)
-            v[j] = rounded<T>(s.weight ? pack[j] * r * w[j] : pack[j] * r);
+        for (int j = 0; j < COUNT; j++) v[j] = s.weight ? pack[j] * r * w[j] : pack[j] * r;
+        round_all<T>(v);
     };
 #pragma unroll
     for (int i = 0; i < ROUNDS; i++) {

@@ -36,6 +36,19 @@ DEVICE_FUNCTION float normed(float x, float rstd, float weight) {
     return __fmul_rn(x * rstd, weight);
 }
 
+/* y = scale (residual + x), rounded where tensors would be. A scale of 1 changes nothing. */
+template <typename T, int V>
+DEVICE_FUNCTION void add_scaled(Kept<T, V> &y, float (&x)[V], const Kept<T, V> &residual,
+                                float scale) {
+    round_all<T>(x);
+#pragma unroll
+    for (int j = 0; j < V; j++) x[j] += residual[j];
+    round_all<T>(x);
+#pragma unroll
+    for (int j = 0; j < V; j++) x[j] *= scale;
+    y.keep(x);
+}
+
 /* Blocks of one multiprocessor, for what registers they may have. */
 template <typename W, int ROW, int KEPT> __host__ __device__ constexpr int blocks_of() {
     return ROW == LONG                ? 1
@@ -82,12 +95,12 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (blocks_of<W, ROW, K
     auto write = [&](int i, int64_t d) {
         float out[V];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            out[j] = normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
-            if (residual) out[j] = rounded<T>(out[j]) + more[i][j];
-            if (scale != 1.0f) out[j] = scale * rounded<T>(out[j]);
-        }
-        store(y + n * D + d, out);
+        for (int j = 0; j < V; j++) out[j] = normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
+        if (residual)
+            add_scaled(more[i], out, more[i], scale);
+        else
+            more[i].keep(out);
+        more[i].write(y + n * D + d);
     };
     if (given) {
         r = here ? rstd[n] : 0;
@@ -303,9 +316,14 @@ DEVICE_FUNCTION void write_next(const Next<T, W> &next, const Kept<T, V> (&row)[
         if (!next.codes.scales && !inside) break;
         float out[V];
 #pragma unroll
-        for (int j = 0; j < V; j++) out[j] = rounded<T>(normed(row[i][j], r, weights[i][j]));
-        if (inside) store(next.y + n * D + d, out);
-        if (next.codes.scales) store_codes(next.codes, n * D + d, out, inside);
+        for (int j = 0; j < V; j++) out[j] = normed(row[i][j], r, weights[i][j]);
+        Kept<T, V> pack;
+        pack.keep(out);
+        if (inside) pack.write(next.y + n * D + d);
+        if (!next.codes.scales) continue;
+#pragma unroll
+        for (int j = 0; j < V; j++) out[j] = pack[j];
+        store_codes(next.codes, n * D + d, out, inside);
     }
 }
 
@@ -349,14 +367,11 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
         if (!here || d >= D) break;
         float out[V];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            float one = normed(held[i][j], r, factors[i][j]);
-            out[j] = rounded<T>(rounded<T>(one) + more[i][j]);
-            if (scale != 1.0f) out[j] = rounded<T>(scale * out[j]);
-            squares += out[j] * out[j];
-        }
-        store(y + n * D + d, out);
-        held[i].keep(out);
+        for (int j = 0; j < V; j++) out[j] = normed(held[i][j], r, factors[i][j]);
+        add_scaled(held[i], out, more[i], scale);
+        held[i].write(y + n * D + d);
+#pragma unroll
+        for (int j = 0; j < V; j++) squares += held[i][j] * held[i][j];
     }
     write_next<ROW>(next, held, others, squares, space[1], n, here, D, eps);
 }
@@ -490,11 +505,20 @@ static __global__ void __launch_bounds__(MANY, 8)
             int64_t d = (threadIdx.x + i * MANY) * V;
             float out[V];
             if (d >= D) break;
+            if (s.factor[k]) {
 #pragma unroll
-            for (int j = 0; j < V; j++)
-                out[j] = s.factor[k]
-                             ? s.factor[k] * rounded<T>(rounded<T>(held[i][j] * r) * factors[i][j])
-                             : normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
+                for (int j = 0; j < V; j++) out[j] = held[i][j] * r;
+                round_all<T>(out);
+#pragma unroll
+                for (int j = 0; j < V; j++) out[j] *= factors[i][j];
+                round_all<T>(out);
+#pragma unroll
+                for (int j = 0; j < V; j++) out[j] *= s.factor[k];
+            } else {
+#pragma unroll
+                for (int j = 0; j < V; j++)
+                    out[j] = normed(held[i][j], r, weight ? factors[i][j] : 1.0f);
+            }
             store(s.y[k] + n * D + d, out);
         }
     }
@@ -640,10 +664,22 @@ template <int ROW> DEVICE_FUNCTION float2 row_sums(float x, float y, float2 *spa
     return float2{warp_sum(sums.x), warp_sum(sums.y)};
 }
 
-/* What the branches make together, of one place. */
-template <typename T>
-DEVICE_FUNCTION float join_one(float a, float b, const float2 &r, float weight_a, float weight_b) {
-    return rounded<T>(rounded<T>(normed(b, r.y, weight_b)) + rounded<T>(normed(a, r.x, weight_a)));
+/* What the branches make together: sum = norm(b) + norm(a), each rounded before. */
+template <typename T, typename W, int V>
+DEVICE_FUNCTION void join_pack(Kept<T, V> &sum, const Kept<T, V> &a, const Kept<T, V> &b,
+                               const float2 &r, const Kept<W, V> &weight_a,
+                               const Kept<W, V> &weight_b) {
+    float x[V], y[V];
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        x[j] = normed(a[j], r.x, weight_a[j]);
+        y[j] = normed(b[j], r.y, weight_b[j]);
+    }
+    round_all<T>(x);
+    round_all<T>(y);
+#pragma unroll
+    for (int j = 0; j < V; j++) y[j] += x[j];
+    sum.keep(y);
 }
 
 template <typename T, typename W, int V, int ROW>
@@ -686,13 +722,9 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
     sum = 0;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-        float out[V];
+        join_pack(a[i], a[i], b[i], r, weights[0][i], weights[1][i]);
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            out[j] = join_one<T>(a[i][j], b[i][j], r, weights[0][i][j], weights[1][i][j]);
-            sum += out[j] * out[j];
-        }
-        a[i].keep(out);
+        for (int j = 0; j < V; j++) sum += a[i][j] * a[i][j];
     }
     float last = rstd_of(row_sum<ROW>(sum, space[0]));
     if (of.rstd && here && !lane) {
@@ -706,13 +738,11 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
         if (!here || place(i) >= D) break;
         float out[V];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            out[j] = rounded<T>(rounded<T>(normed(a[i][j], last, weights[2][i][j])) + more[i][j]);
-            if (scale != 1.0f) out[j] = rounded<T>(scale * out[j]);
-            sum += out[j] * out[j];
-        }
-        store(y + n * D + place(i), out);
-        a[i].keep(out);
+        for (int j = 0; j < V; j++) out[j] = normed(a[i][j], last, weights[2][i][j]);
+        add_scaled(a[i], out, more[i], scale);
+        a[i].write(y + n * D + place(i));
+#pragma unroll
+        for (int j = 0; j < V; j++) sum += a[i][j] * a[i][j];
     }
     if (next.y) write_next<ROW>(next, a, others, sum, space[1], n, here, D, eps);
 }
@@ -745,18 +775,16 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
     }
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
-        float slope[V], out[V];
+        float slope[V];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            slope[j] = rounded<T>(scale * slopes[i][j]);
-            out[j] = join_one<T>(a[i][j], b[i][j], r, weights[0][i][j], weights[1][i][j]);
-            product += slope[j] * weights[2][i][j] * out[j];
-        }
+        for (int j = 0; j < V; j++) slope[j] = scale * slopes[i][j];
         slopes[i].keep(slope);
-        sums[i].keep(out);
+        join_pack(sums[i], a[i], b[i], r, weights[0][i], weights[1][i]);
+#pragma unroll
+        for (int j = 0; j < V; j++) product += slopes[i][j] * weights[2][i][j] * sums[i][j];
         if (!here || place(i) >= D) continue;
-        store(dresidual + n * D + place(i), slope);
-        if (fed) store(fed + n * D + place(i), out);
+        slopes[i].write(dresidual + n * D + place(i));
+        if (fed) sums[i].write(fed + n * D + place(i));
     }
     float mean = row_sum<ROW>(product, space) / (float)D * last * last;
     product = 0;
@@ -764,13 +792,15 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
     for (int i = 0; i < HELD; i++) { /* from here on slopes are those of the sum */
         float out[V];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            out[j] = rounded<T>(last * (slopes[i][j] * weights[2][i][j] - sums[i][j] * mean));
-            product += out[j] * weights[0][i][j] * a[i][j];
-            other += out[j] * weights[1][i][j] * b[i][j];
-        }
+        for (int j = 0; j < V; j++)
+            out[j] = last * (slopes[i][j] * weights[2][i][j] - sums[i][j] * mean);
         slopes[i].keep(out);
-        if (dfed && here && place(i) < D) store(dfed + n * D + place(i), out);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            product += slopes[i][j] * weights[0][i][j] * a[i][j];
+            other += slopes[i][j] * weights[1][i][j] * b[i][j];
+        }
+        if (dfed && here && place(i) < D) slopes[i].write(dfed + n * D + place(i));
     }
     float2 means = row_sums<ROW>(product, other, pairs);
     means = float2{means.x / (float)D * r.x * r.x, means.y / (float)D * r.y * r.y};
