@@ -61,7 +61,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
         for (int j = 0; j < V; j++)
             if ((lane + 32 * i) * V < C) sum += whole[i][j] * whole[i][j];
-    float r = 1.0f / sqrtf(warp_sum(sum) / (float)C + eps);
+    float r = root_of_mean(warp_sum(sum), C, eps);
     if (s.rstd && !lane) s.rstd[(int64_t)n * s.heads + h] = r;
     auto normal = [&](auto &v, const auto &pack, int d) {
         constexpr int COUNT = sizeof v / sizeof v[0];

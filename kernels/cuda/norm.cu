@@ -115,7 +115,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (blocks_of<W, ROW, K
                 add_squares(held[0]);
             }
         }
-        r = 1.0f / sqrtf(row_sum<ROW>(sum, space) / (float)D + eps);
+        r = root_of_mean(row_sum<ROW>(sum, space), D, eps);
         if (here && rstd && !lane) rstd[n] = r;
     }
     if constexpr (KEPT > 0) {
@@ -307,7 +307,7 @@ DEVICE_FUNCTION void write_next(const Next<T, W> &next, const Kept<T, V> (&row)[
                                 const Kept<W, V> (&weights)[HELD], float squares, float *space,
                                 int64_t n, bool here, int64_t D, float eps) {
     int lane = threadIdx.x % ROW;
-    float r = 1.0f / sqrtf(row_sum<ROW>(squares, space) / (float)D + eps);
+    float r = root_of_mean(row_sum<ROW>(squares, space), D, eps);
     if (next.rstd && here && !lane) next.rstd[n] = r;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
@@ -359,7 +359,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
     for (int i = 0; i < HELD; i++)
 #pragma unroll
         for (int j = 0; j < V; j++) sum += held[i][j] * held[i][j];
-    float r = 1.0f / sqrtf(row_sum<ROW>(sum, space[0]) / (float)D + eps);
+    float r = root_of_mean(row_sum<ROW>(sum, space[0]), D, eps);
     if (rstd && here && !lane) rstd[n] = r;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
@@ -488,7 +488,7 @@ static __global__ void __launch_bounds__(MANY, 8)
     for (int i = 0; i < KEPT; i++)
 #pragma unroll
         for (int j = 0; j < V; j++) sum += held[i][j] * held[i][j];
-    float r = 1.0f / sqrtf(row_sum<MANY>(sum, space) / (float)D + eps);
+    float r = root_of_mean(row_sum<MANY>(sum, space), D, eps);
     if (rstd && !threadIdx.x) rstd[n] = r;
 #pragma unroll
     for (int k = 0; k < NORMS_MOST; k++) {
@@ -716,9 +716,8 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
     for (int i = 0; i < HELD; i++)
 #pragma unroll
         for (int j = 0; j < V; j++) sum += a[i][j] * a[i][j], other_sum += b[i][j] * b[i][j];
-    auto rstd_of = [&](float squares) { return 1.0f / sqrtf(squares / (float)D + eps); };
     float2 r = row_sums<ROW>(sum, other_sum, pairs);
-    r = float2{rstd_of(r.x), rstd_of(r.y)};
+    r = float2{root_of_mean(r.x, D, eps), root_of_mean(r.y, D, eps)};
     sum = 0;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
@@ -726,7 +725,7 @@ static __global__ void __launch_bounds__(threads_of<ROW>(), (linked_blocks<W, RO
 #pragma unroll
         for (int j = 0; j < V; j++) sum += a[i][j] * a[i][j];
     }
-    float last = rstd_of(row_sum<ROW>(sum, space[0]));
+    float last = root_of_mean(row_sum<ROW>(sum, space[0]), D, eps);
     if (of.rstd && here && !lane) {
         of.rstd[n] = r.x;
         of.rstd[N + n] = r.y;

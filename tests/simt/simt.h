@@ -198,6 +198,9 @@ static inline int __ffs(int x) {
 static inline float __fmul_rn(float a, float b) {
     return a * b;
 }
+static inline float __fmaf_rn(float a, float b, float c) {
+    return fmaf(a, b, c);
+}
 static inline float __fadd_rn(float a, float b) {
     return a + b;
 }
