@@ -123,7 +123,7 @@ static Status time_attention(double *rate, const Session *s) {
             double begin = omp_get_wtime();
             attention_forward(y, lse, tensor_absent(), q, k, v, index, first, last, tensor_absent(),
                               tensor_absent());
-            attention_backward(dq, dk, dv, dy, y, lse, q, k, v, index, first, last, partial);
+            attention_backward(dq, dk, dv, SET, dy, y, lse, q, k, v, index, first, last, partial);
             settle(dk);
             best = fmin(best, omp_get_wtime() - begin);
         }

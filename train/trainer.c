@@ -113,10 +113,18 @@ static Status all_are_well(const Trainer *t, Status status) {
          failed - 1);
 }
 
+/* The weights as they are, where users look for them. */
+static Status save_newest(Trainer *t) {
+    char *path = path_join(t->output, weights_name(t));
+    Status status = save_weights(t, path);
+    free(path);
+    return status;
+}
+
 /* A folder of a temporary name on the first rank, into which every rank writes its part. */
 static Status save(Trainer *t) {
     char *final = must_format("%s/checkpoints/step-%" PRId64, t->output, t->state.step),
-         *newest = path_join(t->output, weights_name(t)), *begun = NULL, *inner = NULL;
+         *begun = NULL, *inner = NULL;
     char temporary[4096] = "";
     Status status = OK;
     if (speaks(t)) {
@@ -134,13 +142,12 @@ static Status save(Trainer *t) {
         begun = NULL;
         if (status != OK) goto done;
     }
-    TRY_DONE(save_weights(t, newest));
+    TRY_DONE(save_newest(t));
     if (speaks(t)) prune(t);
     comm_barrier(&t->comm);
 done:
     folder_abandon(begun);
     free(final);
-    free(newest);
     free(inner);
     return status;
 }
@@ -524,7 +531,7 @@ static bool asked_to_stop(Trainer *t) {
 static Status loop(Trainer *t) {
     const RunConfig *c = &t->s.config;
     bool has_eval = t->s.store.eval.count > 0, stopped_early = false;
-    int64_t saved = t->state.step;
+    int64_t begin = t->state.step, saved = begin;
     if (has_eval && !t->state.step) {
         double loss;
         TRY(evaluate(&t->s, &t->eval_memory, &loss));
@@ -533,9 +540,9 @@ static Status loop(Trainer *t) {
     if (!t->state.step) TRY(ask_tasks(t));
     while (t->state.step < t->steps && !stopped_early && !asked_to_stop(t)) {
         Metrics m;
-        double begin = progress_now();
+        double start = progress_now();
         TRY(one_step(t, &m));
-        m.tokens_per_s = (double)m.tokens / (progress_now() - begin);
+        m.tokens_per_s = (double)m.tokens / (progress_now() - start);
         m.memory_bytes = (double)device_held(t->s.g.device);
         bool last = t->state.step == t->steps,
              due = c->eval_every && (t->state.step % c->eval_every == 0 || last);
@@ -554,7 +561,10 @@ static Status loop(Trainer *t) {
     }
     progress_clear(&t->progress);
     report_expert_load(t);
-    if (saved != t->state.step || t->state.step == 0) TRY(save(t));
+    if (saved != t->state.step || t->state.step == 0)
+        TRY(save(t));
+    else if (begin == t->state.step) /* the run before may have ended while it wrote them */
+        TRY(save_newest(t));
     if (stopped_early && speaks(t))
         note("stopped at step %" PRId64 ": %" PRId64 " evaluations without a better loss",
              t->state.step, t->state.evals_without_gain);

@@ -76,6 +76,12 @@ static void resumed_equals_uninterrupted(const char *more, const char *dtype, co
     char *a = must_format("out1/%s", weights), *b = must_format("out2/%s", weights);
     expect_same_file(a, b);
     expect_same_curve("out1/metrics.csv", "out2/metrics.csv", 24);
+    /* Ended while the last weights were written: there is no step left, and they are written. */
+    char *newest = must_format("%s/%s", f, b);
+    EXPECT(!unlink(newest), "%s", newest);
+    EXPECT_RUN(0, "train %s/run.yaml output=%s/out2 --dtype %s --resume", f, f, dtype);
+    expect_same_file(a, b);
+    free(newest);
     free(a), free(b), free(save), free(yaml), free(output);
 }
 
