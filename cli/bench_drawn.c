@@ -307,8 +307,8 @@ static Status time_attention(Device *device, const AttentionShape *shape, int64_
         attention_forward(t[1], t[8], none, t[0], t[4], t[5], index, first, last, none, none);
         tensor_read(one, tensor_slice(tensor_at(t[8], 0), 0, 1));
         double middle = omp_get_wtime();
-        attention_backward(t[3], t[6], t[7], t[2], t[1], t[8], t[0], t[4], t[5], index, first, last,
-                           t[10]);
+        attention_backward(t[3], t[6], t[7], SET, t[2], t[1], t[8], t[0], t[4], t[5], index, first,
+                           last, t[10]);
         tensor_read(one, tensor_slice(RESHAPE(t[6], N * K * C), 0, 1));
         if (!i) continue;
         forward = fmin(forward, middle - start);

@@ -27,9 +27,9 @@ void attention_forward(Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor k, T
     ON_DEVICE(q, attention_forward)(y, lse, codes, q, k, v, index, first, last, sequence, pages);
 }
 
-void attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse, Tensor q,
-                        Tensor k, Tensor v, Tensor index, Tensor first, Tensor last,
-                        Tensor partial) {
+void attention_backward(Tensor dq, Tensor dk, Tensor dv, Write write, Tensor dy, Tensor y,
+                        Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first,
+                        Tensor last, Tensor partial) {
     check_attention(y, q, k, v, index, first, last);
     CHECK(tensor_count(dq) == tensor_count(q) && tensor_count(dy) == tensor_count(q),
           "attention: dq, dy against q");
@@ -39,5 +39,6 @@ void attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Te
     CHECK(attention_partials(k.shape[1]) == 1 ||
               tensor_count(partial) == 2 * attention_partials(k.shape[1]) * tensor_count(k),
           "attention: partial sums are %s", tensor_text(partial));
-    ON_DEVICE(q, attention_backward)(dq, dk, dv, dy, y, lse, q, k, v, index, first, last, partial);
+    ON_DEVICE(q, attention_backward)
+    (dq, dk, dv, write, dy, y, lse, q, k, v, index, first, last, partial);
 }

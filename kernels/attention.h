@@ -29,12 +29,13 @@
 KERNEL(attention_forward, Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor k, Tensor v,
        Tensor index, Tensor first, Tensor last, Tensor sequence, Tensor pages);
 
-/* dq from dy; dk and dv are added to.
+/* dq from dy; dk and dv (=|+=) what the queries send to them, all of them.
  *   dq, dy, y   (N, H, C)  dtype of q
  *   dk, dv      (S, K, C)  f32
  *   partial     (G, 2, S, K, C) f32, G = attention_partials(K); scratch, absent when G is 1 */
-KERNEL(attention_backward, Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
-       Tensor q, Tensor k, Tensor v, Tensor index, Tensor first, Tensor last, Tensor partial);
+KERNEL(attention_backward, Tensor dq, Tensor dk, Tensor dv, Write write, Tensor dy, Tensor y,
+       Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first, Tensor last,
+       Tensor partial);
 
 /* How many partial sums of dk and dv the backward pass keeps: enough work items for few key heads.
  * A function of the shape alone, so results do not depend on the thread count. */

@@ -171,8 +171,10 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
                             : ARENA_TENSOR(p->scratch, F32, 2 * G, slot->k.shape[0],
                                            slot->k.shape[1], slot->k.shape[2]);
     linear_backward(&a->o_proj, flat(dout), SET, dy, flat(s->out), p);
-    attention_backward(dq, slot->dk, slot->dv, dout, s->out, s->lse, s->q, slot->k, slot->v,
-                       rows->index[c->kind], rows->first[c->kind], rows->last[c->kind], partial);
+    attention_backward(dq, slot->dk, slot->dv, slot->begun ? ADD : SET, dout, s->out, s->lse, s->q,
+                       slot->k, slot->v, rows->index[c->kind], rows->first[c->kind],
+                       rows->last[c->kind], partial);
+    slot->begun = !c->owns_kv; /* who owns them comes last */
     if (c->owns_kv) {
         Tensor dk = arena_like(p->scratch, s->k_raw),
                dk_sum = own_gradient(p, c->kind, slot->dk, s->k_raw),
@@ -191,10 +193,6 @@ void attention_layer_backward(const Attention *a, const AttentionSaved *s, Tenso
     }
     train_norm(&a->q_norm, dq, s->q_raw, s->q_rstd, cos, sin, p);
     return_heads(sets, projections(c), cos, sin);
-    if (c->owns_kv) {
-        fill(slot->dk, 0.0f); /* zero for the next pass */
-        fill(slot->dv, 0.0f);
-    }
     linear_backward_several((const Linear *[]){&a->q_proj, &a->k_proj, &a->v_proj}, dx, write,
                             dheads, projections(c), x, p);
     arena_release(p->scratch, mark);

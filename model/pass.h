@@ -41,7 +41,8 @@ typedef struct Rows {
 /* K and V of one layer that owns them; layers that share point here. */
 typedef struct KvSlot {
     Tensor k, v;   /* (S, K, C) */
-    Tensor dk, dv; /* (S, K, C) f32; training only; zero whenever no backward pass is under way */
+    Tensor dk, dv; /* (S, K, C) f32; training only */
+    bool begun;    /* they have gradients of layers that share k and v */
 } KvSlot;
 
 typedef struct Pass {

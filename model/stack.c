@@ -113,8 +113,6 @@ static void reserve_slots(Stack *s, Arena *arena) {
             slot->dk = arena_tensor(arena, F32, 3, shape);
             slot->dv = arena_tensor(arena, F32, 3, shape);
             if (!c->kv_is_shared) lent_dk[c->kind] = slot->dk, lent_dv[c->kind] = slot->dv;
-            fill(slot->dk, 0.0f);
-            fill(slot->dv, 0.0f);
         } else {
             slot->dk = lent_dk[c->kind];
             slot->dv = lent_dv[c->kind];

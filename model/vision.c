@@ -89,8 +89,6 @@ void vision_place(VisionSaved *s, const Vision *v, Arena *arena, DType dtype, in
     const BlockConfig *block = &v->blocks[0].config;
     Tensor dk = ARENA_TENSOR(arena, F32, N, block->num_key_value_heads, block->head_dim),
            dv = arena_like(arena, dk);
-    fill(dk, 0.0f);
-    fill(dv, 0.0f);
     for (int l = 0; l < L; l++) s->slots[l].dk = dk, s->slots[l].dv = dv;
 }
 

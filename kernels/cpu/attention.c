@@ -418,14 +418,18 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor
     }
 }
 
-void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y, Tensor lse,
-                             Tensor q, Tensor k, Tensor v, Tensor index, Tensor first, Tensor last,
-                             Tensor partial) {
+void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Write write, Tensor dy, Tensor y,
+                             Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first,
+                             Tensor last, Tensor partial) {
     Shape s = shape_of(q, k);
     const int32_t *from = first.data, *to = last.data, *place = index.data;
     int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
     int64_t groups = attention_partials(s.K), size = s.S * s.K * s.C, stride = s.K * s.C;
     float *partials = groups > 1 ? partial.data : NULL;
+    if (write == SET) {
+        memset(dk.data, 0, tensor_bytes(dk));
+        memset(dv.data, 0, tensor_bytes(dv));
+    }
 #pragma omp parallel
     {
         unsigned before = flush_subnormals();

@@ -10,6 +10,10 @@
 
 #include <stdlib.h>
 
+extern "C" {
+#include "kernels/elementwise.h"
+}
+
 #define THREADS    128
 #define WARPS      (THREADS / 32)
 #define LANE_MOST  16 /* numbers of a head of 512 that a lane has */
@@ -488,8 +492,8 @@ static GradientPlan plan_gradients(const Device *device, const Heads &heads) {
 }
 
 template <int C>
-static void launch_hopper_backward(const Device *device, GradientSides sides, char *memory,
-                                   const GradientPlan &plan, Heads heads, Sight see) {
+static void launch_hopper_backward(const Device *device, GradientSides sides, Write write,
+                                   char *memory, const GradientPlan &plan, Heads heads, Sight see) {
     int *spans = (int *)memory;
     bf16 *weights = (bf16 *)(memory + plan.spans_bytes),
          *slopes = (bf16 *)(memory + plan.spans_bytes + plan.slab_bytes);
@@ -507,7 +511,7 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
     for (int64_t first = 0; first < plan.tiles; first += plan.slab_tiles) {
         int64_t tiles = plan.tiles - first < plan.slab_tiles ? plan.tiles - first : plan.slab_tiles;
         Slab slab = {spans + 2 * first, first * (HOPPER_ROWS / heads.group), (int)tiles, group_bits,
-                     first == 0};
+                     first > 0 || (plan.parts == 1 && write == ADD)};
         int64_t rows = K * tiles * HOPPER_ROWS;
         int queries = HOPPER_DEPTH / heads.group;
         SlopeMaps maps = {};
@@ -534,22 +538,26 @@ static void launch_hopper_backward(const Device *device, GradientSides sides, ch
     }
     int64_t count = heads.S * heads.K * heads.C; /* a multiple of 256 */
     if (plan.parts > 1)
-        LAUNCH_NEXT(device, (join_gradients), grid_for(device, count / 2, 256), 256, dk, dv,
+        LAUNCH_NEXT(device, (join_gradients), grid_for(device, count / 2, 256), 256, dk, dv, write,
                     partial, count, (int)plan.parts);
 }
 
-extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor dy, Tensor y,
-                                        Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index,
-                                        Tensor first, Tensor last, Tensor partial) {
+extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Write write, Tensor dy,
+                                        Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v,
+                                        Tensor index, Tensor first, Tensor last, Tensor partial) {
     (void)index, (void)partial;
     Heads heads = heads_of(q, k);
     Sight see = {data_of<int32_t>(first), data_of<int32_t>(last), NULL, NULL, 0};
     int64_t items = heads.N * heads.H, each = THREADS / 32;
+    bool hopper = items && takes_hopper(q, k, heads, HOPPER_DEPTH);
+    if (write == SET && !hopper) { /* which has to read them for nothing else */
+        cuda_fill(dk, 0.0f);
+        cuda_fill(dv, 0.0f);
+    }
     if (!items) return;
     size_t delta_bytes = ((size_t)items * sizeof(float) + 255) / 256 * 256;
     size_t range_bytes =
         ((size_t)ceil_div(heads.S, FLASH_KEYS) * 2 * sizeof(int) + 255) / 256 * 256;
-    bool hopper = takes_hopper(q, k, heads, HOPPER_DEPTH);
     GradientPlan plan = {};
     if (hopper) plan = plan_gradients(q.device, heads);
     char *memory = (char *)cuda_workspace(
@@ -571,9 +579,11 @@ extern "C" void cuda_attention_backward(Tensor dq, Tensor dk, Tensor dv, Tensor 
             data_of<bf16>(dq),   data_of<float>(dk), data_of<float>(dv), data_of<bf16>(dy), delta,
             data_of<float>(lse), data_of<bf16>(q),   data_of<bf16>(k),   data_of<bf16>(v)};
         if (heads.C == 256)
-            launch_hopper_backward<256>(q.device, sides, memory + delta_bytes, plan, heads, see);
+            launch_hopper_backward<256>(q.device, sides, write, memory + delta_bytes, plan, heads,
+                                        see);
         else
-            launch_hopper_backward<512>(q.device, sides, memory + delta_bytes, plan, heads, see);
+            launch_hopper_backward<512>(q.device, sides, write, memory + delta_bytes, plan, heads,
+                                        see);
         return;
     }
     if (takes_flash(q, k, heads, BACKWARD_ROWS, flash_backward_bytes(heads.C))) {

@@ -29,7 +29,7 @@ struct Slab {
     const int *spans; /* of each tile of rows from n0 on: the first and last key they see */
     int64_t n0;
     int tiles, group_bits; /* group_bits: log2(group) */
-    bool first;            /* of all slabs */
+    bool adds;             /* to dk and dv, or their parts, as they are */
 };
 
 /* Keys of a row of weights: whole tiles. */
@@ -295,8 +295,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 }
 
 /* dk and dv of a tile of HOPPER_ROWS keys and 256 columns, from part blockIdx.z of the rows that
- * see them. With one part they are added to what is there; else part z is at z * (S, K, C), where
- * the first slab's takes the place of what was there. Maps: slopes and weights, q and dy. Grid:
+ * see them; part z is at z * (S, K, C). Maps: slopes and weights, q and dy. Grid:
  * (2 C / 256, tiles of keys * K, parts). */
 template <int C>
 static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
@@ -311,7 +310,6 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     int values = blockIdx.x >= COLUMNS;
     int kv = (int)blockIdx.y % heads.K, column = (int)blockIdx.x % COLUMNS * HOPPER_COLUMNS;
     int64_t s0 = (int64_t)(blockIdx.y / heads.K) * HOPPER_ROWS; /* keys that many see first */
-    bool adds = slab.first ? gridDim.z == 1 : true;
     /* This part's tiles of rows: tile .. end - 1, of which `count` see a key. */
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, first = slab.tiles, last = -1, count = 0;
     for (int i = threadIdx.x; i < slab.tiles; i += BROUGHT_THREADS) {
@@ -336,7 +334,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     __syncthreads();
     count = 0;
     for (int w = 0; w < WARPS; w++) count += counts[w];
-    if (!count && adds) return;
+    if (!count && slab.adds) return;
 
     begin_products(memory);
     int steps = count * (HOPPER_ROWS / HOPPER_DEPTH);
@@ -369,7 +367,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 #pragma unroll
         for (int j = 0; j < HOPPER_COLUMNS / 8; j++) {
             float2 *at = (float2 *)(to + r * line + 8 * j), old = {0, 0};
-            if (adds) old = *at;
+            if (slab.adds) old = *at;
             *at = float2{old.x + sums[4 * j + 2 * p], old.y + sums[4 * j + 2 * p + 1]};
         }
     }
@@ -377,8 +375,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 }
 
 /* The parts of dk, and of dv behind them, added in order. */
-static __global__ void join_gradients(float *dk, float *dv, const float *parts, int64_t count,
-                                      int splits) {
+static __global__ void join_gradients(float *dk, float *dv, Write write, const float *parts,
+                                      int64_t count, int splits) {
     wait_for_last();
     FOR_GRID(i, 2 * count / 4) {
         bool values = 4 * i >= count;
@@ -389,9 +387,11 @@ static __global__ void join_gradients(float *dk, float *dv, const float *parts, 
 #pragma unroll
             for (int j = 0; j < 4; j++) sum[j] += x[j];
         }
-        load(x, to);
+        if (write == ADD) {
+            load(x, to);
 #pragma unroll
-        for (int j = 0; j < 4; j++) sum[j] += x[j];
+            for (int j = 0; j < 4; j++) sum[j] += x[j];
+        }
         store(to, sum);
     }
 }

@@ -306,21 +306,21 @@ template <typename T> static Stack<T> stack_of(const Tensor *t, int count, bool 
     return s;
 }
 
-/* Element i of the whole, in its own matrix. */
-template <typename T> DEVICE_FUNCTION T *element_of(const Stack<T> &s, int64_t i) {
-    int64_t row = i / s.cols, col = i % s.cols, begin = 0, at = s.beside ? col : row;
+/* An element of the whole, in its own matrix. */
+template <typename T> DEVICE_FUNCTION T *element_of(const Stack<T> &s, const RowPack &p) {
+    int64_t begin = 0, end = s.ends[0], at = s.beside ? p.at : p.row;
     T *part = s.parts[0];
-    int64_t end = s.ends[0];
 #pragma unroll
     for (int k = 1; k < MATRICES_MOST; k++)
         if (at >= end && s.ends[k]) begin = end, end = s.ends[k], part = s.parts[k];
-    return s.beside ? part + row * (end - begin) + col - begin
-                    : part + (row - begin) * s.cols + col;
+    return s.beside ? part + p.row * (end - begin) + p.at - begin
+                    : part + (p.row - begin) * s.cols + p.at;
 }
 
-template <typename T> DEVICE_FUNCTION int64_t piece_at(const Stack<T> &s, int64_t i, int piece) {
-    if (!s.beside) return piece * s.rows * s.cols + i;
-    return (i / s.cols * PIECES + piece) * s.cols + i % s.cols;
+template <typename T>
+DEVICE_FUNCTION int64_t piece_at(const Stack<T> &s, const RowPack &p, int piece) {
+    int64_t row = s.beside ? p.row * PIECES + piece : piece * s.rows + p.row;
+    return row * s.cols + p.at;
 }
 
 /* Stacks that one kernel takes apart or puts together: elements begin[k] on of all are those of
@@ -360,7 +360,7 @@ static __global__ void take_apart(bf16 *out, const __grid_constant__ Stacks<cons
     FOR_GRID(i, all.begin[all.count]) {
         int k = stack_with(all, i);
         const Stack<const float> &x = all.of[k];
-        int64_t own = i - all.begin[k];
+        RowPack own = row_pack(i - all.begin[k], x.cols);
         bf16 *to = out + all.places[k];
         float whole = *element_of(x, own);
         bf16 big = to_bf16(whole);
@@ -375,7 +375,7 @@ static __global__ void put_together(const __grid_constant__ Sums<Y> all, const f
     FOR_GRID(i, all.y.begin[all.y.count]) {
         int k = stack_with(all.y, i);
         const Stack<Y> &y = all.y.of[k];
-        int64_t own = i - all.y.begin[k];
+        RowPack own = row_pack(i - all.y.begin[k], y.cols);
         const float *from = x + all.y.places[k];
         float sum = from[piece_at(y, own, 1)] + from[piece_at(y, own, 0)];
         Y *to = element_of(y, own);

@@ -330,7 +330,7 @@ CASE(kernel_attention, values_and_gradients_equal_a_plain_loop) {
                           tensor_absent(), tensor_absent());
         attention_plain(&c, expected);
         for (int64_t i = 0; i < tensor_count(y); i++) EXPECT_CLOSE(at(y, i), expected[i], 2e-6);
-        attention_backward(dq, dk, dv, c.dy, y, lse, c.q, c.k, c.v, c.index, c.first, c.last,
+        attention_backward(dq, dk, dv, ADD, c.dy, y, lse, c.q, c.k, c.v, c.index, c.first, c.last,
                            partial);
         if (c.N > 20) continue; /* differences of the larger shape would take minutes */
         expect_gradient(attention_of_q, c.q, dq, &c, 2e-3, "q");
