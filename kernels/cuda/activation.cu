@@ -12,6 +12,15 @@ DEVICE_FUNCTION float gelu_tanh(float x) {
     return near_tanh(GELU_FACTOR * (x + GELU_CUBE * x * x * x));
 }
 
+/* g becomes gelu(g), rounded, times u. */
+template <typename T, int V> DEVICE_FUNCTION void open_gates(float (&g)[V], const float (&u)[V]) {
+#pragma unroll
+    for (int j = 0; j < V; j++) g[j] = 0.5f * g[j] * (1.0f + gelu_tanh(g[j]));
+    round_all<T>(g);
+#pragma unroll
+    for (int j = 0; j < V; j++) g[j] *= u[j];
+}
+
 /* Rows of F elements, of y one behind the other, of gate and up `stride` apart: those lie F apart
  * in joined rows. */
 template <typename T, int V>
@@ -24,11 +33,7 @@ static __global__ void forward(T *y, const T *gate, const T *up, int64_t rows, i
         float g[V], u[V];
         load(g, gate + at);
         load(u, up + at);
-#pragma unroll
-        for (int j = 0; j < V; j++) g[j] = 0.5f * g[j] * (1.0f + gelu_tanh(g[j]));
-        round_all<T>(g);
-#pragma unroll
-        for (int j = 0; j < V; j++) g[j] *= u[j];
+        open_gates<T>(g, u);
         store(y + i * V, g);
     }
 }
@@ -126,11 +131,7 @@ static __global__ void __launch_bounds__(256)
     if (here) {
         load(g, gate + at);
         load(u, up + at);
-#pragma unroll
-        for (int j = 0; j < V; j++) g[j] = 0.5f * g[j] * (1.0f + gelu_tanh(g[j]));
-        round_all<T>(g);
-#pragma unroll
-        for (int j = 0; j < V; j++) g[j] *= u[j];
+        open_gates<T>(g, u);
         Kept<T, V> pack;
         pack.keep(g);
         pack.write(y + at);

@@ -348,17 +348,17 @@ template <typename T> static int64_t add_stack(Stacks<T> *all, Stack<T> s, int64
     return place + (s.rows * s.cols * PIECES + 127) / 128 * 128;
 }
 
-/* Which stack element i of all is in. */
-template <typename T> DEVICE_FUNCTION int stack_with(const Stacks<T> &all, int64_t i) {
+/* Which part element i of all is in, part k's from begin[k] on. */
+template <typename I> DEVICE_FUNCTION int part_with(const I *begin, int64_t i) {
     int k = 0;
-    while (i >= all.begin[k + 1]) k++;
+    while (i >= begin[k + 1]) k++;
     return k;
 }
 
 static __global__ void take_apart(bf16 *out, const __grid_constant__ Stacks<const float> all) {
     wait_for_last();
     FOR_GRID(i, all.begin[all.count]) {
-        int k = stack_with(all, i);
+        int k = part_with(all.begin, i);
         const Stack<const float> &x = all.of[k];
         RowPack own = row_pack(i - all.begin[k], x.cols);
         bf16 *to = out + all.places[k];
@@ -373,7 +373,7 @@ template <typename Y>
 static __global__ void put_together(const __grid_constant__ Sums<Y> all, const float *x) {
     wait_for_last();
     FOR_GRID(i, all.y.begin[all.y.count]) {
-        int k = stack_with(all.y, i);
+        int k = part_with(all.y.begin, i);
         const Stack<Y> &y = all.y.of[k];
         RowPack own = row_pack(i - all.y.begin[k], y.cols);
         const float *from = x + all.y.places[k];
@@ -503,8 +503,7 @@ DEVICE_FUNCTION void spread_eight(const TermSide &side, int i) {
 static __global__ void spread_terms(const __grid_constant__ TermSides all) {
     wait_for_last();
     FOR_GRID(i, all.begin[all.count]) {
-        int k = 0;
-        while (i >= all.begin[k + 1]) k++;
+        int k = part_with(all.begin, i);
         spread_eight(all.of[k], (int)i - all.begin[k]);
     }
 }

@@ -218,25 +218,8 @@ __launch_bounds__(threads_of<ROW>(), ROW == MANY ? (blocks_of<W, ROW, KEPT>()) -
     }
 }
 
-/* Runs the statements with ROW the threads of a row, of N. */
-#define WITH_ROW(N, D, ROW, ...)                                                                   \
-    do {                                                                                           \
-        if ((D) <= WARP_COLS) {                                                                    \
-            constexpr int ROW = 32;                                                                \
-            __VA_ARGS__;                                                                           \
-        } else if ((N) > FEW_ROWS) {                                                               \
-            constexpr int ROW = MANY;                                                              \
-            __VA_ARGS__;                                                                           \
-        } else if ((D) <= 8 * THREADS) {                                                           \
-            constexpr int ROW = THREADS;                                                           \
-            __VA_ARGS__;                                                                           \
-        } else {                                                                                   \
-            constexpr int ROW = LONG;                                                              \
-            __VA_ARGS__;                                                                           \
-        }                                                                                          \
-    } while (0)
-
-/* The same where nobody waits for few rows. */
+/* Runs the statements with ROW the threads of a row, where rows are many or nobody waits for few.
+ */
 #define WITH_MANY(D, ROW, ...)                                                                     \
     do {                                                                                           \
         if ((D) <= WARP_COLS) {                                                                    \
@@ -244,6 +227,20 @@ __launch_bounds__(threads_of<ROW>(), ROW == MANY ? (blocks_of<W, ROW, KEPT>()) -
             __VA_ARGS__;                                                                           \
         } else {                                                                                   \
             constexpr int ROW = MANY;                                                              \
+            __VA_ARGS__;                                                                           \
+        }                                                                                          \
+    } while (0)
+
+/* The same of N rows. */
+#define WITH_ROW(N, D, ROW, ...)                                                                   \
+    do {                                                                                           \
+        if ((D) <= WARP_COLS || (N) > FEW_ROWS) {                                                  \
+            WITH_MANY(D, ROW, __VA_ARGS__);                                                        \
+        } else if ((D) <= 8 * THREADS) {                                                           \
+            constexpr int ROW = THREADS;                                                           \
+            __VA_ARGS__;                                                                           \
+        } else {                                                                                   \
+            constexpr int ROW = LONG;                                                              \
             __VA_ARGS__;                                                                           \
         }                                                                                          \
     } while (0)

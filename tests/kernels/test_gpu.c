@@ -183,6 +183,16 @@ static void expect_equal(const char *what, Tensor a, Tensor b) {
     free(x), free(y);
 }
 
+/* The codes of x are those that a product would make of it. */
+static void expect_codes(Side *s, Tensor x, Tensor codes, DType kind) {
+    int64_t N = tensor_rows(x);
+    Tensor b = GIVEN(s, kind, 9, 32, tensor_cols(x)), one = SPACE(s, x.dtype, N, 32),
+           other = SPACE(s, x.dtype, N, 32);
+    matmul_int8_several(&one, x, codes, &b, 1);
+    matmul_int8(other, x, b);
+    expect_equal("a product of the codes", one, other);
+}
+
 /* Several norms of one input are each of them; their gradients, the sum. */
 GPU_CASE(several_norms, s, dtype) {
     static const int64_t widths[] = {64, 1540, 2816, 2048};
@@ -261,12 +271,7 @@ GPU_CASE(norms_of_branches, s, dtype) {
         rmsnorm_forward(one, none, y, v, none, 1e-6f);
         expect_equal("y in its place", r, y);
         expect_equal("next", next, one);
-        if (D % 64) continue;
-        Tensor b = GIVEN(s, Q4_0_TILED, 9, 32, D), out = SPACE(s, dtype, N, 32),
-               out1 = SPACE(s, dtype, N, 32);
-        matmul_int8_several(&out, next, codes, &b, 1);
-        matmul_int8(out1, next, b);
-        expect_equal("a product of the codes", out, out1);
+        if (D % 64 == 0) expect_codes(s, next, codes, Q4_0_TILED);
     }
 }
 
@@ -299,12 +304,7 @@ GPU_CASE(norms_in_pairs, s, dtype) {
         expect_equal("y", r, y1);
         expect_equal("next", next, next1);
         result(s, "next", next, near(dtype));
-        if (D % 64) continue;
-        Tensor b = GIVEN(s, Q4_0_TILED, 5, 32, D), out = SPACE(s, dtype, N, 32),
-               out1 = SPACE(s, dtype, N, 32);
-        matmul_int8_several(&out, next, codes, &b, 1);
-        matmul_int8(out1, next, b);
-        expect_equal("a product of the codes", out, out1);
+        if (D % 64 == 0) expect_codes(s, next, codes, Q4_0_TILED);
     }
 }
 
@@ -313,14 +313,11 @@ GPU_CASE(gates_with_codes, s, dtype) {
     for (int64_t N = 1; N <= 64; N += 63) {
         Tensor gate = GIVEN(s, dtype, 1, N, 192), up = GIVEN(s, dtype, 2, N, 192),
                y = SPACE(s, dtype, N, 192), y1 = SPACE(s, dtype, N, 192),
-               b = GIVEN(s, Q8_0_TILED, 5, 16, 192), out = SPACE(s, dtype, N, 16),
-               out1 = SPACE(s, dtype, N, 16), codes = SPACE(s, U8, N * 192 + N * 24);
+               codes = SPACE(s, U8, N * 192 + N * 24);
         gelu_mul_codes(y, codes, gate, up);
         gelu_mul_forward(y1, gate, up);
         expect_equal("y", y, y1);
-        matmul_int8_several(&out, y, codes, &b, 1);
-        matmul_int8(out1, y, b);
-        expect_equal("a product of the codes", out, out1);
+        expect_codes(s, y, codes, Q8_0_TILED);
         result(s, "y", y, near(dtype));
     }
 }
@@ -960,11 +957,7 @@ static void attend_pages(Side *s, DType dtype, DType cached, int64_t each, int64
                       ints(s, to, N, 1), ints(s, whose, N, 1), ints(s, pages, 2, 3));
     result(s, "y", y, dtype == F32 ? 1e-5 : 6e-3);
     result(s, "lse", lse, 1e-5);
-    Tensor rows_of = RESHAPE(y, N, H * C), b = GIVEN(s, Q8_0_TILED, 4, 16, H * C),
-           out = SPACE(s, dtype, N, 16), out1 = SPACE(s, dtype, N, 16);
-    matmul_int8_several(&out, rows_of, codes, &b, 1);
-    matmul_int8(out1, rows_of, b);
-    expect_equal("a product of the codes", out, out1);
+    expect_codes(s, RESHAPE(y, N, H * C), codes, Q8_0_TILED);
 }
 
 GPU_CASE(attention_over_pages, s, dtype) {

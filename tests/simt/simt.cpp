@@ -258,11 +258,11 @@ static void enter() {
     take_known(&begun);
     (*current_body)();
     for (int kind = 0; kind < SIMT_KINDS; kind++) {
-        for (auto &group :
-             lanes[running].asked[kind]) /* copies nobody waits for any more end too */
+        std::deque<Group> &groups = lanes[running].asked[kind];
+        for (auto &group : groups) /* copies nobody waits for any more end too */
             if (kind != SIMT_COPIES && !group.empty())
                 broken("a thread ended before what it asked for was done");
-        lanes[running].asked[kind].clear();
+        groups.clear();
     }
     leave_known(&ended);
     lanes[running].state = DONE;
@@ -497,9 +497,9 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, uns
     current_body = &body;
     reach(true);
     unsigned blocks = grid.x * grid.y * grid.z;
-    for (unsigned k = 0; k < blocks; k += cluster) {
-        unsigned i = simt_is_late ? blocks - cluster - k : k;
-        engine_is_late = simt_is_late && k / cluster % 2 == 0;
+    for (unsigned turn = 0; turn < blocks; turn += cluster) {
+        unsigned i = simt_is_late ? blocks - cluster - turn : turn;
+        engine_is_late = simt_is_late && turn / cluster % 2 == 0;
         memset(aligned, 0xff, each * cluster);
         for (unsigned k = 0; k < total; k++) {
             unsigned rank = k / count, b = i + rank;

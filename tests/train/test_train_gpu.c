@@ -92,15 +92,16 @@ CASE(gpu, a_lost_gpu_ends_the_run_and_it_goes_on_where_it_was_saved) {
     if (!is_emulated()) SKIP("a real GPU is not lost on demand");
     EXPECT_RUN(0, "train %s/run.yaml --device cuda output=%s/whole", f, f);
     char *saved = must_format("%s/cut/checkpoints", f), *cut = must_format("%s/cut", f);
-    int lost = 0, last = 0; /* in the last steps, and while the last weights are written */
-    for (int calls = 1400; !last; calls += 40) {
+    int lost = 0; /* in the last steps, and while the last weights are written */
+    for (int calls = 1400;; calls += 40) {
         char *most = must_format("%d", calls);
         setenv("LAPIDARY_SIMT_FAIL", "lost", 1);
         setenv("LAPIDARY_SIMT_CALLS", most, 1);
-        last = !program_run("train %s/run.yaml --device cuda output=%s/cut", f, f);
+        int status = program_run("train %s/run.yaml --device cuda output=%s/cut", f, f);
         unsetenv("LAPIDARY_SIMT_FAIL");
         free(most);
-        if (last) break;
+        if (!status) break;
+        EXPECT(status == 1, "exit status %d: %s", status, program_err);
         lost++;
         EXPECT(strstr(program_err, "the GPU stopped working") && strstr(program_err, "--resume"),
                "%s", program_err);
