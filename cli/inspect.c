@@ -4,6 +4,7 @@
 #include "formats/adapter.h"
 #include "formats/checkpoint.h"
 #include "formats/file.h"
+#include "formats/gguf_model.h"
 #include "train/metrics.h"
 
 #include <inttypes.h>
@@ -202,7 +203,7 @@ Status command_inspect(int argc, char **argv) {
         free(inner);
         if (there) return kinds[i].inspect(path, as_json);
     }
-    if (gguf_is_file(path)) return inspect_checkpoint(path, as_json);
+    if (gguf_is_model(path)) return inspect_checkpoint(path, as_json);
     size_t n = strlen(path);
     if (n > 3 && !strcmp(path + n - 3, ".h5")) return inspect_store(path, as_json);
     FAIL(ERR_FORMAT, "%s: is no checkpoint, GGUF, adapter, run folder or .h5 dataset", path);

@@ -177,9 +177,10 @@ static Status open_folder(Checkpoint *c) {
 
 static Status open_gguf(Checkpoint *c) {
     const char *prefix = model_config_prefix(&c->config);
-    TRY(gguf_open(&c->gguf, c->dir));
+    TRY(gguf_open_model(&c->gguf, &c->towers.file, c->dir));
+    if (c->towers.file.path) TRY(mmproj_read(&c->towers, &c->config));
     c->renamed = must_calloc((size_t)c->gguf.count + 1, sizeof *c->renamed);
-    c->tensors = must_calloc((size_t)c->gguf.count + 1, sizeof *c->tensors);
+    c->tensors = must_calloc((size_t)(c->gguf.count + c->towers.count) + 1, sizeof *c->tensors);
     for (int i = 0; i < c->gguf.count; i++) {
         char name[PARAM_NAME_MAX];
         c->renamed[i] = c->gguf.tensors[i];
@@ -187,14 +188,14 @@ static Status open_gguf(Checkpoint *c) {
             c->renamed[i].name = must_strdup(name);
         else /* its own name says what it is, or that it is unknown */
             c->renamed[i].name = must_strdup(c->gguf.tensors[i].name);
-        c->tensors[i].stored = &c->renamed[i];
-        c->count = i + 1;
+        c->tensors[c->count++].stored = &c->renamed[i];
     }
+    for (int i = 0; i < c->towers.count; i++) c->tensors[c->count++].stored = &c->towers.tensors[i];
     return OK;
 }
 
 Status checkpoint_open(Checkpoint *c, const char *dir) {
-    *c = (Checkpoint){.dir = must_strdup(dir), .is_gguf = gguf_is_file(dir)};
+    *c = (Checkpoint){.dir = must_strdup(dir), .is_gguf = gguf_is_model(dir)};
     Status status = OK;
     char *config = companion_path(dir, "config.json"), *bytes = NULL;
     size_t size;
@@ -216,7 +217,7 @@ Status checkpoint_describe(Checkpoint *c, const char *dir) {
          *one = path_join(dir, "model.safetensors"), *bytes = NULL;
     size_t size;
     Status status = OK;
-    if (gguf_is_file(dir) || file_exists(index) || file_exists(one)) {
+    if (gguf_is_model(dir) || file_exists(index) || file_exists(one)) {
         status = checkpoint_open(c, dir);
         goto done;
     }
@@ -232,6 +233,7 @@ void checkpoint_close(Checkpoint *c) {
     for (int i = 0; i < c->file_count; i++) safetensors_close(&c->files[i]);
     for (int i = 0; c->renamed && i < c->gguf.count; i++) free(c->renamed[i].name);
     gguf_close(&c->gguf);
+    mmproj_close(&c->towers);
     parts_free(&c->parts);
     free(c->renamed);
     free(c->files);

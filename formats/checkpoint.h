@@ -1,9 +1,10 @@
-/* checkpoint.h - a Hugging Face checkpoint folder or a GGUF file: which stored tensor is which
- * parameter. */
+/* checkpoint.h - a Hugging Face checkpoint folder, a GGUF file or a folder of those: which stored
+ * tensor is which parameter. */
 #ifndef CHECKPOINT_H
 #define CHECKPOINT_H
 
 #include "formats/gguf.h"
+#include "formats/mmproj.h"
 #include "formats/parts.h"
 #include "model/gemma.h"
 
@@ -24,7 +25,7 @@ typedef struct CheckpointTensor {
 } CheckpointTensor;
 
 typedef struct Checkpoint {
-    char *dir; /* the folder, or the GGUF file */
+    char *dir; /* the folder, of safetensors or of GGUF files, or one of those */
     ModelConfig config;
     Safetensors *files;
     int file_count;
@@ -32,6 +33,7 @@ typedef struct Checkpoint {
     bool is_gguf;
     Gguf gguf;
     StoredTensor *renamed;     /* the GGUF's tensors under the checkpoint's names */
+    Mmproj towers;             /* beside it */
     CheckpointTensor *tensors; /* sorted by name, over all files */
     int count;
 } Checkpoint;

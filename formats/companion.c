@@ -9,18 +9,19 @@
 #define COMPANION_MAX ((size_t)1 << 30)
 
 char *companion_path(const char *model, const char *name) {
-    return gguf_is_file(model) ? must_strdup(model) : path_join(model, name);
+    return gguf_is_model(model) ? must_strdup(model) : path_join(model, name);
 }
 
 Status companion_find(char **bytes, size_t *size, const char *model, const char *name) {
     Status status = OK;
     *bytes = NULL;
     *size = 0;
-    if (gguf_is_file(model)) {
-        Gguf g;
-        TRY(gguf_open(&g, model));
-        status = gguf_companion(&g, name, bytes, size);
+    if (gguf_is_model(model)) {
+        Gguf g, towers;
+        TRY(gguf_open_model(&g, &towers, model));
+        status = gguf_companion(&g, towers.path ? &towers : NULL, name, bytes, size);
         gguf_close(&g);
+        gguf_close(&towers);
         return status;
     }
     char *path = path_join(model, name);
@@ -32,7 +33,7 @@ Status companion_find(char **bytes, size_t *size, const char *model, const char 
 Status companion_read(char **bytes, size_t *size, const char *model, const char *name) {
     TRY(companion_find(bytes, size, model, name));
     if (*bytes) return OK;
-    if (gguf_is_file(model)) FAIL(ERR_FORMAT, "%s: holds no %s", model, name);
+    if (gguf_is_model(model)) FAIL(ERR_FORMAT, "%s: holds no %s", model, name);
     char *path = path_join(model, name);
     Status status = file_read(bytes, size, path, COMPANION_MAX); /* says why it is not there */
     free(path);

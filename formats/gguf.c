@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -329,6 +330,16 @@ bool gguf_next_string(GgufStrings *s, const char **bytes, size_t *size) {
     s->at += 8 + *size;
     s->left--;
     return true;
+}
+
+Status gguf_get_int(const Gguf *g, const char *key, int64_t low, int64_t high, int64_t *out) {
+    double value;
+    TRY(gguf_get_number(g, key, &value));
+    if (!(value >= (double)low && value <= (double)high) || value != floor(value))
+        FAIL(ERR_FORMAT, "%s: '%s' is %g, expected %" PRId64 " to %" PRId64, g->path, key, value,
+             low, high);
+    *out = (int64_t)value;
+    return OK;
 }
 
 const char *gguf_text(const Gguf *g, const char *key, size_t *size) {

@@ -1,8 +1,11 @@
 /* gguf_model.c - names and config between checkpoint and GGUF (spec: llama.cpp's converter). */
 #include "formats/gguf_model.h"
 #include "formats/companion.h"
+#include "formats/file.h"
 #include "formats/gguf_tokenizer.h"
+#include "formats/mmproj.h"
 
+#include <dirent.h>
 #include <inttypes.h>
 #include <jansson.h>
 #include <math.h>
@@ -102,20 +105,65 @@ const char *gguf_prefix(const Gguf *g) {
     return text && size == 6 && !memcmp(text, "model.", 6) ? "model." : "model.language_model.";
 }
 
-/* ---- metadata to config.json ---- */
+/* ---- files ---- */
 
-static Status get_int(const Gguf *g, const char *key, int64_t low, int64_t high, int64_t *out) {
-    double value;
-    TRY(gguf_get_number(g, key, &value));
-    if (!(value >= (double)low && value <= (double)high) || value != floor(value))
-        FAIL(ERR_FORMAT, "%s: '%s' is %g, expected %" PRId64 " to %" PRId64, g->path, key, value,
-             low, high);
-    *out = (int64_t)value;
-    return OK;
+/* The path of the next GGUF in a folder; NULL after the last. Caller frees. */
+static char *next_gguf(DIR *dir, const char *folder) {
+    for (struct dirent *entry; (entry = readdir(dir));) {
+        size_t n = strlen(entry->d_name);
+        if (n > 5 && !strcmp(entry->d_name + n - 5, ".gguf"))
+            return path_join(folder, entry->d_name);
+    }
+    return NULL;
 }
 
+bool gguf_is_model(const char *path) {
+    DIR *dir = opendir(path);
+    if (!dir) return gguf_is_file(path);
+    char *file = next_gguf(dir, path), *one = path_join(path, "model.safetensors"),
+         *index = path_join(path, "model.safetensors.index.json");
+    bool is = file && !file_exists(one) && !file_exists(index);
+    closedir(dir);
+    free(file), free(one), free(index);
+    return is;
+}
+
+static bool has_architecture(const Gguf *g, const char *name) {
+    size_t size;
+    const char *text = gguf_text(g, "general.architecture", &size);
+    return text && size == strlen(name) && !memcmp(text, name, size);
+}
+
+Status gguf_open_model(Gguf *text, Gguf *towers, const char *path) {
+    *text = *towers = (Gguf){0};
+    Status status = OK;
+    DIR *dir = opendir(path);
+    if (!dir) return gguf_open(text, path);
+    for (char *file; status == OK && (file = next_gguf(dir, path)); free(file)) {
+        Gguf g;
+        status = gguf_open(&g, file);
+        if (status != OK) continue;
+        Gguf *to = has_architecture(&g, "clip") ? towers : text;
+        if (to->path)
+            status = status_fail(ERR_FORMAT, "%s: %s and %s are both %s, expected one", path,
+                                 strrchr(to->path, '/') + 1, strrchr(g.path, '/') + 1,
+                                 to == text ? "text models" : "towers");
+        if (status == OK)
+            *to = g;
+        else
+            gguf_close(&g);
+    }
+    closedir(dir);
+    if (status == OK && !text->path)
+        status = status_fail(ERR_FORMAT, "%s: holds towers and no text model", path);
+    if (status != OK) gguf_close(text), gguf_close(towers);
+    return status;
+}
+
+/* ---- metadata to config.json ---- */
+
 static Status get_optional(const Gguf *g, const char *key, int64_t *out) {
-    return gguf_find(g, key) ? get_int(g, key, 0, INT32_MAX, out) : OK;
+    return gguf_find(g, key) ? gguf_get_int(g, key, 0, INT32_MAX, out) : OK;
 }
 
 /* An entry for each layer, or one for all. */
@@ -152,6 +200,18 @@ static double rotary_factor(const Gguf *g) {
     return (double)rotated / (double)t->shape[0];
 }
 
+/* The id of a token by its text; -1 where the vocabulary has none. */
+static int64_t token_id(const Gguf *g, const char *text) {
+    const GgufValue *tokens = gguf_find(g, "tokenizer.ggml.tokens");
+    if (!tokens) return -1;
+    GgufStrings s = gguf_strings(tokens);
+    const char *bytes;
+    size_t size, n = strlen(text);
+    for (int64_t i = 0; gguf_next_string(&s, &bytes, &size); i++)
+        if (size == n && !memcmp(bytes, text, n)) return i;
+    return -1;
+}
+
 /* Ids that end an answer: the file's end token, and the end of a turn where the vocabulary has it
  * (llama.cpp finds it by its text too). */
 static json_t *end_tokens(const Gguf *g) {
@@ -160,14 +220,21 @@ static json_t *end_tokens(const Gguf *g) {
     if (gguf_find(g, "tokenizer.ggml.eos_token_id") &&
         gguf_get_number(g, "tokenizer.ggml.eos_token_id", &id) == OK)
         json_array_append_new(list, json_integer((json_int_t)id));
-    const GgufValue *tokens = gguf_find(g, "tokenizer.ggml.tokens");
-    if (!tokens) return list;
-    GgufStrings s = gguf_strings(tokens);
-    const char *bytes;
-    size_t size;
-    for (json_int_t i = 0; gguf_next_string(&s, &bytes, &size); i++)
-        if (size == 7 && !memcmp(bytes, "<turn|>", 7)) json_array_append_new(list, json_integer(i));
+    int64_t turn = token_id(g, "<turn|>");
+    if (turn >= 0) json_array_append_new(list, json_integer(turn));
     return list;
+}
+
+/* What config.json says of media: the towers, and which tokens stand where they speak. */
+static Status fill_media(const Gguf *g, const Gguf *towers, json_t *root) {
+    static const char *const tokens[][2] = {{"image_token_id", "<|image|>"},
+                                            {"audio_token_id", "<|audio|>"},
+                                            {"video_token_id", "<|video|>"}};
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++) {
+        int64_t id = token_id(g, tokens[i][1]);
+        if (id >= 0) set_int(root, tokens[i][0], id);
+    }
+    return mmproj_config(towers, root);
 }
 
 static Status fill_layers(const Gguf *g, json_t *text, int64_t L) {
@@ -211,7 +278,7 @@ static Status fill_config(const Gguf *g, json_t *text) {
                    {"gemma4.attention.key_length", "global_head_dim", 2, 1 << 16}};
     int64_t L = 0, value = 0, pad = 0, bos = 2;
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-        TRY(get_int(g, numbers[i].key, numbers[i].low, numbers[i].high, &value));
+        TRY(gguf_get_int(g, numbers[i].key, numbers[i].low, numbers[i].high, &value));
         set_int(text, numbers[i].name, value);
         if (!strcmp(numbers[i].name, "num_hidden_layers")) L = value;
     }
@@ -229,9 +296,9 @@ static Status fill_config(const Gguf *g, json_t *text) {
                         value ? json_null() : json_string("vision"));
     if (gguf_find(g, "gemma4.expert_count")) {
         int64_t experts = 0, used = 0, width = 0;
-        TRY(get_int(g, "gemma4.expert_count", 1, EXPERTS_MAX, &experts));
-        TRY(get_int(g, "gemma4.expert_used_count", 1, EXPERTS_MAX, &used));
-        TRY(get_int(g, "gemma4.expert_feed_forward_length", 1, 1 << 20, &width));
+        TRY(gguf_get_int(g, "gemma4.expert_count", 1, EXPERTS_MAX, &experts));
+        TRY(gguf_get_int(g, "gemma4.expert_used_count", 1, EXPERTS_MAX, &used));
+        TRY(gguf_get_int(g, "gemma4.expert_feed_forward_length", 1, 1 << 20, &width));
         json_object_set_new(text, "enable_moe_block", json_true());
         set_int(text, "num_experts", experts);
         set_int(text, "top_k_experts", used);
@@ -264,13 +331,14 @@ static Status fill_config(const Gguf *g, json_t *text) {
     return OK;
 }
 
-static Status config_json(const Gguf *g, char **bytes) {
+static Status config_json(const Gguf *g, const Gguf *towers, char **bytes) {
     size_t size;
     const char *arch = gguf_text(g, "general.architecture", &size);
-    if (!arch || size != 6 || memcmp(arch, "gemma4", 6))
-        FAIL(ERR_FORMAT, "%s: general.architecture is '%.*s', expected gemma4", g->path,
-             arch ? (int)size : 4, arch ? arch : "none");
-    bool nested = strcmp(gguf_prefix(g), "model.");
+    if (!has_architecture(g, "gemma4"))
+        FAIL(ERR_FORMAT, "%s: general.architecture is '%.*s', expected gemma4%s", g->path,
+             arch ? (int)size : 4, arch ? arch : "none",
+             has_architecture(g, "clip") ? ": towers go into a folder with their text model" : "");
+    bool nested = towers || strcmp(gguf_prefix(g), "model.");
     json_t *text = json_object();
     Status status = fill_config(g, text);
     if (status == OK) {
@@ -282,7 +350,8 @@ static Status config_json(const Gguf *g, char **bytes) {
             json_pack("[s]", nested ? "Gemma4ForConditionalGeneration" : "Gemma4ForCausalLM"));
         json_object_set_new(root, "dtype", json_string("bfloat16"));
         json_object_set_new(root, "eos_token_id", end_tokens(g));
-        *bytes = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
+        if (towers) status = fill_media(g, towers, root);
+        if (status == OK) *bytes = json_dumps(root, JSON_INDENT(2) | JSON_REAL_PRECISION(15));
         if (nested) json_decref(root);
     }
     json_decref(text);
@@ -319,10 +388,11 @@ static char *generation_json(const Gguf *g) {
     return text;
 }
 
-Status gguf_companion(const Gguf *g, const char *name, char **bytes, size_t *size) {
+Status gguf_companion(const Gguf *g, const Gguf *towers, const char *name, char **bytes,
+                      size_t *size) {
     *bytes = NULL;
     if (!strcmp(name, "config.json")) {
-        TRY(config_json(g, bytes));
+        TRY(config_json(g, towers, bytes));
     } else if (!strcmp(name, "generation_config.json")) {
         *bytes = generation_json(g);
     } else if (!strcmp(name, "tokenizer.json")) {

@@ -20,10 +20,18 @@ bool gguf_name_from(char *out, size_t size, const char *gguf_name, const char *p
 #define GGUF_ROPE_FREQS "rope_freqs.weight"
 void gguf_rope_freqs(float *out, const ModelConfig *c);
 
+/* Whether a path is a GGUF, or a folder that has some and no safetensors of a model. */
+bool gguf_is_model(const char *path);
+
+/* Opens it: a text model, or a folder with one and at most one more file, of its towers (mmproj,
+ * general.architecture clip; else *towers stays zero). */
+Status gguf_open_model(Gguf *text, Gguf *towers, const char *path);
+
 /* The file that a folder would hold under `name` (config.json, tokenizer.json,
  * generation_config.json, chat_template.jinja), made from the metadata; *bytes stays NULL when the
  * file has nothing of the kind. Caller frees. */
-Status gguf_companion(const Gguf *g, const char *name, char **bytes, size_t *size);
+Status gguf_companion(const Gguf *g, const Gguf *towers, const char *name, char **bytes,
+                      size_t *size);
 
 /* "model.language_model." or "model.": under which names its adapters go. */
 const char *gguf_prefix(const Gguf *g);

@@ -1,4 +1,4 @@
-/* mmproj.c - names by a table, a few tensors in another order. */
+/* mmproj.c - names by a table, a few tensors in another order; written, and read back. */
 #include "formats/mmproj.h"
 #include "formats/gguf_model.h"
 #include "kernels/elementwise.h"
@@ -160,32 +160,38 @@ static Entry entry_of(const Param *p, DType dtype) {
     return e;
 }
 
-static void turn_pixels(float *to, const float *from, int64_t rows, int64_t cols) {
+static void turn_pixels(float *to, const float *from, int64_t rows, int64_t cols, bool back) {
     int64_t area = cols / 3;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < area; i++)
-            for (int64_t c = 0; c < 3; c++)
-                to[r * cols + c * area + i] = from[r * cols + 3 * i + c];
+            for (int64_t c = 0; c < 3; c++) {
+                int64_t ours = r * cols + 3 * i + c, theirs = r * cols + c * area + i;
+                to[back ? ours : theirs] = from[back ? theirs : ours];
+            }
 }
 
-/* `from` in the file's order: in `to`, or where it is. */
-static float *lay(float *to, float *from, const Entry *e) {
+/* `from` in the file's order, or `back` in the checkpoint's: in `to`, or where it is. */
+static float *lay(float *to, float *from, const Entry *e, bool back) {
     Tensor t = e->p->value;
     int64_t n = tensor_count(t), cols = t.ndim > 1 ? tensor_cols(t) : n;
     switch (e->layout) {
     case PIXELS:
     case SQUARES:
-        turn_pixels(to, from, n / cols, cols);
+        turn_pixels(to, from, n / cols, cols, back);
         return to;
     case SWAPPED:
         for (int64_t p = 0; p < t.shape[0]; p++)
-            for (int64_t axis = 0; axis < 2; axis++)
-                memcpy(to + (axis * t.shape[0] + p) * cols, from + (2 * p + axis) * cols,
+            for (int64_t axis = 0; axis < 2; axis++) {
+                int64_t ours = (2 * p + axis) * cols, theirs = (axis * t.shape[0] + p) * cols;
+                memcpy(to + (back ? ours : theirs), from + (back ? theirs : ours),
                        (size_t)cols * sizeof *to);
+            }
         return to;
     case SOFTPLUS:
-        for (int64_t i = 0; i < n; i++)
-            to[i] = from[i] > 20 ? from[i] : (float)log1p(exp((double)from[i]));
+        for (int64_t i = 0; i < n; i++) {
+            double x = from[i];
+            to[i] = x > 20 ? from[i] : (float)(back ? log(expm1(x)) : log1p(exp(x)));
+        }
         return to;
     case LINEAR:
     case PLAIN:
@@ -202,7 +208,7 @@ static Status write_entry(GgufWriter *w, const Gemma *g, const Entry *e, const c
     bool finite = true;
     if (!values) FAIL(ERR_IO, "%s: out of memory for tensor '%s'", path, e->p->name);
     merged_rows(g, e->p, 0, n / cols, values);
-    Tensor from = TENSOR(lay(values + n, values, e), F32, n),
+    Tensor from = TENSOR(lay(values + n, values, e, false), F32, n),
            to = TENSOR(values + 2 * n, e->dtype, n);
     check_finite(&finite, from);
     if (e->dtype == F32)
@@ -322,4 +328,198 @@ Status mmproj_save(const Gemma *g, const char *name, DType dtype, const char *pa
 done:
     gguf_abandon(w);
     return status;
+}
+
+/* ---- reading ---- */
+
+static Status size_of(const Gguf *g, const char *tensor, int axis, int64_t *out) {
+    const StoredTensor *t = gguf_find_tensor(g, tensor);
+    if (!t || t->ndim <= axis)
+        FAIL(ERR_FORMAT, "%s: tensor '%s' is missing, or has no axis %d", g->path, tensor, axis);
+    *out = t->shape[axis];
+    return OK;
+}
+
+/* A key of clip.vision or clip.audio, as a number of config.json under another name. */
+static Status take(const Gguf *g, const char *kind, const char *key, json_t *to, const char *name) {
+    char full[64];
+    int64_t value = 0;
+    snprintf(full, sizeof full, "clip.%s.%s", kind, key);
+    TRY(gguf_get_int(g, full, 0, INT32_MAX, &value));
+    json_object_set_new(to, name, json_integer(value));
+    return OK;
+}
+
+static Status take_eps(const Gguf *g, const char *kind, json_t *to) {
+    char full[64], shortest[32];
+    double eps;
+    snprintf(full, sizeof full, "clip.%s.attention.layer_norm_epsilon", kind);
+    TRY(gguf_get_number(g, full, &eps));
+    if (!isfinite(eps)) FAIL(ERR_FORMAT, "%s: '%s' is no finite number", g->path, full);
+    snprintf(shortest, sizeof shortest, "%.7g", eps); /* it was stored as a float */
+    json_object_set_new(to, "rms_norm_eps", json_real(strtod(shortest, NULL)));
+    return OK;
+}
+
+/* Whether linears of these blocks ("v.", "a.") have bounds. */
+static bool are_clipped(const Gguf *g, const char *blocks) {
+    for (int i = 0; i < g->count; i++) {
+        const char *name = g->tensors[i].name, *end = strrchr(name, '.');
+        if (!strncmp(name, blocks, 2) && end && !strcmp(end, ".input_max")) return true;
+    }
+    return false;
+}
+
+/* Whether the file's projector of a kind is the one without a tower; an unknown one is an error. */
+static Status is_unified(const Gguf *g, const char *kind, bool *out) {
+    char key[64];
+    size_t size = 0;
+    snprintf(key, sizeof key, "clip.%s.projector_type", kind);
+    const char *text = gguf_text(g, key, &size);
+    if (!text) text = gguf_text(g, "clip.projector_type", &size);
+    *out = text && size == 8 && !memcmp(text, "gemma4u", 7) && text[7] == *kind;
+    if (!*out && (!text || size != 7 || memcmp(text, "gemma4", 6) || text[6] != *kind))
+        FAIL(ERR_FORMAT, "%s: %s is '%.*s', expected gemma4%c or gemma4u%c", g->path, key,
+             text ? (int)size : 4, text ? text : "none", *kind, *kind);
+    return OK;
+}
+
+static Status take_tower(const Gguf *g, const char *kind, json_t *to) {
+    TRY(take(g, kind, "embedding_length", to, "hidden_size"));
+    TRY(take(g, kind, "block_count", to, "num_hidden_layers"));
+    TRY(take(g, kind, "attention.head_count", to, "num_attention_heads"));
+    json_object_set_new(to, "use_clipped_linears",
+                        json_boolean(are_clipped(g, *kind == 'v' ? "v." : "a.")));
+    return OK;
+}
+
+static Status vision_config(const Gguf *g, json_t *to, bool unified) {
+    int64_t places = 0;
+    json_object_set_new(to, "model_type",
+                        json_string(unified ? "gemma4_unified_vision" : "gemma4_vision"));
+    TRY(take(g, "vision", "patch_size", to, "patch_size"));
+    if (gguf_find(g, "clip.vision.projector.scale_factor"))
+        TRY(take(g, "vision", "projector.scale_factor", to, "pooling_kernel_size"));
+    TRY(take_eps(g, "vision", to));
+    TRY(size_of(g, "v.position_embd.weight", 1, &places));
+    json_object_set_new(to, unified ? "mm_posemb_size" : "position_embedding_size",
+                        json_integer(places));
+    if (unified) return take(g, "vision", "embedding_length", to, "mm_embed_dim");
+    TRY(take_tower(g, "vision", to));
+    TRY(take(g, "vision", "feed_forward_length", to, "intermediate_size"));
+    json_object_set_new(to, "standardize", json_boolean(gguf_find_tensor(g, "v.std_bias")));
+    return OK;
+}
+
+static Status audio_config(const Gguf *g, json_t *to, bool unified) {
+    int64_t width = 0, taps = 0, channels[2] = {0};
+    json_object_set_new(to, "model_type",
+                        json_string(unified ? "gemma4_unified_audio" : "gemma4_audio"));
+    TRY(take_eps(g, "audio", to));
+    TRY(size_of(g, "mm.a.input_projection.weight", 1, &width));
+    json_object_set_new(to, unified ? "audio_embed_dim" : "output_proj_dims", json_integer(width));
+    if (unified) return OK;
+    TRY(take_tower(g, "audio", to));
+    TRY(size_of(g, "a.conv1d.0.weight", 0, &channels[0]));
+    TRY(size_of(g, "a.conv1d.1.weight", 0, &channels[1]));
+    TRY(size_of(g, "a.blk.0.conv_dw.weight", 1, &taps));
+    json_object_set_new(to, "subsampling_conv_channels",
+                        json_pack("[I, I]", (json_int_t)channels[0], (json_int_t)channels[1]));
+    json_object_set_new(to, "conv_kernel_size", json_integer(taps));
+    return OK;
+}
+
+Status mmproj_config(const Gguf *g, json_t *root) {
+    static const struct {
+        const char *kind, *has, *name;
+        Status (*fill)(const Gguf *, json_t *, bool);
+    } kinds[] = {{"vision", "clip.has_vision_encoder", "vision_config", vision_config},
+                 {"audio", "clip.has_audio_encoder", "audio_config", audio_config}};
+    bool any = false;
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        bool unified = false;
+        int64_t has = 0;
+        if (gguf_find(g, kinds[i].has)) TRY(gguf_get_int(g, kinds[i].has, 0, 1, &has));
+        if (!has) continue;
+        TRY(is_unified(g, kinds[i].kind, &unified));
+        json_t *config = json_object();
+        json_object_set_new(root, kinds[i].name, config);
+        TRY(kinds[i].fill(g, config, unified));
+        any = true;
+        if (!unified) continue;
+        json_object_set_new(root, "model_type", json_string("gemma4_unified"));
+        json_object_set_new(root, "architectures",
+                            json_pack("[s]", "Gemma4UnifiedForConditionalGeneration"));
+        json_object_set_new(json_object_get(root, "text_config"), "model_type",
+                            json_string("gemma4_unified_text"));
+    }
+    if (!any) FAIL(ERR_FORMAT, "%s: holds no tower for pictures or sound", g->path);
+    return OK;
+}
+
+/* The tensor of the file in the checkpoint's order, in memory of its own. */
+static Status turn(StoredTensor *to, const StoredTensor *from, const Entry *e) {
+    int64_t n = tensor_count(e->p->value);
+    if (from->dtype != F32 && from->dtype != BF16 && from->dtype != F16)
+        FAIL(ERR_FORMAT, "%s: tensor '%s' is %s, expected F32, BF16 or F16", from->file, from->name,
+             from->dtype_text);
+    float *values = must_malloc(2 * (size_t)n * sizeof *values);
+    *to = *from;
+    to->turned = true;
+    to->bytes = (uint8_t *)values;
+    to->size = (size_t)n * sizeof *values;
+    to->dtype = F32;
+    strcpy(to->dtype_text, dtype_text(F32));
+    TRY(stored_tensor_read(from, TENSOR(values + n, F32, n)));
+    lay(values, values + n, e, true);
+    return OK;
+}
+
+static Status read_entry(StoredTensor *to, const Gguf *g, const Param *p, bool *used) {
+    Entry e = entry_of(p, BF16);
+    const StoredTensor *t = gguf_find_tensor(g, e.name);
+    if (!t) FAIL(ERR_FORMAT, "%s: tensor '%s' is missing", g->path, e.name);
+    used[t - g->tensors] = true;
+    bool same = t->ndim == e.ndim;
+    for (int d = 0; same && d < e.ndim; d++) same = t->shape[d] == e.shape[d];
+    if (!same)
+        FAIL(ERR_FORMAT, "%s: tensor '%s' has another shape than %s, which it stands for", g->path,
+             e.name, p->name);
+    *to = *t;
+    Status status =
+        e.layout == LINEAR || e.layout == PLAIN || e.layout == SQUEEZED ? OK : turn(to, t, &e);
+    to->name = must_strdup(p->name);
+    to->ndim = p->value.ndim;
+    memcpy(to->shape, p->value.shape, sizeof p->value.shape);
+    return status;
+}
+
+Status mmproj_read(Mmproj *m, const ModelConfig *config) {
+    Gemma names; /* declared for its names and shapes only */
+    const Gguf *g = &m->file;
+    Status status = OK;
+    gemma_declare(&names, config, BF16, device_cpu());
+    gemma_declare_media(&names);
+    bool *used = must_calloc((size_t)g->count + 1, sizeof *used);
+    m->tensors = must_calloc((size_t)names.params.count + 1, sizeof *m->tensors);
+    for (int i = 0; i < names.params.count && status == OK; i++)
+        if (names.params.items[i]->tower)
+            status = read_entry(&m->tensors[m->count++], g, names.params.items[i], used);
+    for (int i = 0; i < g->count && status == OK; i++)
+        if (!used[i])
+            status = status_fail(ERR_FORMAT, "%s: tensor '%s' is unknown to these towers", g->path,
+                                 g->tensors[i].name);
+    free(used);
+    gemma_free(&names);
+    return status;
+}
+
+void mmproj_close(Mmproj *m) {
+    for (int i = 0; i < m->count; i++) {
+        free(m->tensors[i].name);
+        if (m->tensors[i].turned) free((void *)m->tensors[i].bytes);
+    }
+    free(m->tensors);
+    gguf_close(&m->file);
+    *m = (Mmproj){0};
 }

@@ -196,6 +196,7 @@ Status stored_tensor_read(const StoredTensor *t, Tensor to) {
 }
 
 void stored_tensor_release(const StoredTensor *t) {
+    if (t->turned) return;
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE),
               begin = ((uintptr_t)t->bytes + page - 1) / page * page;
     uintptr_t end = ((uintptr_t)t->bytes + t->size) / page * page;

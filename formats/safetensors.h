@@ -15,6 +15,7 @@ typedef struct StoredTensor {
     const uint8_t *bytes; /* in the mapped file; any alignment */
     size_t size;
     const char *file;          /* the path it came from */
+    bool turned;               /* bytes are not in the map: they lie there in another order */
     const struct Parts *parts; /* bytes is NULL: it is made from these (parts.h) */
 } StoredTensor;
 

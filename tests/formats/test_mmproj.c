@@ -144,12 +144,7 @@ CASE(mmproj, towers_are_written_in_llama_cpps_order) {
     free(dir);
 }
 
-/* The 12B's embedder: what is squared, and axes of places. llama.cpp's audio wants 640 samples. */
-CASE(mmproj, the_embedder_without_a_tower_is_written_too) {
-    char *dir = must_format("%s/m", test_folder());
-    int64_t shape[4];
-    Model m;
-    Gguf g;
+static void init_small_12b(const char *dir) {
     EXPECT_RUN(0, "init 12b %s --media --layers 6 --config", dir);
     char *config = must_format("%s/config.json", test_folder());
     json_t *root = json_loads(program_out, 0, NULL), *text = json_object_get(root, "text_config");
@@ -159,6 +154,17 @@ CASE(mmproj, the_embedder_without_a_tower_is_written_too) {
     json_object_set_new(json_object_get(root, "vision_config"), "mm_embed_dim", json_integer(96));
     EXPECT(!json_dump_file(root, config, 0));
     EXPECT_RUN(0, "init %s %s --tokenizer demo/tokenizer --dtype f32", config, dir);
+    json_decref(root);
+    free(config);
+}
+
+/* The 12B's embedder: what is squared, and axes of places. llama.cpp's audio wants 640 samples. */
+CASE(mmproj, the_embedder_without_a_tower_is_written_too) {
+    char *dir = must_format("%s/m", test_folder());
+    int64_t shape[4];
+    Model m;
+    Gguf g;
+    init_small_12b(dir);
     export_and_open(&m, &g, dir, NULL);
     float *x = values_of(&m, "model.vision_embedder.pos_embedding", shape);
     const float *y = stored_of(&g, "v.position_embd.weight", 3);
@@ -176,8 +182,96 @@ CASE(mmproj, the_embedder_without_a_tower_is_written_too) {
     free(x);
     gguf_close(&g);
     model_close(&m);
+    free(dir);
+}
+
+/* Every tensor of the towers of a model is that of another: but for what goes through softplus and
+ * back, the same bits. */
+static void expect_same_towers(const Model *a, const Model *b) {
+    for (int i = 0; i < a->g.params.count; i++) {
+        const Param *p = a->g.params.items[i];
+        int64_t shape[4], n = tensor_count(p->value);
+        if (!p->tower) continue;
+        float *x = values_of(a, p->name, shape), *y = values_of(b, p->name, shape);
+        bool soft = strstr(p->name, "per_dim_scale");
+        for (int64_t k = 0; k < n; k++)
+            EXPECT(soft ? fabsf(x[k] - y[k]) < 1e-6f : x[k] == y[k], "%s: %g, %g", p->name,
+                   (double)x[k], (double)y[k]);
+        free(x), free(y);
+    }
+}
+
+/* The towers of `dir` out of a folder of GGUF files, beside a text model. */
+static void expect_read_back(const char *dir) {
+    Model m, n;
+    Gguf g;
+    char *folder = must_format("%s.gguf", dir), *from = must_format("%s.mmproj.gguf", dir),
+         *to = must_format("%s/towers.gguf", folder), *config = path_join(folder, "config.json");
+    export_and_open(&m, &g, dir, NULL);
+    EXPECT_OK(folder_make(folder));
+    EXPECT_RUN(0, "export --model %s --to q8_0-gguf %s/text.gguf", dir, folder);
+    EXPECT(!rename(from, to));
+    EXPECT_OK(
+        file_write(config, "{}", 2)); /* some put one beside; the files speak for themselves */
+    EXPECT_OK(model_open(&n, folder, NULL, "cpu", "f32", WEIGHTS_LOADED, WITH_MEDIA));
+    expect_same_towers(&m, &n);
+    const ModelConfig *a = &m.checkpoint.config, *b = &n.checkpoint.config;
+    EXPECT(!strcmp(a->model_type, b->model_type) && a->image_token_id == b->image_token_id &&
+               a->audio_token_id == b->audio_token_id && a->video_token_id == b->video_token_id &&
+               a->use_bidirectional_attention == b->use_bidirectional_attention,
+           "%s for %s", b->model_type, a->model_type);
+    EXPECT(a->vision.pooling_kernel_size == b->vision.pooling_kernel_size &&
+           a->vision.rms_norm_eps == b->vision.rms_norm_eps && a->audio.keys == b->audio.keys &&
+           a->audio.logit_cap == b->audio.logit_cap);
+    model_close(&n);
+    gguf_close(&g);
+    model_close(&m);
+    free(folder), free(from), free(to), free(config);
+}
+
+CASE(mmproj, towers_are_read_beside_a_text_model) {
+    const char *f = test_folder();
+    char *dir = must_format("%s/m", f);
+    EXPECT_RUN(0, "init tiny %s --media --tokenizer demo/tokenizer --dtype f32", dir);
+    expect_read_back(dir);
+    /* A checkpoint folder again, and what is in it. */
+    EXPECT_RUN(0, "export --model %s.gguf --to safetensors %s/back", dir, f);
+    EXPECT_RUN(0, "export --model %s/back --to mmproj --dtype f32 %s/again.gguf", f, f);
+    EXPECT_RUN(0, "inspect %s.gguf", dir);
+    EXPECT(strstr(program_out, "model.vision_tower.encoder.layers.1.mlp.up_proj.linear.weight"));
+    free(dir);
+    dir = must_format("%s/12b", f);
+    init_small_12b(dir);
+    expect_read_back(dir);
+    free(dir);
+}
+
+CASE(mmproj, files_that_do_not_belong_together_are_refused) {
+    const char *f = test_folder();
+    EXPECT_RUN(0, "init tiny %s/m --media --tokenizer demo/tokenizer", f);
+    char *folder = must_format("%s/g", f);
+    EXPECT_OK(folder_make(folder));
+    EXPECT_RUN(0, "export --model %s/m --to mmproj %s/g/towers.gguf", f, f);
+    EXPECT_EXIT(1, "towers go into a folder with their text model",
+                "generate --model %s/g/towers.gguf hi", f);
+    EXPECT_EXIT(1, "holds towers and no text model", "generate --model %s/g hi", f);
+    EXPECT_RUN(0, "export --model %s/m --to bf16-gguf %s/g/a.gguf", f, f);
+    EXPECT_RUN(0, "export --model %s/m --to q8_0-gguf %s/g/b.gguf", f, f);
+    EXPECT_EXIT(1, "are both text models, expected one", "generate --model %s/g hi", f);
+    char *path = must_format("%s/g/b.gguf", f), *config = must_format("%s/config.json", f);
+    EXPECT(!remove(path));
+    EXPECT_RUN(0, "init tiny %s --media --layers 6 --config", f);
+    json_t *root = json_loads(program_out, 0, NULL);
+    json_object_set_new(json_object_get(root, "text_config"), "hidden_size", json_integer(64));
+    EXPECT(!json_dump_file(root, config, 0));
+    EXPECT_RUN(0, "init %s %s/other --tokenizer demo/tokenizer", config, f);
+    char *towers = must_format("%s/towers.gguf", folder);
+    EXPECT(!remove(towers));
+    EXPECT_RUN(0, "export --model %s/other --to mmproj %s/g/towers.gguf", f, f);
+    EXPECT_EXIT(1, "has another shape than model.embed_vision.embedding_projection.weight",
+                "generate --model %s/g hi", f);
     json_decref(root);
-    free(config), free(dir);
+    free(path), free(config), free(folder), free(towers);
 }
 
 CASE(mmproj, what_llama_cpp_cannot_compute_is_refused) {

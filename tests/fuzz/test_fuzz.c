@@ -15,6 +15,7 @@
 #include "formats/adapter.h"
 #include "formats/file.h"
 #include "formats/gguf_model.h"
+#include "formats/mmproj.h"
 #include "formats/parts.h"
 #include "infer/answer.h"
 #include "infer/schema.h"
@@ -384,26 +385,51 @@ CASE(fuzz, metrics) {
 static void target_gguf(const char *bytes, size_t size) {
     Gguf g;
     if (gguf_parse(&g, (const uint8_t *)bytes, size, "fuzz.gguf") != OK) return;
-    static const char *const names[] = {"config.json", "tokenizer.json", "generation_config.json",
-                                        "chat_template.jinja"};
-    for (int i = 0; i < 4; i++) {
+    static const char *const names[] = {"config.json", "config.json", "tokenizer.json",
+                                        "generation_config.json", "chat_template.jinja"};
+    for (int i = 0; i < 5; i++) {
         char *text = NULL;
         size_t length;
-        if (gguf_companion(&g, names[i], &text, &length) != OK || !text) continue;
+        /* The first time it has its own towers. */
+        if (gguf_companion(&g, i ? NULL : &g, names[i], &text, &length) != OK || !text) continue;
         ModelConfig config;
         Tokenizer *t;
-        if (i == 0) (void)!model_config_parse(&config, text, length, "config.json");
-        if (i == 1 && tokenizer_parse(&t, text, length, "tokenizer.json") == OK) tokenizer_free(t);
+        Mmproj towers = {.file = g};
+        if (i < 2 && model_config_parse(&config, text, length, "config.json") == OK && !i) {
+            (void)!mmproj_read(&towers, &config);
+            towers.file = (Gguf){0};
+            mmproj_close(&towers);
+        }
+        if (i == 2 && tokenizer_parse(&t, text, length, "tokenizer.json") == OK) tokenizer_free(t);
         free(text);
     }
     gguf_close(&g);
+}
+
+/* What is said of a tower for pictures and of sound without one. */
+static void put_towers(GgufWriter *w) {
+    static const struct {
+        const char *key;
+        uint32_t value;
+    } sizes[] = {
+        {"clip.vision.patch_size", 16},          {"clip.vision.embedding_length", 64},
+        {"clip.vision.feed_forward_length", 64}, {"clip.vision.block_count", 2},
+        {"clip.vision.attention.head_count", 2}, {"clip.vision.projector.scale_factor", 3}};
+    gguf_put_bool(w, "clip.has_vision_encoder", true);
+    gguf_put_bool(w, "clip.has_audio_encoder", true);
+    gguf_put_text(w, "clip.vision.projector_type", "gemma4v");
+    gguf_put_text(w, "clip.audio.projector_type", "gemma4ua");
+    gguf_put_f32(w, "clip.vision.attention.layer_norm_epsilon", 1e-6f);
+    gguf_put_f32(w, "clip.audio.attention.layer_norm_epsilon", 1e-6f);
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        gguf_put_u32(w, sizes[i].key, sizes[i].value);
 }
 
 /* A whole small model's metadata: few tokens, one tensor of each kind of block. */
 static char *gguf_seed(size_t *size) {
     GgufWriter *w;
     char path[300], *bytes;
-    int64_t table[] = {300, 256}, row[] = {256};
+    int64_t table[] = {300, 256}, row[] = {256}, places[] = {2, 4, 64}, projection[] = {128, 64};
     static uint8_t data[300 * 256];
     snprintf(path, sizeof path, "%s/seed.gguf", test_folder());
     ModelConfig config;
@@ -412,13 +438,18 @@ static char *gguf_seed(size_t *size) {
     GgufModel model = {&config, "demo/tokenizer", "seed", Q4_0};
     EXPECT_OK(gguf_create(&w, path));
     EXPECT_OK(gguf_put_model(w, &model, 1));
+    put_towers(w);
     gguf_declare(w, "token_embd.weight", Q6_K, 2, table);
     gguf_declare(w, "output_norm.weight", F32, 1, row);
     gguf_declare(w, "blk.0.attn_q.weight", Q4_0, 1, row);
+    gguf_declare(w, "v.position_embd.weight", F32, 3, places);
+    gguf_declare(w, "mm.a.input_projection.weight", F32, 2, projection);
     EXPECT_OK(gguf_begin(w));
     EXPECT_OK(gguf_write(w, data, 300 * 210));
     EXPECT_OK(gguf_write(w, data, 1024));
     EXPECT_OK(gguf_write(w, data, 144));
+    EXPECT_OK(gguf_write(w, data, 2 * 4 * 64 * 4));
+    EXPECT_OK(gguf_write(w, data, 128 * 64 * 4));
     EXPECT_OK(gguf_commit(w));
     EXPECT_OK(file_read(&bytes, size, path, 1 << 24));
     free(json);
