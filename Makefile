@@ -154,6 +154,7 @@ $(BUILD)/simt/%.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  c++ $@"
 	@$(CXX) -x c++ $(SIMT_FLAGS) $(SIMT_RACES) -MMD -MP -c -o $@ $<
+	@$(if $(SIMT_RACES),objcopy --rename-section .bss=simt_shared $@)
 
 $(BUILD)/%.o: %.cpp
 	@mkdir -p $(@D)
@@ -234,7 +235,7 @@ check:
 	@$(MAKE) --no-print-directory SANITIZE=asan all runner
 	@SANITIZE=asan tests/run.sh quick
 
-# All cases of the GPU's kernels on the emulator, watched for races: ten minutes.
+# All cases of the GPU's kernels on the emulator, watched for races: a quarter of an hour.
 races:
 	@$(MAKE) --no-print-directory $(JOBS) SANITIZE=tsan all runner
 	@SANITIZE=tsan tests/run.sh gpu.

@@ -118,23 +118,24 @@ bool cuda_launches_early(const Device *device);
 #define DEVICE_FUNCTION      static __device__ __forceinline__
 #define DEVICE_MEMBER        __device__ __forceinline__
 #else
-#define LAUNCH_BLOCKS(device, kernel, grid, block, shared, cluster, ...)                           \
+#define LAUNCH_BLOCKS(device, kernel, grid, block, shared, cluster, early, ...)                    \
     do {                                                                                           \
         cuda_stream(device);                                                                       \
-        simt_launch(                                                                               \
-            #kernel, grid, block, shared,                                                          \
-            [arguments = std::make_tuple(__VA_ARGS__)] {                                           \
-                std::apply([](auto... a) { UNWRAP kernel(a...); }, arguments);                     \
-            },                                                                                     \
-            cluster);                                                                              \
+        {                                                                                          \
+            SimtUnseen launch_unseen;                                                              \
+            simt_launch(#kernel, grid, block, shared, cluster, early,                              \
+                        [arguments = std::make_tuple(__VA_ARGS__)] {                               \
+                            std::apply([](auto... a) { UNWRAP kernel(a...); }, arguments);         \
+                        });                                                                        \
+        }                                                                                          \
         cuda_check(cudaGetLastError(), #kernel);                                                   \
     } while (0)
 #define LAUNCH(device, kernel, grid, block, shared, ...)                                           \
-    LAUNCH_BLOCKS(device, kernel, grid, block, shared, 1, __VA_ARGS__)
+    LAUNCH_BLOCKS(device, kernel, grid, block, shared, 1, false, __VA_ARGS__)
 #define LAUNCH_PAIRS(device, kernel, grid, block, shared, ...)                                     \
-    LAUNCH_BLOCKS(device, kernel, grid, block, shared, PAIR, __VA_ARGS__)
+    LAUNCH_BLOCKS(device, kernel, grid, block, shared, PAIR, true, __VA_ARGS__)
 #define LAUNCH_NEXT(device, kernel, grid, block, ...)                                              \
-    LAUNCH(device, kernel, grid, block, 0, __VA_ARGS__)
+    LAUNCH_BLOCKS(device, kernel, grid, block, 0, 1, true, __VA_ARGS__)
 #define DYNAMIC_SHARED(name) unsigned char *name = simt_thread->dynamic_shared
 #define DEVICE_FUNCTION      static inline
 #define DEVICE_MEMBER        inline
@@ -146,6 +147,8 @@ DEVICE_FUNCTION void wait_for_last() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#elif !defined(__CUDACC__)
+    simt_wait_for_last();
 #endif
 }
 

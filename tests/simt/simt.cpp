@@ -7,7 +7,7 @@
 #include <csetjmp>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
+#include <list>
 #include <map>
 #include <string>
 #include <sys/mman.h>
@@ -21,6 +21,15 @@
  * orders their threads is said here and nowhere else. */
 #ifdef SIMT_RACES
 #include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreWritesBegin(const char *file, int line);
+void AnnotateIgnoreReadsBegin(const char *file, int line);
+void AnnotateIgnoreReadsEnd(const char *file, int line);
+void AnnotateIgnoreWritesEnd(const char *file, int line);
+void __tsan_java_init(size_t heap, size_t size);
+void __tsan_java_alloc(size_t at, size_t size);
+extern char __start_simt_shared[], __stop_simt_shared[]; /* the kernels' static variables */
+}
 typedef void *Fiber;
 static Fiber this_fiber() {
     return __tsan_get_current_fiber();
@@ -37,12 +46,31 @@ static void leave_known(void *place) {
 static void take_known(void *place) {
     __tsan_acquire(place);
 }
+/* Nobody has touched static shared memory. */
+static void forget_shared() {
+    size_t start = (size_t)__start_simt_shared & ~(size_t)7,
+           size = ((size_t)__stop_simt_shared - start) & ~(size_t)7;
+    static bool begun;
+    if (!begun) __tsan_java_init(start, size);
+    begun = true;
+    __tsan_java_alloc(start, size);
+}
 /* memcpy would count as the thread's own access. */
 static void copy_unseen(unsigned char *to, const void *from, size_t size) {
     for (size_t i = 0; i < size; i++)
         ((volatile unsigned char *)to)[i] = ((const unsigned char *)from)[i];
 }
+SimtUnseen::SimtUnseen() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+}
+SimtUnseen::~SimtUnseen() {
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+}
 #else
+SimtUnseen::SimtUnseen() {}
+SimtUnseen::~SimtUnseen() {}
 typedef char Fiber;
 static Fiber this_fiber() {
     return 0;
@@ -53,12 +81,24 @@ static Fiber new_fiber() {
 static void switch_to(Fiber) {}
 static void leave_known(void *) {}
 static void take_known(void *) {}
+static void forget_shared() {}
 static void copy_unseen(unsigned char *to, const void *from, size_t size) {
     memcpy(to, from, size);
 }
 #endif
 
 /* ---- threads ---- */
+
+static const size_t STACK = 256 * 1024, THREADS = 1024, CLUSTER = 2, WARPGROUP = 128;
+
+/* Blocks in different slots know nothing of each other. What one has done is known to the next in
+ * the same slot; so kernels begin with one or the other by turns, and go on in an order in which
+ * blocks at any distance are in different ones somewhere. */
+#ifdef SIMT_RACES
+static const size_t SLOTS = 2;
+#else
+static const size_t SLOTS = 1;
+#endif
 
 enum State { READY, PAUSED, AT_WARP, AT_WARPGROUP, AT_BLOCK, AT_CLUSTER, DONE };
 
@@ -67,44 +107,50 @@ typedef std::vector<std::function<void()>> Group;
 struct Lane {
     SimtThread view;
     State state;
-    bool entered;
-    unsigned turn; /* of its warp's exchanges */
+    bool entered, waited; /* for the last kernel */
+    unsigned turn;        /* of its warp's exchanges */
     jmp_buf here;
+    char *stack;
     Fiber fiber;
-    std::deque<Group> asked[SIMT_KINDS]; /* the last group is not closed */
+    std::list<Group> asked[SIMT_KINDS]; /* the last group is not closed */
 };
 
 /* Where threads wait for each other. One may be there again while another still leaves: what they
  * know lies in two places in turn. */
 struct Meeting {
     unsigned arrived, turn;
-    char known[2];
+    char known[SLOTS][2];
 };
 
 /* What lanes give lies in two sets: a lane may be one exchange ahead of another that still reads.
  */
 struct Warp {
     unsigned char given[2][32 * 64];
-    char known[2];
+    char known[SLOTS][2];
     unsigned arrived;
     size_t size;
 };
 
-static const size_t STACK = 256 * 1024, THREADS = 1024, CLUSTER = 2, WARPGROUP = 128;
-static std::vector<Lane> lanes(THREADS);
-static std::vector<Warp> warps(THREADS / 32);
+static Lane lanes[THREADS];
+static Warp warps[THREADS / 32];
 static char *stacks;
 static jmp_buf scheduler;
 static Fiber scheduler_fiber;
 /* Threads of a block, and of the cluster of blocks that run at once. */
 static unsigned running, count, total, finished;
+static unsigned slot;          /* of the blocks that run */
 static bool stirred;           /* whether any thread has come further */
 static int any_of[CLUSTER][2]; /* what the threads of a block said at its barrier */
 static Meeting at_block[CLUSTER], at_warpgroup[THREADS / WARPGROUP], at_cluster;
-static char begun, ended; /* what a block's threads know when they start, and leave behind */
+static Fiber fibers[SLOTS * THREADS];
+static Fiber counting[SLOTS], copying[SLOTS]; /* who counts for a block, and its copy engine */
+static bool is_early; /* whether this kernel may begin before the last has ended */
+/* What is known to kernels, to those that have not waited for the last, and left behind; what a
+ * block's threads had written before a fence, and what its counting has found of others'. */
+static char begun, settled, ended[SLOTS], fenced[SLOTS], found[SLOTS];
 /* Copies it has been asked for and has not done. Of late blocks every other has an early engine,
  * which finds memory that was given back while late products still read it. */
-static std::deque<std::function<void()>> engine;
+static std::list<std::function<void()>> engine;
 static bool engine_is_late;
 static const std::function<void()> *current_body;
 static const char *current_name = "no kernel";
@@ -148,7 +194,7 @@ const unsigned char *simt_exchange(const void *mine, size_t size) {
 }
 
 void simt_warp_sync() {
-    char *known = &warps[running / 32].known[lanes[running].turn & 1], nothing = 0;
+    char *known = &warps[running / 32].known[slot][lanes[running].turn & 1], nothing = 0;
     leave_known(known);
     simt_exchange(&nothing, 1);
     take_known(known);
@@ -156,7 +202,7 @@ void simt_warp_sync() {
 
 /* The thread waits; or, as the last of `all` from lane `first` on, lets them go on. */
 static void meet(State state, Meeting &meeting, unsigned first, unsigned all) {
-    char *known = &meeting.known[meeting.turn & 1];
+    char *known = &meeting.known[slot][meeting.turn & 1];
     leave_known(known);
     if (++meeting.arrived < all) {
         leave(state);
@@ -200,24 +246,46 @@ unsigned __ballot_sync(unsigned, int value) {
     return out;
 }
 
+void simt_wait_for_last() {
+    lanes[running].waited = true;
+    take_known(&begun);
+}
+
+void __threadfence() {
+    leave_known(&fenced[slot]);
+    take_known(&found[slot]);
+}
+
+int atomicAdd(int *p, int value) {
+    switch_to(counting[slot]);
+    take_known(&fenced[slot]);
+    leave_known(p);
+    take_known(p);
+    leave_known(&found[slot]);
+    switch_to(lanes[running].fiber);
+    int before = *p;
+    *p += value;
+    return before;
+}
+
 /* ---- what is asked for and waited for ---- */
 
 void simt_later(SimtAsked kind, std::function<void()> work) {
-    std::deque<Group> &groups = lanes[running].asked[kind];
+    std::list<Group> &groups = lanes[running].asked[kind];
     if (groups.empty()) groups.emplace_back();
     groups.back().push_back(work);
 }
 
 void simt_close_group(SimtAsked kind) {
     if (!simt_is_late) return;
-    std::deque<Group> &groups = lanes[running].asked[kind];
+    std::list<Group> &groups = lanes[running].asked[kind];
     if (groups.empty()) groups.emplace_back();
     groups.emplace_back();
 }
 
 void simt_wait(SimtAsked kind, size_t left) {
     if (!simt_is_late) return;
-    std::deque<Group> &groups = lanes[running].asked[kind];
+    std::list<Group> &groups = lanes[running].asked[kind];
     while (groups.size() > left + 1) {
         for (auto &work : groups.front()) work();
         groups.pop_front();
@@ -249,22 +317,24 @@ void simt_engine(std::function<void()> work) {
         simt_thread = asks;
         work();
     });
-    leave_known(&engine);
+    leave_known(&copying[slot]);
 }
 
 /* ---- blocks ---- */
 
 static void enter() {
-    take_known(&begun);
+    take_known(is_early ? &settled : &begun);
+    take_known(&ended[slot]);
     (*current_body)();
+    if (is_early && !lanes[running].waited) broken("it has not waited for the last kernel");
     for (int kind = 0; kind < SIMT_KINDS; kind++) {
-        std::deque<Group> &groups = lanes[running].asked[kind];
+        std::list<Group> &groups = lanes[running].asked[kind];
         for (auto &group : groups) /* copies nobody waits for any more end too */
             if (kind != SIMT_COPIES && !group.empty())
                 broken("a thread ended before what it asked for was done");
         groups.clear();
     }
-    leave_known(&ended);
+    leave_known(&ended[slot]);
     lanes[running].state = DONE;
     finished++;
     switch_to(scheduler_fiber);
@@ -281,7 +351,7 @@ static void resume(unsigned i) {
     lane.entered = true;
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = stacks + i * STACK;
+    context.uc_stack.ss_sp = lane.stack;
     context.uc_stack.ss_size = STACK;
     context.uc_link = NULL;
     makecontext(&context, enter, 0);
@@ -291,13 +361,15 @@ static void resume(unsigned i) {
 /* The copy engine does what it was asked for last of all that is to do. */
 static void run_engine() {
     if (engine.empty()) broken("threads wait for others that ended, or for what never comes");
-    take_known(&engine);
+    switch_to(copying[slot]);
+    take_known(&copying[slot]);
     engine.front()();
     engine.pop_front();
+    switch_to(scheduler_fiber);
 }
 
 /* The blocks of one cluster. */
-static void run_blocks(dim3 block) {
+static void run_blocks(dim3 block, size_t first) {
     finished = 0;
     for (Meeting &m : at_block) m.arrived = 0;
     for (Meeting &m : at_warpgroup) m.arrived = 0;
@@ -308,11 +380,14 @@ static void run_blocks(dim3 block) {
         unsigned k = i % count;
         lane.view.thread = dim3(k % block.x, k / block.x % block.y, k / block.x / block.y);
         lane.state = READY;
-        lane.entered = false;
+        lane.entered = lane.waited = false;
         lane.turn = 0;
-        if (!lane.fiber) lane.fiber = new_fiber();
+        if (!fibers[first + i]) fibers[first + i] = new_fiber();
+        lane.fiber = fibers[first + i];
+        lane.stack = stacks + (first + i) * STACK;
     }
-    leave_known(&begun);
+    if (!counting[slot]) counting[slot] = new_fiber();
+    if (!copying[slot]) copying[slot] = new_fiber();
     while (finished < total) {
         stirred = false;
         for (unsigned k = 0; k < total; k++) {
@@ -326,7 +401,6 @@ static void run_blocks(dim3 block) {
         if (!stirred) run_engine();
     }
     if (!engine.empty()) broken("a block ended before what it asked for was done");
-    take_known(&ended);
     for (unsigned i = 0; i < (total + 31) / 32; i++)
         if (warps[i].arrived) broken("a thread ended while its warp waits for it");
     for (Meeting &m : at_block)
@@ -465,7 +539,7 @@ static cudaError_t call(std::function<void()> work) {
 }
 
 static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
-                     const std::function<void()> &body) {
+                     bool early, const std::function<void()> &body) {
     count = block.x * block.y * block.z;
     total = count * cluster;
     if (!count || total > THREADS || cluster > CLUSTER || grid.x % cluster ||
@@ -483,10 +557,10 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, uns
         return;
     }
     size_t each = (shared + 1023) / 1024 * 1024;
-    std::vector<unsigned char> dynamic(each * cluster + 1024);
-    unsigned char *aligned = dynamic.data() + (-(uintptr_t)dynamic.data() & 1023);
+    SimtUnseen unseen;
+    std::vector<unsigned char> dynamic[SLOTS];
     if (!stacks) {
-        stacks = (char *)mmap(NULL, THREADS * STACK, PROT_READ | PROT_WRITE,
+        stacks = (char *)mmap(NULL, SLOTS * THREADS * STACK, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (stacks == MAP_FAILED) abort();
     }
@@ -495,12 +569,20 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, uns
     scheduler_fiber = this_fiber();
     current_name = name;
     current_body = &body;
+    is_early = early;
+    static unsigned launched;
+    launched++;
+    if (!early) leave_known(&settled);
+    leave_known(&begun);
     reach(true);
     unsigned blocks = grid.x * grid.y * grid.z;
     for (unsigned turn = 0; turn < blocks; turn += cluster) {
         unsigned i = simt_is_late ? blocks - cluster - turn : turn;
         engine_is_late = simt_is_late && turn / cluster % 2 == 0;
-        memset(aligned, 0xff, each * cluster);
+        slot = (unsigned)(__builtin_popcount(turn / cluster) + launched) % SLOTS;
+        dynamic[slot].assign(each * cluster + 1024, 0xff);
+        forget_shared();
+        unsigned char *aligned = dynamic[slot].data() + (-(uintptr_t)dynamic[slot].data() & 1023);
         for (unsigned k = 0; k < total; k++) {
             unsigned rank = k / count, b = i + rank;
             lanes[k].view = {dim3(),
@@ -511,18 +593,19 @@ static void run_grid(const char *name, dim3 grid, dim3 block, size_t shared, uns
                              rank,
                              each};
         }
-        run_blocks(block);
+        run_blocks(block, slot * THREADS);
     }
+    for (char &slots_ended : ended) take_known(&slots_ended);
     reach(false);
 }
 
-void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body,
-                 unsigned cluster) {
+void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
+                 bool early, std::function<void()> body) {
     if (fails("image")) {
         last_error = cudaErrorNoKernelImageForDevice;
         return;
     }
-    call([=] { run_grid(name, grid, block, shared, cluster, body); });
+    call([=] { run_grid(name, grid, block, shared, cluster, early, body); });
 }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
@@ -535,6 +618,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpy
         reach(true);
         memmove(to, from, bytes);
         reach(false);
+        leave_known(&settled);
     });
 }
 
@@ -544,12 +628,14 @@ cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t) {
         reach(true);
         memset(to, value, bytes);
         reach(false);
+        leave_known(&settled);
     });
 }
 
 void simt_host_call(std::function<void()> work) {
     if (launches_path()) return;
     call([=] {
+        leave_known(&settled);
         reach(true);
         work();
         reach(false);

@@ -9,8 +9,9 @@
  *
  * Compiled with -fsanitize=thread (`make races`) every thread is one of ThreadSanitizer's, ordered
  * with others by what orders them on a GPU and nothing else: barriers, __syncwarp, copies waited
- * for, the end of the kernel before; not shuffles and votes. Two that touch the same bytes without
- * such an order end the program with both places in the source. */
+ * for, counting between fences, the end of the kernel before or, in one that is launched early,
+ * having waited for it; not shuffles and votes. Two that touch the same bytes without such an order
+ * end the program with both places in the source. */
 #ifndef SIMT_H
 #define SIMT_H
 
@@ -89,6 +90,14 @@ void simt_warp_sync();
 static inline void __syncwarp(unsigned = 0xffffffffu) {
     simt_warp_sync();
 }
+
+/* Between blocks: who has found by counting (integers alone: sums of floats in an order of chance
+ * have no place here) that others have counted knows, after a fence, what they wrote before one. */
+void __threadfence();
+int atomicAdd(int *p, int value);
+
+/* What kernels before this one wrote can be read. */
+void simt_wait_for_last();
 
 /* ---- what is asked for and waited for ---- */
 
@@ -224,19 +233,19 @@ template <typename T> T max(T a, T b) {
     return a < b ? b : a;
 }
 
-/* Only integers: sums of floats in an order of chance have no place here. */
-static inline int atomicAdd(int *p, int value) {
-    return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
-}
-
-static inline void __threadfence() {}
-
 /* ---- launching ---- */
+
+/* While one lives, what this thread of the host reads, writes, allocates and frees is nothing to
+ * kernels: arguments of theirs. */
+struct SimtUnseen {
+    SimtUnseen();
+    ~SimtUnseen();
+};
 
 /* Runs every thread of every block before it returns, or notes the launch where a graph is being
  * recorded. */
-void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared, std::function<void()> body,
-                 unsigned cluster = 1);
+void simt_launch(const char *name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
+                 bool early, std::function<void()> body);
 
 /* ---- the runtime's functions, as far as Lapidary uses them ---- */
 
