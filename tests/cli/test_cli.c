@@ -7,6 +7,8 @@ CASE(cli, a_wrong_command_line_exits_2) {
     EXPECT_EXIT(2, "unknown command 'polish'", "polish");
     EXPECT_EXIT(2, "unknown option --modle", "score --modle x");
     EXPECT_EXIT(2, "OUT is missing", "init tiny");
+    EXPECT_EXIT(2, "--kv go with --model", "bench --preset tiny --prompt 4");
+    EXPECT_EXIT(2, "--rank go with --preset", "bench --weights q4_0");
     EXPECT_EXIT(2, "is no preset", "init e3b %s/x", test_folder());
     EXPECT_EXIT(2, "expected a whole number", "init tiny %s/x --layers many", test_folder());
     EXPECT_EXIT(2, "--model is missing", "score hello");
