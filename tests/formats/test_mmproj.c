@@ -3,6 +3,7 @@
 #include "formats/file.h"
 #include "formats/mmproj.h"
 #include "infer/model.h"
+#include "kernels/quantize.h"
 #include "model/merge.h"
 #include "tests/program.h"
 
@@ -244,6 +245,80 @@ CASE(mmproj, towers_are_read_beside_a_text_model) {
     init_small_12b(dir);
     expect_read_back(dir);
     free(dir);
+}
+
+static void copy_value(GgufWriter *w, const Gguf *g, const GgufValue *v) {
+    double number = 0;
+    size_t size;
+    const char *text = gguf_text(g, v->key, &size);
+    if (text) {
+        gguf_put_bytes(w, v->key, text, size);
+        return;
+    }
+    EXPECT(v->type == GGUF_ARRAY || gguf_number(g, v, 0, &number) == OK, "%s", v->key);
+    if (v->type == GGUF_U32) gguf_put_u32(w, v->key, (uint32_t)number);
+    if (v->type == GGUF_F32) gguf_put_f32(w, v->key, (float)number);
+    if (v->type == GGUF_BOOL) gguf_put_bool(w, v->key, number != 0);
+}
+
+/* What a tensor of the file becomes: matrices of blocks' products in 8 bits. */
+static Tensor in_8_bits(const StoredTensor *t) {
+    Tensor from = TENSOR((void *)t->bytes, F32, (int64_t)t->size / 4), to = from;
+    bool product = strstr(t->name, ".blk.") && t->ndim == 2 && t->shape[1] % 32 == 0 &&
+                   !strstr(t->name, "conv_dw");
+    if (!product) return from;
+    from = TENSOR((void *)t->bytes, F32, t->shape[0], t->shape[1]);
+    to = from;
+    to.dtype = Q8_0;
+    to.data = must_malloc(tensor_bytes(to));
+    quantize(to, from);
+    return to;
+}
+
+CASE(mmproj, towers_in_8_bits_are_read) {
+    const char *f = test_folder();
+    char *dir = must_format("%s/m", f), *folder = must_format("%s/g", f),
+         *to = must_format("%s/towers.gguf", folder);
+    Model m, n;
+    Gguf g;
+    GgufWriter *w;
+    EXPECT_RUN(0, "init tiny %s --media --tokenizer demo/tokenizer --dtype f32", dir);
+    EXPECT_OK(folder_make(folder));
+    EXPECT_RUN(0, "export --model %s --to bf16-gguf %s/text.gguf", dir, folder);
+    export_and_open(&m, &g, dir, NULL);
+    EXPECT_OK(gguf_create(&w, to));
+    for (int i = 0; i < g.value_count; i++) copy_value(w, &g, &g.values[i]);
+    Tensor *tensors = must_malloc((size_t)g.count * sizeof *tensors);
+    for (int i = 0; i < g.count; i++) {
+        const StoredTensor *t = &g.tensors[i];
+        tensors[i] = in_8_bits(t);
+        gguf_declare(w, t->name, tensors[i].dtype, t->ndim, t->shape);
+    }
+    EXPECT_OK(gguf_begin(w));
+    for (int i = 0; i < g.count; i++) {
+        EXPECT_OK(gguf_write(w, tensors[i].data, tensor_bytes(tensors[i])));
+        if (tensors[i].dtype == Q8_0) free(tensors[i].data);
+    }
+    EXPECT_OK(gguf_commit(w));
+    EXPECT_OK(model_open(&n, folder, NULL, "cpu", "f32", WEIGHTS_LOADED, WITH_MEDIA));
+    int packed = 0;
+    for (int i = 0; i < m.g.params.count; i++) {
+        const Param *p = m.g.params.items[i];
+        if (!p->tower || p->value.ndim != 2) continue;
+        int64_t shape[4], count = tensor_count(p->value);
+        float *x = values_of(&m, p->name, shape), *y = values_of(&n, p->name, shape), most = 0;
+        packed += dtype_is_packed(params_find(&n.g.params, p->name)->value.dtype);
+        for (int64_t k = 0; k < count; k++) most = fmaxf(most, fabsf(x[k]));
+        for (int64_t k = 0; k < count; k++)
+            EXPECT(fabsf(x[k] - y[k]) <= most / 200, "%s: %g, %g", p->name, (double)x[k],
+                   (double)y[k]);
+        free(x), free(y);
+    }
+    EXPECT(packed > 20, "%d packed", packed);
+    model_close(&n);
+    gguf_close(&g);
+    model_close(&m);
+    free(tensors), free(dir), free(folder), free(to);
 }
 
 CASE(mmproj, files_that_do_not_belong_together_are_refused) {
