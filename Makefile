@@ -235,10 +235,12 @@ check:
 	@$(MAKE) --no-print-directory SANITIZE=asan all runner
 	@SANITIZE=asan tests/run.sh quick
 
-# All cases of the GPU's kernels on the emulator, watched for races: a quarter of an hour.
+# All cases of the GPU's kernels on the emulator, watched for races, and those that multiply out of
+# shared memory for fences too: twenty-five minutes.
 races:
 	@$(MAKE) --no-print-directory $(JOBS) SANITIZE=tsan all runner
 	@SANITIZE=tsan tests/run.sh gpu.
+	@LAPIDARY_SIMT_FENCES=1 SANITIZE=tsan tests/run.sh gpu.products_with_terms gpu.products_of_groups gpu.attention_of_heads gpu.attention_in_slabs
 
 # What each of the GPU's kernels takes, from the compiler's own account; spilled registers and
 # tensor-core products that wait for each other are errors of the build.

@@ -166,6 +166,7 @@ DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t ro
                  : "memory");
 #elif !defined(__CUDACC__)
     simt_ask(SIMT_STORES, [=] {
+        simt_async_read(from, (size_t)map.tile_rows * 128);
         for (int r = 0; r < map.tile_rows; r++)
             for (int c = 0; c < 64 && row + r < map.rows; c++)
                 if (col + c < map.cols)

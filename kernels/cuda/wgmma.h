@@ -109,15 +109,27 @@ WGMMA_OF(256, R128, D128(0), 128, 129, 130, 131, 132, 133)
 #else
 
 /* Element (i, k) of an operand; TURNED: K are its rows. */
-template <bool TURNED> static float simt_element(Operand o, int i, int k) {
+template <bool TURNED> static const unsigned char *simt_place(Operand o, int i, int k) {
     const unsigned char *p =
         TURNED ? o.at + i / 64 * o.block + k * 128 + i % 64 * 2 : o.at + i * 128 + k * 2;
-    p = (const unsigned char *)((uintptr_t)p ^ ((uintptr_t)p >> 7 & 7) << 4);
-    return to_float(*(const bf16 *)p);
+    return (const unsigned char *)((uintptr_t)p ^ ((uintptr_t)p >> 7 & 7) << 4);
+}
+template <bool TURNED> static float simt_element(Operand o, int i, int k) {
+    return to_float(*(const bf16 *)simt_place<TURNED>(o, i, k));
+}
+
+/* What the tensor cores read of `rows` rows of an operand; one thread says it for the warpgroup. */
+template <bool TURNED> static void simt_read_operand(Operand o, int rows) {
+    if (threadIdx.x % WARPGROUP) return;
+    for (int i = 0; TURNED && i < 16 * rows; i += 64) /* a line of 64 of them */
+        simt_async_read(o.at + i / 16 / 64 * o.block + i / 64 % 16 * 128, 128);
+    for (int i = 0; !TURNED && i < rows; i++)
+        for (int k = 0; k < 16; k += 8) simt_async_read(simt_place<false>(o, i, k), 16);
 }
 
 template <bool TURN_B, int COUNT, typename F>
 static void simt_wgmma(float (&d)[COUNT], Operand b, F left) {
+    simt_read_operand<TURN_B>(b, 2 * COUNT);
     int g = simt_lane() / 4, t = simt_lane() % 4;
     for (int k = 0; k < 16; k++) {
         float x[2] = {left(g, k), left(g + 8, k)};
@@ -130,6 +142,7 @@ template <bool TURN_A, bool TURN_B, int COUNT>
 static void wgmma_issue(float (&d)[COUNT], Operand a, Operand b) {
     int row = (int)threadIdx.x % WARPGROUP / 32 * 16;
     simt_ask(SIMT_PRODUCTS, [=, &d] {
+        simt_read_operand<TURN_A>(a, 64);
         simt_wgmma<TURN_B>(d, b, [=](int i, int k) { return simt_element<TURN_A>(a, row + i, k); });
     });
 }
@@ -202,6 +215,8 @@ template <int COUNT> DEVICE_FUNCTION void wgmma_results(float (&d)[COUNT]) {
 DEVICE_FUNCTION void shared_for_products() {
 #if defined(__CUDACC__) && ON_HOPPER
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#elif !defined(__CUDACC__)
+    simt_async_fence();
 #endif
 }
 

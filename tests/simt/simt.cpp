@@ -26,6 +26,7 @@ void AnnotateIgnoreWritesBegin(const char *file, int line);
 void AnnotateIgnoreReadsBegin(const char *file, int line);
 void AnnotateIgnoreReadsEnd(const char *file, int line);
 void AnnotateIgnoreWritesEnd(const char *file, int line);
+void __tsan_read_range(const void *p, size_t size);
 void __tsan_java_init(size_t heap, size_t size);
 void __tsan_java_alloc(size_t at, size_t size);
 extern char __start_simt_shared[], __stop_simt_shared[]; /* the kernels' static variables */
@@ -55,6 +56,9 @@ static void forget_shared() {
     begun = true;
     __tsan_java_alloc(start, size);
 }
+static void count_read(const void *p, size_t size) {
+    __tsan_read_range(p, size);
+}
 /* memcpy would count as the thread's own access. */
 static void copy_unseen(unsigned char *to, const void *from, size_t size) {
     for (size_t i = 0; i < size; i++)
@@ -82,6 +86,7 @@ static void switch_to(Fiber) {}
 static void leave_known(void *) {}
 static void take_known(void *) {}
 static void forget_shared() {}
+static void count_read(const void *, size_t) {}
 static void copy_unseen(unsigned char *to, const void *from, size_t size) {
     memcpy(to, from, size);
 }
@@ -143,11 +148,14 @@ static bool stirred;           /* whether any thread has come further */
 static int any_of[CLUSTER][2]; /* what the threads of a block said at its barrier */
 static Meeting at_block[CLUSTER], at_warpgroup[THREADS / WARPGROUP], at_cluster;
 static Fiber fibers[SLOTS * THREADS];
-static Fiber counting[SLOTS], copying[SLOTS]; /* who counts for a block, and its copy engine */
+/* Who counts for a block, its copy engine, and who reads shared memory for engine and tensor cores
+ * where fences are watched. */
+static Fiber counting[SLOTS], copying[SLOTS], reading[SLOTS];
 static bool is_early; /* whether this kernel may begin before the last has ended */
 /* What is known to kernels, to those that have not waited for the last, and left behind; what a
- * block's threads had written before a fence, and what its counting has found of others'. */
-static char begun, settled, ended[SLOTS], fenced[SLOTS], found[SLOTS];
+ * block's threads had written before a fence, and what its counting has found of others'; what was
+ * shown to engine and tensor cores, and read by them. */
+static char begun, settled, ended[SLOTS], fenced[SLOTS], found[SLOTS], shown[SLOTS], read_by[SLOTS];
 /* Copies it has been asked for and has not done. Of late blocks every other has an early engine,
  * which finds memory that was given back while late products still read it. */
 static std::list<std::function<void()>> engine;
@@ -268,6 +276,33 @@ int atomicAdd(int *p, int value) {
     return before;
 }
 
+static bool watches_fences() {
+    static const bool does = SLOTS > 1 && getenv("LAPIDARY_SIMT_FENCES");
+    return does;
+}
+
+/* What is known here is known to who reads for engine and tensor cores. */
+static void show(void *known) {
+    if (!watches_fences()) return;
+    switch_to(reading[slot]);
+    take_known(known);
+    switch_to(lanes[running].fiber);
+}
+
+void simt_async_fence() {
+    leave_known(&shown[slot]);
+    show(&shown[slot]);
+}
+
+void simt_async_read(const void *p, size_t size) {
+    if (!watches_fences()) return;
+    switch_to(reading[slot]);
+    take_known(&ended[slot]);
+    count_read(p, size);
+    leave_known(&read_by[slot]);
+    switch_to(lanes[running].fiber);
+}
+
 /* ---- what is asked for and waited for ---- */
 
 void simt_later(SimtAsked kind, std::function<void()> work) {
@@ -284,12 +319,12 @@ void simt_close_group(SimtAsked kind) {
 }
 
 void simt_wait(SimtAsked kind, size_t left) {
-    if (!simt_is_late) return;
     std::list<Group> &groups = lanes[running].asked[kind];
-    while (groups.size() > left + 1) {
+    while (simt_is_late && groups.size() > left + 1) {
         for (auto &work : groups.front()) work();
         groups.pop_front();
     }
+    if (kind != SIMT_COPIES && watches_fences()) take_known(&read_by[slot]);
 }
 
 void simt_count(SimtBarrier *b, int threads, int bytes) {
@@ -305,6 +340,7 @@ void simt_wait_phase(SimtBarrier *b, unsigned parity) {
     while (b->phase == parity) leave(PAUSED);
     stirred = true;
     take_known(b);
+    show(b);
 }
 
 void simt_engine(std::function<void()> work) {
@@ -388,6 +424,7 @@ static void run_blocks(dim3 block, size_t first) {
     }
     if (!counting[slot]) counting[slot] = new_fiber();
     if (!copying[slot]) copying[slot] = new_fiber();
+    if (!reading[slot]) reading[slot] = new_fiber();
     while (finished < total) {
         stirred = false;
         for (unsigned k = 0; k < total; k++) {

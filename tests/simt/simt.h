@@ -96,6 +96,12 @@ static inline void __syncwarp(unsigned = 0xffffffffu) {
 void __threadfence();
 int atomicAdd(int *p, int value);
 
+/* With LAPIDARY_SIMT_FENCES set, in a build for ThreadSanitizer: tensor cores and copy engine read
+ * shared memory, of which they see what was fenced for them, or what the engine brought itself. Who
+ * waits for them knows what was shown to them, so other races are looked for without. */
+void simt_async_read(const void *p, size_t size);
+void simt_async_fence();
+
 /* What kernels before this one wrote can be read. */
 void simt_wait_for_last();
 
