@@ -310,8 +310,9 @@ Status command_bench(int argc, char **argv) {
         {"train, backward: 512 rows, q4_0", Q4_0_TILED, NN, 512, false},
         {"train, backward: 512 rows, nf4", NF4_NESTED, NN, 512, false},
     };
-    ModelBench b = {.prompt = -1, .tokens = 64, .sequences = 1};
-    DrawnBench drawn = {.device = "auto"};
+    enum { PROMPT = 512, RANK = 16 };
+    ModelBench b = {.prompt = PROMPT, .tokens = 64, .sequences = 1};
+    DrawnBench drawn = {.device = "auto", .rank = RANK};
     Option options[] = {
         {"--model", OPTION_TEXT, &b.model, "DIR  time this model's prefill and decoding instead"},
         {"--preset", OPTION_TEXT, &drawn.preset,
@@ -346,17 +347,15 @@ Status command_bench(int argc, char **argv) {
                    .most = 1};
     TRY(arguments_parse(&a, argc, argv));
     if (a.helped) return OK;
-    if (b.prompt < -1 || b.tokens < 1 || b.depth < 0 || b.sequences < 1 || b.sequences > 512)
+    if (b.prompt < 0 || b.tokens < 1 || b.depth < 0 || b.sequences < 1 || b.sequences > 512)
         FAIL(ERR_USAGE, "--prompt, --tokens, --depth or --sequences is out of range");
     if (b.model && drawn.preset) FAIL(ERR_USAGE, "--model and --preset: one of them");
-    if ((drawn.train || drawn.weights || drawn.layers || drawn.rank) && !drawn.preset)
+    if ((drawn.train || drawn.weights || drawn.layers || drawn.rank != RANK) && !drawn.preset)
         FAIL(ERR_USAGE, "--train, --weights, --layers and --rank go with --preset");
-    if (drawn.preset && (b.prompt >= 0 || b.dtype || b.kv))
+    if (drawn.preset && (b.prompt != PROMPT || b.dtype || b.kv))
         FAIL(ERR_USAGE, "--prompt, --dtype and --kv go with --model; a preset's prompt is --depth");
-    if (b.prompt < 0) b.prompt = 512;
     if (!b.dtype) b.dtype = "bf16";
     if (!drawn.weights) drawn.weights = "bf16";
-    if (!drawn.rank) drawn.rank = 16;
     if (!drawn.train && (drawn.lean || drawn.plan || drawn.recompute || drawn.offload))
         FAIL(ERR_USAGE, "--lean, --plan, --recompute and --offload go with --train");
     if (a.count && !strcmp(a.positional[0], "towers")) {

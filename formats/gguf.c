@@ -342,6 +342,15 @@ Status gguf_get_int(const Gguf *g, const char *key, int64_t low, int64_t high, i
     return OK;
 }
 
+Status gguf_get_float(const Gguf *g, const char *key, double *out) {
+    char shortest[32];
+    TRY(gguf_get_number(g, key, out));
+    if (!isfinite(*out)) FAIL(ERR_FORMAT, "%s: '%s' is no finite number", g->path, key);
+    snprintf(shortest, sizeof shortest, "%.7g", *out);
+    *out = strtod(shortest, NULL);
+    return OK;
+}
+
 const char *gguf_text(const Gguf *g, const char *key, size_t *size) {
     const GgufValue *v = gguf_find(g, key);
     if (!v || v->type != GGUF_STRING) return NULL;

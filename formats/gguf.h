@@ -64,6 +64,9 @@ Status gguf_get_number(const Gguf *g, const char *key, double *out);
 /* The same of a whole number within bounds. */
 Status gguf_get_int(const Gguf *g, const char *key, int64_t low, int64_t high, int64_t *out);
 
+/* The same of what was stored as a float: its shortest decimal, finite. */
+Status gguf_get_float(const Gguf *g, const char *key, double *out);
+
 /* A string value as bytes in the map; NULL when the key is absent or no string. */
 const char *gguf_text(const Gguf *g, const char *key, size_t *size);
 

@@ -305,16 +305,14 @@ static Status fill_config(const Gguf *g, json_t *text) {
         set_int(text, "moe_intermediate_size", width);
     }
     double eps, theta, theta_swa, softcap = 0;
-    TRY(gguf_get_number(g, "gemma4.attention.layer_norm_rms_epsilon", &eps));
+    TRY(gguf_get_float(g, "gemma4.attention.layer_norm_rms_epsilon", &eps));
     TRY(gguf_get_number(g, "gemma4.rope.freq_base", &theta));
     TRY(gguf_get_number(g, "gemma4.rope.freq_base_swa", &theta_swa));
     if (gguf_find(g, "gemma4.final_logit_softcapping"))
         TRY(gguf_get_number(g, "gemma4.final_logit_softcapping", &softcap));
-    if (!isfinite(eps) || !isfinite(theta) || !isfinite(theta_swa) || !isfinite(softcap))
-        FAIL(ERR_FORMAT, "%s: a rope base, epsilon or softcap is no finite number", g->path);
-    char shortest[32]; /* 1e-6 was stored as a float */
-    snprintf(shortest, sizeof shortest, "%.7g", eps);
-    json_object_set_new(text, "rms_norm_eps", json_real(strtod(shortest, NULL)));
+    if (!isfinite(theta) || !isfinite(theta_swa) || !isfinite(softcap))
+        FAIL(ERR_FORMAT, "%s: a rope base or softcap is no finite number", g->path);
+    json_object_set_new(text, "rms_norm_eps", json_real(eps));
     json_object_set_new(text, "final_logit_softcapping",
                         softcap ? json_real(softcap) : json_null());
     json_object_set_new(text, "rope_parameters",
@@ -360,11 +358,8 @@ static Status config_json(const Gguf *g, const Gguf *towers, char **bytes) {
 
 static void copy_number(const Gguf *g, const char *key, json_t *to, const char *name, bool whole) {
     double value;
-    char shortest[32];
-    if (!gguf_find(g, key) || gguf_get_number(g, key, &value) != OK) return;
-    snprintf(shortest, sizeof shortest, "%.7g", value);
-    json_object_set_new(
-        to, name, whole ? json_integer((json_int_t)value) : json_real(strtod(shortest, NULL)));
+    if (!gguf_find(g, key) || gguf_get_float(g, key, &value) != OK) return;
+    json_object_set_new(to, name, whole ? json_integer((json_int_t)value) : json_real(value));
 }
 
 static char *generation_json(const Gguf *g) {

@@ -351,13 +351,11 @@ static Status take(const Gguf *g, const char *kind, const char *key, json_t *to,
 }
 
 static Status take_eps(const Gguf *g, const char *kind, json_t *to) {
-    char full[64], shortest[32];
+    char full[64];
     double eps;
     snprintf(full, sizeof full, "clip.%s.attention.layer_norm_epsilon", kind);
-    TRY(gguf_get_number(g, full, &eps));
-    if (!isfinite(eps)) FAIL(ERR_FORMAT, "%s: '%s' is no finite number", g->path, full);
-    snprintf(shortest, sizeof shortest, "%.7g", eps); /* it was stored as a float */
-    json_object_set_new(to, "rms_norm_eps", json_real(strtod(shortest, NULL)));
+    TRY(gguf_get_float(g, full, &eps));
+    json_object_set_new(to, "rms_norm_eps", json_real(eps));
     return OK;
 }
 
