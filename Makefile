@@ -50,6 +50,8 @@ LEVELS       := generic avx2 avx512
 FLAGS_avx2    = $(call LEVEL,avx2,8,0) -mavx2 -mfma -mf16c
 FLAGS_avx512  = $(call LEVEL,avx512,16,0) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c \
                 -mprefer-vector-width=512
+TILES        := kernels/cpu/amx.c
+FLAGS_amx    := -mamx-tile -mamx-bf16 -mavx512bf16
 ifdef STATIC
 CFLAGS       += -DNO_ONEDNN
 else
@@ -61,9 +63,10 @@ endif
 FOLDERS  := kernels configs model formats data optim train infer eval
 ONCE     := kernels/cpu/scratch.c
 SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE) $(ONEDNN)
-LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c,$(wildcard kernels/cpu/*.c))
+LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c kernels/cpu/amx.c,$(wildcard kernels/cpu/*.c))
+LEVELED_OBJECTS := $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o)) $(TILES:%.c=$(BUILD)/%.avx512.o)
 CLI      := $(wildcard cli/*.c)
-OBJECTS  := $(SOURCES:%.c=$(BUILD)/%.o) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
+OBJECTS  := $(SOURCES:%.c=$(BUILD)/%.o) $(LEVELED_OBJECTS)
 CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)
 ifeq ($(CUDA),1)
 OBJECTS  += $(CUDA_SOURCES:%.cu=$(BUILD)/%.cu.o)
@@ -100,6 +103,8 @@ $(BUILD)/%.cu.o: %.cu
 # Quantisers round every product: the same bytes at every level and as the peers write them.
 $(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o $(BUILD)/kernels/cpu/int8.$(l).o \
     $(BUILD)/kernels/cpu/unpack.$(l).o): CFLAGS += -ffp-contract=off
+
+$(TILES:%.c=$(BUILD)/%.avx512.o): CFLAGS += $(FLAGS_amx)
 
 define LEVEL_RULE
 $(BUILD)/%.$(1).o: %.c
@@ -170,7 +175,7 @@ aarch64:
 	@$(MAKE) --no-print-directory CC=$(AARCH64)-gcc BUILD=build/aarch64 PKG= SANITIZE= CUDA=0 build/aarch64/tests/products
 
 $(PRODUCTS): $(patsubst %.c,$(BUILD)/%.o,tests/test.c tests/kernels/test_packed.c formats/file.c \
-                 $(wildcard kernels/*.c) $(ONCE)) $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o))
+                 $(wildcard kernels/*.c) $(ONCE)) $(LEVELED_OBJECTS)
 	@echo "  ld $@"
 	@$(CC) $(LDFLAGS) -static -o $@ $^ -lm
 
@@ -225,7 +230,7 @@ check-all: check
 	@[ -n "$(CLANG)" ] || { echo "no clang, 15 or newer"; exit 1; }
 	@$(MAKE) --no-print-directory CC=$(CLANG) CUDA=0 BUILD=build/clang build/clang/lapidary build/clang/tests/run
 	@BACKEND=clang tests/run.sh quick
-	@for level in generic avx2; do echo "LAPIDARY_CPU=$$level"; LAPIDARY_CPU=$$level tests/run.sh | tail -2; done
+	@for level in generic avx2 avx512; do echo "LAPIDARY_CPU=$$level"; LAPIDARY_CPU=$$level tests/run.sh | tail -2; done
 	@LAPIDARY_FUZZ_SECONDS=60 SANITIZE=asan tests/run.sh fuzz.
 	@$(MAKE) --no-print-directory races
 

@@ -10,6 +10,9 @@
 #include <string.h>
 #ifdef __aarch64__
 #include <sys/auxv.h>
+#else
+#include <cpuid.h>
+#include <sys/syscall.h>
 #endif
 #include <sys/mman.h>
 #include <unistd.h>
@@ -31,7 +34,15 @@ bool cpu_has_bf16_products(void) {
 
 #else
 
-static const char *const level_names[CPU_LEVELS] = {"generic", "avx2", "avx512"};
+static const char *const level_names[CPU_LEVELS] = {"generic", "avx2", "avx512", "amx"};
+
+/* Tiles of bf16, and the system's leave to use them (arch_prctl, ARCH_REQ_XCOMP_PERM of
+ * XTILEDATA). */
+static bool has_tiles(void) {
+    unsigned a, b, c, d, bf16 = 1u << 22, tiles = 1u << 24;
+    return __builtin_cpu_supports("avx512bf16") && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+           (d & bf16) && (d & tiles) && !syscall(SYS_arch_prctl, 0x1023, 18);
+}
 
 static CpuLevel best_level(void) {
     __builtin_cpu_init();
@@ -41,12 +52,13 @@ static CpuLevel best_level(void) {
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
         best = CPU_AVX512;
+    if (best == CPU_AVX512 && has_tiles()) best = CPU_AMX;
     return best;
 }
 
 /* Without these instructions oneDNN would emulate them, at a third of f32's speed. */
 bool cpu_has_bf16_products(void) {
-    return cpu_level() == CPU_AVX512 && __builtin_cpu_supports("avx512bf16");
+    return cpu_level() >= CPU_AVX512 && __builtin_cpu_supports("avx512bf16");
 }
 
 #endif
@@ -122,8 +134,12 @@ static CpuLevel detect(void) {
         note("LAPIDARY_CPU=%s is beyond this CPU, using %s", forced, level_names[best]);
         return best;
     }
-    note("LAPIDARY_CPU=%s is unknown (%s, %s, %s), using %s", forced, level_names[0],
-         level_names[1], level_names[2], level_names[best]);
+    char known[64] = "";
+    for (int level = CPU_GENERIC; level < CPU_LEVELS; level++) {
+        strcat(known, level ? ", " : "");
+        strcat(known, level_names[level]);
+    }
+    note("LAPIDARY_CPU=%s is unknown (%s), using %s", forced, known, level_names[best]);
     return best;
 }
 

@@ -1,8 +1,8 @@
 /* device.h - where tensors live and which instructions the CPU kernels may use.
  *
  * The CPU twins are compiled once per level from the same sources; the level is picked when the
- * program starts and LAPIDARY_CPU=generic|avx2|avx512 (aarch64: generic|dotprod|i8mm) forces one.
- */
+ * program starts and LAPIDARY_CPU=generic|avx2|avx512|amx (aarch64: generic|dotprod|i8mm) forces
+ * one. Level amx has the twins of avx512, and products of bf16 by tiles (cpu/amx.c). */
 #ifndef DEVICE_H
 #define DEVICE_H
 
@@ -25,7 +25,7 @@ typedef struct Device {
 #ifdef __aarch64__
 typedef enum CpuLevel { CPU_GENERIC, CPU_DOTPROD, CPU_I8MM, CPU_LEVELS } CpuLevel;
 #else
-typedef enum CpuLevel { CPU_GENERIC, CPU_AVX2, CPU_AVX512, CPU_LEVELS } CpuLevel;
+typedef enum CpuLevel { CPU_GENERIC, CPU_AVX2, CPU_AVX512, CPU_AMX, CPU_LEVELS } CpuLevel;
 #endif
 
 /* Opens the device that a run file or --device names: auto, cpu, cuda or cuda:N. */

@@ -21,7 +21,7 @@
     void cpu_##name##_i8mm(__VA_ARGS__)
 #else
 #define CPU_TWINS(name)                                                                            \
-    { cpu_##name##_generic, cpu_##name##_avx2, cpu_##name##_avx512 }
+    { cpu_##name##_generic, cpu_##name##_avx2, cpu_##name##_avx512, cpu_##name##_avx512 }
 #define DECLARE_TWINS(name, ...)                                                                   \
     void cpu_##name##_generic(__VA_ARGS__);                                                        \
     void cpu_##name##_avx2(__VA_ARGS__);                                                           \

@@ -1,9 +1,10 @@
 /* matmul.c - which engine a product takes, and the ordered product.
  *
- * Large products of one dtype go to oneDNN (bf16 where the CPU multiplies bf16, else converted in
- * panels to f32); at the generic level, on aarch64 and for two dtypes, the ordered product below
- * does them. */
+ * Large products of bf16 go to the CPU's tiles where it has them (amx.c); else those of one dtype
+ * go to oneDNN (bf16 where the CPU multiplies bf16, else converted in panels to f32); at the
+ * generic level, on aarch64 and for two dtypes, the ordered product below does them. */
 #include "kernels/matmul.h"
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/onednn.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
@@ -289,6 +290,10 @@ static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
         (a.dtype == b.dtype || packed) && alpha == 1.0f && (y.dtype == a.dtype || y.dtype == F32);
     if (layout == NT && tensor_rows(y) <= 4 && alpha == 1.0f && !LEVEL_PLAIN)
         few_rows(y, write, a, b);
+#if LANES == 16
+    else if (dense && a.dtype == BF16 && cpu_level() == CPU_AMX && tensor_count(a))
+        CPU(amx_product)(layout, y, write, a, b);
+#endif
     else if (!dense || !HAS_ONEDNN)
         ordered_product(layout, y, write, a, b, alpha);
     else if (packed)

@@ -112,6 +112,51 @@ CASE(kernel_matmul, ordered_products_do_not_change_when_zero_terms_are_added) {
     EXPECT(!memcmp(y.data, z.data, (size_t)(M * N) * 4));
 }
 
+/* Larger than what goes through a cache at once: several blocks of rows, panels, chunks and passes
+ * of terms; and edges of every kind. */
+CASE(kernel_matmul, large_products_of_bf16_equal_a_plain_loop) {
+    static const int64_t sizes[][3] = {
+        {1100, 77, 40}, {70, 600, 1700}, {530, 33, 300}, {40, 50, 16500}, {33, 40, 560000}};
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++)
+        for (int layout = NT; layout <= TN; layout++) {
+            int64_t M = sizes[s][0], N = sizes[s][1], K = sizes[s][2];
+            Tensor a = layout == TN ? RANDOM_TENSOR(BF16, 1, K, M) : RANDOM_TENSOR(BF16, 1, M, K);
+            Tensor b = layout == NT ? RANDOM_TENSOR(BF16, 2, N, K) : RANDOM_TENSOR(BF16, 2, K, N);
+            Tensor y = zeros(F32, M, N), narrow = zeros(BF16, M, N);
+            matmul((Layout)layout, y, SET, a, b, 1.0f);
+            matmul((Layout)layout, narrow, SET, a, b, 1.0f);
+            for (int64_t m = 0; m < M; m += 7)
+                for (int64_t n = m % 5; n < N; n += 5) {
+                    double want = 0, size = 0;
+                    for (int64_t k = 0; k < K; k++) {
+                        double term = (double)at(a, layout == TN ? k * M + m : m * K + k) *
+                                      at(b, layout == NT ? n * K + k : k * N + n);
+                        want += term;
+                        size += term * term;
+                    }
+                    EXPECT(fabs(at(y, m * N + n) - want) <= 1e-4 * sqrt(size),
+                           "layout %d, %d %d %d: %g, expected %g", layout, (int)M, (int)N, (int)K,
+                           at(y, m * N + n), want);
+                    EXPECT(fabs(at(narrow, m * N + n) - want) <=
+                           1e-4 * sqrt(size) + 0x1p-8 * fabs(want));
+                }
+            free(a.data), free(b.data), free(y.data), free(narrow.data);
+        }
+}
+
+/* What makes leaving out rows without loss exact. */
+CASE(kernel_matmul, rows_of_bf16_products_do_not_depend_on_how_many_there_are) {
+    if (cpu_level() < CPU_LEVELS - 1) SKIP("elsewhere a library's products decide it");
+    int64_t M = 700, N = 300, K = 2100, first = 13, count = 45;
+    for (int layout = NT; layout <= NN; layout++) {
+        Tensor a = RANDOM_TENSOR(BF16, 1, M, K), y = zeros(BF16, M, N), z = zeros(BF16, count, N);
+        Tensor b = layout == NT ? RANDOM_TENSOR(BF16, 2, N, K) : RANDOM_TENSOR(BF16, 2, K, N);
+        matmul((Layout)layout, y, SET, a, b, 1.0f);
+        matmul((Layout)layout, z, SET, tensor_slice(a, first, count), b, 1.0f);
+        EXPECT(!memcmp((uint16_t *)y.data + first * N, z.data, (size_t)(count * N) * 2));
+    }
+}
+
 static void multiply_mismatched(void) {
     matmul(NT, zeros(F32, 2, 3), SET, zeros(F32, 2, 4), zeros(F32, 3, 5), 1.0f);
 }
