@@ -50,8 +50,8 @@ LEVELS       := generic avx2 avx512
 FLAGS_avx2    = $(call LEVEL,avx2,8,0) -mavx2 -mfma -mf16c
 FLAGS_avx512  = $(call LEVEL,avx512,16,0) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c \
                 -mprefer-vector-width=512
-TILES        := kernels/cpu/amx.c
-FLAGS_amx    := -mamx-tile -mamx-bf16 -mavx512bf16
+TILES        := kernels/cpu/amx.c kernels/cpu/amx_int8.c
+FLAGS_amx    := -mamx-tile -mamx-bf16 -mamx-int8 -mavx512bf16
 ifdef STATIC
 CFLAGS       += -DNO_ONEDNN
 else
@@ -63,7 +63,7 @@ endif
 FOLDERS  := kernels configs model formats data optim train infer eval
 ONCE     := kernels/cpu/scratch.c
 SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE) $(ONEDNN)
-LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c kernels/cpu/amx.c,$(wildcard kernels/cpu/*.c))
+LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c $(wildcard kernels/cpu/amx*.c),$(wildcard kernels/cpu/*.c))
 LEVELED_OBJECTS := $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o)) $(TILES:%.c=$(BUILD)/%.avx512.o)
 CLI      := $(wildcard cli/*.c)
 OBJECTS  := $(SOURCES:%.c=$(BUILD)/%.o) $(LEVELED_OBJECTS)
@@ -102,7 +102,7 @@ $(BUILD)/%.cu.o: %.cu
 
 # Quantisers round every product: the same bytes at every level and as the peers write them.
 $(foreach l,$(LEVELS),$(BUILD)/kernels/cpu/quantize.$(l).o $(BUILD)/kernels/cpu/int8.$(l).o \
-    $(BUILD)/kernels/cpu/unpack.$(l).o): CFLAGS += -ffp-contract=off
+    $(BUILD)/kernels/cpu/unpack.$(l).o $(BUILD)/kernels/cpu/amx_int8.$(l).o): CFLAGS += -ffp-contract=off
 
 $(TILES:%.c=$(BUILD)/%.avx512.o): CFLAGS += $(FLAGS_amx)
 

@@ -36,12 +36,12 @@ bool cpu_has_bf16_products(void) {
 
 static const char *const level_names[CPU_LEVELS] = {"generic", "avx2", "avx512", "amx"};
 
-/* Tiles of bf16, and the system's leave to use them (arch_prctl, ARCH_REQ_XCOMP_PERM of
+/* Tiles of bf16 and int8, and the system's leave to use them (arch_prctl, ARCH_REQ_XCOMP_PERM of
  * XTILEDATA). */
 static bool has_tiles(void) {
-    unsigned a, b, c, d, bf16 = 1u << 22, tiles = 1u << 24;
+    unsigned a, b, c, d, wanted = 1u << 22 | 1u << 24 | 1u << 25; /* bf16, tiles, int8 */
     return __builtin_cpu_supports("avx512bf16") && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
-           (d & bf16) && (d & tiles) && !syscall(SYS_arch_prctl, 0x1023, 18);
+           (d & wanted) == wanted && !syscall(SYS_arch_prctl, 0x1023, 18);
 }
 
 static CpuLevel best_level(void) {

@@ -90,19 +90,8 @@ static void pack(uint16_t *to, const Side *side, int64_t line, int64_t pairs, in
         for (int64_t i = 0; i < 2 * pairs * steps; i++) turn_tile(to + i * TILE);
 }
 
-/* All eight tiles: 16 rows of 64 bytes. */
-static void tiles_begin(void) {
-    struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        shape.bytes[i] = 64;
-        shape.rows[i] = 16;
-    }
-    _tile_loadconfig(&shape);
-}
+static const TileShapes shapes = {1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+                                  .lines = {16, 16, 16, 16, 16, 16, 16, 16}};
 
 /* sums (32, 32), four tiles, = what they were if `add` + a pair of rows times a pair of columns.
  * Meanwhile four lines a step of what comes next are fetched. */
@@ -256,7 +245,7 @@ static void run_pass(const Pass *pass) {
     int64_t run = RUN / STEP, runs = (pass->steps + run - 1) / run;
 #pragma omp parallel
     {
-        tiles_begin();
+        _tile_loadconfig(&shapes);
 #pragma omp for schedule(static) collapse(2)
         for (int64_t p = 0; p < pass->pairs; p++)
             for (int64_t r = 0; r < runs; r++) {

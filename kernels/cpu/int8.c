@@ -5,12 +5,14 @@
  * lanes share. Weights are unsigned (code + bias), so -bias * sum of the activations starts each
  * block's sum; integers are exact, and blocks join in f32 in order of K.
  *
- * One row of activations runs at the speed of memory. Whether asking for tiles ahead of time helps
- * depends on the machine (measured: 0.90 against 0.69 of the read rate without and with it on one,
- * the reverse on another), so the first large products try both and the faster way is kept.
- * Many rows go twelve at a time (a panel, four columns of its rows side by side) against each
- * unpacked tile, over runs of tiles that stay in the second cache. */
+ * One row of activations runs at the speed of memory. Whether asking for tiles ahead of time helps,
+ * and how far ahead, depends on the machine (measured: 0.90 against 0.69 of the read rate without
+ * and with it on one, the reverse on another; 0.77 near, 0.42 far and 0.65 without on a third), so
+ * the first large products try all ways and the fastest is kept. Many rows go twelve at a time (a
+ * panel, four columns of its rows side by side) against each unpacked tile, over runs of tiles that
+ * stay in the second cache. */
 #include "kernels/blocks.h"
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/matmul.h"
@@ -21,9 +23,10 @@
 #include <arm_neon.h>
 #endif
 
-#define PREFETCH_BYTES 4608
-#define CACHE_BYTES    (320 * 1024) /* of tiles that are read again for the next rows */
-#define LEAST_GROUPS   4            /* of 16 weight rows that a thread takes at a time */
+#define NEAR_BYTES   2880
+#define FAR_BYTES    4608
+#define CACHE_BYTES  (320 * 1024) /* of tiles that are read again for the next rows */
+#define LEAST_GROUPS 4            /* of 16 weight rows that a thread takes at a time */
 
 /* ---- sixteen lanes: int32 sums, f32 totals, 64 weight bytes ---- */
 
@@ -250,6 +253,17 @@ static inline void floats_store(float *out, Floats x) {
 
 /* ---- activations ---- */
 
+/* Where the CPU has tiles, 16 rows go together by them (amx_int8.c). */
+#if LANES == 16
+#define HAS_TILES     (cpu_level() == CPU_AMX)
+#define TILES_BEGIN() (HAS_TILES ? CPU(amx_int8_begin)() : (void)0)
+#define TILES_END()   (HAS_TILES ? CPU(amx_int8_end)() : (void)0)
+#else
+#define HAS_TILES     false
+#define TILES_BEGIN() (void)0
+#define TILES_END()   (void)0
+#endif
+
 /* Rows that go together; the widths that exist are those of width_of. */
 typedef struct Panel {
     int64_t first; /* row of a and of y */
@@ -264,6 +278,7 @@ typedef struct Panel {
 #endif
 
 static int width_of(int64_t rows) {
+    if (rows >= AMX_ROWS && HAS_TILES) return AMX_ROWS;
     if (rows >= 12 && WIDTH_MAX >= 12) return 12;
     if (rows >= 8 && WIDTH_MAX >= 8) return 8;
     if (rows >= 6 && WIDTH_MAX >= 6) return 6;
@@ -271,7 +286,8 @@ static int width_of(int64_t rows) {
 }
 
 /* Activations in 8 bits; those of a panel of W rows that starts at row r:
- *   q      K * W bytes from r * K: columns 4 i .. 4 i + 3 of row m at 4 (i W + m)
+ *   q      K * W bytes from r * K: columns 4 i .. 4 i + 3 of row m at 4 (i W + m); of 16 rows, by
+ *          tiles, block i of row m at 32 (i W + m)
  *   d      scale of block i of row m at r K / 32 + i W + m
  *   start  -bias * sum of the block, likewise */
 typedef struct Activations {
@@ -309,7 +325,7 @@ static inline int32_t quantize_block(int8_t *q, int width, float *d, const float
         sum += code;
     }
     *d = most / 127.0f;
-    if (width == 1)
+    if (width == 1 || width == AMX_ROWS)
         memcpy(q, codes, 32);
     else
         for (int i = 0; i < 8; i++) memcpy(q + 4 * width * i, codes + 4 * i, 4);
@@ -325,13 +341,17 @@ static void quantize_panel(const Activations *a, const Panel *p, Tensor x, int b
             const float *v = load_f32(buffer, x, (p->first + m) * K + first, n);
             for (int64_t k = 0; k < n; k += 32) {
                 int64_t at = p->first * blocks + (first + k) / 32 * p->width + m;
-                int8_t *q = a->q + p->first * K + (first + k) * p->width + 4 * m;
+                int8_t *q = a->q + p->first * K + (first + k) * p->width +
+                            (p->width == AMX_ROWS ? 32 : 4) * m;
                 a->start[at] = -bias * quantize_block(q, p->width, &a->d[at], v + k);
             }
         }
 }
 
 /* ---- one group of 16 weight rows against a panel ---- */
+
+/* Tiles asked for ahead of time. */
+typedef enum Ahead { AHEAD_NONE, AHEAD_NEAR, AHEAD_FAR, AHEAD_WAYS } Ahead;
 
 /* In registers everything is written out, for each width of a panel. Plain C has none to fill:
  * there it would be minutes of compiling and slower code. */
@@ -427,7 +447,7 @@ ALWAYS void half_tile_pairs(Floats *total, const int W, const bool bytes, const 
 /* Columns 16 group .. of the panel's rows of y; `bytes`: tiles of Q8_0, else of Q4_0. */
 ALWAYS void group_product(Tensor y, const int W, const bool bytes, const void *tiles,
                           int64_t tile_count, int64_t group, const Panel *p, const int8_t *q,
-                          const float *d, const int32_t *start, bool prefetch) {
+                          const float *d, const int32_t *start, Ahead ahead) {
     Floats total[WIDTH_MAX];
     UNROLL(GCC unroll 12)
     for (int m = 0; m < W; m++) total[m] = floats_zero();
@@ -436,9 +456,13 @@ ALWAYS void group_product(Tensor y, const int W, const bool bytes, const void *t
             (const char *)tiles + (size_t)t * (bytes ? sizeof(TileQ8_0) : sizeof(TileQ4_0));
         const uint16_t(*scales)[TILE_HEIGHT] = (const uint16_t(*)[TILE_HEIGHT])tile;
         const uint8_t(*qs)[64] = (const uint8_t(*)[64])(tile + sizeof *scales * 2);
-        if (W <= 2 && prefetch)
+        if (W <= 2 && ahead != AHEAD_NONE) {
             for (int line = 0; line < (bytes ? 17 : 9); line++)
-                __builtin_prefetch(tile + PREFETCH_BYTES + 64 * line);
+                if (ahead == AHEAD_NEAR)
+                    __builtin_prefetch(tile + NEAR_BYTES + 64 * line, 0, 2); /* second cache */
+                else
+                    __builtin_prefetch(tile + FAR_BYTES + 64 * line);
+        }
         if (HAS_PAIRS && W % 2 == 0) {
             half_tile_pairs(total, W, bytes, 0, qs, scales[0], q, d, start);
             half_tile_pairs(total, W, bytes, 1, qs, scales[1], q + 32 * W, d + W, start + W);
@@ -460,7 +484,7 @@ ALWAYS void group_product(Tensor y, const int W, const bool bytes, const void *t
 }
 
 static void panel_product(Tensor y, Tensor b, int64_t group, const Activations *a, const Panel *p,
-                          bool prefetch) {
+                          Ahead ahead) {
     int64_t K = tensor_cols(b), tile_count = K / TILE_WIDTH;
     bool bytes = b.dtype == Q8_0_TILED;
     const void *tiles = (const char *)b.data + (size_t)(group * tile_count) *
@@ -471,9 +495,9 @@ static void panel_product(Tensor y, Tensor b, int64_t group, const Activations *
 #define WIDTH_CASE(W)                                                                              \
     case W:                                                                                        \
         if (bytes)                                                                                 \
-            group_product(y, W, true, tiles, tile_count, group, p, q, d, start, prefetch);         \
+            group_product(y, W, true, tiles, tile_count, group, p, q, d, start, ahead);            \
         else                                                                                       \
-            group_product(y, W, false, tiles, tile_count, group, p, q, d, start, prefetch);        \
+            group_product(y, W, false, tiles, tile_count, group, p, q, d, start, ahead);           \
         break;
     switch (p->width) {
         WIDTH_CASE(1)
@@ -491,23 +515,27 @@ static void panel_product(Tensor y, Tensor b, int64_t group, const Activations *
 
 /* ---- products ---- */
 
-/* Which way of reading is faster here: [0] without, [1] with prefetching. */
+/* Which way of reading is fastest here. */
 #define TRIALS      48
 #define TRIAL_BYTES (4 << 20)
 static struct {
     int calls;
-    double bytes[2], seconds[2];
+    double bytes[AHEAD_WAYS], seconds[AHEAD_WAYS];
 } trial;
 
-static bool prefetch_pays(void) {
-    if (trial.calls < 2 * TRIALS) return trial.calls % 2;
-    return trial.bytes[1] * trial.seconds[0] > trial.bytes[0] * trial.seconds[1];
+static Ahead way_that_pays(void) {
+    if (trial.calls < AHEAD_WAYS * TRIALS) return (Ahead)(trial.calls % AHEAD_WAYS);
+    Ahead best = AHEAD_NONE;
+    for (int way = 1; way < AHEAD_WAYS; way++)
+        if (trial.bytes[way] * trial.seconds[best] > trial.bytes[best] * trial.seconds[way])
+            best = (Ahead)way;
+    return best;
 }
 
-static void trial_add(bool prefetch, size_t bytes, double seconds) {
-    if (trial.calls >= 2 * TRIALS || bytes < TRIAL_BYTES) return;
-    trial.bytes[prefetch] += (double)bytes;
-    trial.seconds[prefetch] += seconds;
+static void trial_add(Ahead ahead, size_t bytes, double seconds) {
+    if (trial.calls >= AHEAD_WAYS * TRIALS || bytes < TRIAL_BYTES) return;
+    trial.bytes[ahead] += (double)bytes;
+    trial.seconds[ahead] += seconds;
     trial.calls++;
 }
 
@@ -541,10 +569,31 @@ static int64_t take(int64_t *next, int64_t total, int64_t most, int64_t *first) 
     return count;
 }
 
+/* The panels of 16 rows among `panels` against weight rows of groups begin .. begin + count. */
+static void tiled_panels(Tensor y, Tensor b, int64_t begin, int64_t count, const Activations *a,
+                         const Panel *panels, int64_t panel_count) {
+#if LANES == 16
+    int64_t K = tensor_cols(b), scales = K / 32 * TILE_HEIGHT;
+    if (!panel_count || panels->width != AMX_ROWS) return; /* they come first */
+    bool bytes = b.dtype == Q8_0_TILED;
+    size_t tiles = (size_t)K / TILE_WIDTH * (bytes ? sizeof(TileQ8_0) : sizeof(TileQ4_0));
+    float *scale = outer_scratch((size_t)(count * (scales + TILE_HEIGHT * K / 4)));
+    int8_t *codes = (int8_t *)(scale + count * scales);
+    for (int64_t i = 0; i < count; i++) CPU(amx_int8_unpack)
+    (codes + i * TILE_HEIGHT * K, scale + i * scales,
+     (const char *)b.data + (size_t)(begin + i) * tiles, bytes, K);
+    for (int64_t p = 0; p < panel_count && panels[p].width == AMX_ROWS; p++)
+        for (int64_t i = 0; i < count; i++) CPU(amx_int8_panel)
+    (y, panels[p].first, (begin + i) * TILE_HEIGHT, codes + i * TILE_HEIGHT * K, scale + i * scales,
+     a->q + panels[p].first * K, a->d + panels[p].first * (K / 32), K);
+#else
+    (void)y, (void)b, (void)begin, (void)count, (void)a, (void)panels, (void)panel_count;
+#endif
+}
+
 /* A thread's shares of one matrix, or of those of `active` groups. */
 static void multiply(Tensor y, Tensor b, const Activations *x, const Panel *panels,
-                     const int64_t *begins, int active, int64_t most, bool prefetch,
-                     int64_t *next) {
+                     const int64_t *begins, int active, int64_t most, Ahead ahead, int64_t *next) {
     int64_t row_groups = tensor_cols(y) / TILE_HEIGHT;
     for (int64_t at, left; (left = take(next, row_groups * active, most, &at));)
         for (int64_t count; left; at += count, left -= count) { /* of one matrix */
@@ -552,9 +601,11 @@ static void multiply(Tensor y, Tensor b, const Activations *x, const Panel *pane
             count = row_groups - begin < left ? row_groups - begin : left;
             int64_t first = begins[matrix], last = begins[matrix + 1];
             Tensor w = b.ndim == 3 ? tensor_at(b, panels[first].group) : b;
+            tiled_panels(y, w, begin, count, x, panels + first, last - first);
             for (int64_t i = first; i < last; i++)
-                for (int64_t group = begin; group < begin + count; group++)
-                    panel_product(y, w, group, x, &panels[i], prefetch);
+                for (int64_t group = begin; group < begin + count && panels[i].width != AMX_ROWS;
+                     group++)
+                    panel_product(y, w, group, x, &panels[i], ahead);
         }
 }
 
@@ -572,12 +623,13 @@ __attribute__((noinline)) static void product(const Tensor *y, Tensor a, const T
     begins[active] = panel_count;
     size_t bytes = (size_t)K / TILE_WIDTH * (bias == 8 ? sizeof(TileQ4_0) : sizeof(TileQ8_0));
     bool few = M <= 2; /* each thread rounds them for itself: cheaper than a barrier */
-    bool prefetch = few && prefetch_pays();
+    Ahead ahead = few ? way_that_pays() : AHEAD_NONE;
     int64_t most = few ? row_groups : (int64_t)(CACHE_BYTES / bytes) + 1;
     double began = omp_get_wtime();
     float *shared = few ? NULL : thread_scratch(activation_floats(M, K));
 #pragma omp parallel
     {
+        TILES_BEGIN();
         Activations x =
             activations_in(few ? thread_scratch(activation_floats(M, K)) : shared, M, K);
         if (few) {
@@ -587,9 +639,10 @@ __attribute__((noinline)) static void product(const Tensor *y, Tensor a, const T
             for (int64_t i = 0; i < panel_count; i++) quantize_panel(&x, &panels[i], a, bias);
         }
         for (int i = 0; i < matrices; i++)
-            multiply(y[i], b[i], &x, panels, begins, active, most, prefetch, &next[i]);
+            multiply(y[i], b[i], &x, panels, begins, active, most, ahead, &next[i]);
+        TILES_END();
     }
-    if (few) trial_add(prefetch, bytes * (size_t)(row_groups * active), omp_get_wtime() - began);
+    if (few) trial_add(ahead, bytes * (size_t)(row_groups * active), omp_get_wtime() - began);
 }
 
 void CPU(matmul_int8_several)(const Tensor *y, Tensor a, Tensor codes, const Tensor *b, int count) {

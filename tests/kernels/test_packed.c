@@ -94,14 +94,19 @@ CASE(packed_matmul, eight_bit_activations_give_the_plain_sum) {
 }
 
 CASE(packed_matmul, a_rows_bits_do_not_depend_on_how_many_there_are) {
-    Tensor packed = make(Q4_0_TILED, 64, 512), x = RANDOM_TENSOR(F32, 8, 29, 512);
-    quantize(packed, RANDOM_TENSOR(F32, 7, 64, 512));
-    Tensor all = zeros(F32, 29, 64);
-    matmul_int8(all, x, packed);
-    for (int64_t m = 0; m < 29; m++) {
-        Tensor one = zeros(F32, 1, 64);
-        matmul_int8(one, tensor_slice(x, m, 1), packed);
-        EXPECT(!memcmp(one.data, tensor_slice(all, m, 1).data, 64 * 4), "row %d", (int)m);
+    static const DType kinds[][2] = {
+        {Q4_0_TILED, F32}, {Q4_0_TILED, BF16}, {Q8_0_TILED, F32}, {Q8_0_TILED, BF16}};
+    for (int kind = 0; kind < 4; kind++) {
+        DType dtype = kinds[kind][1];
+        Tensor packed = make(kinds[kind][0], 64, 512), x = RANDOM_TENSOR(dtype, 8, 45, 512);
+        quantize(packed, RANDOM_TENSOR(F32, 7, 64, 512));
+        Tensor all = zeros(dtype, 45, 64), one = zeros(dtype, 1, 64);
+        matmul_int8(all, x, packed);
+        for (int64_t m = 0; m < 45; m++) {
+            matmul_int8(one, tensor_slice(x, m, 1), packed);
+            EXPECT(!memcmp(one.data, tensor_slice(all, m, 1).data, tensor_bytes(one)), "%s, row %d",
+                   dtype_name(kinds[kind][0]), (int)m);
+        }
     }
 }
 
