@@ -150,6 +150,70 @@ static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {
     }
 }
 
+/* Pairs of bf16 as words: what a shift and what a mask leave of one are the floats of its halves.
+ */
+typedef uint32_t Words __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+/* How far ahead weights are fetched into the second cache: 0.93 of what memory gives on one
+ * machine, 0.76 without. */
+#define AHEAD_BYTES 2880
+
+/* total (M) = one row of weights, `pairs` pairs, times M rows of `x`, each its even elements and
+ * then its odd ones. */
+static inline __attribute__((always_inline)) void
+dot_pairs(const int M, float *total, const uint16_t *weights, const float *x, int64_t pairs) {
+    Vec even[4], odd[4];
+    for (int m = 0; m < M; m++) even[m] = odd[m] = (Vec){0};
+    int64_t i = 0;
+    for (; i + LANES <= pairs; i += LANES) {
+        Words w = *(const Words *)(weights + 2 * i);
+        __builtin_prefetch((const char *)(weights + 2 * i) + AHEAD_BYTES, 0, 2);
+        for (int m = 0; m < M; m++) {
+            even[m] += (Vec)(w << 16) * *(const Vec *)(x + 2 * m * pairs + i);
+            odd[m] += (Vec)(w & 0xffff0000u) * *(const Vec *)(x + (2 * m + 1) * pairs + i);
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        total[m] = 0;
+        for (int64_t k = i; k < pairs; k++)
+            total[m] += bf16_to_f32(weights[2 * k]) * x[2 * m * pairs + k] +
+                        bf16_to_f32(weights[2 * k + 1]) * x[(2 * m + 1) * pairs + k];
+        even[m] += odd[m];
+        for (int lane = 0; lane < LANES; lane++) total[m] += even[m][lane];
+    }
+}
+
+/* few_rows for weights in bf16. */
+static void few_rows_bf16(Tensor y, Write write, Tensor a, Tensor b) {
+    int64_t M = tensor_rows(y), N = tensor_cols(y), K = tensor_cols(a), pairs = K / 2;
+    float *x = thread_scratch((size_t)((M + 1) * K)), *line = x + M * K;
+    for (int64_t m = 0; m < M; m++) {
+        const float *row = load_f32(line, a, m * K, K);
+        for (int64_t k = 0; k < pairs; k++) {
+            x[2 * m * pairs + k] = row[2 * k];
+            x[(2 * m + 1) * pairs + k] = row[2 * k + 1];
+        }
+    }
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < N; n++) {
+        const uint16_t *weights = (const uint16_t *)b.data + n * K;
+        float total[4];
+        if (M == 1)
+            dot_pairs(1, total, weights, x, pairs);
+        else if (M == 2)
+            dot_pairs(2, total, weights, x, pairs);
+        else if (M == 3)
+            dot_pairs(3, total, weights, x, pairs);
+        else
+            dot_pairs(4, total, weights, x, pairs);
+        for (int64_t m = 0; m < M; m++) {
+            float one;
+            if (write == ADD) total[m] += *load_f32(&one, y, m * N + n, 1);
+            store_f32(y, m * N + n, 1, &total[m]);
+        }
+    }
+}
+
 static void widen(float *out, Tensor x) {
     int64_t count = tensor_count(x);
 #pragma omp parallel for schedule(static)
@@ -289,7 +353,7 @@ static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     bool dense =
         (a.dtype == b.dtype || packed) && alpha == 1.0f && (y.dtype == a.dtype || y.dtype == F32);
     if (layout == NT && tensor_rows(y) <= 4 && alpha == 1.0f && !LEVEL_PLAIN)
-        few_rows(y, write, a, b);
+        (b.dtype == BF16 && tensor_cols(a) % 2 == 0 ? few_rows_bf16 : few_rows)(y, write, a, b);
 #if LANES == 16
     else if (dense && a.dtype == BF16 && cpu_level() == CPU_AMX && tensor_count(a))
         CPU(amx_product)(layout, y, write, a, b);
