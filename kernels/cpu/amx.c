@@ -16,17 +16,18 @@
 
 #include <immintrin.h>
 
-#define TILE        512 /* bf16 of a tile */
-#define STEP        32  /* terms of a tile */
-#define PAIR        32  /* lines of two tiles */
-#define PAIR_STEP   (2 * TILE)
-#define PAIR_SUMS   (PAIR * PAIR)
-#define RUN         256        /* terms that a sum takes in at a time */
-#define BLOCK_ROWS  512        /* of y, against one panel */
-#define PASS_ROWS   1024       /* of y, put into tiles at a time */
-#define PASS_COUNT  (16 << 20) /* and elements of a */
-#define PANEL_COLS  256        /* of y, at most */
-#define CHUNK_TERMS 1536       /* of a panel, in tiles at a time; of b stored term by term 1024 */
+#define TILE         512 /* bf16 of a tile */
+#define STEP         32  /* terms of a tile */
+#define PAIR         32  /* lines of two tiles */
+#define PAIR_STEP    (2 * TILE)
+#define PAIR_SUMS    (PAIR * PAIR)
+#define RUN          256        /* terms that a sum takes in at a time */
+#define BLOCK_ROWS   512        /* of y, against one panel */
+#define PASS_ROWS    1024       /* of y, put into tiles at a time */
+#define PASS_COUNT   (16 << 20) /* and elements of a */
+#define PANEL_COLS   256        /* of y, at most */
+#define CHUNK_ALONG  1536       /* terms of a panel that are in tiles at a time, b line by line */
+#define CHUNK_ACROSS 1024       /* and term by term */
 
 /* An operand: `lines` rows or columns of the product, `terms` along K. */
 typedef struct Side {
@@ -196,7 +197,7 @@ static void pack_panel(uint16_t *to, uint16_t *dense, const Pass *pass, int64_t 
 /* Panel `panel` of y for the block of rows `block` of the pass. */
 static void panel_product(const Pass *pass, int64_t block, int64_t panel) {
     bool turned = b_along(pass), whole = pass->steps * STEP >= pass->terms;
-    int64_t chunk = (turned ? CHUNK_TERMS : 1024) / STEP, run = RUN / STEP;
+    int64_t chunk = (turned ? CHUNK_ALONG : CHUNK_ACROSS) / STEP, run = RUN / STEP;
     int64_t column = panel * pass->width, columns = (tensor_cols(pass->y) + PAIR - 1) / PAIR;
     int64_t width = lesser(pass->width, columns - column);
     int64_t row = block * (BLOCK_ROWS / PAIR),

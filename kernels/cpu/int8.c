@@ -277,8 +277,8 @@ typedef struct Panel {
 #define WIDTH_MAX 4
 #endif
 
-static int width_of(int64_t rows) {
-    if (rows >= AMX_ROWS && HAS_TILES) return AMX_ROWS;
+static int width_of(int64_t rows, bool tiles) {
+    if (rows >= AMX_ROWS && tiles) return AMX_ROWS;
     if (rows >= 12 && WIDTH_MAX >= 12) return 12;
     if (rows >= 8 && WIDTH_MAX >= 8) return 8;
     if (rows >= 6 && WIDTH_MAX >= 6) return 6;
@@ -547,9 +547,11 @@ typedef struct Groups {
 
 static int64_t list_panels(Panel *panels, const Groups *g) {
     int64_t count = 0;
-    for (int e = 0; e < g->count; e++)
+    for (int e = 0; e < g->count; e++) {
+        bool tiles = HAS_TILES && g->counts[e] >= 2 * AMX_ROWS; /* fewer do not repay unpacking */
         for (int64_t row = 0; row < g->counts[e]; row += panels[count++].width)
-            panels[count] = (Panel){g->offsets[e] + row, width_of(g->counts[e] - row), e};
+            panels[count] = (Panel){g->offsets[e] + row, width_of(g->counts[e] - row, tiles), e};
+    }
     return count;
 }
 
