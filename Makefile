@@ -50,7 +50,6 @@ LEVELS       := generic avx2 avx512
 FLAGS_avx2    = $(call LEVEL,avx2,8,0) -mavx2 -mfma -mf16c
 FLAGS_avx512  = $(call LEVEL,avx512,16,0) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c \
                 -mprefer-vector-width=512
-TILES        := kernels/cpu/amx.c kernels/cpu/amx_int8.c
 FLAGS_amx    := -mamx-tile -mamx-bf16 -mamx-int8 -mavx512bf16
 ifdef STATIC
 CFLAGS       += -DNO_ONEDNN
@@ -62,9 +61,10 @@ endif
 
 FOLDERS  := kernels configs model formats data optim train infer eval
 ONCE     := kernels/cpu/scratch.c
+TILES    := $(wildcard kernels/cpu/amx*.c)
 SOURCES  := $(foreach f,$(FOLDERS),$(wildcard $(f)/*.c)) $(ONCE) $(ONEDNN)
-LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c $(wildcard kernels/cpu/amx*.c),$(wildcard kernels/cpu/*.c))
-LEVELED_OBJECTS := $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o)) $(TILES:%.c=$(BUILD)/%.avx512.o)
+LEVELED  := $(filter-out $(ONCE) kernels/cpu/onednn.c $(TILES),$(wildcard kernels/cpu/*.c))
+LEVELED_OBJECTS := $(foreach l,$(LEVELS),$(LEVELED:%.c=$(BUILD)/%.$(l).o)) $(if $(filter avx512,$(LEVELS)),$(TILES:%.c=$(BUILD)/%.avx512.o))
 CLI      := $(wildcard cli/*.c)
 OBJECTS  := $(SOURCES:%.c=$(BUILD)/%.o) $(LEVELED_OBJECTS)
 CUDA_SOURCES := $(wildcard kernels/cuda/*.cu)

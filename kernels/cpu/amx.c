@@ -40,6 +40,10 @@ static int64_t lesser(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+static int64_t pairs_of(int64_t lines) {
+    return (lines + PAIR - 1) / PAIR;
+}
+
 static __mmask32 mask_of(int64_t count) {
     return count >= 32 ? ~(__mmask32)0 : count <= 0 ? 0 : ((__mmask32)1 << count) - 1;
 }
@@ -198,7 +202,7 @@ static void pack_panel(uint16_t *to, uint16_t *dense, const Pass *pass, int64_t 
 static void panel_product(const Pass *pass, int64_t block, int64_t panel) {
     bool turned = b_along(pass), whole = pass->steps * STEP >= pass->terms;
     int64_t chunk = (turned ? CHUNK_ALONG : CHUNK_ACROSS) / STEP, run = RUN / STEP;
-    int64_t column = panel * pass->width, columns = (tensor_cols(pass->y) + PAIR - 1) / PAIR;
+    int64_t column = panel * pass->width, columns = pairs_of(tensor_cols(pass->y));
     int64_t width = lesser(pass->width, columns - column);
     int64_t row = block * (BLOCK_ROWS / PAIR),
             height = lesser(BLOCK_ROWS / PAIR, pass->pairs - row);
@@ -241,7 +245,7 @@ static int64_t panel_width(int64_t N, int64_t blocks) {
 
 static void run_pass(const Pass *pass) {
     int64_t blocks = (pass->pairs * PAIR + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    int64_t columns = (tensor_cols(pass->y) + PAIR - 1) / PAIR;
+    int64_t columns = pairs_of(tensor_cols(pass->y));
     int64_t panels = (columns + pass->width - 1) / pass->width;
     int64_t run = RUN / STEP, runs = (pass->steps + run - 1) / run;
 #pragma omp parallel
@@ -263,7 +267,7 @@ static void run_pass(const Pass *pass) {
 
 void CPU(amx_product)(Layout layout, Tensor y, Write write, Tensor a, Tensor b) {
     int64_t M = tensor_rows(y), N = tensor_cols(y), K = tensor_count(a) / M;
-    int64_t rows = lesser(PASS_ROWS, (M + PAIR - 1) / PAIR * PAIR), columns = (N + PAIR - 1) / PAIR;
+    int64_t rows = lesser(PASS_ROWS, pairs_of(M) * PAIR), columns = pairs_of(N);
     int64_t terms = lesser(PASS_COUNT / rows / RUN * RUN, (K + STEP - 1) / STEP * STEP);
     size_t tiles = (size_t)(rows * terms / 2),
            sums = terms < K ? (size_t)(rows * columns * PAIR) : 0;
@@ -273,7 +277,7 @@ void CPU(amx_product)(Layout layout, Tensor y, Write write, Tensor a, Tensor b) 
     pass.tiles = (uint16_t *)(pass.sums + sums);
     pass.width = panel_width(N, (M + BLOCK_ROWS - 1) / BLOCK_ROWS);
     for (pass.first = 0; pass.first < M; pass.first += rows) {
-        pass.pairs = (lesser(rows, M - pass.first) + PAIR - 1) / PAIR;
+        pass.pairs = pairs_of(lesser(rows, M - pass.first));
         for (pass.term = 0; pass.term < K; pass.term += terms) {
             pass.steps = (lesser(terms, K - pass.term) + STEP - 1) / STEP;
             run_pass(&pass);

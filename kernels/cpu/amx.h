@@ -18,21 +18,13 @@ typedef struct TileShapes {
  */
 void CPU(amx_product)(Layout layout, Tensor y, Write write, Tensor a, Tensor b);
 
-/* Activations and weights in 8 bits, 16 rows of each at a time: amx_int8.c. What int8.c does by
- * vectors, bit for bit. */
+/* Rows that go together by 8-bit tiles. */
 #define AMX_ROWS 16
 
-/* A thread calls the first before amx_int8_panel, and the second after the last. */
-void CPU(amx_int8_begin)(void);
-void CPU(amx_int8_end)(void);
-
-/* Tiles of 16 weight rows (TileQ8_0 if `bytes`, else TileQ4_0) as they are multiplied: of each of
- * K / 32 blocks 512 codes and 16 scales. */
-void CPU(amx_int8_unpack)(int8_t *codes, float *scales, const void *tiles, bool bytes, int64_t K);
-
-/* y rows `row` .., columns `column` .., 16 of each, from those and, of each block, 512 codes of
- * activations (32 of a row) and 16 scales. */
-void CPU(amx_int8_panel)(Tensor y, int64_t row, int64_t column, const int8_t *codes,
-                         const float *scales, const int8_t *q, const float *d, int64_t K);
+/* y rows `row` .., `panels` times 16 of them, columns of weight rows 16 group .., `groups` times
+ * 16: bit for bit what int8.c does by vectors. b     (N, K)  Q4_0_TILED | Q8_0_TILED q, d  of each
+ * panel and each block of 32 columns: 512 codes, 32 of a row, and 16 scales */
+void CPU(amx_int8_product)(Tensor y, int64_t row, int64_t panels, Tensor b, int64_t group,
+                           int64_t groups, const int8_t *q, const float *d);
 
 #endif

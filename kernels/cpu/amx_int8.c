@@ -6,6 +6,7 @@
  */
 #include "kernels/blocks.h"
 #include "kernels/cpu/amx.h"
+#include "kernels/cpu/scratch.h"
 
 #include <immintrin.h>
 
@@ -15,15 +16,9 @@
 static const TileShapes shapes = {1, .bytes = {64, 64, 32, 32, 64, 64},
                                   .lines = {16, 16, 16, 16, 8, 8}};
 
-void CPU(amx_int8_begin)(void) {
-    _tile_loadconfig(&shapes);
-}
-
-void CPU(amx_int8_end)(void) {
-    _tile_release();
-}
-
-void CPU(amx_int8_unpack)(int8_t *codes, float *scales, const void *tiles, bool bytes, int64_t K) {
+/* Tiles of 16 weight rows as they are multiplied: of each of K / 32 blocks 512 codes and 16 scales.
+ */
+static void unpack_group(int8_t *codes, float *scales, const void *tiles, bool bytes, int64_t K) {
     const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8),
                   sign = _mm512_set1_epi8(-128);
     for (int64_t t = 0; t < K / TILE_WIDTH; t++) {
@@ -81,23 +76,9 @@ add(__m512 sums[AMX_ROWS], int32_t integers[2][256], const float *scales, const 
     }
 }
 
-/* 16 columns of a row, as store_f32 does it. */
-static inline void store_row(Tensor y, int64_t first, __m512 values) {
-    if (y.dtype == F32) {
-        _mm512_storeu_ps((float *)y.data + first, values);
-        return;
-    }
-    __m512i bits = _mm512_castps_si512(values), one = _mm512_set1_epi32(1);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q), bits,
-                                   _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i *)((uint16_t *)y.data + first),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
-}
-
-void CPU(amx_int8_panel)(Tensor y, int64_t row, int64_t column, const int8_t *codes,
-                         const float *scales, const int8_t *q, const float *d, int64_t K) {
+/* 16 rows and 16 columns of y. */
+static void panel_product(Tensor y, int64_t row, int64_t column, const int8_t *codes,
+                          const float *scales, const int8_t *q, const float *d, int64_t K) {
     _Alignas(64) int32_t integers[2][2][256]; /* of the blocks multiplied now and those before */
     __m512 sums[AMX_ROWS];
     EACH_ROW sums[m] = _mm512_setzero_ps();
@@ -112,5 +93,23 @@ void CPU(amx_int8_panel)(Tensor y, int64_t row, int64_t column, const int8_t *co
         d += 2 * AMX_ROWS;
     }
     add(sums, integers[(tiles - 1) % 2], scales, d);
-    EACH_ROW store_row(y, (row + m) * tensor_cols(y) + column, sums[m]);
+    EACH_ROW store_f32(y, (row + m) * tensor_cols(y) + column, LANES, (float *)&sums[m]);
+}
+
+void CPU(amx_int8_product)(Tensor y, int64_t row, int64_t panels, Tensor b, int64_t group,
+                           int64_t groups, const int8_t *q, const float *d) {
+    int64_t K = tensor_cols(b), codes_of = AMX_ROWS * K, scales_of = AMX_ROWS * K / 32;
+    bool bytes = b.dtype == Q8_0_TILED;
+    size_t tiles = (size_t)K / TILE_WIDTH * (bytes ? sizeof(TileQ8_0) : sizeof(TileQ4_0));
+    float *scales = outer_scratch((size_t)(groups * (scales_of + codes_of / 4)));
+    int8_t *codes = (int8_t *)(scales + groups * scales_of);
+    for (int64_t i = 0; i < groups; i++)
+        unpack_group(codes + i * codes_of, scales + i * scales_of,
+                     (const char *)b.data + (size_t)(group + i) * tiles, bytes, K);
+    _tile_loadconfig(&shapes);
+    for (int64_t p = 0; p < panels; p++)
+        for (int64_t i = 0; i < groups; i++)
+            panel_product(y, row + p * AMX_ROWS, (group + i) * AMX_ROWS, codes + i * codes_of,
+                          scales + i * scales_of, q + p * codes_of, d + p * scales_of, K);
+    _tile_release();
 }

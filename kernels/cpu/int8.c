@@ -253,17 +253,6 @@ static inline void floats_store(float *out, Floats x) {
 
 /* ---- activations ---- */
 
-/* Where the CPU has tiles, 16 rows go together by them (amx_int8.c). */
-#if LANES == 16
-#define HAS_TILES     (cpu_level() == CPU_AMX)
-#define TILES_BEGIN() (HAS_TILES ? CPU(amx_int8_begin)() : (void)0)
-#define TILES_END()   (HAS_TILES ? CPU(amx_int8_end)() : (void)0)
-#else
-#define HAS_TILES     false
-#define TILES_BEGIN() (void)0
-#define TILES_END()   (void)0
-#endif
-
 /* Rows that go together; the widths that exist are those of width_of. */
 typedef struct Panel {
     int64_t first; /* row of a and of y */
@@ -546,9 +535,10 @@ typedef struct Groups {
 } Groups;
 
 static int64_t list_panels(Panel *panels, const Groups *g) {
+    const bool has_tiles = LANES == 16 && cpu_level() == CPU_LEVELS - 1; /* CPU_AMX */
     int64_t count = 0;
     for (int e = 0; e < g->count; e++) {
-        bool tiles = HAS_TILES && g->counts[e] >= 2 * AMX_ROWS; /* fewer do not repay unpacking */
+        bool tiles = has_tiles && g->counts[e] >= 2 * AMX_ROWS; /* fewer do not repay unpacking */
         for (int64_t row = 0; row < g->counts[e]; row += panels[count++].width)
             panels[count] = (Panel){g->offsets[e] + row, width_of(g->counts[e] - row, tiles), e};
     }
@@ -571,26 +561,20 @@ static int64_t take(int64_t *next, int64_t total, int64_t most, int64_t *first) 
     return count;
 }
 
-/* The panels of 16 rows among `panels` against weight rows of groups begin .. begin + count. */
-static void tiled_panels(Tensor y, Tensor b, int64_t begin, int64_t count, const Activations *a,
-                         const Panel *panels, int64_t panel_count) {
+/* Multiplies those of the panels that are of 16 rows, which come first, by tiles; how many. */
+static int64_t tiled_panels(Tensor y, Tensor b, int64_t group, int64_t groups, const Activations *a,
+                            const Panel *panels, int64_t count) {
+    int64_t tiled = 0, row = panels->first;
+    while (tiled < count && panels[tiled].width == AMX_ROWS) tiled++;
 #if LANES == 16
-    int64_t K = tensor_cols(b), scales = K / 32 * TILE_HEIGHT;
-    if (!panel_count || panels->width != AMX_ROWS) return; /* they come first */
-    bool bytes = b.dtype == Q8_0_TILED;
-    size_t tiles = (size_t)K / TILE_WIDTH * (bytes ? sizeof(TileQ8_0) : sizeof(TileQ4_0));
-    float *scale = outer_scratch((size_t)(count * (scales + TILE_HEIGHT * K / 4)));
-    int8_t *codes = (int8_t *)(scale + count * scales);
-    for (int64_t i = 0; i < count; i++) CPU(amx_int8_unpack)
-    (codes + i * TILE_HEIGHT * K, scale + i * scales,
-     (const char *)b.data + (size_t)(begin + i) * tiles, bytes, K);
-    for (int64_t p = 0; p < panel_count && panels[p].width == AMX_ROWS; p++)
-        for (int64_t i = 0; i < count; i++) CPU(amx_int8_panel)
-    (y, panels[p].first, (begin + i) * TILE_HEIGHT, codes + i * TILE_HEIGHT * K, scale + i * scales,
-     a->q + panels[p].first * K, a->d + panels[p].first * (K / 32), K);
+    if (tiled) {
+        int64_t K = tensor_cols(b);
+        CPU(amx_int8_product)(y, row, tiled, b, group, groups, a->q + row * K, a->d + row * K / 32);
+    }
 #else
-    (void)y, (void)b, (void)begin, (void)count, (void)a, (void)panels, (void)panel_count;
+    (void)y, (void)b, (void)group, (void)groups, (void)a, (void)row;
 #endif
+    return tiled;
 }
 
 /* A thread's shares of one matrix, or of those of `active` groups. */
@@ -603,10 +587,9 @@ static void multiply(Tensor y, Tensor b, const Activations *x, const Panel *pane
             count = row_groups - begin < left ? row_groups - begin : left;
             int64_t first = begins[matrix], last = begins[matrix + 1];
             Tensor w = b.ndim == 3 ? tensor_at(b, panels[first].group) : b;
-            tiled_panels(y, w, begin, count, x, panels + first, last - first);
+            first += tiled_panels(y, w, begin, count, x, panels + first, last - first);
             for (int64_t i = first; i < last; i++)
-                for (int64_t group = begin; group < begin + count && panels[i].width != AMX_ROWS;
-                     group++)
+                for (int64_t group = begin; group < begin + count; group++)
                     panel_product(y, w, group, x, &panels[i], ahead);
         }
 }
@@ -631,7 +614,6 @@ __attribute__((noinline)) static void product(const Tensor *y, Tensor a, const T
     float *shared = few ? NULL : thread_scratch(activation_floats(M, K));
 #pragma omp parallel
     {
-        TILES_BEGIN();
         Activations x =
             activations_in(few ? thread_scratch(activation_floats(M, K)) : shared, M, K);
         if (few) {
@@ -642,7 +624,6 @@ __attribute__((noinline)) static void product(const Tensor *y, Tensor a, const T
         }
         for (int i = 0; i < matrices; i++)
             multiply(y[i], b[i], &x, panels, begins, active, most, ahead, &next[i]);
-        TILES_END();
     }
     if (few) trial_add(ahead, bytes * (size_t)(row_groups * active), omp_get_wtime() - began);
 }

@@ -119,6 +119,16 @@ void CPU(adapters_backward)(const AdapterBack *a, int count) {
     }
 }
 
+/* Column n of y takes the totals of its rows. */
+static void write_column(Tensor y, Write write, int64_t n, const float *total) {
+    int64_t M = tensor_rows(y), N = tensor_cols(y);
+    for (int64_t m = 0; m < M; m++) {
+        float one, value = total[m];
+        if (write == ADD) value += *load_f32(&one, y, m * N + n, 1);
+        store_f32(y, m * N + n, 1, &value);
+    }
+}
+
 /* Few rows against a large (N, K) matrix: every weight is read once and a dot product runs along K.
  */
 static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {
@@ -142,11 +152,7 @@ static void few_rows(Tensor y, Write write, Tensor a, Tensor b) {
                 total[m] += sum;
             }
         }
-        for (int64_t m = 0; m < M; m++) {
-            float one, value = total[m];
-            if (write == ADD) value += *load_f32(&one, y, m * N + n, 1);
-            store_f32(y, m * N + n, 1, &value);
-        }
+        write_column(y, write, n, total);
     }
 }
 
@@ -206,11 +212,7 @@ static void few_rows_bf16(Tensor y, Write write, Tensor a, Tensor b) {
             dot_pairs(3, total, weights, x, pairs);
         else
             dot_pairs(4, total, weights, x, pairs);
-        for (int64_t m = 0; m < M; m++) {
-            float one;
-            if (write == ADD) total[m] += *load_f32(&one, y, m * N + n, 1);
-            store_f32(y, m * N + n, 1, &total[m]);
-        }
+        write_column(y, write, n, total);
     }
 }
 
