@@ -2,7 +2,7 @@
 
   python bench/peft_lora.py MODEL ROWS.jsonl [--length 512] [--steps 3] [--rank 16]
 
-The peer of bench/lora.sh: bf16, gradient checkpointing, AdamW, the seven usual targets. Rows are
+The peer of bench/lora.py: bf16, gradient checkpointing, AdamW, the seven usual targets. Rows are
 {"ids": [...], "trained": [0|1, ...]} as `lapidary` trains them, so both see the same tokens.
 """
 import argparse

@@ -1,12 +1,11 @@
-/* heads.cu - a warp a head, of all sets at once. */
-#include "kernels/cuda/cuda.h"
+/* heads.cu - a warp a head, as norms have for rows of that length, of all sets at once. */
+#include "kernels/cuda/rows.h"
 
 extern "C" {
 #include "kernels/heads.h"
 }
 
-#define WARPS     8
-#define HEAD_MOST 1024 /* as norm.cu gives to a warp: the same sums */
+#define WARPS 8
 
 struct Set {
     void *y;
@@ -193,7 +192,7 @@ static __global__ void __launch_bounds__(32 * WARPS)
             constexpr int ROUNDS = 2;                                                              \
             __VA_ARGS__;                                                                           \
         } else {                                                                                   \
-            constexpr int ROUNDS = HEAD_MOST / (32 * V);                                           \
+            constexpr int ROUNDS = WARP_COLS / (32 * V);                                           \
             __VA_ARGS__;                                                                           \
         }                                                                                          \
     } while (0)
@@ -205,7 +204,7 @@ extern "C" void cuda_heads_forward(const HeadSet *sets, int count, Tensor cosine
     const Device *device = sets->x.device;
     bool fits = true;
     Sets all = {};
-    CHECK(C <= HEAD_MOST, "heads of %d", C);
+    CHECK(C <= WARP_COLS, "heads of %d", C);
     for (int i = 0; i < count; i++) {
         const HeadSet *s = &sets[i];
         fits = fits && fits_packs(C, s->y, s->x, s->weight);
@@ -235,7 +234,7 @@ extern "C" void cuda_heads_backward(const HeadGradient *sets, int count, Tensor 
     const Device *device = sets->x.device;
     bool fits = true;
     BackSets all = {};
-    CHECK(C <= HEAD_MOST, "heads of %d", C);
+    CHECK(C <= WARP_COLS, "heads of %d", C);
     for (int i = 0; i < count; i++) {
         const HeadGradient *s = &sets[i];
         fits = fits && fits_packs(C, s->dx, s->dy, s->x, s->weight) && fits_packs(C, s->also);
