@@ -186,10 +186,22 @@ void device_release(Device *device, void *memory, size_t bytes) {
         munmap(memory, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
 }
 
+/* What is long is copied a large page at a time by all threads: taking memory is what takes long. */
+static void host_copy(char *to, const char *from, size_t bytes) {
+    bool apart = to + bytes <= from || from + bytes <= to;
+    if (!apart || bytes < 2 * HUGE_PAGE) {
+        if (to != from) memmove(to, from, bytes);
+        return;
+    }
+#pragma omp parallel for schedule(dynamic)
+    for (size_t at = 0; at < bytes; at += HUGE_PAGE)
+        memcpy(to + at, from + at, bytes - at < HUGE_PAGE ? bytes - at : HUGE_PAGE);
+}
+
 void device_copy(Device *to_device, void *to, Device *from_device, const void *from, size_t bytes) {
     ON_GPU(to_device, cuda_copy(to_device, to, from_device, from, bytes));
     ON_GPU(from_device, cuda_copy(to_device, to, from_device, from, bytes));
-    if (to != from) memmove(to, from, bytes);
+    host_copy(to, from, bytes);
 }
 
 void *device_staging(Device *device, size_t bytes) {
