@@ -13,10 +13,17 @@ typedef struct TileShapes {
     uint8_t lines[16];
 } TileShapes;
 
-/* y (=|+=) a b: a bf16, b bf16 or packed (not in TN), y bf16 | f32; K at least 1. Every element is
- * one sum in order of K that knows nothing of the other rows: fewer rows change no bit of the rest.
+/* y (=|+=) a b + term: a bf16, b bf16 or packed (not in TN), y bf16 | f32; K at least 1. Every
+ * element is one sum in order of K that knows nothing of the other rows: fewer rows change no bit
+ * of the rest. A term (NULL: none; y bf16, not TN) is of u and v to 2^-16; a and b absent: it
+ * alone.
  */
-void CPU(amx_product)(Layout layout, Tensor y, Write write, Tensor a, Tensor b);
+void CPU(amx_product)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, const Term *term);
+
+/* y (=|+=) alpha a b, one of them f32 and the other bf16; y bf16 | f32. The floats go as three
+ * numbers of bf16, which are they. In TN, rows that are zero in a or b are left out: without them
+ * the bits are the same. */
+void CPU(amx_mixed)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
 /* Rows that go together by 8-bit tiles. */
 #define AMX_ROWS 16

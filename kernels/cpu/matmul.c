@@ -16,6 +16,8 @@
 #define HAS_ONEDNN !LEVEL_PLAIN
 #endif
 
+#define FEW 4 /* rows that meet a matrix one after the other */
+
 #define PANEL_M 96
 #define PANEL_N 256
 #define PANEL_K 256
@@ -105,17 +107,33 @@ static void ordered_product(Layout layout, Tensor y, Write write, Tensor a, Tens
     }
 }
 
+/* The same where the CPU has tiles: of f32 and bf16, or of f32 into bf16, by those. */
+static void adapter_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+#if LANES == 16
+    bool many = cpu_level() == CPU_AMX && tensor_count(a) && (layout != NT || tensor_rows(y) > FEW);
+    if (many && a.dtype + b.dtype == F32 + BF16) {
+        CPU(amx_mixed)(layout, y, write, a, b, alpha);
+        return;
+    }
+    if (many && layout != TN && a.dtype == F32 && y.dtype == BF16) {
+        CPU(amx_product)(layout, y, write, tensor_absent(), tensor_absent(), &(Term){a, b, alpha});
+        return;
+    }
+#endif
+    ordered_product(layout, y, write, a, b, alpha);
+}
+
 void CPU(matmul_ordered_several)(Layout layout, const Tensor *y, Write write, const Tensor *a,
                                  const Tensor *b, int count, float alpha) {
     for (int i = 0; i < count; i++)
-        ordered_product(layout, y[layout == NN ? 0 : i], write, a[layout == NT ? 0 : i],
+        adapter_product(layout, y[layout == NN ? 0 : i], write, a[layout == NT ? 0 : i],
                         b[layout == TN ? 0 : i], alpha);
 }
 
 void CPU(adapters_backward)(const AdapterBack *a, int count) {
     for (int i = 0; i < count; i++) {
-        ordered_product(NN, a[i].du, SET, a[i].dy, a[i].B, a[i].scale);
-        if (a[i].dB.data) ordered_product(TN, a[i].dB, ADD, a[i].dy, a[i].u, a[i].scale);
+        adapter_product(NN, a[i].du, SET, a[i].dy, a[i].B, a[i].scale);
+        if (a[i].dB.data) adapter_product(TN, a[i].dB, ADD, a[i].dy, a[i].u, a[i].scale);
     }
 }
 
@@ -350,43 +368,48 @@ static void packed_product(Layout layout, Tensor y, Write write, Tensor a, Tenso
     }
 }
 
-static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
+/* y (=|+=) alpha a b + term; NULL: no term. */
+static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha,
+                    const Term *term) {
     bool packed = dtype_is_packed(b.dtype);
     bool dense =
         (a.dtype == b.dtype || packed) && alpha == 1.0f && (y.dtype == a.dtype || y.dtype == F32);
-    if (layout == NT && tensor_rows(y) <= 4 && alpha == 1.0f && !LEVEL_PLAIN)
+    if (layout == NT && tensor_rows(y) <= FEW && alpha == 1.0f && !LEVEL_PLAIN) {
         (b.dtype == BF16 && tensor_cols(a) % 2 == 0 ? few_rows_bf16 : few_rows)(y, write, a, b);
 #if LANES == 16
-    else if (dense && a.dtype == BF16 && cpu_level() == CPU_AMX && tensor_count(a))
-        CPU(amx_product)(layout, y, write, a, b);
+    } else if (dense && a.dtype == BF16 && cpu_level() == CPU_AMX && tensor_count(a)) {
+        bool within = term && y.dtype == BF16;
+        CPU(amx_product)(layout, y, write, a, b, within ? term : NULL);
+        if (within) return;
 #endif
-    else if (!dense || !HAS_ONEDNN)
+    } else if (!dense) {
+        adapter_product(layout, y, write, a, b, alpha);
+    } else if (!HAS_ONEDNN) {
         ordered_product(layout, y, write, a, b, alpha);
-    else if (packed)
+    } else if (packed) {
         packed_product(layout, y, write, a, b);
-    else
+    } else {
         dense_product(layout, y, tensor_cols(y), write, a, b);
+    }
+    if (term) adapter_product(layout, y, ADD, term->u, term->v, term->scale);
 }
 
 void CPU(matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
-    product(layout, y, write, a, b, alpha);
+    product(layout, y, write, a, b, alpha, NULL);
 }
 
-static void add_term(Layout layout, Tensor y, const Term *terms, int i) {
-    if (has_term(terms, i)) ordered_product(layout, y, ADD, terms[i].u, terms[i].v, terms[i].scale);
+static const Term *term_of(const Term *terms, int i) {
+    return has_term(terms, i) ? &terms[i] : NULL;
 }
 
 void CPU(matmul_several)(const Tensor *y, Tensor a, const Tensor *b, const Term *terms, int count) {
-    for (int i = 0; i < count; i++) {
-        product(NT, y[i], SET, a, b[i], 1.0f);
-        add_term(NT, y[i], terms, i);
-    }
+    for (int i = 0; i < count; i++) product(NT, y[i], SET, a, b[i], 1.0f, term_of(terms, i));
 }
 
 void CPU(matmul_sum)(Tensor y, Write write, const Tensor *a, const Tensor *b, const Term *terms,
                      int count) {
-    for (int i = 0; i < count; i++) product(NN, y, i ? ADD : write, a[i], b[i], 1.0f);
-    for (int i = 0; i < count; i++) add_term(NN, y, terms, i);
+    for (int i = 0; i < count; i++)
+        product(NN, y, i ? ADD : write, a[i], b[i], 1.0f, term_of(terms, i));
 }
 
 void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, Tensor offsets,
@@ -397,8 +420,9 @@ void CPU(grouped_matmul)(Layout layout, Tensor y, Write write, Tensor a, Tensor 
         if (!count) continue;
         Tensor rows = tensor_slice(a, first, count);
         if (layout == TN)
-            product(TN, tensor_at(y, g), ADD, rows, tensor_slice(b, first, count), alpha);
+            product(TN, tensor_at(y, g), ADD, rows, tensor_slice(b, first, count), alpha, NULL);
         else
-            product(layout, tensor_slice(y, first, count), write, rows, tensor_at(b, g), alpha);
+            product(layout, tensor_slice(y, first, count), write, rows, tensor_at(b, g), alpha,
+                    NULL);
     }
 }

@@ -154,6 +154,78 @@ CASE(kernel_matmul, rows_of_bf16_products_do_not_depend_on_how_many_there_are) {
         matmul((Layout)layout, y, SET, a, b, 1.0f);
         matmul((Layout)layout, z, SET, tensor_slice(a, first, count), b, 1.0f);
         EXPECT(!memcmp((uint16_t *)y.data + first * N, z.data, (size_t)(count * N) * 2));
+        Tensor v = layout == NT ? RANDOM_TENSOR(F32, 3, N, 24) : RANDOM_TENSOR(F32, 3, 24, N),
+               c = layout == NT ? RANDOM_TENSOR(F32, 4, 24, K) : RANDOM_TENSOR(F32, 4, K, 24),
+               u = zeros(F32, M, 24), w = zeros(F32, count, 24);
+        matmul_ordered((Layout)layout, u, SET, a, c, 1.0f);
+        matmul_ordered((Layout)layout, w, SET, tensor_slice(a, first, count), c, 1.0f);
+        EXPECT(!memcmp((float *)u.data + first * 24, w.data, (size_t)(count * 24) * 4));
+        matmul_ordered((Layout)layout, y, ADD, u, v, 0.3f);
+        matmul_ordered((Layout)layout, z, ADD, w, v, 0.3f);
+        EXPECT(!memcmp((uint16_t *)y.data + first * N, z.data, (size_t)(count * N) * 2));
+    }
+}
+
+static double term_of_product(Layout layout, Tensor a, Tensor b, int64_t m, int64_t n, int64_t k) {
+    return (double)at(a, layout == TN ? k * tensor_cols(a) + m : m * tensor_cols(a) + k) *
+           at(b, layout == NT ? n * tensor_cols(b) + k : k * tensor_cols(b) + n);
+}
+
+/* y = old + scale a b + what u and v make, here and there. */
+static void expect_product(Layout layout, Tensor y, Tensor old, float scale, Tensor a, Tensor b,
+                           Term term, double tolerance) {
+    int64_t N = tensor_cols(y), K = layout == TN ? tensor_rows(a) : tensor_cols(a);
+    for (int64_t m = 0; m < tensor_rows(y); m += 7)
+        for (int64_t n = m % 5; n < N; n += 5) {
+            double want = tensor_present(old) ? at(old, m * N + n) : 0, size = want * want;
+            for (int64_t k = 0; k < K; k++) {
+                double one = scale * term_of_product(layout, a, b, m, n, k);
+                want += one, size += one * one;
+            }
+            for (int64_t k = 0; tensor_present(term.u) && k < tensor_cols(term.u); k++) {
+                double one = term.scale * term_of_product(layout, term.u, term.v, m, n, k);
+                want += one, size += one * one;
+            }
+            EXPECT(fabs(at(y, m * N + n) - want) <= tolerance * (sqrt(size) + fabs(want)),
+                   "layout %d, %s and %s: %g, expected %g", layout, tensor_text(a), tensor_text(b),
+                   at(y, m * N + n), want);
+        }
+}
+
+/* What adapters of some ranks do with bf16 activations, of which some rows are zero. */
+CASE(kernel_matmul, products_of_adapters_equal_a_plain_loop) {
+    static const int64_t sizes[][4] = {
+        {530, 200, 1700, 16}, {40, 1700, 90, 130}, {1100, 64, 70, 5}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        int64_t M = sizes[i][0], N = sizes[i][1], K = sizes[i][2], R = sizes[i][3];
+        Tensor x = RANDOM_TENSOR(BF16, 1, M, K), W = RANDOM_TENSOR(BF16, 2, N, K),
+               dy = RANDOM_TENSOR(BF16, 3, M, N), A = RANDOM_TENSOR(F32, 4, R, K),
+               B = RANDOM_TENSOR(F32, 5, N, R), u = zeros(F32, M, R), du = zeros(F32, M, R),
+               y = zeros(BF16, M, N), dA = RANDOM_TENSOR(F32, 6, R, K),
+               oldA = RANDOM_TENSOR(F32, 6, R, K), dB = RANDOM_TENSOR(F32, 7, N, R),
+               oldB = RANDOM_TENSOR(F32, 7, N, R), dx = RANDOM_TENSOR(BF16, 8, M, K),
+               old = RANDOM_TENSOR(BF16, 8, M, K), none = tensor_absent();
+        for (int64_t m = 0; m < M; m += 3)
+            memset((uint16_t *)dy.data + m * N, 0, (size_t)N * sizeof(uint16_t));
+        matmul_ordered(NT, u, SET, x, A, 1.0f);
+        expect_product(NT, u, none, 1, x, A, (Term){0}, 2e-6);
+        Term forth = {u, B, 0.5f}, back = {du, A, 0.7f};
+        matmul_several(&y, x, &W, &forth, 1);
+        expect_product(NT, y, none, 1, x, W, forth, 0x1p-7);
+        AdapterBack way = {du, dB, dy, u, B, 0.5f};
+        adapters_backward(&way, 1);
+        expect_product(NN, du, none, 0.5f, dy, B, (Term){0}, 2e-6);
+        expect_product(TN, dB, oldB, 0.5f, dy, u, (Term){0}, 2e-6);
+        matmul_ordered(TN, dA, ADD, du, x, 0.7f);
+        expect_product(TN, dA, oldA, 0.7f, du, x, (Term){0}, 2e-6);
+        matmul_sum(dx, ADD, &dy, &W, &back, 1);
+        expect_product(NN, dx, old, 1, dy, W, back, 0x1p-7);
+        for (int64_t m = 0; m < M * R; m++) ((float *)du.data)[m] = 0;
+        memcpy(dA.data, oldA.data, tensor_bytes(dA));
+        matmul_ordered(TN, dA, ADD, du, x, 1.0f);
+        EXPECT(!memcmp(dA.data, oldA.data, tensor_bytes(dA)), "rows of zeros add something");
+        Tensor all[] = {x, W, dy, A, B, u, du, y, dA, oldA, dB, oldB, dx, old};
+        for (size_t t = 0; t < sizeof all / sizeof *all; t++) free(all[t].data);
     }
 }
 

@@ -138,7 +138,10 @@ CASE(gpu, a_lora_step_of_each_variant_equals_the_cpus) {
     every_variant(F32, STACK_KEEP, (Method){"lora", small_adapt}, 1e-4);
 }
 
+/* The CPU's sums are rounded where those of small products on a GPU are; by tiles, an adapter's
+ * share joins before the first rounding. */
 CASE(gpu, steps_in_bf16_stay_within_its_noise) {
+    setenv("LAPIDARY_CPU", "generic", 1);
     every_variant(BF16, STACK_KEEP, (Method){"lora", small_adapt}, 0);
 }
 
