@@ -38,8 +38,8 @@ KERNEL(matmul_several, const Tensor *y, Tensor a, const Tensor *b, const Term *t
 KERNEL(matmul_sum, Tensor y, Write write, const Tensor *a, const Tensor *b, const Term *terms,
        int count);
 
-/* A product in f32 with every element summed strictly in order of K, so rows of zeros in K change
- * no bit: the adapters' products. */
+/* A product of f32's precision, to 2^-16 where y is bf16, in which terms that are zero in all rows
+ * change no bit: the adapters' products. */
 void matmul_ordered(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha);
 
 /* Several of them that share an operand, up to MATRICES_MOST:

@@ -1,35 +1,19 @@
 /* attention.c - tiled softmax attention over key intervals.
  *
  * A work item is one block of queries (by their place on the key axis) and one key head: the
- * block's rows of all query heads that read this key head form one (M, C) matrix, so a tile of keys
- * is converted once for all of them. Keys go in tiles at fixed places (a tile is a page where there
- * are pages), with the running softmax of FlashAttention (Dao et al. 2022); all arithmetic is f32,
- * with subnormal results flushed: weights of keys far below the best come to them, and a step of
- * E2B took 1.2 times as long. */
-#include "kernels/attention.h"
+ * block's rows of all query heads that read this key head form one (M, C) matrix, so a tile of
+ * keys is converted once for all of them. Keys go in tiles at fixed places (a tile is a page where
+ * there are pages), with the running softmax of FlashAttention (Dao et al. 2022). Blocks of bf16
+ * go by tiles where the CPU has them (amx_attention.c); all arithmetic here is f32, with subnormal
+ * results flushed: weights of keys far below the best come to them, and a step of E2B took 1.2
+ * times as long. */
+#include "kernels/cpu/attention.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
 
-/* About as many matrix rows in a block of queries. At 64 keys are read so often that the vision
- * tower takes 1.2 times as long and the backward pass 1.35 times. */
-#define BLOCK_ROWS 256
-#define TILE_KEYS  PAGE_KEYS
-#define PART_KEYS                                                                                  \
-    512 /* keys of one part when a sequence has few queries: parts run side by side                \
-         */
-#define FEW 8
-
-typedef struct Block { /* queries begin .. end - 1, of one sequence and one block of places */
-    int64_t begin, end, first, last; /* keys any of them sees, first rounded down to a tile */
-    int64_t parts;                   /* that the keys are cut in */
-    int64_t partial;                 /* parts of the blocks before, where those have several */
-    const int32_t *pages;            /* NULL: keys lie in order */
-    bool alone;                      /* the only query of its sequence */
-} Block;
-
-typedef struct Shape {
-    int64_t N, S, H, K, C, group, rows; /* group: query heads a key head; rows: places in a block */
-} Shape;
+/* Keys of one part when a sequence has few queries: parts run side by side. */
+#define PART_KEYS 512
+#define FEW       8
 
 static Shape shape_of(Tensor q, Tensor k) {
     Shape s = {.N = q.shape[0], .S = k.shape[0], .H = q.shape[1], .K = k.shape[1], .C = q.shape[2]};
@@ -83,11 +67,6 @@ static int64_t list_paged_blocks(Block *blocks, const Shape *s, const int32_t *i
     return count;
 }
 
-/* Where key `key`, the first of a tile, lies. */
-static int64_t row_of(const Block *b, int64_t key) {
-    return b->pages ? (int64_t)b->pages[key / PAGE_KEYS] * PAGE_KEYS : key;
-}
-
 /* Row (n, head) of the block's matrix, head fastest. */
 static void load_block(float *out, Tensor x, const Shape *s, const Block *b, int64_t head) {
     for (int64_t n = b->begin, m = 0; n < b->end; n++)
@@ -122,34 +101,20 @@ static void turn_rows(float *turned, int64_t width, const float *rows, const Sha
         memset(turned + c * width + count, 0, (size_t)(width - count) * sizeof *turned);
 }
 
-/* The running softmax of a block's rows: out = sum of exp(score - top) v, total = the sum of
- * weights. Scores of a block lie key by key, so that nothing but its queries is turned around, and
- * once. */
-typedef struct Running {
-    float *query, *out;   /* (M, C) */
-    float *turned;        /* (C, columns): the queries; columns is M rounded up to registers */
-    float *keys, *values; /* (TILE_KEYS, C) */
-    float *score;         /* (TILE_KEYS, columns); of a single query (M, TILE_KEYS) */
-    float *top, *total;   /* (columns) */
-    float *best, *fade;   /* (columns) */
-    int32_t *low, *high;  /* (columns): the keys of a tile that a row sees, low .. high - 1 */
-} Running;
-
 static int64_t columns_of(int64_t M) {
-    return (M + LANES - 1) / LANES * LANES;
+    return (M + ROWS_TOGETHER - 1) / ROWS_TOGETHER * ROWS_TOGETHER;
 }
 
 static size_t running_floats(const Shape *s, int64_t M) {
     int64_t columns = columns_of(M);
-    return (size_t)(2 * M * s->C + columns * s->C + 2 * TILE_KEYS * s->C + columns * TILE_KEYS +
-                    6 * columns);
+    return (size_t)(3 * columns * s->C + 2 * TILE_KEYS * s->C + columns * TILE_KEYS + 6 * columns);
 }
 
 static Running running_in(float *memory, const Shape *s, int64_t M) {
     int64_t columns = columns_of(M);
     Running r = {.query = memory};
-    r.out = r.query + M * s->C;
-    r.turned = r.out + M * s->C;
+    r.out = r.query + columns * s->C;
+    r.turned = r.out + columns * s->C;
     r.keys = r.turned + columns * s->C;
     r.values = r.keys + TILE_KEYS * s->C;
     r.score = r.values + TILE_KEYS * s->C;
@@ -184,13 +149,6 @@ static void dot_keys(float *score, const float *query, int64_t M, const float *k
                 score[(m + i) * TILE_KEYS + j] = total;
             }
         }
-}
-
-/* Behind the last key of a sequence a page holds anything; keys in order are all there, and going
- * on to the end of the tile keeps even the signs of zeros whatever queries are left out. */
-static int64_t keys_in_tile(const Shape *s, const Block *b, int64_t key) {
-    int64_t left = (b->pages ? b->last + 1 : s->S) - key;
-    return left < TILE_KEYS ? left : TILE_KEYS;
 }
 
 /* Keys begin .. end - 1, begin at a tile, for the rows of a single query, which start from nothing.
@@ -264,6 +222,12 @@ static void weigh(const Running *r, int64_t columns, int64_t count) {
     for (int64_t m = 0; m < columns; m++) total[m] += best[m];
 }
 
+/* Whether the CPU has tiles for those. */
+static inline bool by_tiles(Tensor q, Tensor k, Tensor v) {
+    return cpu_level() == CPU_LEVELS - 1 && q.dtype == BF16 && k.dtype == BF16 && v.dtype == BF16 &&
+           q.shape[2] % 32 == 0;
+}
+
 /* The same as attend_alone for the rows of a block. */
 static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Tensor q, Tensor k,
                    Tensor v, int64_t begin, int64_t end, const int32_t *from, const int32_t *to) {
@@ -272,6 +236,12 @@ static void attend(Running *r, const Shape *s, const Block *b, int64_t head, Ten
         attend_alone(r, s, b, head, q, k, v, begin, end, from, to);
         return;
     }
+#if LANES == 16
+    if (by_tiles(q, k, v)) {
+        CPU(amx_attend)(r, s, b, head, q, k, v, begin, end, from, to);
+        return;
+    }
+#endif
     load_block(r->query, q, s, b, head);
     turn_rows(r->turned, columns, r->query, s, rows);
     memset(r->out, 0, (size_t)(rows * s->C) * sizeof *r->out);
@@ -418,14 +388,71 @@ void CPU(attention_forward)(Tensor y, Tensor lse, Tensor codes, Tensor q, Tensor
     }
 }
 
+static size_t backward_floats(const Shape *s, int64_t M) {
+    return (size_t)(4 * columns_of(M) * (s->C + TILE_KEYS) + 3 * TILE_KEYS * s->C +
+                    6 * columns_of(M));
+}
+
+/* What a block of queries sends to its dq, and to dk and dv of a head: dkey, dvalue (S, K, C). */
+static void block_backward(const Slopes *t, const Shape *s, const Block *b, int64_t head,
+                           float *dkey, float *dvalue, float *memory) {
+    int64_t M = (b->end - b->begin) * s->group, stride = s->K * s->C;
+    float *query = memory, *dquery = query + M * s->C, *dout = dquery + M * s->C,
+          *out = dout + M * s->C;
+    float *keys = out + M * s->C, *keys_t = keys + TILE_KEYS * s->C,
+          *values_t = keys_t + TILE_KEYS * s->C;
+    float *prob = values_t + TILE_KEYS * s->C, *dscore = prob + M * TILE_KEYS,
+          *delta = dscore + M * TILE_KEYS, *log_sum = delta + M;
+    load_block(query, t->q, s, b, head);
+    load_block(dout, t->dy, s, b, head);
+    load_block(out, t->y, s, b, head);
+    memset(dquery, 0, (size_t)(M * s->C) * sizeof *dquery);
+    for (int64_t m = 0; m < M; m++) {
+        delta[m] = dot(dout + m * s->C, out + m * s->C, s->C);
+        int64_t n = b->begin + m / s->group;
+        log_sum[m] = ((const float *)t->lse.data)[n * s->H + head * s->group + m % s->group];
+    }
+    for (int64_t key = b->first; key <= b->last; key += TILE_KEYS) {
+        int64_t count = s->S - key < TILE_KEYS ? s->S - key : TILE_KEYS;
+        load_keys(keys, t->v, s, head, key, count);
+        turn_rows(values_t, TILE_KEYS, keys, s, count);
+        load_keys(keys, t->k, s, head, key, count);
+        turn_rows(keys_t, TILE_KEYS, keys, s, count);
+        tile_product(M, TILE_KEYS, s->C, query, s->C, 1, keys_t, TILE_KEYS, prob, TILE_KEYS, false);
+        tile_product(M, TILE_KEYS, s->C, dout, s->C, 1, values_t, TILE_KEYS, dscore, TILE_KEYS,
+                     false);
+        for (int64_t m = 0; m < M; m++) {
+            int64_t n = b->begin + m / s->group;
+            int64_t low = t->from[n] - key, high = t->to[n] - key;
+            float *p = prob + m * TILE_KEYS, *ds = dscore + m * TILE_KEYS;
+            for (int64_t j = 0; j < TILE_KEYS; j++) {
+                p[j] = j >= low && j <= high && j < count ? fast_exp(p[j] - log_sum[m]) : 0.0f;
+                ds[j] = p[j] * (ds[j] - delta[m]);
+            }
+        }
+        tile_product(M, s->C, count, dscore, TILE_KEYS, 1, keys, s->C, dquery, s->C, true);
+        tile_product(count, s->C, M, prob, 1, TILE_KEYS, dout, s->C, dvalue + key * stride, stride,
+                     true);
+        tile_product(count, s->C, M, dscore, 1, TILE_KEYS, query, s->C, dkey + key * stride, stride,
+                     true);
+    }
+    store_block(t->dq, dquery, s, b, head);
+}
+
 void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Write write, Tensor dy, Tensor y,
                              Tensor lse, Tensor q, Tensor k, Tensor v, Tensor index, Tensor first,
                              Tensor last, Tensor partial) {
     Shape s = shape_of(q, k);
-    const int32_t *from = first.data, *to = last.data, *place = index.data;
-    int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data), M = s.rows * s.group;
+    Slopes t = {dq, dy, y, lse, q, k, v, first.data, last.data};
+    const int32_t *place = index.data;
+    int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data);
     int64_t groups = attention_partials(s.K), size = s.S * s.K * s.C, stride = s.K * s.C;
     float *partials = groups > 1 ? partial.data : NULL;
+    void (*backward)(const Slopes *, const Shape *, const Block *, int64_t, float *, float *,
+                     float *) = block_backward;
+#if LANES == 16
+    if (by_tiles(q, k, v)) backward = CPU(amx_block_backward);
+#endif
     if (write == SET) {
         memset(dk.data, 0, tensor_bytes(dk));
         memset(dv.data, 0, tensor_bytes(dv));
@@ -433,14 +460,7 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Write write, Tenso
 #pragma omp parallel
     {
         unsigned before = flush_subnormals();
-        float *memory =
-            thread_scratch((size_t)(4 * M * s.C + 3 * TILE_KEYS * s.C + 2 * M * TILE_KEYS));
-        float *query = memory, *dquery = query + M * s.C, *dout = dquery + M * s.C,
-              *out = dout + M * s.C;
-        float *keys = out + M * s.C, *keys_t = keys + TILE_KEYS * s.C,
-              *values_t = keys_t + TILE_KEYS * s.C;
-        float *prob = values_t + TILE_KEYS * s.C, *dscore = prob + M * TILE_KEYS, delta[M],
-              log_sum[M];
+        float *memory = thread_scratch(backward_floats(&s, s.rows * s.group));
 #pragma omp for schedule(dynamic) collapse(2)
         for (int64_t group = 0; group < groups; group++)
             for (int64_t head = 0; head < s.K; head++) {
@@ -455,51 +475,8 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Write write, Tenso
                     }
                 for (int64_t block = 0; block < blocks; block++) {
                     if (place[begins[block]] / s.rows % groups != group) continue;
-                    Block b = block_at(&s, begins[block], place, from, to);
-                    int64_t m_count = (b.end - b.begin) * s.group;
-                    load_block(query, q, &s, &b, head);
-                    load_block(dout, dy, &s, &b, head);
-                    load_block(out, y, &s, &b, head);
-                    memset(dquery, 0, (size_t)(m_count * s.C) * sizeof *dquery);
-                    for (int64_t m = 0; m < m_count; m++) {
-                        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                        for (int64_t c = 0; c < s.C; c++)
-                            sum += dout[m * s.C + c] * out[m * s.C + c];
-                        delta[m] = sum;
-                        int64_t n = b.begin + m / s.group;
-                        log_sum[m] =
-                            ((const float *)lse.data)[n * s.H + head * s.group + m % s.group];
-                    }
-                    for (int64_t key = b.first; key <= b.last; key += TILE_KEYS) {
-                        int64_t count = s.S - key < TILE_KEYS ? s.S - key : TILE_KEYS;
-                        load_keys(keys, v, &s, head, key, count);
-                        turn_rows(values_t, TILE_KEYS, keys, &s, count);
-                        load_keys(keys, k, &s, head, key, count);
-                        turn_rows(keys_t, TILE_KEYS, keys, &s, count);
-                        tile_product(m_count, TILE_KEYS, s.C, query, s.C, 1, keys_t, TILE_KEYS,
-                                     prob, TILE_KEYS, false);
-                        tile_product(m_count, TILE_KEYS, s.C, dout, s.C, 1, values_t, TILE_KEYS,
-                                     dscore, TILE_KEYS, false);
-                        for (int64_t m = 0; m < m_count; m++) {
-                            int64_t n = b.begin + m / s.group;
-                            int64_t low = from[n] - key, high = to[n] - key;
-                            float *p = prob + m * TILE_KEYS, *ds = dscore + m * TILE_KEYS;
-                            for (int64_t j = 0; j < TILE_KEYS; j++) {
-                                p[j] = j >= low && j <= high && j < count
-                                           ? fast_exp(p[j] - log_sum[m])
-                                           : 0.0f;
-                                ds[j] = p[j] * (ds[j] - delta[m]);
-                            }
-                        }
-                        tile_product(m_count, s.C, count, dscore, TILE_KEYS, 1, keys, s.C, dquery,
-                                     s.C, true);
-                        tile_product(count, s.C, m_count, prob, 1, TILE_KEYS, dout, s.C,
-                                     dvalue + key * stride, stride, true);
-                        tile_product(count, s.C, m_count, dscore, 1, TILE_KEYS, query, s.C,
-                                     dkey + key * stride, stride, true);
-                    }
-                    store_block(dq, dquery, &s, &b, head);
+                    Block b = block_at(&s, begins[block], place, t.from, t.to);
+                    backward(&t, &s, &b, head, dkey, dvalue, memory);
                 }
             }
         put_back_subnormals(before);

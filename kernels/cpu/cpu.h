@@ -2,7 +2,7 @@
  *
  * Every file here is compiled once per level (LEVEL is its name, LANES the f32 lanes of a register,
  * LEVEL_PLAIN whether it is the generic one), except onednn.c, which has its own
- * dispatch, and what goes by tiles (amx.c, amx_int8.c), which is for avx512 alone. */
+ * dispatch, and what goes by tiles (amx*.c), which is for avx512 alone. */
 #ifndef CPU_H
 #define CPU_H
 

@@ -456,6 +456,97 @@ CASE(kernel_attention, values_and_gradients_equal_a_plain_loop) {
     }
 }
 
+/* The same values in f32. */
+static Tensor widened(Tensor x) {
+    Tensor y = x;
+    y.dtype = F32;
+    y.data = must_malloc(tensor_bytes(y));
+    scale_copy(y, SET, x, 1.0f);
+    return y;
+}
+
+static double distance(Tensor a, Tensor b) {
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < tensor_count(a); i++) {
+        error += ((double)at(a, i) - at(b, i)) * ((double)at(a, i) - at(b, i));
+        norm += (double)at(b, i) * at(b, i);
+    }
+    return sqrt(error / norm);
+}
+
+/* Attention both ways, of queries with a window or without. */
+typedef struct BothWays {
+    Tensor y, lse, dq, dk, dv;
+} BothWays;
+
+static BothWays both_ways(Tensor q, Tensor k, Tensor v, Tensor dy, int32_t *index, int window) {
+    int64_t N = q.shape[0], G = attention_partials(k.shape[1]);
+    BothWays b = {q, zeros(F32, N, q.shape[1]), q, k, k};
+    Tensor partial = tensor_absent(), first = zeros(I32, N, 1), last = zeros(I32, N, 1);
+    Tensor *outs[] = {&b.y, &b.dq, &b.dk, &b.dv};
+    for (int i = 0; i < 4; i++) {
+        if (i > 1) outs[i]->dtype = F32;
+        outs[i]->data = must_calloc(tensor_bytes(*outs[i]), 1);
+    }
+    if (G > 1)
+        partial = TENSOR(must_calloc((size_t)(2 * G * tensor_count(k)), 4), F32, 2 * G, k.shape[0],
+                         k.shape[1], k.shape[2]);
+    for (int64_t n = 0; n < N; n++) {
+        ((int32_t *)first.data)[n] = window && index[n] >= window ? index[n] - window + 1 : 0;
+        ((int32_t *)last.data)[n] = index[n];
+    }
+    attention_forward(b.y, b.lse, tensor_absent(), q, k, v, TENSOR(index, I32, N), first, last,
+                      tensor_absent(), tensor_absent());
+    attention_backward(b.dq, b.dk, b.dv, SET, dy, b.y, b.lse, q, k, v, TENSOR(index, I32, N), first,
+                       last, partial);
+    return b;
+}
+
+CASE(kernel_attention, of_bf16_follows_f32_and_leaves_out_queries_without_loss_exactly) {
+    static const int shapes[][4] = {{8, 1, 256, 0}, {6, 3, 64, 40}, {16, 8, 32, 0}};
+    enum { N = 170 };
+    for (int i = 0; i < 3; i++) {
+        int64_t H = shapes[i][0], K = shapes[i][1], C = shapes[i][2], row = H * C, some = 0;
+        int32_t index[N], kept[N];
+        Tensor q = RANDOM_TENSOR(BF16, 1, N, H, C), k = RANDOM_TENSOR(BF16, 2, N, K, C),
+               v = RANDOM_TENSOR(BF16, 3, N, K, C), dy = RANDOM_TENSOR(BF16, 4, N, H, C);
+        scale_copy(q, SET, q, 1 / sqrtf((float)C));
+        Tensor few_q = tensor_slice(q, 0, N), few_dy = few_q;
+        few_q.data = must_malloc(tensor_bytes(q));
+        few_dy.data = must_malloc(tensor_bytes(q));
+        for (int n = 0; n < N; n++) {
+            uint16_t *own = (uint16_t *)dy.data + n * row;
+            index[n] = n;
+            if (n % 5 < 2 || n > 150) {
+                memcpy((uint16_t *)few_q.data + some * row, (uint16_t *)q.data + n * row,
+                       (size_t)row * 2);
+                memcpy((uint16_t *)few_dy.data + some * row, own, (size_t)row * 2);
+                kept[some++] = n;
+            } else {
+                memset(own, 0, (size_t)row * 2);
+            }
+        }
+        BothWays all = both_ways(q, k, v, dy, index, shapes[i][3]),
+                 few = both_ways(tensor_slice(few_q, 0, some), k, v, tensor_slice(few_dy, 0, some),
+                                 kept, shapes[i][3]),
+                 wide = both_ways(widened(q), widened(k), widened(v), widened(dy), index,
+                                  shapes[i][3]);
+        EXPECT(distance(all.y, wide.y) < 4e-3 && distance(all.dq, wide.dq) < 8e-3 &&
+                   distance(all.dk, wide.dk) < 8e-3 && distance(all.dv, wide.dv) < 4e-3,
+               "heads of %d: %g %g %g %g", (int)C, distance(all.y, wide.y),
+               distance(all.dq, wide.dq), distance(all.dk, wide.dk), distance(all.dv, wide.dv));
+        for (int64_t m = 0; m < some; m++)
+            EXPECT(!memcmp((uint16_t *)all.y.data + kept[m] * row, (uint16_t *)few.y.data + m * row,
+                           (size_t)row * 2) &&
+                       !memcmp((uint16_t *)all.dq.data + kept[m] * row,
+                               (uint16_t *)few.dq.data + m * row, (size_t)row * 2),
+                   "heads of %d: row %d has other bits", (int)C, kept[m]);
+        for (int64_t j = 0; j < tensor_count(k); j++)
+            EXPECT(at(all.dk, j) == at(few.dk, j) && at(all.dv, j) == at(few.dv, j),
+                   "heads of %d: element %d", (int)C, (int)j);
+    }
+}
+
 CASE(kernel_attention, subnormal_results_are_zero_there_and_nowhere_else) {
 #ifdef __aarch64__
     SKIP("subnormal results cost nothing here");
