@@ -9,55 +9,11 @@
 #define KEY_STEPS (TILE_KEYS / STEP)
 #define KEY_PAIRS (TILE_KEYS / PAIR)
 
-/* Where tiles of rows lie: elements from a line to the next, to the second tile of a pair, and from
- * a step to the next. */
-typedef struct Rows {
-    const uint16_t *at;
-    int64_t line, second, step;
-} Rows;
-
-static Rows rows_of(const uint16_t *at, int64_t stride) {
-    return (Rows){at, stride, stride * PAIR / 2, STEP};
-}
-
-/* Pair `pair` of `steps` steps, in tiles. */
-static Rows rows_in_tiles(const uint16_t *tiles, int64_t pair, int64_t steps) {
-    return (Rows){tiles + pair * steps * PAIR_STEP, STEP, TILE, PAIR_STEP};
-}
-
 /* sums (32, 32), lines `stride` apart, (=|+=) a pair of rows times pair `pair` of columns. */
 static void multiply(float *sums, int64_t stride, Write write, Rows rows, const uint16_t *columns,
                      int64_t pair, int64_t steps) {
-    size_t apart = (size_t)stride * sizeof *sums, line = (size_t)rows.line * sizeof *rows.at;
-    float *lower = sums + stride * PAIR / 2;
-    columns += pair * steps * PAIR_STEP;
-    if (write == ADD) {
-        _tile_loadd(0, sums, apart);
-        _tile_loadd(1, sums + PAIR / 2, apart);
-        _tile_loadd(2, lower, apart);
-        _tile_loadd(3, lower + PAIR / 2, apart);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
-    for (int64_t s = 0; s < steps; s++) {
-        _tile_loadd(4, rows.at, line);
-        _tile_loadd(6, columns, 64);
-        _tile_loadd(7, columns + TILE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(5, rows.at + rows.second, line);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-        rows.at += rows.step;
-        columns += PAIR_STEP;
-    }
-    _tile_stored(0, sums, apart);
-    _tile_stored(1, sums + PAIR / 2, apart);
-    _tile_stored(2, lower, apart);
-    _tile_stored(3, lower + PAIR / 2, apart);
+    multiply_pair((Sums){sums, stride, PAIR / 2, stride * PAIR / 2}, write == ADD, rows,
+                  columns + pair * steps * PAIR_STEP, steps, 0, columns);
 }
 
 /* Rows of queries, rounded up to whole pairs. */
@@ -235,7 +191,8 @@ static void add_to_keys(const Back *r, float *sums, int64_t stride, int64_t coun
     for (int64_t key = 0; key < TILE_KEYS; key += PAIR)
         for (int64_t c = 0; c < C; c += PAIR)
             multiply(to + key * apart + c, apart, beyond ? SET : ADD,
-                     rows_in_tiles(rows, key / PAIR, steps), columns, c / PAIR, steps);
+                     rows_in_tiles(rows + key / PAIR * steps * PAIR_STEP), columns, c / PAIR,
+                     steps);
     for (int64_t key = 0; beyond && key < count; key++)
         for (int64_t c = 0; c < C; c++) sums[key * stride + c] += r->spill[key * C + c];
 }

@@ -101,6 +101,68 @@ static inline void pack(uint16_t *to, const Side *side, int64_t line, int64_t pa
         for (int64_t i = 0; i < 2 * pairs * steps; i++) turn_tile(to + i * TILE);
 }
 
+/* Where tiles of rows lie: elements from a line to the next, to the second tile of a pair, and from
+ * a step to the next. */
+typedef struct Rows {
+    const uint16_t *at;
+    int64_t line, second, step;
+} Rows;
+
+/* A pair of lines as they are stored, `stride` elements apart. */
+static inline Rows rows_of(const uint16_t *at, int64_t stride) {
+    return (Rows){at, stride, stride * PAIR / 2, STEP};
+}
+
+static inline Rows rows_in_tiles(const uint16_t *tiles) {
+    return (Rows){tiles, STEP, TILE, PAIR_STEP};
+}
+
+/* Where four tiles of sums lie: floats from a line to the next, to the tile at the right, and to
+ * the one below. */
+typedef struct Sums {
+    float *at;
+    int64_t line, right, below;
+} Sums;
+
+/* sums (32, 32) = what they were if `add` + a pair of rows times a pair of columns, in tiles.
+ * Meanwhile so many lines of 64 bytes a step are fetched of what comes next. */
+static inline __attribute__((always_inline)) void multiply_pair(Sums sums, bool add, Rows rows,
+                                                                const uint16_t *columns,
+                                                                int64_t steps, const int fetched,
+                                                                const uint16_t *next) {
+    size_t apart = (size_t)sums.line * sizeof *sums.at, line = (size_t)rows.line * sizeof *rows.at;
+    float *below = sums.at + sums.below;
+    if (add) {
+        _tile_loadd(0, sums.at, apart);
+        _tile_loadd(1, sums.at + sums.right, apart);
+        _tile_loadd(2, below, apart);
+        _tile_loadd(3, below + sums.right, apart);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t s = 0; s < steps; s++) {
+        _tile_loadd(4, rows.at, line);
+        _tile_loadd(6, columns, 64);
+        _tile_loadd(7, columns + TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, rows.at + rows.second, line);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        for (int i = 0; i < fetched; i++) _mm_prefetch(next + 32 * i, _MM_HINT_T1);
+        rows.at += rows.step;
+        columns += PAIR_STEP;
+        next += 32 * fetched;
+    }
+    _tile_stored(0, sums.at, apart);
+    _tile_stored(1, sums.at + sums.right, apart);
+    _tile_stored(2, below, apart);
+    _tile_stored(3, below + sums.right, apart);
+}
+
 static const TileShapes bf16_tiles = {1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64},
                                       .lines = {16, 16, 16, 16, 16, 16, 16, 16}};
 
