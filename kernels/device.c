@@ -186,8 +186,7 @@ void device_release(Device *device, void *memory, size_t bytes) {
         munmap(memory, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
 }
 
-/* What is long is copied a large page at a time by all threads: taking memory is what takes long.
- */
+/* What is long goes a large page at a time by all threads: taking memory is what takes long. */
 static void host_copy(char *to, const char *from, size_t bytes) {
     bool apart = to + bytes <= from || from + bytes <= to;
     if (!apart || bytes < 2 * HUGE_PAGE) {

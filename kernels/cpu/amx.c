@@ -185,6 +185,11 @@ static void run_pass(const Pass *pass) {
     }
 }
 
+/* Floats that end where 64 bytes do. */
+static int64_t aligned(int64_t floats) {
+    return (floats + LANES - 1) / LANES * LANES;
+}
+
 /* Rows and terms of a pass, and the floats of its tiles and sums. */
 typedef struct Room {
     int64_t rows, terms;
@@ -269,23 +274,12 @@ void CPU(amx_product)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, 
     run_product(&pass, &room, memory);
 }
 
-static bool is_zero(Tensor x, int64_t row) {
-    int64_t cols = tensor_cols(x), c = 0;
-    if (x.dtype == F32) {
-        const float *values = (const float *)x.data + row * cols;
-        while (c < cols && values[c] == 0) c++;
-    } else {
-        const uint16_t *bits = (const uint16_t *)x.data + row * cols;
-        while (c < cols && !(bits[c] & 0x7fff)) c++;
-    }
-    return c == cols;
-}
-
 /* order <- the rows of a and b that are zero in neither, then zeros up to `length`; how many. */
 static int64_t rows_that_count(int32_t *order, int64_t length, Tensor a, Tensor b) {
     int64_t rows = tensor_rows(a), count = 0;
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < rows; r++) order[r] = is_zero(a, r) || is_zero(b, r) ? -1 : (int32_t)r;
+    for (int64_t r = 0; r < rows; r++)
+        order[r] = row_is_zero(a, r) || row_is_zero(b, r) ? -1 : (int32_t)r;
     for (int64_t r = 0; r < rows; r++)
         if (order[r] >= 0) order[count++] = order[r];
     for (int64_t r = count; r < length; r++) order[r] = 0;
@@ -325,24 +319,24 @@ void CPU(amx_mixed)(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     bool left = a.dtype == F32, along = left ? layout != TN : layout == NT;
     Tensor x = left ? a : b;
     int64_t n = left ? tensor_rows(y) : tensor_cols(y), m = tensor_count(y) / n;
-    int64_t K = tensor_count(x) / n, count = K, listed = layout == TN ? K + 2 * STEP : 0;
+    int64_t K = tensor_count(x) / n, count = K, listed = layout == TN ? aligned(K + 2 * STEP) : 0;
     Tensor sums = TENSOR(NULL, F32, 3 * n, m),
            parts = TENSOR(NULL, BF16, along ? 3 * n : K, along ? K : 3 * n);
     Pass pass = {.y = sums, .write = SET, .a = side_of(parts, along)};
     pass.b = side_of(left ? b : a, left ? layout == NT : layout != TN);
     Room room = room_of(&pass);
-    float *memory = outer_scratch(tensor_count(sums) + tensor_count(parts) / 2 + 1 +
-                                  (size_t)listed + room.sums + room.tiles);
+    int64_t sums_room = aligned(3 * n * m), parts_room = aligned((3 * n * K + 1) / 2);
+    float *memory =
+        outer_scratch((size_t)(sums_room + parts_room + listed) + room.sums + room.tiles);
     pass.y.data = sums.data = memory;
-    parts.data = memory += tensor_count(sums);
-    pass.a.data = parts.data;
-    int32_t *order = (int32_t *)(memory += tensor_count(parts) / 2 + 1);
+    pass.a.data = parts.data = memory + sums_room;
+    int32_t *order = (int32_t *)(memory + sums_room + parts_room);
     if (listed) count = rows_that_count(order, listed, a, b);
     if (count) {
         pass.a.terms = pass.b.terms = count;
         pass.b.order = count < K ? order : NULL;
         take_apart(parts.data, x, 1.0f, all, 3, !along, pass.b.order, along ? n : count);
-        run_product(&pass, &room, memory + listed);
+        run_product(&pass, &room, (float *)order + listed);
     } else {
         memset(sums.data, 0, tensor_bytes(sums));
     }

@@ -138,12 +138,6 @@ static Back back_in(float *memory, const Shape *s, int64_t M) {
     return r;
 }
 
-static bool is_zero(const uint16_t *x, int64_t n) {
-    int64_t i = 0;
-    while (i < n && !(x[i] & 0x7fff)) i++;
-    return i == n;
-}
-
 /* Rows of zeros in dy get a dq of zeros, the others are gathered. */
 static void gather_rows(Back *r, const Slopes *t, const Shape *s, const Block *b, int64_t head) {
     int64_t C = s->C, all = (b->end - b->begin) * s->group;
@@ -151,7 +145,7 @@ static void gather_rows(Back *r, const Slopes *t, const Shape *s, const Block *b
     for (int64_t m = 0; m < all; m++) {
         const uint16_t *row = query_row(t->dy, s, b, head, m);
         int64_t at = row - (const uint16_t *)t->dy.data;
-        if (is_zero(row, C)) {
+        if (row_is_zero(t->dy, at / C)) {
             memset((uint16_t *)t->dq.data + at, 0, (size_t)C * sizeof *row);
             continue;
         }

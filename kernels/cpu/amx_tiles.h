@@ -101,6 +101,19 @@ static inline void pack(uint16_t *to, const Side *side, int64_t line, int64_t pa
         for (int64_t i = 0; i < 2 * pairs * steps; i++) turn_tile(to + i * TILE);
 }
 
+/* Whether nothing of a row, f32 or bf16, counts. */
+static inline bool row_is_zero(Tensor x, int64_t row) {
+    int64_t cols = tensor_cols(x), c = 0;
+    if (x.dtype == F32) {
+        const float *values = (const float *)x.data + row * cols;
+        while (c < cols && values[c] == 0) c++;
+    } else {
+        const uint16_t *bits = (const uint16_t *)x.data + row * cols;
+        while (c < cols && !(bits[c] & 0x7fff)) c++;
+    }
+    return c == cols;
+}
+
 /* Where tiles of rows lie: elements from a line to the next, to the second tile of a pair, and from
  * a step to the next. */
 typedef struct Rows {

@@ -8,6 +8,7 @@
  * results flushed: weights of keys far below the best come to them, and a step of E2B took 1.2
  * times as long. */
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/amx.h"
 #include "kernels/cpu/scratch.h"
 #include "kernels/cpu/tile.h"
 
@@ -224,7 +225,7 @@ static void weigh(const Running *r, int64_t columns, int64_t count) {
 
 /* Whether the CPU has tiles for those. */
 static inline bool by_tiles(Tensor q, Tensor k, Tensor v) {
-    return cpu_level() == CPU_LEVELS - 1 && q.dtype == BF16 && k.dtype == BF16 && v.dtype == BF16 &&
+    return has_tiles() && q.dtype == BF16 && k.dtype == BF16 && v.dtype == BF16 &&
            q.shape[2] % 32 == 0;
 }
 
@@ -396,6 +397,12 @@ static size_t backward_floats(const Shape *s, int64_t M) {
 /* What a block of queries sends to its dq, and to dk and dv of a head: dkey, dvalue (S, K, C). */
 static void block_backward(const Slopes *t, const Shape *s, const Block *b, int64_t head,
                            float *dkey, float *dvalue, float *memory) {
+#if LANES == 16
+    if (by_tiles(t->q, t->k, t->v)) {
+        CPU(amx_block_backward)(t, s, b, head, dkey, dvalue, memory);
+        return;
+    }
+#endif
     int64_t M = (b->end - b->begin) * s->group, stride = s->K * s->C;
     float *query = memory, *dquery = query + M * s->C, *dout = dquery + M * s->C,
           *out = dout + M * s->C;
@@ -448,11 +455,6 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Write write, Tenso
     int64_t begins[s.N], blocks = list_blocks(begins, &s, index.data);
     int64_t groups = attention_partials(s.K), size = s.S * s.K * s.C, stride = s.K * s.C;
     float *partials = groups > 1 ? partial.data : NULL;
-    void (*backward)(const Slopes *, const Shape *, const Block *, int64_t, float *, float *,
-                     float *) = block_backward;
-#if LANES == 16
-    if (by_tiles(q, k, v)) backward = CPU(amx_block_backward);
-#endif
     if (write == SET) {
         memset(dk.data, 0, tensor_bytes(dk));
         memset(dv.data, 0, tensor_bytes(dv));
@@ -476,7 +478,7 @@ void CPU(attention_backward)(Tensor dq, Tensor dk, Tensor dv, Write write, Tenso
                 for (int64_t block = 0; block < blocks; block++) {
                     if (place[begins[block]] / s.rows % groups != group) continue;
                     Block b = block_at(&s, begins[block], place, t.from, t.to);
-                    backward(&t, &s, &b, head, dkey, dvalue, memory);
+                    block_backward(&t, &s, &b, head, dkey, dvalue, memory);
                 }
             }
         put_back_subnormals(before);

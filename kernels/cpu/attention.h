@@ -1,5 +1,4 @@
-/* attention.h - blocks of queries, as attention.c cuts them and tiles (amx_attention.c) take them.
- */
+/* attention.h - blocks of queries, for attention.c and amx_attention.c. */
 #ifndef CPU_ATTENTION_H
 #define CPU_ATTENTION_H
 

@@ -535,10 +535,9 @@ typedef struct Groups {
 } Groups;
 
 static int64_t list_panels(Panel *panels, const Groups *g) {
-    const bool has_tiles = LANES == 16 && cpu_level() == CPU_LEVELS - 1; /* CPU_AMX */
     int64_t count = 0;
     for (int e = 0; e < g->count; e++) {
-        bool tiles = has_tiles && g->counts[e] >= 2 * AMX_ROWS; /* fewer do not repay unpacking */
+        bool tiles = has_tiles() && g->counts[e] >= 2 * AMX_ROWS; /* fewer do not repay unpacking */
         for (int64_t row = 0; row < g->counts[e]; row += panels[count++].width)
             panels[count] = (Panel){g->offsets[e] + row, width_of(g->counts[e] - row, tiles), e};
     }

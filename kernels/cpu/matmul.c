@@ -110,7 +110,7 @@ static void ordered_product(Layout layout, Tensor y, Write write, Tensor a, Tens
 /* The same where the CPU has tiles: of f32 and bf16, or of f32 into bf16, by those. */
 static void adapter_product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, float alpha) {
 #if LANES == 16
-    bool many = cpu_level() == CPU_AMX && tensor_count(a) && (layout != NT || tensor_rows(y) > FEW);
+    bool many = has_tiles() && tensor_count(a) && (layout != NT || tensor_rows(y) > FEW);
     if (many && a.dtype + b.dtype == F32 + BF16) {
         CPU(amx_mixed)(layout, y, write, a, b, alpha);
         return;
@@ -377,7 +377,7 @@ static void product(Layout layout, Tensor y, Write write, Tensor a, Tensor b, fl
     if (layout == NT && tensor_rows(y) <= FEW && alpha == 1.0f && !LEVEL_PLAIN) {
         (b.dtype == BF16 && tensor_cols(a) % 2 == 0 ? few_rows_bf16 : few_rows)(y, write, a, b);
 #if LANES == 16
-    } else if (dense && a.dtype == BF16 && cpu_level() == CPU_AMX && tensor_count(a)) {
+    } else if (dense && a.dtype == BF16 && has_tiles() && tensor_count(a)) {
         bool within = term && y.dtype == BF16;
         CPU(amx_product)(layout, y, write, a, b, within ? term : NULL);
         if (within) return;

@@ -50,14 +50,18 @@ static void expect_gradient(Function *f, Tensor x, Tensor dx, void *context, dou
 
 /* ---- matmul ---- */
 
+/* Term k of element (m, n) of a b. */
+static double term_of_product(Layout layout, Tensor a, Tensor b, int64_t m, int64_t n, int64_t k) {
+    return (double)at(a, layout == TN ? k * tensor_cols(a) + m : m * tensor_cols(a) + k) *
+           at(b, layout == NT ? n * tensor_cols(b) + k : k * tensor_cols(b) + n);
+}
+
 static void plain_matmul(Layout layout, int64_t M, int64_t N, int64_t K, Tensor a, Tensor b,
                          double *y) {
     for (int64_t m = 0; m < M; m++)
         for (int64_t n = 0; n < N; n++) {
             double sum = 0;
-            for (int64_t k = 0; k < K; k++)
-                sum += (double)at(a, layout == TN ? k * M + m : m * K + k) *
-                       at(b, layout == NT ? n * K + k : k * N + n);
+            for (int64_t k = 0; k < K; k++) sum += term_of_product(layout, a, b, m, n, k);
             y[m * N + n] = sum;
         }
 }
@@ -129,8 +133,7 @@ CASE(kernel_matmul, large_products_of_bf16_equal_a_plain_loop) {
                 for (int64_t n = m % 5; n < N; n += 5) {
                     double want = 0, size = 0;
                     for (int64_t k = 0; k < K; k++) {
-                        double term = (double)at(a, layout == TN ? k * M + m : m * K + k) *
-                                      at(b, layout == NT ? n * K + k : k * N + n);
+                        double term = term_of_product((Layout)layout, a, b, m, n, k);
                         want += term;
                         size += term * term;
                     }
@@ -164,11 +167,6 @@ CASE(kernel_matmul, rows_of_bf16_products_do_not_depend_on_how_many_there_are) {
         matmul_ordered((Layout)layout, z, ADD, w, v, 0.3f);
         EXPECT(!memcmp((uint16_t *)y.data + first * N, z.data, (size_t)(count * N) * 2));
     }
-}
-
-static double term_of_product(Layout layout, Tensor a, Tensor b, int64_t m, int64_t n, int64_t k) {
-    return (double)at(a, layout == TN ? k * tensor_cols(a) + m : m * tensor_cols(a) + k) *
-           at(b, layout == NT ? n * tensor_cols(b) + k : k * tensor_cols(b) + n);
 }
 
 /* y = old + scale a b + what u and v make, here and there. */
@@ -466,12 +464,7 @@ static Tensor widened(Tensor x) {
 }
 
 static double distance(Tensor a, Tensor b) {
-    double error = 0, norm = 0;
-    for (int64_t i = 0; i < tensor_count(a); i++) {
-        error += ((double)at(a, i) - at(b, i)) * ((double)at(a, i) - at(b, i));
-        norm += (double)at(b, i) * at(b, i);
-    }
-    return sqrt(error / norm);
+    return relative_error(widened(a).data, widened(b).data, tensor_count(a));
 }
 
 /* Attention both ways, of queries with a window or without. */
