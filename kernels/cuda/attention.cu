@@ -263,17 +263,20 @@ static __global__ void __launch_bounds__(32 * apart_of<L>())
 
 static void launch_hopper(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads,
                           Sight see) {
-    size_t bytes = hopper_forward_bytes(heads.C);
-    int rows = heads.C == 256 ? ROWS_256 : ROWS_512;
-    dim3 grid((unsigned)ceil_div(heads.N, rows / heads.group), (unsigned)heads.K);
-    if (heads.C == 256)
-        LAUNCH(q.device, (hopper_forward_256), grid, FLASH_THREADS, bytes, data_of<bf16>(y),
-               data_of<float>(lse), data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), heads,
-               see);
+    int queries = SEEN_ROWS / heads.group;
+    unsigned tiles = (unsigned)ceil_div(heads.N, queries), K = (unsigned)heads.K;
+    bool paired = heads.C == 512;
+    SeenMaps maps = {};
+    maps.rows = cuda_tile_map(q.data, heads.N, heads.H, heads.C, heads.group,
+                              paired ? queries / PAIR : queries);
+    maps.keys = cuda_tile_map(k.data, 1, heads.S, K * heads.C, SEEN_KEYS);
+    maps.values = cuda_tile_map(v.data, 1, heads.S, K * heads.C, paired ? UNIT_VALUES : SEEN_KEYS);
+    if (paired)
+        LAUNCH_PAIRS(q.device, (hopper_forward_512), dim3(PAIR * tiles, K), BROUGHT_THREADS,
+                     sizeof(Seen512), data_of<bf16>(y), data_of<float>(lse), maps, heads, see);
     else
-        LAUNCH(q.device, (hopper_forward_512), grid, FLASH_THREADS, bytes, data_of<bf16>(y),
-               data_of<float>(lse), data_of<bf16>(q), data_of<bf16>(k), data_of<bf16>(v), heads,
-               see);
+        LAUNCH(q.device, (hopper_forward_256), dim3(tiles, K), BROUGHT_THREADS, sizeof(Seen256),
+               data_of<bf16>(y), data_of<float>(lse), maps, heads, see);
 }
 
 static void launch_flash(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads, Sight see,
@@ -315,7 +318,7 @@ extern "C" void cuda_attention_forward(Tensor y, Tensor lse, Tensor codes, Tenso
     size_t bytes = flash_forward_bytes(heads.C);
     bool many = !pages.data || heads.N * heads.group >= PAGED_ROWS;
     Codes to = codes.data ? codes_in(codes.data, tensor_count(y)) : Codes{};
-    bool hopper = many && takes_hopper(q, k, heads, ROWS_512);
+    bool hopper = many && takes_hopper(q, k, heads, SEEN_ROWS / PAIR);
     if (hopper || (many && takes_flash(q, k, heads, FORWARD_ROWS, bytes))) {
         if (hopper)
             launch_hopper(y, lse, q, k, v, heads, see);

@@ -196,6 +196,29 @@ DEVICE_FUNCTION void warpgroup_sync(int which) {
 #endif
 }
 
+/* ---- who brings and who multiplies ---- */
+
+#define BROUGHT_THREADS (3 * WARPGROUP) /* one warpgroup brings, two multiply 64 rows each */
+
+/* Which of those who multiply this is. */
+DEVICE_FUNCTION int brought_half() {
+    return (int)threadIdx.x / WARPGROUP - 1;
+}
+
+/* The row of a tile that this lane of them has results of; the other is eight further. */
+DEVICE_FUNCTION int brought_row() {
+    return brought_half() * 64 + result_row();
+}
+
+/* The threads of both that multiply. */
+DEVICE_FUNCTION void multipliers_sync() {
+#if defined(__CUDACC__) && ON_HOPPER
+    asm volatile("bar.sync 3, %0;" ::"n"(2 * WARPGROUP) : "memory");
+#elif !defined(__CUDACC__)
+    simt_warpgroups_sync(2);
+#endif
+}
+
 /* ---- registers ---- */
 
 /* How many registers each thread of the warpgroup has from here on: fewer than at the start, or

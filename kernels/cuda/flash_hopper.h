@@ -1,88 +1,28 @@
 /* flash_hopper.h - attention of bf16 heads of 256 and 512 on Hopper's tensor cores, forward
  * (after Dao 2023 and Shah et al. 2024): flash.h's twin, wgmma.h in place of mma.h.
  *
- * As there the rows of a tile are the heads that share keys, of a few queries. Two warpgroups make
- * a block. Heads of 256: each has 64 rows of its own, and the next scores are made while the last
- * weights meet their values. Heads of 512: they share 64 rows, each makes the scores of half of the
- * keys and the results of half of the columns. The way back is gradients_hopper.h. */
+ * As there the rows of a tile are the heads that share keys, of a few queries; here 128. One
+ * warpgroup brings tiles (bulk.h), two multiply, and the next scores are made before the last
+ * weights meet their values, so that the tensor cores have work while weights are made. Heads of
+ * 256: each of the two has 64 rows. Heads of 512: a pair of blocks has a tile, each block 64 rows,
+ * and what one brings of keys and values goes to both; the two warpgroups of a block share its
+ * rows, each makes the scores of half of the keys and the results of half of the columns. The way
+ * back is gradients_hopper.h. */
 #ifndef CUDA_FLASH_HOPPER_H
 #define CUDA_FLASH_HOPPER_H
 
+#include "kernels/cuda/bulk.h"
 #include "kernels/cuda/flash.h"
-#include "kernels/cuda/wgmma.h"
 
-#define HOPPER_KEYS 64 /* keys of a tile */
+#define SEEN_ROWS 128 /* of a tile: of a block, or of a pair of them */
 
-/* ---- tiles ---- */
-
-/* A thread copies one column of chunks of a tile: rows START, START + STEP, ... */
-template <int C> struct Column {
-    static constexpr int STEP = FLASH_THREADS / (C / 8);
-    int start, column;
-    DEVICE_MEMBER Column() : start(threadIdx.x / (C / 8)), column(threadIdx.x % (C / 8) * 8) {}
-    /* Where in a tile of ROWS rows its row START + i STEP goes: START < STEP, both of other bits.
-     */
-    template <int ROWS> DEVICE_MEMBER int at(int i) const {
-        return (tile_at(start, column, ROWS) ^ i * STEP % 8 * 8) + i * STEP * 64;
-    }
+/* What tiles are cut from: rows of q, a query's after the other's; k, and v. */
+struct SeenMaps {
+    TileMap rows, keys, values;
 };
 
-/* Where row r of a tile is behind the first of its query, for each of ROWS: what a tile's first row
- * is does not change it. */
-template <int ROWS> DEVICE_FUNCTION void row_places(int *places, const Heads &heads) {
-    int r = threadIdx.x;
-    if (r < ROWS) places[r] = (r / heads.group * heads.H + r % heads.group) * heads.C;
-}
-
-/* Rows of q (or dy) from query n0 on, for one head of keys; zeros beyond the last query. */
-template <int C, int ROWS>
-DEVICE_FUNCTION void hopper_rows(bf16 *tile, const bf16 *q, const int *places, const Heads &heads,
-                                 int n0, int kv) {
-    Column<C> mine;
-    const bf16 *from = q + ((int64_t)n0 * heads.H + kv * heads.group) * C + mine.column;
-    int left = (int)min((int64_t)ROWS, (heads.N - n0) * heads.group);
-#pragma unroll 4
-    for (int i = 0; i < ROWS / Column<C>::STEP; i++) {
-        int r = mine.start + i * Column<C>::STEP;
-        copy_16(tile + mine.template at<ROWS>(i), from + (r < left ? places[r] : 0), r < left);
-    }
-}
-
-/* Keys s0 .. s0 + KEYS - 1 of k (or v), of the sequence of query n; zeros from `end` on. */
-template <int C, int KEYS>
-DEVICE_FUNCTION void hopper_keys(bf16 *tile, const bf16 *k, const Heads &heads, const Sight &see,
-                                 int n, int s0, int end, int kv) {
-    Column<C> mine;
-    int left = min(KEYS, end - s0);
-    int64_t width = (int64_t)heads.K * C;
-    const bf16 *from = k + kv * C + mine.column;
-    if (see.pages) {
-#pragma unroll 1
-        for (int i = 0; i < KEYS / Column<C>::STEP; i++) {
-            int r = mine.start + i * Column<C>::STEP;
-            copy_16(tile + mine.template at<KEYS>(i),
-                    from + key_row(see, n, s0 + (r < left ? r : 0)) * width, r < left);
-        }
-        return;
-    }
-    int step = (int)(Column<C>::STEP * width);
-    from += (int64_t)(s0 + mine.start) * width;
-#pragma unroll
-    for (int i = 0; i < KEYS / Column<C>::STEP; i++) {
-        bool here = mine.start + i * Column<C>::STEP < left;
-        copy_16(tile + mine.template at<KEYS>(i), from + (here ? i * step : 0), here);
-    }
-}
-
-/* A place in a tile of 64 columns for the two results that a lane has of columns 8 j .. 8 j + 7. */
-DEVICE_FUNCTION unsigned *pair_at(bf16 *tile, int row, int j, int t) {
-    return (unsigned *)(tile + tile_at(row, 8 * j, 64) + 2 * t);
-}
-
-/* ---- forward ---- */
-
 /* What the rows of a tile see, and of which sequence; of rows beyond the last query nothing. */
-template <int ROWS> struct RowSights { int first[ROWS], last[ROWS], whose[ROWS], places[ROWS]; };
+template <int ROWS> struct RowSights { int first[ROWS], last[ROWS], whose[ROWS]; };
 
 template <int ROWS>
 DEVICE_FUNCTION void read_sights(RowSights<ROWS> *sights, const Heads &heads, const Sight &see,
@@ -103,9 +43,11 @@ struct Stretch {
 template <int ROWS>
 DEVICE_FUNCTION Stretch stretch_of(const RowSights<ROWS> *sights, int row, int rows) {
     int lane = threadIdx.x % 32, end = rows, low = 0x7fffffff, high = -1;
+#pragma unroll 1
     for (int i = lane; i < rows; i += 32)
         if (i > row && sights->whose[i] != sights->whose[row]) end = min(end, i);
     end = warp_least(end);
+#pragma unroll 1
     for (int i = lane; i < end; i += 32) {
         if (i < row) continue;
         low = min(low, sights->first[i]);
@@ -171,9 +113,10 @@ DEVICE_FUNCTION void weigh(float (&top)[2], float (&total)[2], float (&fade)[2],
     }
 }
 
-/* Earlier results under a new largest score. */
+/* Earlier results under a new largest score, where there is one. */
 template <int COUNT>
 DEVICE_FUNCTION void fade_results(float (&sums)[COUNT], const float (&fade)[2]) {
+    if (fade[0] == 1 && fade[1] == 1) return;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) sums[i] *= fade[i / 2 % 2];
 }
@@ -198,106 +141,163 @@ DEVICE_FUNCTION void write_results(bf16 *y, float *lse, const float (&sums)[COUN
     }
 }
 
-#define ROWS_256 128
-#define ROWS_512 64
-
-static inline size_t hopper_forward_bytes(int C) {
-    size_t tiles = C == 256 ? ROWS_256 + 4 * HOPPER_KEYS : ROWS_512 + 2 * HOPPER_KEYS;
-    return tiles * (size_t)C * sizeof(bf16) +
-           (C == 256 ? sizeof(RowSights<ROWS_256>)
-                     : ROWS_512 * HOPPER_KEYS * sizeof(bf16) + sizeof(RowSights<ROWS_512>) +
-                           2 * ROWS_512 * sizeof(float));
+/* The keys that a stretch goes through begin with a page's, where they lie in pages. */
+DEVICE_FUNCTION int first_key(const Stretch &part, const Sight &see) {
+    return see.pages ? part.low - part.low % PAGE_KEYS : part.low;
 }
 
-static __global__ void __launch_bounds__(FLASH_THREADS, 1)
-    hopper_forward_256(bf16 *y, float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
-                       Heads heads, Sight see) {
-#if ON_HOPPER
-    constexpr int C = 256, KEYS = HOPPER_KEYS, TILE = KEYS * C;
-    DYNAMIC_SHARED(memory);
-    bf16 *rows = (bf16 *)memory, *keys = rows + ROWS_256 * C, *values = keys + 2 * TILE;
-    RowSights<ROWS_256> *sights = (RowSights<ROWS_256> *)(values + 2 * TILE);
-    int queries = ROWS_256 / heads.group, kv = blockIdx.y;
-    int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries;           /* long sights first */
-    int own = threadIdx.x / WARPGROUP * 64, r = own + result_row(); /* rows r and r + 8 */
-    int row_end = (int)min((int64_t)ROWS_256, (heads.N - n0) * heads.group);
-    read_sights(sights, heads, see, n0);
-    row_places<ROWS_256>(sights->places, heads);
-    __syncthreads();
-    hopper_rows<C, ROWS_256>(rows, q, sights->places, heads, n0, kv);
-    copies_close_group();
+/* Where keys s and what follows them lie; of keys from `end` on, which nobody sees, those of the
+ * stretch's first may come. */
+DEVICE_FUNCTION int64_t key_place(const Stretch &part, const Sight &see, int64_t n, int s) {
+    return key_row(see, n, s <= part.high ? s : first_key(part, see));
+}
 
-    float sums[C / 2] = {}, scores[KEYS / 2], top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-    for (Stretch part = {0, 0, 0, 0}; part.end < row_end;) { /* a sequence after the other */
-        part = stretch_of(sights, part.end, row_end);
-        int n = n0 + part.row / heads.group, end = part.high + 1;
-        int low[2], high[2];
-        sights_within(low, high, sights, part, r);
-        __syncthreads(); /* what the last sequence left has been read */
-        hopper_keys<C, KEYS>(keys, k, heads, see, n, part.low, end, kv);
-        copies_close_group();
-        float best[2], fade[2];
-        unsigned weights[KEYS / 16][4];
-        auto score = [&](const bf16 *tile) {
-#pragma unroll
-            for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.0f;
-            wgmma_begin();
-#pragma unroll
-            for (int c = 0; c < C; c += 16)
-                wgmma<false, false>(scores, operand(rows, own, c, ROWS_256),
-                                    operand(tile, 0, c, KEYS));
-            wgmma_close_group();
-        };
-        copies_wait<0>();
-        shared_for_products();
-        __syncthreads();
-        hopper_keys<C, KEYS>(values, v, heads, see, n, part.low, end, kv);
-        if (part.low + KEYS < end)
-            hopper_keys<C, KEYS>(keys + TILE, k, heads, see, n, part.low + KEYS, end, kv);
-        copies_close_group();
-        score(keys);
-        wgmma_wait<0>();
-        wgmma_results(scores);
-        mask_scores(best, scores, part.low, low, high);
-        weigh(top, total, fade, scores, best);
-        fade_results(sums, fade);
-        /* These values, and the next keys, are there; what was multiplied last is free. */
-        auto pack_and_wait = [&] {
-#pragma unroll
-            for (int i = 0; i < KEYS / 4; i++)
-                weights[i / 4][i % 4] = pack_bf16(scores[2 * i], scores[2 * i + 1]);
-            copies_wait<0>();
-            shared_for_products();
-            __syncthreads();
-        };
-        auto add_values = [&](const bf16 *tile) {
-            wgmma_begin();
-#pragma unroll
-            for (int kk = 0; kk < KEYS; kk += 16)
-                wgmma<true>(sums, weights[kk / 16], operand(tile, kk, 0, KEYS));
-            wgmma_close_group();
-        };
-        int turn = 0;
-        for (int s = part.low + KEYS; s < end; s += KEYS, turn ^= 1) {
-            pack_and_wait();
-            hopper_keys<C, KEYS>(values + (turn ^ 1) * TILE, v, heads, see, n, s, end, kv);
-            if (s + KEYS < end)
-                hopper_keys<C, KEYS>(keys + turn * TILE, k, heads, see, n, s + KEYS, end, kv);
-            copies_close_group();
-            score(keys + (turn ^ 1) * TILE);
-            add_values(values + turn * TILE);
-            wgmma_wait<1>();
-            wgmma_results(scores);
-            mask_scores(best, scores, s, low, high);
-            weigh(top, total, fade, scores, best);
-            wgmma_wait<0>();
-            wgmma_results(sums);
-            fade_results(sums, fade);
+/* Pages may hold anything behind the last key that is seen, which no weight of zero takes away:
+ * values `left` and on of a tile of ROWS by C become zeros. By all that multiply. */
+template <int ROWS, int C> DEVICE_FUNCTION void clear_values(bf16 *tile, int left) {
+    int first = max(left, 0), i = known_here((int)threadIdx.x - WARPGROUP);
+#pragma unroll 1
+    for (; i < (ROWS - first) * (C / 8); i += 2 * WARPGROUP)
+        *(uint4 *)(tile + tile_at(first + i / (C / 8), i % (C / 8) * 8, ROWS)) = uint4{0, 0, 0, 0};
+    shared_for_products();
+    multipliers_sync();
+}
+
+/* ---- heads of 256 ---- */
+
+#define SEEN_KEYS 64 /* of a tile */
+
+struct Seen256 {
+    bf16 rows[SEEN_ROWS * 256], keys[2][SEEN_KEYS * 256], values[2][SEEN_KEYS * 256];
+    RowSights<SEEN_ROWS> sights;
+    Barrier rows_full, keys_full[2], keys_empty[2], values_full[2], values_empty[2];
+};
+
+/* Grid: (tiles of rows, K). */
+static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
+    hopper_forward_256(bf16 *y, float *lse, const __grid_constant__ SeenMaps maps, Heads heads,
+                       Sight see) {
+#if ON_HOPPER
+    constexpr int C = 256, KEYS = SEEN_KEYS;
+    DYNAMIC_SHARED(bytes);
+    Seen256 *memory = (Seen256 *)bytes;
+    int queries = SEEN_ROWS / heads.group, kv = blockIdx.y;
+    int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
+    int row_end = (int)min((int64_t)SEEN_ROWS, (heads.N - n0) * heads.group);
+    read_sights(&memory->sights, heads, see, n0);
+    if (!threadIdx.x) {
+        barrier_begin(&memory->rows_full, 1);
+        for (int i = 0; i < 2; i++) {
+            barrier_begin(&memory->keys_full[i], 1);
+            barrier_begin(&memory->values_full[i], 1);
+            barrier_begin(&memory->keys_empty[i], 2);
+            barrier_begin(&memory->values_empty[i], 2);
         }
-        pack_and_wait();
-        add_values(values + turn * TILE);
+    }
+    __syncthreads();
+    int turn = 0; /* tiles of keys so far */
+    Stretch part = {0, 0, 0, 0};
+    if (threadIdx.x < WARPGROUP) {
+        registers_fewer<40>();
+        if (threadIdx.x >= 32) return;
+        bool leads = !threadIdx.x;
+        auto bring = [&](bf16 *to, Barrier *full, Barrier *empty, const TileMap &map, int64_t row) {
+            barrier_wait(empty, (turn / 2 & 1) ^ 1);
+            barrier_announce(full, (int)sizeof memory->keys[0]);
+            for (int c = 0; c < C; c += TILE_COLUMNS)
+                copy_tile<false>(to + c * KEYS, full, map, 0, row, kv * C + c);
+        };
+        if (leads) {
+            barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
+            for (int c = 0; c < C; c += TILE_COLUMNS)
+                copy_tile<false>(memory->rows + c * SEEN_ROWS, &memory->rows_full, maps.rows, n0,
+                                 kv * heads.group, c);
+        }
+        while (part.end < row_end) {
+            part = stretch_of(&memory->sights, part.end, row_end);
+            int n = n0 + part.row / heads.group;
+            for (int s = first_key(part, see); leads && s <= part.high; s += KEYS, turn++) {
+                int64_t row = key_place(part, see, n, s);
+                int i = turn % 2;
+                bring(memory->keys[i], &memory->keys_full[i], &memory->keys_empty[i], maps.keys,
+                      row);
+                bring(memory->values[i], &memory->values_full[i], &memory->values_empty[i],
+                      maps.values, row);
+            }
+            __syncwarp();
+        }
+        return;
+    }
+    registers_more<232>();
+    int own = brought_half() * 64, r = brought_row(); /* rows r and r + 8 */
+    bool leads = threadIdx.x % WARPGROUP == 0;
+    float sums[C / 2] = {}, scores[KEYS / 2], top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0},
+                   best[2], fade[2];
+    unsigned weights[KEYS / 16][4];
+    int low[2], high[2];
+    /* The scores of tile t, asked for. */
+    auto score = [&](int t) {
+#pragma unroll
+        for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.0f;
+        barrier_wait(&memory->keys_full[t % 2], t / 2 & 1);
+        Operand left = operand(memory->rows, own, 0, SEEN_ROWS),
+                right = operand(memory->keys[t % 2], 0, 0, KEYS);
+        wgmma_begin();
+#pragma unroll
+        for (int c = 0; c < C; c += 16)
+            wgmma<false, false>(scores, further(left, 0, c, SEEN_ROWS), further(right, 0, c, KEYS));
+        wgmma_close_group();
+    };
+    auto weigh_scores = [&](int t, int s) {
+        wgmma_results(scores);
+        if (leads) barrier_arrive(&memory->keys_empty[t % 2], 0);
+        mask_scores(best, scores, s, low, high);
+        weigh(top, total, fade, scores, best);
+    };
+    /* The weights there are meet the values of tile t, of keys from s on. */
+    auto add_values = [&](int t, int s) {
+        bf16 *tile = memory->values[t % 2];
+        barrier_wait(&memory->values_full[t % 2], t / 2 & 1);
+        if (see.pages && s + KEYS > part.high + 1) clear_values<KEYS, C>(tile, part.high + 1 - s);
+        Operand right = operand(tile, 0, 0, KEYS);
+        wgmma_begin();
+#pragma unroll
+        for (int kk = 0; kk < KEYS; kk += 16)
+            wgmma<true>(sums, weights[kk / 16], further(right, kk, 0, KEYS));
+        wgmma_close_group();
+    };
+    auto values_added = [&](int t) {
         wgmma_wait<0>();
         wgmma_results(sums);
+        if (leads) barrier_arrive(&memory->values_empty[t % 2], 0);
+    };
+    auto pack_weights = [&] {
+#pragma unroll
+        for (int i = 0; i < KEYS / 4; i++)
+            weights[i / 4][i % 4] = pack_bf16(scores[2 * i], scores[2 * i + 1]);
+    };
+    barrier_wait(&memory->rows_full, 0);
+    while (part.end < row_end) { /* a sequence after the other */
+        part = stretch_of(&memory->sights, part.end, row_end);
+        sights_within(low, high, &memory->sights, part, r);
+        int s = first_key(part, see);
+        if (s > part.high) continue;
+        score(turn);
+        wgmma_wait<0>();
+        weigh_scores(turn, s);
+        fade_results(sums, fade);
+        pack_weights();
+        for (s += KEYS, turn++; s <= part.high; s += KEYS, turn++) {
+            score(turn);
+            add_values(turn - 1, s - KEYS);
+            wgmma_wait<1>();
+            weigh_scores(turn, s);
+            values_added(turn - 1);
+            fade_results(sums, fade);
+            pack_weights();
+        }
+        add_values(turn - 1, s - KEYS);
+        values_added(turn - 1);
     }
 #pragma unroll
     for (int p = 0; p < 2; p++) {
@@ -308,90 +308,198 @@ static __global__ void __launch_bounds__(FLASH_THREADS, 1)
 #endif
 }
 
-static __global__ void __launch_bounds__(FLASH_THREADS, 1)
-    hopper_forward_512(bf16 *y, float *lse, const bf16 *q, const bf16 *k, const bf16 *v,
-                       Heads heads, Sight see) {
-#if ON_HOPPER
-    constexpr int C = 512, KEYS = HOPPER_KEYS, HALF = KEYS / 2;
-    DYNAMIC_SHARED(memory);
-    bf16 *rows = (bf16 *)memory, *keys = rows + ROWS_512 * C, *values = keys + KEYS * C,
-         *weights = values + KEYS * C;
-    float *tops = (float *)(weights + ROWS_512 * KEYS);
-    RowSights<ROWS_512> *sights = (RowSights<ROWS_512> *)(tops + 2 * ROWS_512);
-    int queries = ROWS_512 / heads.group, kv = blockIdx.y, group = threadIdx.x / WARPGROUP;
-    int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
-    int lane = threadIdx.x % 32, r = result_row();
-    int row_end = (int)min((int64_t)ROWS_512, (heads.N - n0) * heads.group);
-    read_sights(sights, heads, see, n0);
-    row_places<ROWS_512>(sights->places, heads);
-    __syncthreads();
-    hopper_rows<C, ROWS_512>(rows, q, sights->places, heads, n0, kv);
-    copies_close_group();
+/* ---- heads of 512 ---- */
 
-    float sums[C / 4] = {}, top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
-    for (Stretch part = {0, 0, 0, 0}; part.end < row_end;) { /* a sequence after the other */
-        part = stretch_of(sights, part.end, row_end);
-        int n = n0 + part.row / heads.group, end = part.high + 1;
-        int low[2], high[2];
-        sights_within(low, high, sights, part, r);
-        __syncthreads(); /* what the last sequence left has been read */
-        hopper_keys<C, KEYS>(keys, k, heads, see, n, part.low, end, kv);
-        copies_close_group();
-        hopper_keys<C, KEYS>(values, v, heads, see, n, part.low, end, kv);
-        copies_close_group();
-        for (int s = part.low; s < end; s += KEYS) {
-            float scores[HALF / 2] = {}, best[2], fade[2];
-            copies_wait<1>();
-            shared_for_products();
-            __syncthreads();
-            wgmma_begin();
-#pragma unroll
-            for (int c = 0; c < C; c += 16)
-                wgmma<false, false>(scores, operand(rows, 0, c, ROWS_512),
-                                    operand(keys, HALF * group, c, KEYS));
-            wgmma_close_group();
-            wgmma_wait<0>();
-            wgmma_results(scores);
-            mask_scores(best, scores, s + HALF * group, low, high);
-            if (lane % 4 == 0)
-                for (int p = 0; p < 2; p++) tops[group * ROWS_512 + r + 8 * p] = best[p];
-            __syncthreads(); /* the keys have been read as well */
-            if (s + KEYS < end) hopper_keys<C, KEYS>(keys, k, heads, see, n, s + KEYS, end, kv);
-            copies_close_group();
-            for (int p = 0; p < 2; p++)
-                best[p] = fmaxf(tops[r + 8 * p], tops[ROWS_512 + r + 8 * p]);
-            weigh(top, total, fade, scores, best);
-#pragma unroll
-            for (int i = 0; i < HALF / 4; i++)
-                *pair_at(weights, r + 8 * (i % 2), HALF / 8 * group + i / 2, lane % 4) =
-                    pack_bf16(scores[2 * i], scores[2 * i + 1]);
-            fade_results(sums, fade);
-            copies_wait<1>();
-            shared_for_products();
-            __syncthreads();
-            wgmma_begin();
-#pragma unroll
-            for (int kk = 0; kk < KEYS; kk += 16)
-                wgmma<false, true>(sums, operand(weights, 0, kk, ROWS_512),
-                                   operand(values, kk, C / 2 * group, KEYS));
-            wgmma_close_group();
-            wgmma_wait<0>();
-            wgmma_results(sums);
-            __syncthreads();
-            if (s + KEYS < end) hopper_keys<C, KEYS>(values, v, heads, see, n, s + KEYS, end, kv);
-            copies_close_group();
+#define PAIR_KEYS 128 /* of a tile */
+/* A unit of 16 KB is a tile's keys by 64 columns, or so many of its values. */
+#define SEEN_UNITS  8
+#define UNIT_VALUES 16
+
+struct Seen512 {
+    bf16 rows[SEEN_ROWS / PAIR * 512], units[SEEN_UNITS][PAIR_KEYS * TILE_COLUMNS];
+    bf16 weights[2][SEEN_ROWS / PAIR * PAIR_KEYS];
+    RowSights<SEEN_ROWS> sights;
+    float tops[2][SEEN_ROWS / PAIR]; /* what the warpgroups tell each other of each row */
+    Barrier rows_full, full[SEEN_UNITS], empty[SEEN_UNITS];
+};
+
+/* Units come in the order keys 0, keys 1, values 0, keys 2, values 1, ...: UNITS of each. Grid:
+ * (twice the tiles of rows, K), in pairs. */
+static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
+    hopper_forward_512(bf16 *y, float *lse, const __grid_constant__ SeenMaps maps, Heads heads,
+                       Sight see) {
+#if ON_HOPPER
+    constexpr int C = 512, KEYS = PAIR_KEYS, ROWS = SEEN_ROWS / PAIR, DEEP = UNIT_VALUES,
+                  UNITS = C / TILE_COLUMNS, LATE = 4; /* units of values that may be under way */
+    static_assert(UNITS * DEEP == KEYS, "as many units of values as of keys");
+    DYNAMIC_SHARED(bytes);
+    Seen512 *memory = (Seen512 *)bytes;
+    int queries = SEEN_ROWS / heads.group, kv = blockIdx.y, rank = (int)pair_rank();
+    int n0 = (int)(gridDim.x / PAIR - 1 - blockIdx.x / PAIR) * queries; /* long sights first */
+    int row_end = (int)min((int64_t)SEEN_ROWS, (heads.N - n0) * heads.group);
+    wait_for_last();
+    read_sights(&memory->sights, heads, see, n0);
+    if (!threadIdx.x) {
+        barrier_begin(&memory->rows_full, 1);
+        for (int i = 0; i < SEEN_UNITS; i++) {
+            barrier_begin(&memory->full[i], 1);
+            barrier_begin(&memory->empty[i], 2 * PAIR);
         }
     }
-    /* The sums of both halves of the keys. */
+    pair_sync();
+    int turn = 0; /* units so far */
+    Stretch part = {0, 0, 0, 0};
+    if (threadIdx.x < WARPGROUP) {
+        registers_fewer<40>();
+        int first = rank * (queries / PAIR);
+        if (!threadIdx.x) {
+            barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
+            for (int c = 0; c < C; c += TILE_COLUMNS)
+                copy_tile<false>(memory->rows + c * ROWS, &memory->rows_full, maps.rows, n0 + first,
+                                 kv * heads.group, c);
+        }
+        while (threadIdx.x < 32 && part.end < row_end) {
+            part = stretch_of(&memory->sights, part.end, row_end);
+            int n = n0 + part.row / heads.group, begin = first_key(part, see);
+            int tiles = (part.high - begin + KEYS) / KEYS;
+            /* bring(unit): this block's half of it. */
+            auto bring_units = [&](auto bring) {
+#pragma unroll 1
+                for (int u = 0; u < UNITS; u++, turn++) {
+                    int i = turn % SEEN_UNITS;
+                    barrier_wait(&memory->empty[i], (turn / SEEN_UNITS & 1) ^ 1);
+                    barrier_announce(&memory->full[i], (int)sizeof memory->units[0]);
+                    bring(u, memory->units[i], &memory->full[i]);
+                }
+            };
+            for (int t = 0; t <= tiles && tiles > 0 && !threadIdx.x; t++) {
+                int s = begin + t * KEYS;
+                if (t < tiles) {
+                    int64_t row = key_place(part, see, n, s + rank * (KEYS / PAIR));
+                    bring_units([&](int u, bf16 *to, Barrier *full) {
+                        copy_tile<true>(to + rank * (KEYS / PAIR) * TILE_COLUMNS, full, maps.keys,
+                                        0, row, kv * C + u * TILE_COLUMNS);
+                    });
+                }
+                if (t > 0)
+                    bring_units([&](int u, bf16 *to, Barrier *full) {
+                        int64_t row = key_place(part, see, n, s - KEYS + u * DEEP);
+                        for (int c = rank * (C / PAIR); c < (rank + 1) * (C / PAIR);
+                             c += TILE_COLUMNS)
+                            copy_tile<true>(to + c * DEEP, full, maps.values, 0, row, kv * C + c);
+                    });
+            }
+            __syncwarp();
+        }
+    } else {
+        registers_more<232>();
+        int half = brought_half(), r = result_row(), released = 0; /* units given back */
+        float sums[C / 4] = {}, scores[KEYS / 4], top[2] = {-INFINITY, -INFINITY},
+                       total[2] = {0, 0}, best[2], fade[2];
+        int low[2], high[2];
+        auto release = [&](int until) {
+#pragma unroll 1
+            for (; released < until; released++)
+                if (threadIdx.x % WARPGROUP < PAIR)
+                    barrier_arrive(&memory->empty[released % SEEN_UNITS], threadIdx.x % WARPGROUP);
+        };
+        auto wait_for_unit = [&] {
+            barrier_wait(&memory->full[turn % SEEN_UNITS], turn / SEEN_UNITS & 1);
+        };
+        /* Scores of the next tile; the last unit's may still be under way. */
+        auto score = [&] {
 #pragma unroll
-    for (int p = 0; p < 2; p++) {
-        total[p] += __shfl_xor_sync(0xffffffffu, total[p], 1);
-        total[p] += __shfl_xor_sync(0xffffffffu, total[p], 2);
-        if (lane % 4 == 0) tops[group * ROWS_512 + r + 8 * p] = total[p];
+            for (int i = 0; i < KEYS / 4; i++) scores[i] = 0.0f;
+#pragma unroll 1
+            for (int u = 0; u < UNITS; u++, turn++) {
+                const bf16 *unit = memory->units[turn % SEEN_UNITS];
+                wait_for_unit();
+                Operand left = operand(memory->rows, 0, u * TILE_COLUMNS, ROWS),
+                        right = operand(unit, half * (KEYS / 2), 0, KEYS);
+                wgmma_begin();
+#pragma unroll
+                for (int kk = 0; kk < TILE_COLUMNS; kk += 16)
+                    wgmma<false, false>(scores, further(left, 0, kk, ROWS),
+                                        further(right, 0, kk, KEYS));
+                wgmma_close_group();
+                wgmma_wait<1>();
+                release(turn);
+            }
+        };
+        /* Scores of keys from s on become weights in shared memory. */
+        auto weigh_scores = [&](bf16 *weights, int s) {
+            int t = threadIdx.x % 4, row = known_here(r);
+            bf16 *own = weights + half * (KEYS / 2) * ROWS;
+            wgmma_results(scores);
+            mask_scores(best, scores, s + half * (KEYS / 2), low, high);
+            if (!t)
+                for (int p = 0; p < 2; p++) memory->tops[half][r + 8 * p] = best[p];
+            multipliers_sync();
+            for (int p = 0; p < 2; p++) best[p] = fmaxf(best[p], memory->tops[!half][r + 8 * p]);
+            weigh(top, total, fade, scores, best);
+#pragma unroll
+            for (int i = 0; i < KEYS / 8; i++)
+                *(unsigned *)(own + tile_at(row + 8 * (i % 2), i / 2 * 8, ROWS) + 2 * t) =
+                    pack_bf16(scores[2 * i], scores[2 * i + 1]);
+            shared_for_products();
+        };
+        /* Weights meet the values of keys from s on; the last units may still be under way. */
+        auto add_values = [&](const bf16 *weights, int s) {
+#pragma unroll 1
+            for (int first = 0; first < UNITS; first += LATE)
+#pragma unroll
+                for (int u = first; u < first + LATE; u++, turn++) {
+                    bf16 *unit = memory->units[turn % SEEN_UNITS];
+                    int left = part.high + 1 - s - u * DEEP;
+                    wait_for_unit();
+                    if (see.pages && left < DEEP) clear_values<DEEP, C>(unit, left);
+                    wgmma_begin();
+                    wgmma<false, true>(sums, operand(weights, 0, u * DEEP, ROWS),
+                                       operand(unit, 0, half * (C / 2), DEEP));
+                    wgmma_close_group();
+                    wgmma_wait<LATE>();
+                    release(turn + 1 - LATE);
+                }
+        };
+        auto values_added = [&] {
+            wgmma_wait<0>();
+            wgmma_results(sums);
+            release(turn);
+        };
+        barrier_wait(&memory->rows_full, 0);
+        while (part.end < row_end) { /* a sequence after the other */
+            part = stretch_of(&memory->sights, part.end, row_end);
+            sights_within(low, high, &memory->sights, part, rank * ROWS + r);
+            int s = first_key(part, see), which = 0;
+            if (s > part.high) continue;
+            score();
+            wgmma_wait<0>();
+            weigh_scores(memory->weights[which], s);
+            for (; s + KEYS <= part.high; s += KEYS, which ^= 1) {
+                score();
+                multipliers_sync(); /* the weights of both halves are there */
+                add_values(memory->weights[which], s);
+                weigh_scores(memory->weights[which ^ 1], s + KEYS);
+                values_added();
+                fade_results(sums, fade);
+            }
+            multipliers_sync();
+            add_values(memory->weights[which], s);
+            values_added();
+            multipliers_sync(); /* the weights have been read */
+        }
+        /* The sums of both halves of the keys. */
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            total[p] += __shfl_xor_sync(0xffffffffu, total[p], 1);
+            total[p] += __shfl_xor_sync(0xffffffffu, total[p], 2);
+            if (threadIdx.x % 4 == 0) memory->tops[half][r + 8 * p] = total[p];
+        }
+        multipliers_sync();
+        for (int p = 0; p < 2; p++) total[p] += memory->tops[!half][r + 8 * p];
+        write_results<C>(y, lse, sums, top, total, heads, n0, kv, rank * ROWS + r, half * (C / 2));
     }
-    __syncthreads();
-    for (int p = 0; p < 2; p++) total[p] = tops[r + 8 * p] + tops[ROWS_512 + r + 8 * p];
-    write_results<C>(y, lse, sums, top, total, heads, n0, kv, r, C / 2 * group);
+    pair_sync(); /* neither ends while the other writes to it */
 #endif
 }
 

@@ -70,8 +70,6 @@ struct RowPlaces {
 
 /* ---- products of tiles that the copy engine brings ---- */
 
-#define BROUGHT_THREADS (3 * WARPGROUP) /* one warpgroup brings, two multiply 64 rows each */
-
 /* Stages of a product of 128 by 256. */
 template <int STAGES> struct Brought {
     bf16 left[STAGES][HOPPER_ROWS * HOPPER_DEPTH], right[STAGES][HOPPER_COLUMNS * HOPPER_DEPTH];
@@ -102,11 +100,6 @@ DEVICE_FUNCTION void bring_steps(Brought<STAGES> *memory, int steps, Bring bring
     }
 }
 
-/* Which of those who multiply this is. */
-DEVICE_FUNCTION int brought_half() {
-    return (int)threadIdx.x / WARPGROUP - 1;
-}
-
 /* They add steps first .. first + steps - 1; TA, TB: K are the rows of that operand. */
 template <bool TA, bool TB, int STAGES>
 DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought<STAGES> *memory,
@@ -134,11 +127,6 @@ DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought<S
     wgmma_wait<0>();
     wgmma_results(sums);
     release();
-}
-
-/* The row of a tile that this lane of them has results of; the other is eight further. */
-DEVICE_FUNCTION int brought_row() {
-    return brought_half() * 64 + result_row();
 }
 
 /* ---- weights and slopes ---- */

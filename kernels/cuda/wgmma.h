@@ -58,6 +58,17 @@ DEVICE_FUNCTION Operand operand(const bf16 *tile, int row, int column, int rows)
 #endif
 }
 
+/* From another row and column of the same tile: of many operands the rest is computed once. */
+DEVICE_FUNCTION Operand further(Operand tile, int row, int column, int rows) {
+    int at = (column / 64 * rows + row) * 64 + column % 64;
+#ifdef __CUDACC__
+    tile.descriptor += (unsigned)at / 8;
+#else
+    tile.at += 2 * at;
+#endif
+    return tile;
+}
+
 #ifdef __CUDACC__
 
 #define D4(i)   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])

@@ -913,6 +913,7 @@ GPU_CASE(attention_of_heads_of_256, s, dtype) {
 GPU_CASE(attention_of_heads_of_512, s, dtype) {
     attend(s, dtype, 70, 70, 4, 1, 512, 1000);
     attend(s, dtype, 150, 150, 2, 1, 512, 90);
+    attend(s, dtype, 20, 700, 4, 1, 512, 600); /* units of keys and values come round */
 }
 
 /* Of two tiles of rows at a time, and of one. */

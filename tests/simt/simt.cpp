@@ -105,7 +105,7 @@ static const size_t SLOTS = 2;
 static const size_t SLOTS = 1;
 #endif
 
-enum State { READY, PAUSED, AT_WARP, AT_WARPGROUP, AT_BLOCK, AT_CLUSTER, DONE };
+enum State { READY, PAUSED, AT_WARP, AT_WARPGROUP, AT_WARPGROUPS, AT_BLOCK, AT_CLUSTER, DONE };
 
 typedef std::vector<std::function<void()>> Group;
 
@@ -146,7 +146,8 @@ static unsigned running, count, total, finished;
 static unsigned slot;          /* of the blocks that run */
 static bool stirred;           /* whether any thread has come further */
 static int any_of[CLUSTER][2]; /* what the threads of a block said at its barrier */
-static Meeting at_block[CLUSTER], at_warpgroup[THREADS / WARPGROUP], at_cluster;
+static Meeting at_block[CLUSTER], at_warpgroup[THREADS / WARPGROUP], at_warpgroups[CLUSTER],
+    at_cluster;
 static Fiber fibers[SLOTS * THREADS];
 /* Who counts for a block, its copy engine, and who reads shared memory for engine and tensor cores
  * where fences are watched. */
@@ -240,6 +241,11 @@ int __syncthreads_or(int value) {
 void simt_warpgroup_sync() {
     unsigned group = running / WARPGROUP;
     meet(AT_WARPGROUP, at_warpgroup[group], group * WARPGROUP, WARPGROUP);
+}
+
+void simt_warpgroups_sync(unsigned many) {
+    unsigned block = running / count, all = many * WARPGROUP;
+    meet(AT_WARPGROUPS, at_warpgroups[block], (block + 1) * count - all, all);
 }
 
 void simt_cluster_sync() {
@@ -409,6 +415,7 @@ static void run_blocks(dim3 block, size_t first) {
     finished = 0;
     for (Meeting &m : at_block) m.arrived = 0;
     for (Meeting &m : at_warpgroup) m.arrived = 0;
+    for (Meeting &m : at_warpgroups) m.arrived = 0;
     at_cluster.arrived = 0;
     for (unsigned i = 0; i < (total + 31) / 32; i++) warps[i].arrived = 0;
     for (unsigned i = 0; i < total; i++) {
@@ -444,6 +451,8 @@ static void run_blocks(dim3 block, size_t first) {
         if (m.arrived) broken("a thread ended while its block waits for it");
     for (Meeting &m : at_warpgroup)
         if (m.arrived) broken("a thread ended while its warpgroup waits for it");
+    for (Meeting &m : at_warpgroups)
+        if (m.arrived) broken("a thread ended while warpgroups of its block wait for it");
     if (at_cluster.arrived) broken("a thread ended while its cluster waits for it");
 }
 

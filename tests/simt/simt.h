@@ -81,6 +81,8 @@ const unsigned char *simt_exchange(const void *mine, size_t size);
 
 /* The four warps of this thread's warpgroup. */
 void simt_warpgroup_sync();
+/* The last so many warpgroups of a block. */
+void simt_warpgroups_sync(unsigned many);
 
 /* All threads of a cluster: blocks that run at once, whose dynamic shared memory the others reach
  * (static one they would share). */
