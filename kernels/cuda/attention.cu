@@ -269,14 +269,15 @@ static void launch_hopper(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, He
     SeenMaps maps = {};
     maps.rows = cuda_tile_map(q.data, heads.N, heads.H, heads.C, heads.group,
                               paired ? queries / PAIR : queries);
+    maps.results = cuda_tile_map(y.data, heads.N, heads.H, heads.C, heads.group, 64 / heads.group);
     maps.keys = cuda_tile_map(k.data, 1, heads.S, K * heads.C, SEEN_KEYS);
     maps.values = cuda_tile_map(v.data, 1, heads.S, K * heads.C, paired ? UNIT_VALUES : SEEN_KEYS);
     if (paired)
         LAUNCH_PAIRS(q.device, (hopper_forward_512), dim3(PAIR * tiles, K), BROUGHT_THREADS,
-                     sizeof(Seen512), data_of<bf16>(y), data_of<float>(lse), maps, heads, see);
+                     sizeof(Seen512), data_of<float>(lse), maps, heads, see);
     else
         LAUNCH(q.device, (hopper_forward_256), dim3(tiles, K), BROUGHT_THREADS, sizeof(Seen256),
-               data_of<bf16>(y), data_of<float>(lse), maps, heads, see);
+               data_of<float>(lse), maps, heads, see);
 }
 
 static void launch_flash(Tensor y, Tensor lse, Tensor q, Tensor k, Tensor v, Heads heads, Sight see,

@@ -155,23 +155,27 @@ DEVICE_FUNCTION void copy_tile(bf16 *to, Barrier *b, const TileMap &map, int64_t
 #endif
 }
 
-/* The tile in shared memory goes to (row, col) of the map's one matrix, but for what lies outside.
+/* The tile in shared memory goes to (row, col) of a group's matrix, but for what lies outside.
  * Those who wrote it have said so (shared_for_products) and met. */
-DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t row, int64_t col) {
+DEVICE_FUNCTION void store_tile(const TileMap &map, const bf16 *from, int64_t group, int64_t row,
+                                int64_t col) {
 #if defined(__CUDACC__) && ON_HOPPER
     unsigned place = (unsigned)__cvta_generic_to_shared(from);
     asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\n"
                  "cp.async.bulk.commit_group;" ::"l"(&map),
-                 "r"((int)col), "r"((int)row), "r"(0), "r"(place)
+                 "r"((int)col), "r"((int)row), "r"((int)group), "r"(place)
                  : "memory");
 #elif !defined(__CUDACC__)
     simt_ask(SIMT_STORES, [=] {
-        simt_async_read(from, (size_t)map.tile_rows * 128);
-        for (int r = 0; r < map.tile_rows; r++)
-            for (int c = 0; c < 64 && row + r < map.rows; c++)
-                if (col + c < map.cols)
-                    ((bf16 *)map.data)[(row + r) * map.cols + col + c] =
-                        from[tile_at(r, c / 8 * 8, map.tile_rows) + c % 8];
+        int rows = map.tile_rows * map.tile_groups;
+        simt_async_read(from, (size_t)rows * 128);
+        for (int r = 0; r < rows; r++)
+            for (int c = 0; c < 64 && col + c < map.cols; c++) {
+                int64_t g = group + r / map.tile_rows, at = row + r % map.tile_rows;
+                if (at < map.rows && g < map.groups)
+                    ((bf16 *)map.data)[(g * map.rows + at) * map.cols + col + c] =
+                        from[tile_at(r, c / 8 * 8, rows) + c % 8];
+            }
     });
     simt_close_group(SIMT_STORES);
 #endif

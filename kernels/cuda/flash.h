@@ -234,9 +234,10 @@ template <int ROWS> struct RowFacts {
 
 template <int ROWS>
 DEVICE_FUNCTION void read_facts(RowFacts<ROWS> *facts, const Heads &heads, const Sight &see,
-                                const float *lse, const float *delta, int64_t n0, int kv) {
-    if (threadIdx.x >= ROWS) return;
-    int r = threadIdx.x;
+                                const float *lse, const float *delta, int64_t n0, int kv,
+                                int first = 0) {
+    int r = (int)threadIdx.x - first;
+    if (r >= ROWS) return;
     int64_t n = n0 + r / heads.group, item = n * heads.H + kv * heads.group + r % heads.group;
     bool here = n < heads.N;
     facts->first[r] = here ? see.first[n] : 0;

@@ -16,9 +16,10 @@
 
 #define SEEN_ROWS 128 /* of a tile: of a block, or of a pair of them */
 
-/* What tiles are cut from: rows of q, a query's after the other's; k, and v. */
+/* What tiles are cut from: rows of q, and of y, 64 of them, a query's after the other's; k, and v.
+ */
 struct SeenMaps {
-    TileMap rows, keys, values;
+    TileMap rows, results, keys, values;
 };
 
 /* What the rows of a tile see, and of which sequence; of rows beyond the last query nothing. */
@@ -121,24 +122,33 @@ DEVICE_FUNCTION void fade_results(float (&sums)[COUNT], const float (&fade)[2]) 
     for (int i = 0; i < COUNT; i++) sums[i] *= fade[i / 2 % 2];
 }
 
-/* Results of rows r and r + 8 over their sums: columns column + 8 j + 2 t. */
-template <int C, int COUNT>
-DEVICE_FUNCTION void write_results(bf16 *y, float *lse, const float (&sums)[COUNT],
-                                   const float (&top)[2], const float (&total)[2],
-                                   const Heads &heads, int n0, int kv, int r, int column) {
-    int t = threadIdx.x % 4;
+/* Results of a warpgroup's 64 rows, `rows` and on of a tile of ROWS, over their sums, by way of the
+ * tile, which nobody reads any more: columns `column` and on of the head. n0: the first row's
+ * query; r: this lane's row in the tile. */
+template <int ROWS, int COUNT>
+DEVICE_FUNCTION void write_results(const TileMap &y, float *lse, bf16 *tile,
+                                   const float (&sums)[COUNT], const float (&top)[2],
+                                   const float (&total)[2], const Heads &heads, int n0, int kv,
+                                   int r, int column) {
+    int t = threadIdx.x % 4, first = r / 64 * 64;
 #pragma unroll
     for (int p = 0; p < 2; p++) {
-        int row = r + 8 * p, n = n0 + row / heads.group;
-        if (n >= heads.N) continue;
-        int64_t item = (int64_t)n * heads.H + kv * heads.group + row % heads.group;
+        int row = r - first + 8 * p, n = n0 + row / heads.group;
         float inverse = 1.0f / total[p];
-        if (!t && !column) lse[item] = top[p] + logf(total[p]);
+        if (!t && !column && n < heads.N)
+            lse[(int64_t)n * heads.H + kv * heads.group + row % heads.group] =
+                top[p] + logf(total[p]);
 #pragma unroll
         for (int j = 0; j < COUNT / 4; j++)
-            *(unsigned *)(y + item * C + column + 8 * j + 2 * t) =
+            *(unsigned *)(tile + column * ROWS + tile_at(r + 8 * p, 8 * j, ROWS) + 2 * t) =
                 pack_bf16(sums[4 * j + 2 * p] * inverse, sums[4 * j + 2 * p + 1] * inverse);
     }
+    shared_for_products();
+    warpgroup_sync(brought_half());
+    if (threadIdx.x % WARPGROUP) return;
+    for (int c = column; c < column + 2 * COUNT; c += TILE_COLUMNS)
+        store_tile(y, tile + c * ROWS + first * TILE_COLUMNS, n0, kv * heads.group, c);
+    stores_have_read();
 }
 
 /* The keys that a stretch goes through begin with a page's, where they lie in pages. */
@@ -175,8 +185,7 @@ struct Seen256 {
 
 /* Grid: (tiles of rows, K). */
 static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
-    hopper_forward_256(bf16 *y, float *lse, const __grid_constant__ SeenMaps maps, Heads heads,
-                       Sight see) {
+    hopper_forward_256(float *lse, const __grid_constant__ SeenMaps maps, Heads heads, Sight see) {
 #if ON_HOPPER
     constexpr int C = 256, KEYS = SEEN_KEYS;
     DYNAMIC_SHARED(bytes);
@@ -184,9 +193,12 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     int queries = SEEN_ROWS / heads.group, kv = blockIdx.y;
     int n0 = (int)(gridDim.x - 1 - blockIdx.x) * queries; /* long sights first */
     int row_end = (int)min((int64_t)SEEN_ROWS, (heads.N - n0) * heads.group);
-    read_sights(&memory->sights, heads, see, n0);
     if (!threadIdx.x) {
         barrier_begin(&memory->rows_full, 1);
+        barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
+        for (int c = 0; c < C; c += TILE_COLUMNS)
+            copy_tile<false>(memory->rows + c * SEEN_ROWS, &memory->rows_full, maps.rows, n0,
+                             kv * heads.group, c);
         for (int i = 0; i < 2; i++) {
             barrier_begin(&memory->keys_full[i], 1);
             barrier_begin(&memory->values_full[i], 1);
@@ -194,6 +206,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
             barrier_begin(&memory->values_empty[i], 2);
         }
     }
+    read_sights(&memory->sights, heads, see, n0);
     __syncthreads();
     int turn = 0; /* tiles of keys so far */
     Stretch part = {0, 0, 0, 0};
@@ -207,12 +220,6 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
             for (int c = 0; c < C; c += TILE_COLUMNS)
                 copy_tile<false>(to + c * KEYS, full, map, 0, row, kv * C + c);
         };
-        if (leads) {
-            barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
-            for (int c = 0; c < C; c += TILE_COLUMNS)
-                copy_tile<false>(memory->rows + c * SEEN_ROWS, &memory->rows_full, maps.rows, n0,
-                                 kv * heads.group, c);
-        }
         while (part.end < row_end) {
             part = stretch_of(&memory->sights, part.end, row_end);
             int n = n0 + part.row / heads.group;
@@ -240,7 +247,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.0f;
         barrier_wait(&memory->keys_full[t % 2], t / 2 & 1);
-        Operand left = operand(memory->rows, own, 0, SEEN_ROWS),
+        Operand left = operand(memory->rows, known_here(own), 0, SEEN_ROWS),
                 right = operand(memory->keys[t % 2], 0, 0, KEYS);
         wgmma_begin();
 #pragma unroll
@@ -304,7 +311,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         total[p] += __shfl_xor_sync(0xffffffffu, total[p], 1);
         total[p] += __shfl_xor_sync(0xffffffffu, total[p], 2);
     }
-    write_results<C>(y, lse, sums, top, total, heads, n0, kv, r, 0);
+    write_results<SEEN_ROWS>(maps.results, lse, memory->rows, sums, top, total, heads,
+                             n0 + own / heads.group, kv, r, 0);
 #endif
 }
 
@@ -312,22 +320,20 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 
 #define PAIR_KEYS 128 /* of a tile */
 /* A unit of 16 KB is a tile's keys by 64 columns, or so many of its values. */
-#define SEEN_UNITS  8
 #define UNIT_VALUES 16
 
 struct Seen512 {
-    bf16 rows[SEEN_ROWS / PAIR * 512], units[SEEN_UNITS][PAIR_KEYS * TILE_COLUMNS];
+    bf16 rows[SEEN_ROWS / PAIR * 512], units[(PAIR_KEYS / UNIT_VALUES)][PAIR_KEYS * TILE_COLUMNS];
     bf16 weights[2][SEEN_ROWS / PAIR * PAIR_KEYS];
     RowSights<SEEN_ROWS> sights;
     float tops[2][SEEN_ROWS / PAIR]; /* what the warpgroups tell each other of each row */
-    Barrier rows_full, full[SEEN_UNITS], empty[SEEN_UNITS];
+    Barrier rows_full, full[(PAIR_KEYS / UNIT_VALUES)], empty[(PAIR_KEYS / UNIT_VALUES)];
 };
 
 /* Units come in the order keys 0, keys 1, values 0, keys 2, values 1, ...: UNITS of each. Grid:
  * (twice the tiles of rows, K), in pairs. */
 static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
-    hopper_forward_512(bf16 *y, float *lse, const __grid_constant__ SeenMaps maps, Heads heads,
-                       Sight see) {
+    hopper_forward_512(float *lse, const __grid_constant__ SeenMaps maps, Heads heads, Sight see) {
 #if ON_HOPPER
     constexpr int C = 512, KEYS = PAIR_KEYS, ROWS = SEEN_ROWS / PAIR, DEEP = UNIT_VALUES,
                   UNITS = C / TILE_COLUMNS, LATE = 4; /* units of values that may be under way */
@@ -338,39 +344,38 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     int n0 = (int)(gridDim.x / PAIR - 1 - blockIdx.x / PAIR) * queries; /* long sights first */
     int row_end = (int)min((int64_t)SEEN_ROWS, (heads.N - n0) * heads.group);
     wait_for_last();
-    read_sights(&memory->sights, heads, see, n0);
     if (!threadIdx.x) {
         barrier_begin(&memory->rows_full, 1);
-        for (int i = 0; i < SEEN_UNITS; i++) {
+        barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
+        for (int c = 0; c < C; c += TILE_COLUMNS)
+            copy_tile<false>(memory->rows + c * ROWS, &memory->rows_full, maps.rows,
+                             n0 + rank * (queries / PAIR), kv * heads.group, c);
+        for (int i = 0; i < UNITS; i++) {
             barrier_begin(&memory->full[i], 1);
             barrier_begin(&memory->empty[i], 2 * PAIR);
         }
     }
+    read_sights(&memory->sights, heads, see, n0);
     pair_sync();
-    int turn = 0; /* units so far */
+    /* A tile's keys are as many units as there is room for, and so are its values: unit u is always
+     * at the same place, and phases change from tile to tile. */
+    unsigned phase = 0;
     Stretch part = {0, 0, 0, 0};
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
-        int first = rank * (queries / PAIR);
-        if (!threadIdx.x) {
-            barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
-            for (int c = 0; c < C; c += TILE_COLUMNS)
-                copy_tile<false>(memory->rows + c * ROWS, &memory->rows_full, maps.rows, n0 + first,
-                                 kv * heads.group, c);
-        }
         while (threadIdx.x < 32 && part.end < row_end) {
             part = stretch_of(&memory->sights, part.end, row_end);
             int n = n0 + part.row / heads.group, begin = first_key(part, see);
             int tiles = (part.high - begin + KEYS) / KEYS;
-            /* bring(unit): this block's half of it. */
+            /* bring(unit, its place, barrier): this block's half of it. */
             auto bring_units = [&](auto bring) {
 #pragma unroll 1
-                for (int u = 0; u < UNITS; u++, turn++) {
-                    int i = turn % SEEN_UNITS;
-                    barrier_wait(&memory->empty[i], (turn / SEEN_UNITS & 1) ^ 1);
-                    barrier_announce(&memory->full[i], (int)sizeof memory->units[0]);
-                    bring(u, memory->units[i], &memory->full[i]);
+                for (int u = 0; u < UNITS; u++) {
+                    barrier_wait(&memory->empty[u], phase ^ 1);
+                    barrier_announce(&memory->full[u], (int)sizeof memory->units[0]);
+                    bring(u, memory->units[u], &memory->full[u]);
                 }
+                phase ^= 1;
             };
             for (int t = 0; t <= tiles && tiles > 0 && !threadIdx.x; t++) {
                 int s = begin + t * KEYS;
@@ -393,38 +398,33 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         }
     } else {
         registers_more<232>();
-        int half = brought_half(), r = result_row(), released = 0; /* units given back */
+        int half = brought_half(), r = result_row(), mine = threadIdx.x % WARPGROUP;
         float sums[C / 4] = {}, scores[KEYS / 4], top[2] = {-INFINITY, -INFINITY},
                        total[2] = {0, 0}, best[2], fade[2];
         int low[2], high[2];
-        auto release = [&](int until) {
-#pragma unroll 1
-            for (; released < until; released++)
-                if (threadIdx.x % WARPGROUP < PAIR)
-                    barrier_arrive(&memory->empty[released % SEEN_UNITS], threadIdx.x % WARPGROUP);
-        };
-        auto wait_for_unit = [&] {
-            barrier_wait(&memory->full[turn % SEEN_UNITS], turn / SEEN_UNITS & 1);
+        auto release = [&](int u) {
+            if (mine < PAIR) barrier_arrive(&memory->empty[u], mine);
         };
         /* Scores of the next tile; the last unit's may still be under way. */
         auto score = [&] {
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) scores[i] = 0.0f;
-#pragma unroll 1
-            for (int u = 0; u < UNITS; u++, turn++) {
-                const bf16 *unit = memory->units[turn % SEEN_UNITS];
-                wait_for_unit();
-                Operand left = operand(memory->rows, 0, u * TILE_COLUMNS, ROWS),
-                        right = operand(unit, half * (KEYS / 2), 0, KEYS);
+            int here = known_here(0);
+            Operand left = operand(memory->rows, here, 0, ROWS),
+                    right = operand(memory->units[0], here + half * (KEYS / 2), 0, KEYS);
+#pragma unroll
+            for (int u = 0; u < UNITS; u++) {
+                barrier_wait(&memory->full[u], phase);
                 wgmma_begin();
 #pragma unroll
-                for (int kk = 0; kk < TILE_COLUMNS; kk += 16)
+                for (int kk = u * TILE_COLUMNS; kk < (u + 1) * TILE_COLUMNS; kk += 16)
                     wgmma<false, false>(scores, further(left, 0, kk, ROWS),
                                         further(right, 0, kk, KEYS));
                 wgmma_close_group();
                 wgmma_wait<1>();
-                release(turn);
+                if (u) release(u - 1);
             }
+            phase ^= 1;
         };
         /* Scores of keys from s on become weights in shared memory. */
         auto weigh_scores = [&](bf16 *weights, int s) {
@@ -443,28 +443,32 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
                     pack_bf16(scores[2 * i], scores[2 * i + 1]);
             shared_for_products();
         };
-        /* Weights meet the values of keys from s on; the last units may still be under way. */
-        auto add_values = [&](const bf16 *weights, int s) {
-#pragma unroll 1
-            for (int first = 0; first < UNITS; first += LATE)
+        /* Weights meet the values of keys from s on; the last units may still be under way, and
+         * the last of scores, if they were asked for before, no more. */
+        auto add_values = [&](const bf16 *weights, int s, bool scored) {
+            int here = known_here(0);
+            Operand left = operand(weights, here, 0, ROWS),
+                    right = operand(memory->units[0], here, half * (C / 2), DEEP);
 #pragma unroll
-                for (int u = first; u < first + LATE; u++, turn++) {
-                    bf16 *unit = memory->units[turn % SEEN_UNITS];
-                    int left = part.high + 1 - s - u * DEEP;
-                    wait_for_unit();
-                    if (see.pages && left < DEEP) clear_values<DEEP, C>(unit, left);
-                    wgmma_begin();
-                    wgmma<false, true>(sums, operand(weights, 0, u * DEEP, ROWS),
-                                       operand(unit, 0, half * (C / 2), DEEP));
-                    wgmma_close_group();
-                    wgmma_wait<LATE>();
-                    release(turn + 1 - LATE);
-                }
+            for (int u = 0; u < UNITS; u++) {
+                int last = part.high + 1 - s - u * DEEP;
+                barrier_wait(&memory->full[u], phase);
+                if (see.pages && last < DEEP) clear_values<DEEP, C>(memory->units[u], last);
+                wgmma_begin();
+                wgmma<false, true>(sums, further(left, 0, u * DEEP, ROWS),
+                                   further(right, 0, u * C, DEEP));
+                wgmma_close_group();
+                wgmma_wait<LATE>();
+                if (u >= LATE) release(u - LATE);
+                if (u == LATE - 1 && scored) release(UNITS - 1);
+            }
+            phase ^= 1;
         };
         auto values_added = [&] {
             wgmma_wait<0>();
             wgmma_results(sums);
-            release(turn);
+#pragma unroll
+            for (int u = UNITS - LATE; u < UNITS; u++) release(u);
         };
         barrier_wait(&memory->rows_full, 0);
         while (part.end < row_end) { /* a sequence after the other */
@@ -474,17 +478,18 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
             if (s > part.high) continue;
             score();
             wgmma_wait<0>();
+            release(UNITS - 1);
             weigh_scores(memory->weights[which], s);
             for (; s + KEYS <= part.high; s += KEYS, which ^= 1) {
                 score();
                 multipliers_sync(); /* the weights of both halves are there */
-                add_values(memory->weights[which], s);
+                add_values(memory->weights[which], s, true);
                 weigh_scores(memory->weights[which ^ 1], s + KEYS);
                 values_added();
                 fade_results(sums, fade);
             }
             multipliers_sync();
-            add_values(memory->weights[which], s);
+            add_values(memory->weights[which], s, false);
             values_added();
             multipliers_sync(); /* the weights have been read */
         }
@@ -497,7 +502,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         }
         multipliers_sync();
         for (int p = 0; p < 2; p++) total[p] += memory->tops[!half][r + 8 * p];
-        write_results<C>(y, lse, sums, top, total, heads, n0, kv, rank * ROWS + r, half * (C / 2));
+        write_results<ROWS>(maps.results, lse, memory->rows, sums, top, total, heads,
+                            n0 + rank * (queries / PAIR), kv, r, half * (C / 2));
     }
     pair_sync(); /* neither ends while the other writes to it */
 #endif

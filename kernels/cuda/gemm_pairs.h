@@ -242,7 +242,7 @@ DEVICE_FUNCTION void send_results(const TileMap &y, bf16 *room,
     shared_for_products();
     warpgroup_sync(own);
     for (int c = 0; c < PAIRS_COLUMNS && c < columns && leads; c += TILE_COLUMNS)
-        store_tile(y, room + c * PAIRS_ROWS, first, column + c);
+        store_tile(y, room + c * PAIRS_ROWS, 0, first, column + c);
 }
 
 /* y (=|+=) alpha times the sum of a b over the maps' factors; shapes as in gemm16 (NT, NN), one

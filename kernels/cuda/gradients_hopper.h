@@ -131,9 +131,8 @@ DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought<S
 
 /* ---- weights and slopes ---- */
 
-/* Blocks that share the tiles of keys which a tile of rows sees: where rows see all keys a block
- * has several, and where they see a window few have none. */
-#define SLOPE_BLOCKS 4
+/* Blocks that share the tiles of keys which a tile of rows sees. */
+#define SLOPE_BLOCKS 2
 
 /* Rows of q and dy, of k and v; where weights and slopes go, 64 rows at a time. */
 struct SlopeMaps {
@@ -146,8 +145,8 @@ struct SlopeMemory {
     Brought<3> tiles;
 };
 
-/* Weights and slopes of a tile of rows and every SLOPE_BLOCKS-th tile of HOPPER_COLUMNS keys that
- * it sees. Grid: (SLOPE_BLOCKS, tiles of rows, K). */
+/* Weights and slopes of a tile of rows and the tiles of HOPPER_COLUMNS keys that it sees, every
+ * SLOPE_BLOCKS-th. Grid: (SLOPE_BLOCKS, tiles of rows, K). */
 template <int C>
 static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     attention_slopes(GradientSides of, const __grid_constant__ SlopeMaps maps, Heads heads,
@@ -162,7 +161,6 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     int key_tile = low / HOPPER_COLUMNS + (int)blockIdx.x, last = high / HOPPER_COLUMNS;
     if (low > high || key_tile > last) return;
     int64_t n0 = slab.n0 + (int64_t)row_tile * (HOPPER_ROWS / heads.group);
-    read_facts(&facts, heads, see, of.lse, of.delta, n0, kv);
     begin_products(&memory->tiles);
     if (threadIdx.x < WARPGROUP) {
         int tiles = (last - key_tile) / SLOPE_BLOCKS + 1;
@@ -176,6 +174,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         return;
     }
     registers_more<232>();
+    read_facts(&facts, heads, see, of.lse, of.delta, n0, kv, WARPGROUP);
+    multipliers_sync();
     int own = brought_half(), r = brought_row(), line = result_row(), t = threadIdx.x % 4, step = 0;
     bf16 *room = memory->results[own];
     int64_t to = ((int64_t)kv * slab.tiles + row_tile) * HOPPER_ROWS + own * 64;
@@ -191,7 +191,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         shared_for_products();
         warpgroup_sync(own);
         for (int c = 0; c < HOPPER_COLUMNS && leads; c += TILE_COLUMNS)
-            store_tile(map, room + c * 64, to, s0 + c);
+            store_tile(map, room + c * 64, 0, to, s0 + c);
     };
     for (; key_tile <= last; key_tile += SLOPE_BLOCKS, step += 2 * STEPS) {
         int s0 = key_tile * HOPPER_COLUMNS;

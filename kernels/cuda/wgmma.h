@@ -62,7 +62,8 @@ DEVICE_FUNCTION Operand operand(const bf16 *tile, int row, int column, int rows)
 DEVICE_FUNCTION Operand further(Operand tile, int row, int column, int rows) {
     int at = (column / 64 * rows + row) * 64 + column % 64;
 #ifdef __CUDACC__
-    tile.descriptor += (unsigned)at / 8;
+    uint64_t upper = tile.descriptor & 0xffffffff00000000u;
+    tile.descriptor = upper | ((unsigned)tile.descriptor + (unsigned)at / 8);
 #else
     tile.at += 2 * at;
 #endif
