@@ -30,6 +30,13 @@ void gather_rows(Tensor y, Tensor x, Tensor rows) {
     ON_DEVICE(y, gather_rows)(y, x, rows);
 }
 
+void spread_rows(Tensor y, Tensor x, Tensor slot, Tensor source) {
+    CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(y) == tensor_count(source) &&
+              tensor_rows(x) == tensor_rows(slot) && y.dtype == x.dtype,
+          "spread: %s to %s", tensor_text(x), tensor_text(y));
+    ON_DEVICE(y, spread_rows)(y, x, slot, source);
+}
+
 void scatter_rows(Tensor y, Write write, Tensor x, Tensor rows) {
     CHECK(tensor_cols(y) == tensor_cols(x) && tensor_rows(x) == tensor_count(rows) &&
               y.dtype == x.dtype,

@@ -20,6 +20,11 @@ KERNEL(add_scaled, Tensor y, Tensor a, Tensor b, float alpha);
 /* y[m] = x[rows[m]]; rows -1 gives zeros.   y (M, D), x (N, D) one dtype, rows (M) i32 */
 KERNEL(gather_rows, Tensor y, Tensor x, Tensor rows);
 
+/* The same where each row goes to several places: y[slot[n,k]] = x[n]; rows of y whose source is -1
+ * become zeros, the source of the others is n.   y (M, D), x (N, D) one dtype, slot (N, A) i32,
+ * source (M) i32 */
+KERNEL(spread_rows, Tensor y, Tensor x, Tensor slot, Tensor source);
+
 /* y (=|+=) 0 except y[rows[m]] (=|+=) x[m]; rows are distinct, -1 is skipped. With SET rows not
  * named become zero.   y (N, D), x (M, D) one dtype */
 KERNEL(scatter_rows, Tensor y, Write write, Tensor x, Tensor rows);

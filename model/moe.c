@@ -272,7 +272,7 @@ void moe_forward(const Moe *m, MoeSaved *s, Tensor y, Tensor h, Pass *p) {
     count_load(m, s, p);
 
     Tensor sorted = ARENA_TENSOR(p->scratch, h.dtype, tensor_count(s->source), D);
-    gather_rows(sorted, h, s->source);
+    spread_rows(sorted, h, s->slot, s->source);
     experts_forward(m, s, sorted, p);
     combine_forward(y, sorted, s->slot, s->share, s->experts, m->per_expert_scale->value);
     arena_release(p->scratch, mark);
@@ -292,10 +292,10 @@ void moe_backward(const Moe *m, const MoeSaved *s, Tensor dh, Tensor drouter, Te
            dshare = arena_like(p->scratch, s->share), weights = ARENA_TENSOR(p->scratch, F32, M, 1),
            dweights = arena_like(p->scratch, weights), sorted = tensor_absent();
     row_weights(weights, s->slot, s->source, s->share, s->experts, scale->value);
-    gather_rows(d, dy, s->source);
+    spread_rows(d, dy, s->slot, s->source);
     if (moe_reads_input(m)) {
         sorted = arena_like(p->scratch, d);
-        gather_rows(sorted, h, s->source);
+        spread_rows(sorted, h, s->slot, s->source);
     }
     experts_backward(m, s, d, dweights, weights, sorted, p);
     gather_sums(dh, d, s->slot);

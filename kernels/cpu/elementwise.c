@@ -80,6 +80,11 @@ void CPU(gather_rows)(Tensor y, Tensor x, Tensor rows) {
     }
 }
 
+void CPU(spread_rows)(Tensor y, Tensor x, Tensor slot, Tensor source) {
+    (void)slot;
+    CPU(gather_rows)(y, x, source);
+}
+
 static void add_row(Tensor y, int64_t to, Tensor x, int64_t from) {
     int64_t D = tensor_cols(y);
     FOR_CHUNKS(D) {

@@ -148,6 +148,29 @@ static __global__ void __launch_bounds__(256)
     }
 }
 
+/* A warp reads a row once and writes all its copies; and it clears the row of y of its number. */
+template <typename U>
+static __global__ void __launch_bounds__(256)
+    spread(U *y, const U *x, const int32_t *slot, const int32_t *source, int64_t N, int64_t A,
+           int64_t M, int64_t words) {
+    constexpr int HELD = 4;
+    int64_t m = (int64_t)blockIdx.x * 8 + threadIdx.x / 32;
+    for (int64_t first = threadIdx.x % 32; m < N && first < words; first += HELD * 32) {
+        U held[HELD] = {};
+#pragma unroll
+        for (int k = 0; k < HELD; k++)
+            if (first + k * 32 < words) held[k] = x[m * words + first + k * 32];
+        for (int64_t a = 0; a < A; a++) {
+            U *to = y + slot[m * A + a] * words + first;
+#pragma unroll
+            for (int k = 0; k < HELD; k++)
+                if (first + k * 32 < words) store_past(to + k * 32, held[k]);
+        }
+    }
+    if (m >= M || source[m] >= 0) return;
+    for (int64_t i = threadIdx.x % 32; i < words; i += 32) store_past(y + m * words + i, U{});
+}
+
 template <typename U>
 static __global__ void scatter(U *y, const U *x, const int32_t *rows, int64_t M, int64_t words) {
     FOR_GRID(i, M * words) {
@@ -190,6 +213,17 @@ extern "C" void cuda_gather_rows(Tensor y, Tensor x, Tensor rows) {
         int64_t words = bytes / (int64_t)sizeof(U);
         LAUNCH(y.device, (gather<U>), (unsigned)ceil_div(M, 8), 256, 0, data_of<U>(y),
                data_of<U>(x), data_of<int32_t>(rows), M, words);
+    });
+}
+
+extern "C" void cuda_spread_rows(Tensor y, Tensor x, Tensor slot, Tensor source) {
+    int64_t M = tensor_rows(y), N = tensor_rows(x), A = tensor_cols(slot),
+            bytes = tensor_cols(y) * (int64_t)dtype_size(y.dtype);
+    if (!M || !bytes) return;
+    WITH_WORDS(bytes, y.data, x.data, U, {
+        int64_t words = bytes / (int64_t)sizeof(U);
+        LAUNCH(y.device, (spread<U>), (unsigned)ceil_div(M > N ? M : N, 8), 256, 0, data_of<U>(y),
+               data_of<U>(x), data_of<int32_t>(slot), data_of<int32_t>(source), N, A, M, words);
     });
 }
 

@@ -195,6 +195,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     int row_end = (int)min((int64_t)SEEN_ROWS, (heads.N - n0) * heads.group);
     if (!threadIdx.x) {
         barrier_begin(&memory->rows_full, 1);
+        shared_for_products(); /* the copy engine counts there before all have met */
         barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
         for (int c = 0; c < C; c += TILE_COLUMNS)
             copy_tile<false>(memory->rows + c * SEEN_ROWS, &memory->rows_full, maps.rows, n0,
@@ -346,6 +347,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     wait_for_last();
     if (!threadIdx.x) {
         barrier_begin(&memory->rows_full, 1);
+        shared_for_products(); /* the copy engine counts there before all have met */
         barrier_announce(&memory->rows_full, (int)sizeof memory->rows);
         for (int c = 0; c < C; c += TILE_COLUMNS)
             copy_tile<false>(memory->rows + c * ROWS, &memory->rows_full, maps.rows,

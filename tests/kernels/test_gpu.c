@@ -492,7 +492,8 @@ CASE(gpu, k_quants_are_read) {
 }
 
 GPU_CASE(rows, s, dtype) {
-    static const int32_t rows[] = {4, -1, 0, 2}, slots[] = {0, 3, 1, 1, 2, 0};
+    static const int32_t rows[] = {4, -1, 0, 2}, slots[] = {0, 3, 1, 1, 2, 0},
+                         places[] = {5, 1, 0, 3, 2, 7}, sources[] = {1, 0, 2, 1, -1, 0, -1, 2};
     for (int64_t D = 5; D <= 24; D += 19) {
         Tensor x = GIVEN(s, dtype, 1, 6, D), y = GIVEN(s, dtype, 2, 4, D),
                few = GIVEN(s, dtype, 3, 3, D), which = ints(s, rows, 4, 1);
@@ -504,6 +505,9 @@ GPU_CASE(rows, s, dtype) {
         result(s, "scattered", x, 0);
         gather_sums(few, y, ints(s, slots, 3, 2));
         result(s, "sums of gathered", few, near(dtype));
+        Tensor spread = SPACE(s, dtype, 8, D);
+        spread_rows(spread, few, ints(s, places, 3, 2), ints(s, sources, 8, 1));
+        result(s, "spread", spread, 0);
     }
 }
 

@@ -600,7 +600,7 @@ CASE(kernel_routing, sorted_rows_return_to_their_tokens) {
     fill(scale, 1.0f);
     router_forward(probs, share, experts, logits);
     routing_sort(offsets, counts, slot, source, experts);
-    gather_rows(rows, x, source);
+    spread_rows(rows, x, slot, source);
     combine_forward(y, rows, slot, share, experts,
                     scale); /* shares sum to one: the rows come back */
     EXPECT(relative_error(y.data, x.data, N * D) < 1e-6);
