@@ -161,6 +161,16 @@ DEVICE_FUNCTION int known_here(int x) {
     return x;
 }
 
+/* x, which all lanes of a warp have alike: the compiler keeps it, and what is made of it, once for
+ * the warp (uniform registers, which operands of wgmma.h are read from). */
+DEVICE_FUNCTION int same_in_warp(int x) {
+#ifdef __CUDACC__
+    return __shfl_sync(0xffffffffu, x, 0);
+#else
+    return x;
+#endif
+}
+
 /* Asks for 128 bytes that are read soon, of memory that no kernel under way writes: it may come
  * before wait_for_last. */
 DEVICE_FUNCTION void ask_for(const void *p) {

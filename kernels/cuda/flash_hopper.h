@@ -237,7 +237,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         return;
     }
     registers_more<232>();
-    int own = brought_half() * 64, r = brought_row(); /* rows r and r + 8 */
+    int own = same_in_warp(brought_half()) * 64, r = brought_row(); /* rows r and r + 8 */
     bool leads = threadIdx.x % WARPGROUP == 0;
     float sums[C / 2] = {}, scores[KEYS / 2], top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0},
                    best[2], fade[2];
@@ -248,8 +248,8 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 #pragma unroll
         for (int i = 0; i < KEYS / 2; i++) scores[i] = 0.0f;
         barrier_wait(&memory->keys_full[t % 2], t / 2 & 1);
-        Operand left = operand(memory->rows, known_here(own), 0, SEEN_ROWS),
-                right = operand(memory->keys[t % 2], 0, 0, KEYS);
+        Operand left = operand(memory->rows, same_in_warp(own), 0, SEEN_ROWS),
+                right = operand(memory->keys[same_in_warp(t % 2)], 0, 0, KEYS);
         wgmma_begin();
 #pragma unroll
         for (int c = 0; c < C; c += 16)
@@ -264,7 +264,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     };
     /* The weights there are meet the values of tile t, of keys from s on. */
     auto add_values = [&](int t, int s) {
-        bf16 *tile = memory->values[t % 2];
+        bf16 *tile = memory->values[same_in_warp(t % 2)];
         barrier_wait(&memory->values_full[t % 2], t / 2 & 1);
         if (see.pages && s + KEYS > part.high + 1) clear_values<KEYS, C>(tile, part.high + 1 - s);
         Operand right = operand(tile, 0, 0, KEYS);
@@ -400,7 +400,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         }
     } else {
         registers_more<232>();
-        int half = brought_half(), r = result_row(), mine = threadIdx.x % WARPGROUP;
+        int half = same_in_warp(brought_half()), r = result_row(), mine = threadIdx.x % WARPGROUP;
         float sums[C / 4] = {}, scores[KEYS / 4], top[2] = {-INFINITY, -INFINITY},
                        total[2] = {0, 0}, best[2], fade[2];
         int low[2], high[2];
@@ -411,7 +411,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         auto score = [&] {
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++) scores[i] = 0.0f;
-            int here = known_here(0);
+            int here = same_in_warp(0); /* operands are made again for each tile, not kept */
             Operand left = operand(memory->rows, here, 0, ROWS),
                     right = operand(memory->units[0], here + half * (KEYS / 2), 0, KEYS);
 #pragma unroll
@@ -448,7 +448,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
         /* Weights meet the values of keys from s on; the last units may still be under way, and
          * the last of scores, if they were asked for before, no more. */
         auto add_values = [&](const bf16 *weights, int s, bool scored) {
-            int here = known_here(0);
+            int here = same_in_warp(0);
             Operand left = operand(weights, here, 0, ROWS),
                     right = operand(memory->units[0], here, half * (C / 2), DEEP);
 #pragma unroll
