@@ -72,18 +72,20 @@ struct Product {
      * are for. Not `busy`: this warpgroup has no rows, and only helps to bring the others'. */
     template <int COUNT, typename Fetch>
     DEVICE_MEMBER void run(float (&sums)[COUNT], int steps, bool busy, Fetch fetch) {
-        int own = threadIdx.x / WARPGROUP * 64;
+        int own = same_in_warp((int)threadIdx.x / WARPGROUP) * 64;
         for (int i = 0; i < steps; i++) {
             copies_wait<1>();
             shared_for_products();
             __syncthreads(); /* and the stage two before this one has been multiplied */
-            const bf16 *a = left_tiles + stage * Left::TILE, *b = right_tiles + stage * Right::TILE;
+            int here = same_in_warp(stage);
+            Operand a = operand(left_tiles + here * Left::TILE, 0, own, Left::ROWS),
+                    b = operand(right_tiles + here * Right::TILE, 0, 0, Right::ROWS);
             if (busy) {
                 wgmma_begin();
 #pragma unroll
                 for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
-                    wgmma<true, true>(sums, operand(a, kk, own, Left::ROWS),
-                                      operand(b, kk, 0, Right::ROWS));
+                    wgmma<true, true>(sums, further(a, kk, 0, Left::ROWS),
+                                      further(b, kk, 0, Right::ROWS));
                 wgmma_close_group();
             }
             bring((stage + 2) % HOPPER_STAGES, fetch);

@@ -133,18 +133,20 @@ DEVICE_FUNCTION void multiply_stages(float (&sums)[BLOCKS][PAIRS_COLUMNS / 2], P
             barrier_arrive(&memory->empty[stage], threadIdx.x % WARPGROUP);
     };
     for (int i = 0; i < steps; i++) {
-        const bf16 *b = memory->units[ring.stage * ring.units];
-        const bf16 *a = memory->units[ring.stage * ring.units + 1] + own * PAIRS_ROWS * PAIRS_DEPTH;
+        int unit = same_in_warp(ring.stage * ring.units);
+        const bf16 *b = memory->units[unit];
+        const bf16 *a = memory->units[unit + 1] + own * PAIRS_ROWS * PAIRS_DEPTH;
         barrier_wait(&memory->full[ring.stage], ring.parity(ring.stage));
         if constexpr (COUNT > 0) {
+            constexpr int RIGHT = TB ? PAIRS_DEPTH : PAIRS_COLUMNS; /* rows of b's tile */
+            Operand left = operand(a, 0, 0, PAIRS_ROWS), right = operand(b, 0, 0, RIGHT);
             wgmma_begin();
 #pragma unroll
             for (int kk = 0; kk < PAIRS_DEPTH; kk += 16)
 #pragma unroll
                 for (int j = 0; j < COUNT; j++)
-                    wgmma<false, TB>(
-                        sums[j], operand(a + j * 2 * PAIRS_ROWS * PAIRS_DEPTH, 0, kk, PAIRS_ROWS),
-                        TB ? operand(b, kk, 0, PAIRS_DEPTH) : operand(b, 0, kk, PAIRS_COLUMNS));
+                    wgmma<false, TB>(sums[j], further(left, j * 2 * PAIRS_ROWS, kk, PAIRS_ROWS),
+                                     further(right, TB ? kk : 0, TB ? 0 : kk, RIGHT));
             wgmma_close_group();
             wgmma_wait<1>();
         }
@@ -320,7 +322,7 @@ static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
         }
     } else {
         registers_more<232>();
-        int own = (int)threadIdx.x / WARPGROUP - 1;
+        int own = same_in_warp(brought_half());
         for (int t = (int)blockIdx.x / PAIR; t < memory->tiles; t += (int)gridDim.x / PAIR) {
             const PairTile &tile = memory->tile[turn % PAIRS_TOLD];
             barrier_wait(&memory->told[turn % PAIRS_TOLD], turn / PAIRS_TOLD % 2);

@@ -106,23 +106,25 @@ DEVICE_FUNCTION void multiply_steps(float (&sums)[HOPPER_COLUMNS / 2], Brought<S
                                     int first, int steps) {
     typedef Side<HOPPER_ROWS, TA> Left;
     typedef Side<HOPPER_COLUMNS, TB> Right;
-    int own = brought_half() * 64, last = -1; /* last: the stage before, which is still in use */
+    int own = same_in_warp(brought_half()) * 64,
+        last = -1; /* last: the stage before, still in use */
     auto release = [&] {
         if (last >= 0 && threadIdx.x % WARPGROUP == 0) barrier_arrive(&memory->empty[last], 0);
     };
     for (int i = first; i < first + steps; i++) {
-        const bf16 *a = memory->left[i % STAGES], *b = memory->right[i % STAGES];
-        barrier_wait(&memory->full[i % STAGES], i / STAGES & 1);
+        int stage = same_in_warp(i % STAGES);
+        Operand left = operand(memory->left[stage], TA ? 0 : own, TA ? own : 0, Left::ROWS),
+                right = operand(memory->right[stage], 0, 0, Right::ROWS);
+        barrier_wait(&memory->full[stage], i / STAGES & 1);
         wgmma_begin();
 #pragma unroll
         for (int kk = 0; kk < HOPPER_DEPTH; kk += 16)
-            wgmma<TA, TB>(sums,
-                          TA ? operand(a, kk, own, Left::ROWS) : operand(a, own, kk, Left::ROWS),
-                          TB ? operand(b, kk, 0, Right::ROWS) : operand(b, 0, kk, Right::ROWS));
+            wgmma<TA, TB>(sums, further(left, TA ? kk : 0, TA ? 0 : kk, Left::ROWS),
+                          further(right, TB ? kk : 0, TB ? 0 : kk, Right::ROWS));
         wgmma_close_group();
         wgmma_wait<1>();
         release();
-        last = i % STAGES;
+        last = stage;
     }
     wgmma_wait<0>();
     wgmma_results(sums);
@@ -265,6 +267,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     }
     float sums[HOPPER_COLUMNS / 2] = {};
     registers_more<232>();
+    wgmma_results(sums); /* zeros are there before the first product */
     multiply_steps<false, true>(sums, memory, 0, steps);
     int64_t n0 = slab.n0 + (int64_t)tile * (HOPPER_ROWS / heads.group);
     int rows = (int)min((int64_t)HOPPER_ROWS, (heads.N - n0) * heads.group);
@@ -344,6 +347,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     }
     float sums[HOPPER_COLUMNS / 2] = {};
     registers_more<232>();
+    wgmma_results(sums); /* zeros are there before the first product */
     multiply_steps<true, true>(sums, memory, 0, steps);
     int64_t line = (int64_t)heads.K * C;
     float *to = (values ? of.dv : of.dk) + ((int64_t)blockIdx.z * heads.S + s0) * line + kv * C +
