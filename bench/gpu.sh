@@ -1,7 +1,7 @@
 #!/bin/sh
 # gpu.sh - everything that needs a GPU, in stages that each take less than ten minutes.
 #
-#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train long full qlora decode peers peers4 kernels
+#   bench/gpu.sh STAGE... [-- FILE]     stages: parity memcheck attention train long full qlora decode turns peers peers4 kernels
 #
 # Takes what `make static` built, else builds for this machine. What a stage measures is added to FILE,
 # by default bench/results/DATE-gpu.md. Weights are random and drawn on the GPU: no file is needed.
@@ -89,6 +89,20 @@ for stage in $stages; do
             done
         done
         measure bench --preset e2b --weights q4_0 --tokens 64 --sequences 16
+        ;;
+    turns) # beside the program that BEFORE names: machines, and minutes, differ by more than most changes do
+        now=$program
+        for turn in 1 2; do
+            for program in "${BEFORE:?the program to compare with}" "$now"; do
+                say "$program"
+                measure bench attention --tokens 4096
+                for preset in e2b 26b-a4b; do
+                    measure bench --preset $preset --train lora --rank 16 --tokens 4096
+                done
+                measure bench --preset 31b --weights q4_0 --tokens 64
+            done
+        done
+        program=$now
         ;;
     peers) # transformers and peft on the same shapes
         python3 bench/gpu_peers.py train 2>/dev/null | tee -a "$file" || true
