@@ -248,9 +248,10 @@ static Status bench_decoding(Gemma *g, const DrawnBench *b) {
            ", \"depth\": %" PRId64
            ", \"prefill_tokens_per_s\": %.1f, \"decode_tokens_per_s\": %.2f, \"read_gb\": %.3f, "
            "\"read_gb_per_s\": %.1f, \"device_gb\": %.2f}\n",
-           b->preset, b->weights, b->sequences, b->depth, (double)(n * b->sequences) / prefill,
-           (double)b->sequences / seconds, bench_bytes_a_token(g) / 1e9,
-           bench_bytes_a_token(g) / seconds / 1e9, (double)device_held(g->device) / 1e9);
+           b->preset, b->weights, b->sequences, b->depth,
+           b->depth ? (double)(n * b->sequences) / prefill : 0, (double)b->sequences / seconds,
+           bench_bytes_a_token(g) / 1e9, bench_bytes_a_token(g) / seconds / 1e9,
+           (double)device_held(g->device) / 1e9);
 done:
     engine_free(&e);
     free(ids);
