@@ -122,9 +122,9 @@ DEVICE_FUNCTION void fade_results(float (&sums)[COUNT], const float (&fade)[2]) 
     for (int i = 0; i < COUNT; i++) sums[i] *= fade[i / 2 % 2];
 }
 
-/* Results of a warpgroup's 64 rows, `rows` and on of a tile of ROWS, over their sums, by way of the
- * tile, which nobody reads any more: columns `column` and on of the head. n0: the first row's
- * query; r: this lane's row in the tile. */
+/* Results of a warpgroup's 64 rows over their sums, columns `column` and on of the head, by way of
+ * the tile of ROWS that q lay in, which nobody reads any more. n0: the query of the first of the
+ * 64; r: this lane's row in the tile. */
 template <int ROWS, int COUNT>
 DEVICE_FUNCTION void write_results(const TileMap &y, float *lse, bf16 *tile,
                                    const float (&sums)[COUNT], const float (&top)[2],
@@ -156,8 +156,8 @@ DEVICE_FUNCTION int first_key(const Stretch &part, const Sight &see) {
     return see.pages ? part.low - part.low % PAGE_KEYS : part.low;
 }
 
-/* Where keys s and what follows them lie; of keys from `end` on, which nobody sees, those of the
- * stretch's first may come. */
+/* Where key s and those after it lie. Behind the last that is seen come others, of the stretch's
+ * beginning: a tile has so many. */
 DEVICE_FUNCTION int64_t key_place(const Stretch &part, const Sight &see, int64_t n, int s) {
     return key_row(see, n, s <= part.high ? s : first_key(part, see));
 }
@@ -320,15 +320,17 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 /* ---- heads of 512 ---- */
 
 #define PAIR_KEYS 128 /* of a tile */
-/* A unit of 16 KB is a tile's keys by 64 columns, or so many of its values. */
+/* A unit of 16 KB is a tile's keys by 64 columns, or so many of its values; there is room for a
+ * tile's keys, or its values. */
 #define UNIT_VALUES 16
+#define PAIR_UNITS  (PAIR_KEYS / UNIT_VALUES)
 
 struct Seen512 {
-    bf16 rows[SEEN_ROWS / PAIR * 512], units[(PAIR_KEYS / UNIT_VALUES)][PAIR_KEYS * TILE_COLUMNS];
+    bf16 rows[SEEN_ROWS / PAIR * 512], units[PAIR_UNITS][PAIR_KEYS * TILE_COLUMNS];
     bf16 weights[2][SEEN_ROWS / PAIR * PAIR_KEYS];
     RowSights<SEEN_ROWS> sights;
     float tops[2][SEEN_ROWS / PAIR]; /* what the warpgroups tell each other of each row */
-    Barrier rows_full, full[(PAIR_KEYS / UNIT_VALUES)], empty[(PAIR_KEYS / UNIT_VALUES)];
+    Barrier rows_full, full[PAIR_UNITS], empty[PAIR_UNITS];
 };
 
 /* Units come in the order keys 0, keys 1, values 0, keys 2, values 1, ...: UNITS of each. Grid:
@@ -338,7 +340,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
 #if ON_HOPPER
     constexpr int C = 512, KEYS = PAIR_KEYS, ROWS = SEEN_ROWS / PAIR, DEEP = UNIT_VALUES,
                   UNITS = C / TILE_COLUMNS, LATE = 4; /* units of values that may be under way */
-    static_assert(UNITS * DEEP == KEYS, "as many units of values as of keys");
+    static_assert(UNITS == PAIR_UNITS, "as many units of keys as of values");
     DYNAMIC_SHARED(bytes);
     Seen512 *memory = (Seen512 *)bytes;
     int queries = SEEN_ROWS / heads.group, kv = blockIdx.y, rank = (int)pair_rank();
@@ -359,9 +361,7 @@ static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     }
     read_sights(&memory->sights, heads, see, n0);
     pair_sync();
-    /* A tile's keys are as many units as there is room for, and so are its values: unit u is always
-     * at the same place, and phases change from tile to tile. */
-    unsigned phase = 0;
+    unsigned phase = 0; /* unit u is always at the same place: phases change from tile to tile */
     Stretch part = {0, 0, 0, 0};
     if (threadIdx.x < WARPGROUP) {
         registers_fewer<40>();
