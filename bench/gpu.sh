@@ -11,7 +11,8 @@ build=build/static
 [ -x $build/lapidary ] || build=build/cuda
 [ -x $build/lapidary ] || make -j"$(nproc)" CUDA=1 all runner
 program=$build/lapidary
-stages= file="bench/results/$(date +%Y-%m-%d)-gpu.md"
+stages= file="bench/results/$(date +%Y-%m-%d)-gpu.md" errors=$(mktemp)
+trap 'rm -f "$errors"' EXIT
 while [ $# -gt 0 ]; do
     case $1 in
     --) file=$2; shift ;;
@@ -26,8 +27,8 @@ say() { printf '%s\n' "$*" | tee -a "$file"; }
 
 # The program with --device cuda; what it prints, or that it failed and why.
 measure() {
-    "$program" "$@" --device cuda 2>gpu-error.txt | tee -a "$file"
-    [ -s gpu-error.txt ] && say "$*: $(tail -1 gpu-error.txt)" || true
+    "$program" "$@" --device cuda 2>"$errors" | tee -a "$file"
+    [ -s "$errors" ] && say "$*: $(tail -1 "$errors")" || true
 }
 
 # Cases of the tests under one of compute-sanitizer's tools; its last lines.
@@ -123,4 +124,3 @@ for stage in $stages; do
     esac
     say '```'
 done
-rm -f gpu-error.txt
