@@ -5,8 +5,8 @@ extern "C" {
 #include "kernels/loss.h"
 }
 
-#define THREADS 1024 /* few rows at a time: the end of each is in a cache when it is read again */
-#define AHEAD   4    /* packs that a thread has under way: a row has one multiprocessor */
+#define THREADS 512
+#define AHEAD   4 /* packs that a thread has under way: a row has one multiprocessor */
 
 DEVICE_FUNCTION float capped(float z, float cap, float inverse) {
     return cap != 0 ? cap * near_tanh(z * inverse) : z;
@@ -56,8 +56,8 @@ DEVICE_FUNCTION void load_ahead(float (&z)[AHEAD][V], const float *row, int64_t 
     }
 }
 
-/* First all logits are capped and summed up, then read again, from the end on, for their gradients;
- * or, where there are none, written back. */
+/* First all logits are capped and summed up, then read again for their gradients; or, where there
+ * are none, written back. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     cross_entropy_row(float *nll, T *dlogits, float *logits, const int32_t *targets,
@@ -108,9 +108,7 @@ static __global__ void __launch_bounds__(THREADS)
     if (!dlogits) return;
     float weight = target >= 0 ? weights[blockIdx.x] : 0.0f;
     float slope = cap != 0 ? 1.0f / (cap * cap) : 0.0f;
-    constexpr int STRIDE = AHEAD * THREADS * V;
-    for (int64_t begin = (vocab - 1) / STRIDE * STRIDE; begin >= 0; begin -= STRIDE) {
-        int64_t first = begin + threadIdx.x * V;
+    for (int64_t first = threadIdx.x * V; first < vocab; first += AHEAD * THREADS * V) {
         float z[AHEAD][V];
         load_ahead<V>(z, row, first, vocab);
 #pragma unroll
