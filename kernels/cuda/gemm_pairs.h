@@ -14,7 +14,6 @@
 #include "kernels/cuda/bulk.h"
 #include "kernels/cuda/gemm.h"
 
-#define PAIRS_THREADS (3 * WARPGROUP)
 #define PAIRS_ROWS    64 /* of one product of a warpgroup */
 #define PAIRS_COLUMNS 128
 #define PAIRS_DEPTH   64
@@ -251,7 +250,7 @@ DEVICE_FUNCTION void send_results(const TileMap &y, bf16 *room,
  * factor where there are groups, and SET where BLOCKS is 3. Rows of y a multiple of 16 bytes.
  * Launched in pairs of blocks, any number. */
 template <bool TB, int BLOCKS, typename Y>
-static __global__ void __launch_bounds__(PAIRS_THREADS, 1)
+static __global__ void __launch_bounds__(BROUGHT_THREADS, 1)
     gemm_pairs(Y *y, Write write, const __grid_constant__ PairMaps maps, int64_t M, int64_t N,
                Groups groups, float alpha) {
 #if ON_HOPPER

@@ -145,7 +145,7 @@ static void launch_gemm_pairs(Tensor y, Write write, PairMaps maps, Groups group
                 most_row_tiles(groups, M, PAIRS_TILE<BLOCKS>) * ceil_div(N, PAIR * PAIRS_COLUMNS);
     if (sizeof(Y) == sizeof(bf16)) maps.y = cuda_tile_map(y.data, 1, M, N, PAIRS_ROWS);
     LAUNCH_PAIRS(y.device, (gemm_pairs<TB, BLOCKS, Y>),
-                 (unsigned)(tiles < most ? tiles : most) * PAIR, PAIRS_THREADS,
+                 (unsigned)(tiles < most ? tiles : most) * PAIR, BROUGHT_THREADS,
                  gemm_pairs_bytes<BLOCKS>(count), data_of<Y>(y), write, maps, M, N, groups, alpha);
 }
 

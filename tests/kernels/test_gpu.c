@@ -953,6 +953,10 @@ static void attend_pages(Side *s, DType dtype, DType cached, int64_t each, int64
     store_rows(k, GIVEN(s, dtype, 2, 6 * PAGE_KEYS, K, C), places);
     store_rows(v, GIVEN(s, dtype, 3, 6 * PAGE_KEYS, K, C), places);
     result(s, "stored", k, 1e-6);
+    for (int i = 0; i < 2 && cached == dtype; i++) { /* behind the last key: anything */
+        fill(tensor_slice(i ? v : k, 1 * PAGE_KEYS + 170 % PAGE_KEYS, 192 - 170), NAN);
+        fill(tensor_slice(i ? v : k, 4 * PAGE_KEYS + 190 % PAGE_KEYS, 192 - 190), NAN);
+    }
     Tensor q = GIVEN(s, dtype, 1, N, H, C), y = SPACE(s, dtype, N, H, C), lse = SPACE(s, F32, N, H),
            codes = tensor_absent();
     int64_t bytes = int8_codes(s->device, N, H * C);
