@@ -506,6 +506,7 @@ GPU_CASE(rows, s, dtype) {
         gather_sums(few, y, ints(s, slots, 3, 2));
         result(s, "sums of gathered", few, near(dtype));
         Tensor spread = SPACE(s, dtype, 8, D);
+        fill(spread, 3.0f);
         spread_rows(spread, few, ints(s, places, 3, 2), ints(s, sources, 8, 1));
         result(s, "spread", spread, 0);
     }
